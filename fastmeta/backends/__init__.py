@@ -1,0 +1,60 @@
+"""The registry of backends: which are present, which can run a problem, and why the others cannot.
+
+A backend is a module of this package with three functions:
+
+    missing() -> str                      why it cannot run anything here, "" if it can
+    refuses(problem, wrt) -> str          why it cannot run this problem, "" if it can
+    solve(problem, wrt, adapted) -> Result
+
+`wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted. `adapted` says whether
+`Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only, never values.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from fastmeta.errors import BackendUnavailable
+from fastmeta.problem import Problem
+
+#: All backends, fastest first: the order in which "auto" tries them. `reference` is never chosen by "auto".
+NAMES = ("cpu", "torch", "reference")
+_AUTO = ("cpu", "torch")
+
+
+def get(name: str) -> ModuleType:
+    """The backend called `name`.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return import_module(f"fastmeta.backends.{name}")
+
+
+def why_not(name: str, problem: Problem, wrt: frozenset[str]) -> str:
+    """Why backend `name` cannot run this problem; "" if it can."""
+    backend = get(name)
+    return backend.missing() or backend.refuses(problem, wrt)
+
+
+def select(name: str, problem: Problem, wrt: frozenset[str]) -> ModuleType:
+    """The backend that runs this problem: the one named, or the fastest that can.
+
+    Raises:
+        BackendUnavailable: the backend named cannot run it, or none can.
+    """
+    if name != "auto":
+        reason = why_not(name, problem, wrt)
+        if reason:
+            raise BackendUnavailable(f"backend={name!r} cannot run this call: {reason}")
+        return get(name)
+    reasons = []
+    for candidate in _AUTO:
+        reason = why_not(candidate, problem, wrt)
+        if not reason:
+            return get(candidate)
+        reasons.append(f"{candidate}: {reason}")
+    raise BackendUnavailable("no backend can run this call; " + "; ".join(reasons))

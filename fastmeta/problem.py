@@ -1,0 +1,110 @@
+"""What passes between the operators and the backends: one checked problem in, one result out.
+
+An operator (`fastmeta.ops`) checks what the user gave and writes it down as a `Problem`; a backend
+(`fastmeta.backends`) answers with a `Result`. A backend may rely on everything said here.
+
+The scalar whose gradients a backend returns is
+
+    J = sum_t c_t * sum_k s_k * Q_t(theta_{t,k})  +  <adapted_grad, theta_K>  +  <output_grad, output>
+
+with c_t = task_weights[t] / T (1 / T when `task_weights` is None), s_k = `step_weights[k]` and Q_t the query
+loss of task t. A term whose ingredients are absent (no query loss, no cotangent) is absent from the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastmeta.losses import Loss
+    from fastmeta.network.program import Program
+    from fastmeta.update_rules import SGD
+
+#: Everything that a gradient can be asked for, besides nothing at all.
+DIFFERENTIABLE = (
+    "params",
+    "lr",
+    "support_x",
+    "support_y",
+    "support_weights",
+    "query_x",
+    "query_y",
+    "query_weights",
+)
+
+
+@dataclass(slots=True)
+class Batch:
+    """The support or the query sets of all tasks.
+
+    `x` is [T, N, *in], or [T, K, N, *in] for a support set with `per_step`; `y` has the same leading
+    dimensions and is None where no loss is asked for; `weights` is [T, N] or [T, K, N] or None.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    weights: Tensor | None = None
+    per_step: bool = False
+
+
+@dataclass(slots=True)
+class Problem:
+    """One batch of tasks, checked: T tasks, K = `steps` inner steps.
+
+    Tensors share one device; floating-point tensors share the dtype of the parameters. They may be
+    non-contiguous and may require grad: a backend detaches and never modifies them.
+    """
+
+    net: nn.Module
+    params: dict[str, Tensor]  # every parameter of net: [*shape], or [T, *shape] if named in per_task
+    per_task: frozenset[str]  # names of the parameters that every task has its own of
+    tasks: int  # T >= 1
+    steps: int  # K >= 0
+    support: Batch | None = None  # None iff steps == 0 and nothing needs it
+    query: Batch | None = None  # y is None: only the output is wanted
+    loss: Loss | None = None  # support loss; None iff support is None
+    query_loss: Loss | None = None  # None iff query is None or query.y is None
+    rates: dict[str, Tensor] = field(default_factory=dict)
+    # ^ adapted parameter name -> [K or 1, T or 1, *(S or 1s)], K counted at least 1 when steps == 0; a
+    #   parameter without an entry is not adapted
+    rule: SGD | None = None  # None iff support is None
+    order: str = "second"  # "second" | "first"
+    step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
+    task_weights: Tensor | None = None  # [T]
+    memory: str = "auto"  # "auto" | "store" | "recompute"
+    batch_stats: str = "task"  # "task" | "running"
+    adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
+    output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
+    program: Program | None = None  # the captured network, or None
+    refused: str = ""  # why there is no program
+
+
+@dataclass(slots=True)
+class Gradients:
+    """Gradients of J, None where not asked for; shapes are those of the problem's own tensors.
+
+    `params` holds every parameter (zeros where J does not depend on it), `lr` every entry of `rates`.
+    """
+
+    params: dict[str, Tensor] | None = None
+    lr: dict[str, Tensor] | None = None
+    support_x: Tensor | None = None
+    support_y: Tensor | None = None
+    support_weights: Tensor | None = None
+    query_x: Tensor | None = None
+    query_y: Tensor | None = None
+    query_weights: Tensor | None = None
+    flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector
+
+
+@dataclass(slots=True)
+class Result:
+    """The answer to a problem; all tensors are fresh, detached and own (or share among themselves) their memory."""
+
+    task_losses: Tensor | None = None  # [T]: sum_k s_k Q_t(theta_k), unweighted; None without a query loss
+    output: Tensor | None = None  # [T, M, *out] at theta_K; None without a query
+    adapted: dict[str, Tensor] | None = None  # every name -> [T, *shape]; None unless asked for
+    grads: Gradients = field(default_factory=Gradients)
