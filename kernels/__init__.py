@@ -1,0 +1,1 @@
+"""Triton kernels, one file per layer kind; installed as `fastmeta.kernels`."""
