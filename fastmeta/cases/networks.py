@@ -1,0 +1,81 @@
+"""The networks of the case list: small ones that reach every layer kind, and those of the workloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+#: Every element-wise layer by name.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "elu": lambda: nn.ELU(1.3),
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": lambda: nn.Softplus(beta=1.5, threshold=20.0),
+    "sin": lambda: Sine(2.0),
+}
+
+#: Those whose first or second derivative jumps at zero: two correct float32 runs may fall on two sides of it.
+KINKED = frozenset({"relu", "leaky_relu", "elu"})
+
+
+class Sine(nn.Module):
+    """sin(w0 * x), the activation of SIREN."""
+
+    def __init__(self, w0: float) -> None:
+        super().__init__()
+        self.w0 = w0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.w0 * x)
+
+
+class Residual(nn.Module):
+    """Linear, then x + f(x) twice, once through a functional activation, then a linear head."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(inputs, width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, outputs)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.stem(x))
+        x = x + self.activation(self.first(x))
+        x = torch.tanh(self.second(x)) + x
+        return self.head(x)
+
+
+class Tied(nn.Module):
+    """The same weights in two places: one module called twice, and one parameter held by two modules."""
+
+    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(inputs, width)
+        self.shared = nn.Linear(width, width)
+        self.other = nn.Linear(width, width)
+        self.other.weight = self.shared.weight
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = torch.tanh(self.shared(x))
+        x = torch.tanh(self.shared(x))
+        return self.head(torch.tanh(self.other(x)))
+
+
+def mlp(widths: Sequence[int], activation: str = "relu", bias: bool = True, flatten: bool = False) -> nn.Sequential:
+    """Linear layers of these widths (inputs first, outputs last) with an activation between them."""
+    layers: list[nn.Module] = [nn.Flatten()] if flatten else []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias=bias), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])

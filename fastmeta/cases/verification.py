@@ -1,0 +1,108 @@
+"""The cases that every backend is verified on: small, not round, and together through every layer and option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from torch import nn
+
+from fastmeta.cases.case import RATES, Case
+from fastmeta.cases.losses import LOSSES
+from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp
+
+_SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
+
+
+def _mlp(widths: Sequence[int], activation: str = "tanh", **options: object) -> Case:
+    """A case of an MLP, labelled by its widths and activation."""
+    label = f"{activation}-{'x'.join(map(str, widths))}"
+    kinks = activation in KINKED
+    return Case(label, partial(mlp, tuple(widths), activation), (widths[0],), kinks=kinks, **options)  # type: ignore[arg-type]
+
+
+def _networks() -> Iterator[Case]:
+    for activation in ACTIVATIONS:
+        yield _mlp((3, 13, 7, 2), activation)
+    yield Case("no_bias", partial(mlp, (4, 13, 6, 3), "tanh", bias=False), (4,))
+    yield Case("tied", partial(Tied, 3, 13, 2), (3,))
+    yield Case("tied", partial(Tied, 3, 9, 2), (3,), memory="recompute", steps=3)
+    yield Case("residual", partial(Residual, 3, 13, 5, ACTIVATIONS["silu"]), (3,), loss="ce")
+    yield Case("residual_relu", partial(Residual, 3, 13, 5, ACTIVATIONS["relu"]), (3,), kinks=True)
+    yield Case("image", partial(mlp, (25, 13, 5), "tanh", flatten=True), (1, 5, 5), loss="ce")
+    yield Case("rows", partial(mlp, (3, 13, 2), "tanh"), (4, 3))
+    yield Case("rows", partial(mlp, (3, 13, 2), "gelu"), (2, 2, 3), steps=1)
+    yield Case("linear", lambda: nn.Linear(6, 3), (6,))
+    yield Case("sigmoid_head", lambda: nn.Sequential(nn.Linear(3, 5), nn.Sigmoid()), (3,))
+
+
+def _shapes() -> Iterator[Case]:
+    for widths in ((1, 16, 16, 1), (2, 48, 1), (5, 64, 64, 5), (5, 65, 17, 3), (7, 100, 20)):
+        yield _mlp(widths)
+    yield _mlp((1, 40, 40, 1), "relu", tasks=4, shots=10, queries=10, steps=5, lr=0.01)
+    yield _SMOOTH(tasks=1)
+    yield _SMOOTH(shots=1, queries=1)
+    yield _SMOOTH(tasks=1, shots=1, queries=1, steps=1)
+    yield _SMOOTH(tasks=18, shots=3, queries=2)
+    yield _SMOOTH(shots=33, queries=21)
+    for steps in (0, 1, 3):
+        yield _SMOOTH(steps=steps)
+    yield _SMOOTH(tasks=2, steps=50, lr=0.02, memory="recompute")
+
+
+def _losses() -> Iterator[Case]:
+    for name, loss in LOSSES.items():
+        lr = 0.02 if name.endswith("_sum") else 0.1
+        yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr)
+        yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr, weighted="sqt", steps=1)
+    yield _SMOOTH(loss="mse", query_loss="huber", kinks=True)
+    yield _SMOOTH(loss="bce", query_loss="ce")
+
+
+def _options() -> Iterator[Case]:
+    for memory in ("store", "recompute"):
+        yield _SMOOTH(memory=memory, steps=3)
+        yield _SMOOTH(memory=memory, steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05)
+        yield _SMOOTH(memory=memory, step_weights=True, per_step=True, weighted="sqt", loss="ce", lr=0.3)
+    for rates in RATES:
+        yield _SMOOTH(rates=rates)
+        yield _SMOOTH(rates=rates, order="first", steps=3)
+    yield _SMOOTH(rates="head", momentum=0.5)
+    yield _SMOOTH(order="first", steps=0)
+    yield _SMOOTH(order="first", step_weights=True, momentum=0.7, weight_decay=0.1)
+    yield _SMOOTH(momentum=0.9, steps=3)
+    yield _SMOOTH(weight_decay=0.1, steps=3)
+    yield _SMOOTH(weighted="s")
+    yield _SMOOTH(weighted="q", step_weights=True)
+    yield _SMOOTH(weighted="t")
+    yield _SMOOTH(per_step=True, steps=3)
+    for own in ("all", "some"):
+        yield _SMOOTH(per_task=own)
+        yield _SMOOTH(per_task=own, rates="element", order="first")
+    yield _mlp((3, 13, 13, 5), "relu", weighted="sqt", rates="element", momentum=0.5, step_weights=True, loss="ce")
+
+
+def _operators() -> Iterator[Case]:
+    for operator in ("inner_sgd", "task_forward"):
+        for own in ("", "all", "some"):
+            yield _SMOOTH(operator=operator, per_task=own, steps=2 if operator == "inner_sgd" else 0)
+    yield _SMOOTH(operator="inner_sgd", order="first", momentum=0.9)
+    yield _SMOOTH(operator="inner_sgd", rates="head", weighted="s", loss="ce", memory="recompute")
+    yield _SMOOTH(operator="inner_sgd", rates="element_step_task", momentum=0.9, weight_decay=0.1, per_step=True)
+    yield _SMOOTH(operator="inner_sgd", steps=0)
+
+
+def _unique(cases: Iterator[Case]) -> Iterator[Case]:
+    seen: set[str] = set()
+    for case in cases:
+        if case.id not in seen:
+            seen.add(case.id)
+            yield case
+
+
+def _all() -> Iterator[Case]:
+    for family in (_networks, _shapes, _losses, _options, _operators):
+        yield from family()
+
+
+VERIFICATION: tuple[Case, ...] = tuple(_unique(_all()))
