@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.cases.losses import LOSSES, draw_target
+from fastmeta.losses import Loss
 
 OPERATORS = ("meta_gradient", "inner_sgd", "task_forward")
 RATES = ("scalar", "per_step", "tensor", "element", "element_step_task", "head", "zero")
@@ -20,8 +21,8 @@ class Instance:
 
     net: nn.Module
     params: dict[str, Tensor]
-    loss: nn.Module | str
-    query_loss: nn.Module | str | None  # None: the support loss
+    loss: nn.Module | Loss | str
+    query_loss: nn.Module | Loss | str | None  # None: the support loss
     support_x: Tensor  # [T, N, *in] or [T, K, N, *in]
     support_y: Tensor
     query_x: Tensor  # [T, M, *in]

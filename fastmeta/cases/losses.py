@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmeta.losses import Loss, resolve
+
 IGNORED = -100  # PyTorch's default ignore_index
 
 
@@ -15,7 +17,7 @@ IGNORED = -100  # PyTorch's default ignore_index
 class LossCase:
     """A loss as a user gives it, and its target: "float", "binary", "probabilities", "classes" or "masked"."""
 
-    make: Callable[[], nn.Module | str]
+    make: Callable[[], nn.Module | Loss | str]
     target: str
     kinks: bool = False
 
@@ -43,7 +45,12 @@ LOSSES: dict[str, LossCase] = {
     "ce_probabilities_everything": LossCase(
         lambda: nn.CrossEntropyLoss(weight=_class_weights(5), label_smoothing=0.2), "probabilities"
     ),
+    "ce_masked_mean": LossCase(lambda: resolve(nn.CrossEntropyLoss(), weight_norm="sum"), "masked"),
+    "mse_masked_mean": LossCase(lambda: resolve("mse", weight_norm="sum"), "float"),
     "bce": LossCase(lambda: "bce_with_logits", "binary"),
+    "bce_weighted": LossCase(
+        lambda: nn.BCEWithLogitsLoss(weight=_class_weights(5), pos_weight=_class_weights(5).flip(0)), "binary"
+    ),
 }
 
 

@@ -1,0 +1,131 @@
+"""JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. Networks are MLPs, written in plain jax.numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmeta.benchmark.peers import plain_torch
+from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
+from fastmeta.cases import Case, Instance
+
+Params = dict[str, Any]
+
+
+class JaxVmap:
+    """`jit(grad(mean(vmap(inner loop))))`: one compiled function for all tasks."""
+
+    name = "jax-vmap"
+
+    def missing(self) -> str:
+        return not_installed("jax")
+
+    def version(self) -> str:
+        return installed_version("jax")
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        import jax
+
+        task = _task(case, made.net)
+
+        def objective(params: Params, *episode: Any) -> Any:
+            return jax.vmap(task, in_axes=(None, 0, 0, 0, 0))(params, *episode).mean()
+
+        function = jax.jit(jax.value_and_grad(objective))
+        params, episode = _arrays(made)
+        return Prepared(lambda: jax.block_until_ready(function(params, *episode)), lambda out: _tensors(out[1]))
+
+
+class JaxLoop(JaxVmap):
+    """`jit(grad(inner loop))` of one task, called for one task after the other; the sum is jitted too."""
+
+    name = "jax-loop"
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        import jax
+
+        one = jax.jit(jax.value_and_grad(_task(case, made.net)))
+        add = jax.jit(lambda total, more: jax.tree.map(jax.numpy.add, total, more))
+        scale = jax.jit(lambda total: jax.tree.map(lambda value: value / case.tasks, total))
+        params, episode = _arrays(made)
+        tasks = [tuple(part[t] for part in episode) for t in range(case.tasks)]
+
+        def step() -> Any:
+            total = one(params, *tasks[0])
+            for data in tasks[1:]:
+                total = add(total, one(params, *data))
+            return jax.block_until_ready(scale(total))
+
+        return Prepared(step, lambda out: _tensors(out[1]))
+
+
+def _task(case: Case, net: nn.Module) -> Callable[..., Any]:
+    import jax
+
+    forward = _forward(net)
+    loss = _loss(case)
+
+    def on(params: Params, x: Any, y: Any) -> Any:
+        return loss(forward(params, x), y)
+
+    def task(params: Params, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
+        for _ in range(case.steps):
+            gradients = jax.grad(on)(params, support_x, support_y)
+            params = jax.tree.map(lambda value, gradient: value - case.lr * gradient, params, gradients)
+        return on(params, query_x, query_y)
+
+    return task
+
+
+def _forward(net: nn.Module) -> Callable[[Params, Any], Any]:
+    import jax
+
+    functions = {nn.ReLU: jax.nn.relu, nn.Tanh: jax.numpy.tanh}
+    if not isinstance(net, nn.Sequential):
+        raise ValueError(f"benchmark: the JAX peers take an nn.Sequential, got {type(net).__name__}")
+    unknown = {type(layer).__name__ for layer in net if not isinstance(layer, nn.Linear) and type(layer) not in functions}
+    if unknown:
+        raise ValueError(f"benchmark: the JAX peers have no {', '.join(sorted(unknown))}")
+
+    def forward(params: Params, x: Any) -> Any:
+        for i, layer in enumerate(net):
+            if isinstance(layer, nn.Linear):
+                x = x @ params[f"{i}.weight"].T + params[f"{i}.bias"]
+            else:
+                x = functions[type(layer)](x)
+        return x
+
+    return forward
+
+
+def _loss(case: Case) -> Callable[[Any, Any], Any]:
+    import jax
+    from jax import numpy as jnp
+
+    def cross_entropy(logits: Any, classes: Any) -> Any:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, None], axis=1).mean()
+
+    if case.loss == "ce":
+        return cross_entropy
+    if case.loss == "mse":
+        return lambda output, target: jnp.square(output - target).mean()
+    raise ValueError(f"benchmark: the JAX peers have mse and ce, got {case.loss!r}")
+
+
+def _arrays(made: Instance) -> tuple[Params, tuple[Any, ...]]:
+    import jax
+
+    def array(tensor: Tensor) -> Any:
+        wide = tensor.dtype == torch.int64
+        return jax.device_put(tensor.detach().numpy().astype(np.int32) if wide else tensor.detach().numpy())
+
+    params = {name: array(value) for name, value in made.params.items()}
+    return params, tuple(array(part) for part in plain_torch.episode(made))
+
+
+def _tensors(gradients: Params) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in gradients.items()}

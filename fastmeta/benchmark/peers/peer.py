@@ -1,0 +1,51 @@
+"""What a peer is: one way to compute the meta-gradient of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastmeta.cases import Case, Instance
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A peer ready to run one case: data converted, nothing run yet."""
+
+    step: Callable[[], Any]  # loss and gradient of the meta-parameters, finished when it returns
+    gradient: Callable[[Any], dict[str, Tensor]]  # what `step` returned -> name -> gradient, as the net names it
+    inside: Callable[[], float] | None = None  # seconds of the last step spent in the kernel
+
+
+class Peer(Protocol):
+    """One way to compute the meta-gradient; each is one small file of `fastmeta.benchmark.peers`."""
+
+    name: str
+
+    def missing(self) -> str:
+        """Why it cannot run here, "" if it can."""
+
+    def version(self) -> str:
+        """Of the package that does the work."""
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        """Convert the data of `made`; whatever compiles does so in the first step."""
+
+
+def not_installed(*packages: str) -> str:
+    """Why a peer that needs these packages is missing, "" if they are all here."""
+    absent = [package for package in packages if find_spec(package) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed distribution, "" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

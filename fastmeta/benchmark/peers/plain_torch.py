@@ -1,0 +1,58 @@
+"""What the PyTorch peers share: the loss as a function, and the inner loop of one task as torch.func writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn import functional as F
+
+from fastmeta.cases import Case, Instance
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+_LOSSES: dict[str, LossFunction] = {"mse": F.mse_loss, "ce": F.cross_entropy, "bce": F.binary_cross_entropy_with_logits}
+
+
+def loss_function(case: Case) -> LossFunction:
+    """The loss of a case as a function of `torch.nn.functional`.
+
+    Raises:
+        ValueError: no peer has that loss.
+    """
+    if case.loss not in _LOSSES:
+        raise ValueError(f"benchmark: a peer's loss must be one of {', '.join(_LOSSES)}, got {case.loss!r}")
+    return _LOSSES[case.loss]
+
+
+def leaves(made: Instance) -> dict[str, Tensor]:
+    """The meta-parameters as fresh leaves."""
+    return {name: value.detach().clone().requires_grad_() for name, value in made.params.items()}
+
+
+def load(made: Instance) -> nn.Module:
+    """The network with the meta-parameters in it."""
+    made.net.load_state_dict(made.params, strict=False)
+    return made.net
+
+
+def episode(made: Instance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Support inputs and targets, query inputs and targets."""
+    return made.support_x, made.support_y, made.query_x, made.query_y
+
+
+def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
+    """f(params, support_x, support_y, query_x, query_y) -> query loss of one task after its inner loop."""
+    loss = loss_function(case)
+
+    def on(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(net, params, (x,)), y)
+
+    def task(params: dict[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        for _ in range(case.steps):
+            gradients = grad(on)(params, support_x, support_y)
+            params = {name: value - case.lr * gradients[name] for name, value in params.items()}
+        return on(params, query_x, query_y)
+
+    return task

@@ -1,0 +1,50 @@
+"""TorchOpt: its differentiable `MetaSGD`, the network's state restored after each task, as its MAML example does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.benchmark.peers import plain_torch
+from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
+from fastmeta.cases import Case, Instance
+
+
+class TorchOpt:
+    """`torchopt.MetaSGD` per task, one backward over all of them."""
+
+    name = "torchopt"
+
+    def missing(self) -> str:
+        return not_installed("torchopt")
+
+    def version(self) -> str:
+        return installed_version("torchopt")
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        import torchopt
+
+        net = plain_torch.load(made)
+        loss = plain_torch.loss_function(case)
+        # The optimiser replaces the module's parameters as it steps; these are the leaves.
+        parameters = dict(net.named_parameters())
+        inner = torchopt.MetaSGD(net, lr=case.lr)
+
+        def step() -> tuple[Tensor, ...]:
+            net_state = torchopt.extract_state_dict(net, by="reference")
+            inner_state = torchopt.extract_state_dict(inner, by="reference")
+            losses = []
+            for support_x, support_y, query_x, query_y in zip(*plain_torch.episode(made), strict=True):
+                for _ in range(case.steps):
+                    inner.step(loss(net(support_x), support_y))
+                losses.append(loss(net(query_x), query_y))
+                torchopt.recover_state_dict(net, net_state)
+                torchopt.recover_state_dict(inner, inner_state)
+            return torch.autograd.grad(torch.stack(losses).mean(), tuple(parameters.values()))
+
+        def gradient(out: Any) -> dict[str, Tensor]:
+            return dict(zip(parameters, out, strict=True))
+
+        return Prepared(step, gradient)

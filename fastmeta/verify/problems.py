@@ -1,0 +1,58 @@
+"""From a case of the list to the problem that a backend solves."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmeta.cases import Case
+from fastmeta.losses import resolve
+from fastmeta.network import capture
+from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
+from fastmeta.update_rules import SGD
+
+
+def problem_of(case: Case, dtype: torch.dtype, seed: int) -> Problem:
+    """The problem of a case, with the captured network."""
+    made = case.build(dtype, seed)
+    forward_only = case.operator == "task_forward"
+    adapting = case.operator == "inner_sgd"
+    loss = resolve(made.loss)
+    query_loss = loss if made.query_loss is None else resolve(made.query_loss)
+    support = Batch(made.support_x, made.support_y, made.support_weights, case.per_step)
+    query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
+    program, refused = capture(made.net, case.input_shape)
+    return Problem(
+        net=made.net,
+        params=made.params,
+        per_task=made.per_task,
+        tasks=case.tasks,
+        steps=case.steps,
+        support=None if forward_only else support,
+        query=None if adapting else query,
+        loss=None if forward_only else loss,
+        query_loss=None if forward_only or adapting else query_loss,
+        rates={} if forward_only else made.rates,
+        rule=None if forward_only else SGD(case.momentum, case.weight_decay),
+        order=case.order,
+        step_weights=made.step_weights,
+        task_weights=made.task_weights,
+        memory=case.memory,
+        adapted_grad=made.adapted_grad,
+        output_grad=made.output_grad,
+        program=program,
+        refused=refused,
+    )
+
+
+def wanted(case: Case, problem: Problem) -> frozenset[str]:
+    """Everything that the problem can be differentiated by."""
+    names = {"params"}
+    if problem.rates:
+        names.add("lr")
+    if case.wrt_inputs:
+        for side, batch in (("support", problem.support), ("query", problem.query)):
+            for part in ("x", "y", "weights"):
+                tensor = None if batch is None else getattr(batch, part)
+                if tensor is not None and tensor.is_floating_point():
+                    names.add(f"{side}_{part}")
+    return frozenset(names) & frozenset(DIFFERENTIABLE)
