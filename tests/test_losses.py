@@ -204,9 +204,9 @@ def test_keys_tell_options_apart() -> None:
 
 
 def test_class_weights_follow_dtype_of_output() -> None:
-    loss = resolve(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS.float()))
     output, target = batch("index", (7,), (C,))
-    for dtype in (torch.float32, torch.float64):
+    for dtype, other in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        loss = resolve(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS.to(other)))
         out = loss(output.to(dtype), target)
         assert out.dtype == dtype
         assert error(out.double(), F.cross_entropy(output, target, CLASS_WEIGHTS)) < 1e-6
