@@ -26,7 +26,7 @@ endif
 
 demo: $(VENV)/installed-demo extension
 	$(BIN)/fastmeta verify
-	$(BIN)/fastmeta train sinusoid --out runs/sinusoid
+	$(BIN)/fastmeta train sinusoid --out runs/sinusoid --overwrite
 
 test: $(VENV)/installed-test extension
 	$(BIN)/python -m pytest

@@ -59,7 +59,9 @@ class CompilerError(SystemExit):
 
 def find_compiler() -> list[str]:
     """The C++ compiler as a command, checked to be able to build the extension."""
-    advice = "fastmeta needs g++ >= 9 or clang >= 9 (C++17); set CXX, or FASTMETA_NO_EXT=1 to install without the extension"
+    advice = (
+        "fastmeta needs g++ >= 9 or clang >= 9 (C++17); set CXX, or FASTMETA_NO_EXT=1 to install without the extension"
+    )
     named = shlex.split(os.environ.get("CXX", ""))
     found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
     if named and not shutil.which(named[0]):
@@ -127,7 +129,11 @@ class BuildExt(build_ext):
         import pybind11
 
         compiler = find_compiler()
-        include = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+        include = [
+            f"-I{ROOT / 'csrc'}",
+            f"-isystem{pybind11.get_include()}",
+            f"-isystem{sysconfig.get_path('include')}",
+        ]
         flags = [*FLAGS, *(["-DFASTMETA_X86=1"] if X86 else []), *include]
         flags += shlex.split(os.environ.get("CXXFLAGS", "")) + shlex.split(os.environ.get("ARCHFLAGS", ""))
         jobs = [(source, own) for source in ext.sources if (own := isa_flags(source)) is not None]

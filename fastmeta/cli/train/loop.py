@@ -1,0 +1,106 @@
+"""The training loop of all `fastmeta train` commands."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import fastmeta as fm
+from fastmeta.cli.train.checkpoint import State, begin, save
+from fastmeta.cli.train.interrupt import Interrupt
+from fastmeta.cli.train.metrics import Metrics
+from fastmeta.cli.train.run import Run
+from fastmeta.data import Episode
+from fastmeta.data.meta_batches import MetaBatches
+
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
+#: Further metrics of one step: name -> function of the query output [T, M, ...] and the episode.
+Measures = dict[str, Callable[[Tensor, Episode], float]]
+
+
+def fit(
+    maml: fm.MAML, data: MetaBatches, run: Run, outer_lr: float, console: Console, measures: Measures | None = None
+) -> State:
+    """Train `maml` with Adam on the episodes of `data`, the i-th in the i-th outer step.
+
+    Args:
+        maml: changed in place; its parameters are made views of one flat vector.
+        data: at least `run.iterations` meta-batches.
+        run: the folder, the length and what to save how often.
+        outer_lr: Adam's learning rate.
+        console: gets the progress bar and the messages.
+        measures: metrics besides the loss, taken in the iterations that are logged.
+
+    Raises:
+        click.UsageError: the folder and the options do not fit together.
+        click.ClickException: the loss is not finite any more.
+        click.exceptions.Exit: interrupted; the checkpoint is saved.
+    """
+    measures = measures or {}
+    optimizer = torch.optim.Adam([fm.flatten(maml)], lr=outer_lr, fused=True)
+    state = begin(run, maml, optimizer)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if state.iteration:
+        console.print(f"resumed at iteration {state.iteration} from {run.checkpoint}")
+    columns = ["loss", *measures, "seconds"]
+    started = time.perf_counter() - state.seconds
+    with Metrics(run, columns, state.iteration) as metrics, _progress(console) as progress, Interrupt() as interrupt:
+        bar = progress.add_task("training", total=run.iterations, completed=state.iteration, loss=math.nan)
+        while state.iteration < run.iterations and not interrupt.requested:
+            episode = data[state.iteration]
+            optimizer.zero_grad()
+            out = maml(*episode)
+            out.loss.backward()
+            optimizer.step()
+            state.iteration += 1
+            state.losses.append(out.loss.detach())
+            if state.iteration % run.log_every == 0:
+                state.seconds = time.perf_counter() - started
+                loss = _mean(state)
+                further = {name: measure(out.output, episode) for name, measure in measures.items()}
+                metrics.write(state.iteration, {"loss": loss, **further, "seconds": round(state.seconds, 3)})
+                progress.update(bar, completed=state.iteration, loss=loss)
+            if state.iteration % run.checkpoint_every == 0 and state.iteration < run.iterations:
+                save(run, maml, optimizer, state)
+        progress.update(bar, completed=state.iteration)
+        state.seconds = time.perf_counter() - started
+        save(run, maml, optimizer, state)
+    if state.iteration < run.iterations:
+        console.print(f"interrupted: iteration {state.iteration} is saved in {run.checkpoint}; go on with --resume")
+        raise click.exceptions.Exit(INTERRUPTED)
+    return state
+
+
+def _mean(state: State) -> float:
+    """The mean loss since the last call.
+
+    Raises:
+        click.ClickException: it is not finite.
+    """
+    loss = float(torch.stack(state.losses).mean())
+    if not math.isfinite(loss):
+        raise click.ClickException(f"the loss is {loss} at iteration {state.iteration}; try a smaller --inner-lr")
+    state.losses.clear()
+    return loss
+
+
+def _progress(console: Console) -> Progress:
+    columns: Sequence[TextColumn | BarColumn | MofNCompleteColumn | TimeElapsedColumn | TimeRemainingColumn] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # Few refreshes: the thread that draws competes with the kernels for a core.
+    return Progress(*columns, console=console, refresh_per_second=4)

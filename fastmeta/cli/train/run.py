@@ -1,0 +1,94 @@
+"""What one training run was asked to do, and the options that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from fastmeta.backends import NAMES
+
+FREE = ("eval_", "data", "backend")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and the folder it lives in.
+
+    Args:
+        out: the folder.
+        iterations: outer steps in all.
+        resume: go on from the checkpoint in `out`.
+        overwrite: begin anew even if `out` holds a checkpoint.
+        log_every: iterations between two rows of the metrics.
+        checkpoint_every: iterations between two checkpoints.
+        tensorboard: write the metrics for TensorBoard too.
+        settings: what the run means, by option name; a resumed run must have the same.
+    """
+
+    out: Path
+    iterations: int
+    resume: bool
+    overwrite: bool
+    log_every: int
+    checkpoint_every: int
+    tensorboard: bool
+    settings: Mapping[str, str | int | float | bool]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the checkpoint is."""
+        return self.out / "checkpoint.pt"
+
+
+def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that all training commands share, with these defaults; the command gets them as `run`.
+
+    `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run unless its name begins
+    with one of `FREE`: testing, where the data is and what computes may change when a run goes on.
+    """
+    count = click.IntRange(min=1)
+    options = [
+        click.option("--iterations", type=count, default=iterations, help="Outer steps in all."),
+        click.option("--outer-lr", type=float, default=1e-3, help="Learning rate of the outer loop (Adam)."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of weights and tasks."),
+        click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=out, help="Folder of the run."),
+        click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder."),
+        click.option("--overwrite", is_flag=True, help="Begin anew even if the folder holds a run."),
+        click.option("--log-every", type=count, default=100, help="Iterations between two rows of metrics.csv."),
+        click.option("--checkpoint-every", type=count, default=1000, help="Iterations between two checkpoints."),
+        click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too."),
+        click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", help="Which kernels run."),
+        click.option(
+            "--threads", type=count, callback=_set_threads, expose_value=False, help="CPU threads [default: PyTorch's]."
+        ),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_run(**given: Any) -> None:
+            of_run = {field.name: given.pop(field.name) for field in fields(Run) if field.name != "settings"}
+            settings = {name.replace("_", "-"): value for name, value in given.items() if not name.startswith(FREE)}
+            command(run=Run(**of_run, settings=settings), **given)
+
+        decorated: Callable[..., None] = with_run
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def held_out_seed(seed: int) -> int:
+    """The seed of the test tasks: none that `--seed` can name."""
+    return 2**63 + seed
+
+
+def _set_threads(context: click.Context, parameter: click.Parameter, threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

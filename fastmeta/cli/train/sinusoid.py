@@ -1,0 +1,149 @@
+"""`fastmeta train sinusoid`: regression of sinusoids, the first experiment of the MAML paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta.cli.train import plots, reported
+from fastmeta.cli.train.loop import fit
+from fastmeta.cli.train.result import write_result
+from fastmeta.cli.train.run import Run, held_out_seed, run_options
+
+#: A query MSE above this has diverged: predicting zero gives 12.5 at most, at amplitude 5.
+DIVERGED = 100.0
+
+#: Query points of a test task. More than in training make the mean over tasks less noisy and do not shift it.
+TEST_QUERY = 50
+
+
+class Errors(NamedTuple):
+    """Query MSE of the test tasks after each number of inner steps."""
+
+    mse: Tensor  # [eval_steps + 1, tasks]
+
+    def row(self, steps: int) -> tuple[float, float, int]:
+        """Mean, median and number of diverged tasks after `steps` inner steps; NaN counts as diverged."""
+        mse = self.mse[steps]
+        return float(mse.mean()), float(mse.nanmedian()), int((~(mse <= DIVERGED)).sum())
+
+
+@click.command()
+@click.option("--shots", type=click.IntRange(1), default=10, help="Support points of a task, and query points.")
+@click.option("--inner-lr", type=float, default=0.01, help="Inner learning rate.")
+@click.option("--inner-steps", type=click.IntRange(0), default=1, help="Inner steps in training.")
+@click.option("--first-order", is_flag=True, help="First-order MAML.")
+@click.option("--tasks", type=click.IntRange(1), default=25, help="Tasks of a meta-batch.")
+@click.option("--eval-tasks", type=click.IntRange(1), default=2000, help="Test tasks.")
+@click.option("--eval-steps", type=click.IntRange(1), default=10, help="Inner steps in testing.")
+@run_options(iterations=70_000, out="runs/sinusoid")
+def sinusoid(
+    shots: int,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool,
+    tasks: int,
+    eval_tasks: int,
+    eval_steps: int,
+    outer_lr: float,
+    seed: int,
+    backend: str,
+    run: Run,
+) -> None:
+    """Sinusoid regression (Finn et al. 2017, section 5.1) with a 1-40-40-1 network."""
+    console = Console()
+    maml = fm.MAML(
+        network(seed),
+        loss="mse",
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        order="first" if first_order else "second",
+        backend=backend,
+    )
+    console.print(f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
+    data = fm.data.Sinusoid(tasks, shots, iterations=run.iterations, seed=seed)
+    state = fit(maml, data, run, outer_lr, console)
+
+    test = fm.data.Sinusoid(eval_tasks, shots, TEST_QUERY, iterations=1, seed=held_out_seed(seed))
+    errors = evaluate(maml, test[0], eval_steps)
+    setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
+    console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
+    console.print(table(errors, reported.SINUSOID.get(setting)))
+    write_result(
+        run,
+        ["steps", "mse_mean", "mse_median", "diverged"],
+        [(steps, *errors.row(steps)) for steps in range(eval_steps + 1)],
+    )
+    _plot(maml, test, errors, run.out / "adaptation.png", console)
+
+
+def network(seed: int) -> nn.Sequential:
+    """1-40-40-1 with ReLU; weights normal of 0.01 truncated at two standard deviations, biases zero.
+
+    Source: code of Finn et al. 2017 (cbfinn/maml, `construct_fc_weights`).
+    """
+    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    torch.manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.01, a=-0.02, b=0.02)
+    return net
+
+
+def evaluate(maml: fm.MAML, episode: fm.data.Episode, steps: int) -> Errors:
+    """Query MSE of every task of `episode` after 0 .. `steps` inner steps."""
+    mse = []
+    for k in range(steps + 1):
+        adapted = maml.adapt(episode.support_x, episode.support_y, steps=k)
+        predicted = maml.predict(adapted, episode.query_x)  # [T, M, 1]
+        mse.append((predicted - episode.query_y).square().mean(dim=(1, 2)).detach())
+    return Errors(torch.stack(mse))
+
+
+def table(errors: Errors, others: tuple[str, ...] | None) -> Table:
+    """The result beside what a reproduction of the paper has measured in this setting, if there is one."""
+    tasks = errors.mse.shape[1]
+    table = Table(title=f"query MSE over {tasks} test tasks")
+    for heading in ("inner steps", "mean", "median", "diverged"):
+        table.add_column(heading, justify="right")
+    if others:
+        table.add_column(reported.SINUSOID_SOURCE, justify="right")
+    last = len(errors.mse) - 1
+    for steps in sorted({*(k for k in reported.SINUSOID_STEPS if k <= last), last}):
+        mean, median, diverged = errors.row(steps)
+        cells = [str(steps), f"{mean:.3f}", f"{median:.3f}", str(diverged)]
+        if others:
+            cells.append(dict(zip(reported.SINUSOID_STEPS, others, strict=True)).get(steps, ""))
+        table.add_row(*cells)
+    return table
+
+
+def _plot(maml: fm.MAML, test: fm.data.Sinusoid, errors: Errors, path: Path, console: Console) -> None:
+    """Three test tasks before and after adaptation, and the error over the inner steps."""
+    episode = test[0]
+    amplitude, phase = test.parameters(0)
+    last = len(errors.mse) - 1
+    shown = min(3, len(amplitude))
+    x = torch.linspace(-5, 5, 200).reshape(1, -1, 1).expand(test.tasks, -1, -1)
+    curves = {}
+    for steps in sorted({0, 1, last}):
+        adapted = maml.adapt(episode.support_x, episode.support_y, steps=steps)
+        curves[steps] = maml.predict(adapted, x)[:shown, :, 0].detach()
+    plots.sinusoid(
+        path,
+        console,
+        x=x[0, :, 0],
+        truth=amplitude[:shown, None] * torch.sin(x[0, :, 0] - phase[:shown, None]),
+        support=(episode.support_x[:shown, :, 0], episode.support_y[:shown, :, 0]),
+        curves=curves,
+        mse=[errors.row(steps)[0] for steps in range(last + 1)],
+    )

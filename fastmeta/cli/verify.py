@@ -1,0 +1,107 @@
+"""`fastmeta verify`: every backend against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from fastmeta import backends
+from fastmeta.cases import VERIFICATION
+from fastmeta.verify import DTYPES, Row, present
+from fastmeta.verify import verify_case as run_case
+
+
+@click.command()
+@click.option("--backend", "names", type=click.Choice(backends.NAMES), multiple=True, help="Only this one; repeatable.")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable.")
+@click.option("--case", "pattern", default="", help="Only cases whose name contains this.")
+@click.option("--all", "every", is_flag=True, help="A line for every case and quantity, not for the worst of each.")
+@click.option("--list", "only_list", is_flag=True, help="List the cases and stop.")
+def verify(names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every: bool, only_list: bool) -> None:
+    """Compare every backend present, in value and in every gradient, with the float64 reference.
+
+    In float64 the relative error may be 1e-9; in float32 twice the error that PyTorch itself makes. Exit code 1
+    if anything fails.
+    """
+    console = Console()
+    cases = [case for case in VERIFICATION if pattern in case.id]
+    if not cases:
+        raise click.UsageError(f"--case: no case has {pattern!r} in its name; --list shows them")
+    if only_list:
+        for case in cases:
+            click.echo(case.id)
+        return
+    for name in names:
+        reason = backends.get(name).missing()
+        if reason:
+            raise click.ClickException(f"backend {name!r} cannot run here: {reason}")
+    jobs = [(case, name, dtype) for case in cases for name in names or present() for dtype in dtypes or DTYPES]
+    rows: list[Row] = []
+    for case, name, dtype in track(jobs, "verifying", console=console):
+        rows += run_case(case, name, dtype)
+
+    failed = [row for row in rows if not row.passed]
+    console.print(_table(rows if every else _worst(rows), "every quantity" if every else "the worst of each quantity"))
+    if failed and not every:
+        console.print(_table(failed, "failed"))
+    skipped = sum(row.skipped for row in rows)
+    ran = len(rows) - skipped
+    for name, reasons in _refusals(rows).items():
+        console.print(f"{name} skipped {sum(reasons.values())} of {len(jobs)} cases and dtypes:", style="dim")
+        for reason, count in reasons.items():
+            console.print(f"  {count} x {escape(reason)}", style="dim", highlight=False)
+    console.print(f"{len(cases)} cases, {ran} comparisons, {len(failed)} failed, {skipped} calls skipped")
+    if failed or not ran:
+        raise click.exceptions.Exit(1)
+
+
+def _badness(row: Row) -> float:
+    """How far a row is towards failing; NaN is the worst."""
+    badness = row.error / row.allowed if row.allowed else math.inf
+    return math.inf if math.isnan(badness) else badness
+
+
+def _worst(rows: list[Row]) -> list[Row]:
+    """The row nearest to failing for each backend, dtype and kind of quantity."""
+    groups: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        if row.skipped:
+            continue
+        # "params 0.weight, median of 20" is of the kind "params".
+        kind = (row.backend, row.dtype, row.quantity.partition(",")[0].partition(" ")[0])
+        if kind not in groups or _badness(row) > _badness(groups[kind]):
+            groups[kind] = row
+    return [groups[kind] for kind in sorted(groups)]
+
+
+def _refusals(rows: list[Row]) -> dict[str, dict[str, int]]:
+    """For each backend: why it skipped a call, and how often."""
+    refusals: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for row in rows:
+        if row.skipped:
+            refusals[row.backend][row.note] += 1
+    return refusals
+
+
+def _table(rows: list[Row], title: str) -> Table:
+    table = Table(title=f"relative error against the float64 reference: {title}")
+    for heading in ("backend", "dtype", "quantity", "case"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("error", "PyTorch's own", "allowed"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for row in rows:
+        if row.skipped:
+            verdict = "[dim]skipped"
+        else:
+            verdict = "[green]passed" if row.passed else "[red]FAILED"
+        own = "" if math.isnan(row.own) else f"{row.own:.1e}"
+        numbers = ("", "", "") if math.isnan(row.allowed) else (f"{row.error:.1e}", own, f"{row.allowed:.1e}")
+        table.add_row(row.backend, row.dtype, escape(row.quantity or row.note), row.case, *numbers, verdict)
+    return table

@@ -1,0 +1,189 @@
+"""`fastmeta train`: runs, checkpoints, interruption, results."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastmeta.cli import main
+from fastmeta.data import Sinusoid
+
+SMALL = "--tasks 3 --shots 4 --eval-tasks 6 --eval-steps 2 --log-every 2 --checkpoint-every 3".split()
+
+
+def sinusoid(out: Path, *arguments: str):
+    return CliRunner().invoke(main, ["train", "sinusoid", *SMALL, "--out", str(out), *arguments])
+
+
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file without its times."""
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Sends a signal while an iteration draws its data."""
+    draw = Sinusoid.__getitem__
+
+    def arrange(iteration: int, number: int = signal.SIGINT) -> None:
+        def draw_and_interrupt(self, index):
+            if index == iteration and self.iterations > 1:
+                monkeypatch.setattr(Sinusoid, "__getitem__", draw)
+                os.kill(os.getpid(), number)
+            return draw(self, index)
+
+        monkeypatch.setattr(Sinusoid, "__getitem__", draw_and_interrupt)
+
+    return arrange
+
+
+def same_run(one: Path, other: Path) -> None:
+    a, b = checkpoint(one), checkpoint(other)
+    assert a["iteration"] == b["iteration"]
+    assert a["maml"].keys() == b["maml"].keys()
+    assert all(torch.equal(a["maml"][name], b["maml"][name]) for name in a["maml"])
+    (state_a,), (state_b,) = a["optimizer"]["state"].values(), b["optimizer"]["state"].values()
+    assert all(torch.equal(state_a[name], state_b[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert rows(one / "metrics.csv") == rows(other / "metrics.csv")
+    assert rows(one / "result.csv") == rows(other / "result.csv")
+
+
+def test_sinusoid_writes_metrics_result_and_plot(tmp_path):
+    done = sinusoid(tmp_path, "--iterations", "5")
+    assert done.exit_code == 0, done.output
+    assert [row["iteration"] for row in rows(tmp_path / "metrics.csv")] == ["2", "4"]
+    assert [row["steps"] for row in rows(tmp_path / "result.csv")] == ["0", "1", "2"]
+    assert (tmp_path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
+    assert checkpoint(tmp_path)["iteration"] == 5
+    assert "query MSE over 6 test tasks" in done.output
+
+
+def test_training_lowers_the_loss(tmp_path):
+    options = "--iterations 300 --log-every 100 --outer-lr 0.01 --seed 3".split()
+    assert sinusoid(tmp_path, *options).exit_code == 0
+    losses = [float(row["loss"]) for row in rows(tmp_path / "metrics.csv")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, interrupt_at, number):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sinusoid(whole, "--iterations", "9").exit_code == 0
+    interrupt_at(4, number)
+    cut = sinusoid(parts, "--iterations", "9")
+    assert cut.exit_code == 130
+    assert "iteration 5 is saved" in " ".join(cut.output.split())
+    assert checkpoint(parts)["iteration"] == 5
+    resumed = sinusoid(parts, "--iterations", "9", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    same_run(whole, parts)
+
+
+def test_resume_after_a_crash_equals_uninterrupted(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sinusoid(whole, "--iterations", "9").exit_code == 0
+    draw = Sinusoid.__getitem__
+
+    def fail_at_eight(self, index):
+        if index == 8:
+            raise OSError("the disk is gone")
+        return draw(self, index)
+
+    monkeypatch.setattr(Sinusoid, "__getitem__", fail_at_eight)
+    assert isinstance(sinusoid(parts, "--iterations", "9").exception, OSError)
+    monkeypatch.setattr(Sinusoid, "__getitem__", draw)
+    # The last checkpoint is older than the last row of the metrics.
+    assert checkpoint(parts)["iteration"] == 6
+    assert rows(parts / "metrics.csv")[-1]["iteration"] == "8"
+    assert sinusoid(parts, "--iterations", "9", "--resume").exit_code == 0
+    same_run(whole, parts)
+
+
+def test_resume_goes_on_past_the_end(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sinusoid(whole, "--iterations", "7").exit_code == 0
+    assert sinusoid(parts, "--iterations", "3").exit_code == 0
+    assert sinusoid(parts, "--iterations", "7", "--resume").exit_code == 0
+    same_run(whole, parts)
+
+
+def test_handlers_are_restored(tmp_path, interrupt_at):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    interrupt_at(1)
+    sinusoid(tmp_path, "--iterations", "4")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_rejects_resume_without_checkpoint(tmp_path):
+    done = sinusoid(tmp_path, "--resume")
+    assert done.exit_code == 2
+    assert "there is no checkpoint" in done.output
+
+
+def test_rejects_resume_with_other_settings(tmp_path):
+    sinusoid(tmp_path, "--iterations", "2")
+    done = sinusoid(tmp_path, "--iterations", "4", "--resume", "--inner-lr", "0.5")
+    assert done.exit_code == 2
+    assert "--inner-lr was 0.01" in done.output
+    assert checkpoint(tmp_path)["iteration"] == 2
+
+
+def test_rejects_fewer_iterations_than_done(tmp_path):
+    sinusoid(tmp_path, "--iterations", "4")
+    assert "past --iterations 2" in sinusoid(tmp_path, "--iterations", "2", "--resume").output
+
+
+def test_rejects_to_overwrite_a_run_silently(tmp_path):
+    sinusoid(tmp_path, "--iterations", "4")
+    assert sinusoid(tmp_path, "--iterations", "2").exit_code == 2
+    assert checkpoint(tmp_path)["iteration"] == 4
+    assert sinusoid(tmp_path, "--iterations", "2", "--overwrite").exit_code == 0
+    assert checkpoint(tmp_path)["iteration"] == 2
+
+
+def test_rejects_a_loss_that_diverges(tmp_path):
+    done = sinusoid(tmp_path, "--iterations", "4", "--inner-lr", "1e30", "--inner-steps", "3", "--outer-lr", "10")
+    assert done.exit_code == 1
+    assert "try a smaller --inner-lr" in done.output
+
+
+def test_tensorboard_writes_events(tmp_path):
+    done = sinusoid(tmp_path, "--iterations", "4", "--tensorboard")
+    assert done.exit_code == 0, done.output
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_rejects_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = sinusoid(tmp_path, "--iterations", "4", "--tensorboard")
+    assert done.exit_code == 2
+    assert "pip install 'fastmeta[tensorboard]'" in done.output
+
+
+def test_says_that_there_is_no_plot_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = sinusoid(tmp_path, "--iterations", "2")
+    assert done.exit_code == 0
+    assert "fastmeta[plot]" in done.output
+    assert not (tmp_path / "adaptation.png").exists()
+
+
+def test_diverged_tasks_are_counted():
+    from fastmeta.cli.train.sinusoid import Errors
+
+    mean, median, diverged = Errors(torch.tensor([[1.0, 2.0, 3.0, 1e6, float("nan")]])).row(0)
+    assert diverged == 2
+    assert median == 2.0
+    assert not mean <= 1e6
