@@ -1,0 +1,108 @@
+"""What the two PyTorch backends share: detached leaves, gradients without None, the check of class indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends._random_state import preserved
+from fastmeta.losses import Loss
+from fastmeta.network.functional import call, own
+from fastmeta.problem import Batch, Problem
+from fastmeta.update_rules import SGD
+
+
+def any_batch(problem: Problem) -> Batch:
+    """The support set, or else the query set; a problem has at least one."""
+    batch = problem.support or problem.query
+    if batch is None:
+        raise ValueError("a problem needs a support or a query set")
+    return batch
+
+
+def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
+    """What inner steps need: a problem with steps has it."""
+    support, loss, rule = problem.support, problem.loss, problem.rule
+    if support is None or loss is None or rule is None:
+        raise ValueError(f"a problem with {problem.steps} inner steps needs a support set, a loss and an update rule")
+    return support, loss, rule
+
+
+def detached(problem: Problem, requires_grad: bool = False) -> Problem:
+    """The same problem: its tensors fresh leaves, its step weights written out. To be called inside `isolated`."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else own(tensor, requires_grad)
+
+    def leaves(batch: Batch | None) -> Batch | None:
+        if batch is None:
+            return None
+        return replace(batch, x=own(batch.x, requires_grad), y=leaf(batch.y), weights=leaf(batch.weights))
+
+    cotangents = problem.adapted_grad
+    return replace(
+        problem,
+        params={name: own(value, requires_grad) for name, value in problem.params.items()},
+        rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
+        support=leaves(problem.support),
+        query=leaves(problem.query),
+        step_weights=problem.step_weights or (0.0,) * problem.steps + (1.0,),
+        task_weights=None if problem.task_weights is None else own(problem.task_weights),
+        adapted_grad=None if cotangents is None else {name: own(value) for name, value in cotangents.items()},
+        output_grad=None if problem.output_grad is None else own(problem.output_grad),
+    )
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    directions: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor]:
+    """d<outputs, directions>/d inputs by autograd; zeros where there is no dependence."""
+    differentiable = [i for i, output in enumerate(outputs) if output.requires_grad]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not differentiable or not wanted:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    found = torch.autograd.grad(
+        [outputs[i] for i in differentiable],
+        wanted,
+        None if directions is None else [directions[i] for i in differentiable],
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        materialize_grads=True,
+    )
+    remaining = iter(found)
+    return [next(remaining) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in inputs]
+
+
+def output_shape(problem: Problem) -> tuple[int, ...]:
+    """Shape of the network's output for one example: runs task 0 once, draws nothing from the random state."""
+    batch = any_batch(problem)
+    params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
+    x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
+    with torch.no_grad(), preserved(x.device):
+        return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
+
+
+def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, ...]] = output_shape) -> None:
+    """Check the range of class indices, where there are any: on an accelerator they would end in a device assertion.
+
+    Args:
+        problem: its tensors detached.
+        shape: gives the network's output for one example; called only where there are class indices.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    for what, loss, batch in (
+        ("`support_y`", problem.loss, problem.support),
+        ("`query_y`", problem.query_loss, problem.query),
+    ):
+        if loss is not None and batch is not None and batch.y is not None and loss.needs_class_indices(batch.y):
+            loss.check_values(what, batch.y, shape(problem)[0])

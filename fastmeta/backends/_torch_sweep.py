@@ -1,0 +1,211 @@
+"""The meta-step of the `torch` backend: one sweep forward over the inner steps and one back.
+
+The mathematics is that of docs/architecture.md; the update rule brings its own adjoint (`fastmeta.update_rules`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends import _inputs
+from fastmeta.backends import _torch_tasks as tasks
+from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.losses import Loss
+from fastmeta.network.functional import own
+from fastmeta.problem import Batch, Gradients, Problem, Result
+
+_PARTS = ("x", "y", "weights")
+#: Gradients that have to be followed back through the inner steps.
+_THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the sweep back needs of one inner step."""
+
+    theta: dict[str, Tensor]  # before the step
+    random_state: RandomState  # before its forward pass
+    query_grad: dict[str, Tensor]  # s_k grad Q(theta_k); empty where s_k is zero
+    directions: dict[str, Tensor] = field(default_factory=dict)  # m', for the gradients of the rates
+
+
+class Sweep:
+    """Solves one problem, once.
+
+    Adapted parameters are [T, *shape] throughout; where K = 0 none counts as adapted. `total` sums up the gradients
+    of everything else: the data by their names in `wrt`, parameters that are not adapted as "params.<name>".
+
+    Args:
+        p: the problem, its tensors detached.
+        wrt: the gradients wanted.
+        vectorised: tasks by vmap instead of a loop.
+    """
+
+    def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool) -> None:
+        self.p, self.wrt, self.vectorised = p, wrt, vectorised
+        self.device = _inputs.any_batch(p).x.device
+        self.step_weights = p.step_weights or ()
+        self.names = list(p.rates) if p.steps else []
+        self.stacked = p.per_task | frozenset(self.names)
+        self.back = bool(wrt & _THROUGH_STEPS)
+        self.task_losses: Tensor | None = None
+        self.output: Tensor | None = None
+        self.total_rates = {name: torch.zeros_like(rate) for name, rate in p.rates.items()}
+        self.total: dict[str, Tensor] = {}
+        if "params" in wrt:
+            self.total = {f"params.{n}": torch.zeros_like(v) for n, v in p.params.items() if n not in self.names}
+        for role, batch in (("support", p.support), ("query", p.query)):
+            for part in _PARTS:
+                tensor = getattr(batch, part, None)
+                if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
+                    self.total[f"{role}_{part}"] = torch.zeros_like(tensor)
+
+    def run(self, adapted: bool) -> Result:
+        """The answer; `adapted`: with theta_K."""
+        p = self.p
+        theta = {name: tasks.stack(p, name) for name in self.names}
+        momentum: dict[str, Tensor] = {}
+        steps: list[_Step] = []
+        for k in range(p.steps):
+            query_grad = self._query(theta, k) if self.step_weights[k] else {}
+            step = _Step(theta, RandomState.now(self.device), query_grad)
+            theta, momentum = self._update(theta, momentum, k)
+            if self.back:
+                steps.append(step)
+                step.directions = momentum if "lr" in self.wrt else {}
+        lam = self._query(theta, p.steps)
+        if p.adapted_grad is not None:
+            lam = {name: lam[name] + p.adapted_grad[name] for name in self.names}
+        mbar: dict[str, Tensor | None] = dict.fromkeys(self.names)
+        for k in reversed(range(len(steps))):
+            lam, mbar = self._step_back(steps.pop(), lam, mbar, k)
+        result = Result(self.task_losses, self.output, grads=self._gradients(lam))
+        if adapted:
+            final = {name: theta.get(name, tasks.stack(p, name)) for name in p.params}
+            result.adapted = {name: value.clone(memory_format=torch.contiguous_format) for name, value in final.items()}
+        return result
+
+    def _update(
+        self, theta: dict[str, Tensor], momentum: dict[str, Tensor], k: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(theta_{k+1}, m')."""
+        _, _, rule = _inputs.inner_loop(self.p)
+        leaves = {name: own(value, requires_grad=True) for name, value in theta.items()}
+        gradient = self._support_gradient(leaves, {}, k, create_graph=False)
+        updated = {
+            name: rule.update(theta[name], g, momentum.get(name), self._rate(name, k))
+            for name, g in zip(self.names, gradient, strict=True)
+        }
+        return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
+
+    def _step_back(
+        self, step: _Step, lam: Mapping[str, Tensor], mbar: Mapping[str, Tensor | None], k: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """(dJ/d theta_k, dJ/d m_k) from those of step k + 1; adds to the totals what passes through g_k."""
+        _, _, rule = _inputs.inner_loop(self.p)
+        v = {name: rule.direction(lam[name], mbar[name], self._rate(name, k)) for name in self.names}
+        for name, direction in step.directions.items():
+            rates = self.total_rates[name]
+            at = k if rates.shape[0] > 1 else 0
+            rates[at] -= (lam[name] * direction).sum_to_size(rates[at].shape)
+        hv: Mapping[str, Tensor] = self._hessian_product(step, v, k) if self.p.order == "second" else {}
+        before = {name: rule.update_adjoint(lam[name], hv.get(name), v[name]) for name in self.names}
+        lam = {name: pair[0] for name, pair in before.items()}
+        for name, gradient in step.query_grad.items():
+            lam[name] = lam[name] + gradient
+        return lam, {name: pair[1] for name, pair in before.items()}
+
+    def _hessian_product(self, step: _Step, v: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+        """H_k v; adds d<g_k, v> / d everything else to the totals."""
+        theta = {name: own(value, requires_grad=True) for name, value in step.theta.items()}
+        others = self._leaves("support", k)
+        with replayed(step.random_state):
+            gradient = self._support_gradient(theta, others, k, create_graph=True)
+        products = _inputs.gradients(gradient, [*theta.values(), *others.values()], [v[name] for name in self.names])
+        self._add(others, products[len(theta) :], k)
+        return dict(zip(theta, products, strict=False))
+
+    def _support_gradient(
+        self, theta: Mapping[str, Tensor], others: Mapping[str, Tensor], k: int, create_graph: bool
+    ) -> list[Tensor]:
+        """g_k for every adapted parameter, [T, *shape]."""
+        support, loss, _ = _inputs.inner_loop(self.p)
+        losses, _ = self._evaluate(theta, others, "support", tasks.step_of(support, k), loss)
+        return _inputs.gradients([losses.sum()], list(theta.values()), create_graph=create_graph)
+
+    def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+        """The gradient of what J holds of the query set at theta_k; keeps losses and output."""
+        p = self.p
+        if p.query is None:
+            return {name: torch.zeros_like(value) for name, value in theta.items()}
+        leaves = {name: own(value, requires_grad=self.back) for name, value in theta.items()}
+        others = self._leaves("query", k)
+        with torch.set_grad_enabled(bool(self.wrt)):
+            losses, output = self._evaluate(leaves, others, "query", p.query, p.query_loss)
+            terms = []
+            if p.query_loss is not None and self.step_weights[k]:
+                weighted = self.step_weights[k] * losses
+                terms.append((weighted if p.task_weights is None else weighted * p.task_weights).sum() / p.tasks)
+                kept = 0 if self.task_losses is None else self.task_losses
+                self.task_losses = kept + weighted.detach()
+            if k == p.steps:
+                self.output = output.detach()
+                if self.task_losses is None and p.query_loss is not None:
+                    self.task_losses = torch.zeros_like(losses)
+                if p.output_grad is not None:
+                    terms.append((output * p.output_grad).sum())
+        found = _inputs.gradients(terms, [*leaves.values(), *others.values()])
+        self._add(others, found[len(leaves) :], k)
+        return dict(zip(leaves, found, strict=False))
+
+    def _evaluate(
+        self, theta: Mapping[str, Tensor], others: Mapping[str, Tensor], role: str, batch: Batch, loss: Loss | None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand for."""
+        params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
+        data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
+        batch = replace(batch, **data)  # type: ignore[arg-type]
+        return tasks.evaluate(self.p, {**params, **theta}, self.stacked, batch, loss, self.vectorised)
+
+    def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
+        """A leaf for everything in `total` that a pass over the support or the query set at step k depends on."""
+        batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
+        sources = {f"params.{name}": value for name, value in self.p.params.items()}
+        sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
+        return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
+
+    def _add(self, keys: Iterable[str], found: Iterable[Tensor], k: int) -> None:
+        """Add gradients found at step k to the totals."""
+        for key, gradient in zip(keys, found, strict=True):
+            one_step = key.startswith("support_") and _inputs.inner_loop(self.p)[0].per_step
+            total = self.total[key][:, k] if one_step else self.total[key]
+            total += gradient
+
+    def _gradients(self, lam: Mapping[str, Tensor]) -> Gradients:
+        """The gradients asked for; `lam` is dJ/d theta_0."""
+        grads = Gradients(lr=self.total_rates if "lr" in self.wrt else None)
+        if "params" in self.wrt:
+            grads.params = {name: self._params_gradient(name, lam) for name in self.p.params}
+        for key, total in self.total.items():
+            if not key.startswith("params."):
+                setattr(grads, key, total)
+        return grads
+
+    def _params_gradient(self, name: str, lam: Mapping[str, Tensor]) -> Tensor:
+        own_per_task = name in self.p.per_task
+        if name in lam:
+            return lam[name].clone() if own_per_task else lam[name].sum(0)
+        total = self.total[f"params.{name}"]
+        if self.p.adapted_grad is not None:
+            cotangent = self.p.adapted_grad[name]
+            total += cotangent if own_per_task else cotangent.sum(0)
+        return total
+
+    def _rate(self, name: str, k: int) -> Tensor:
+        """alpha_k: [T or 1, *(S or 1s)]."""
+        rates = self.p.rates[name]
+        return rates[k if rates.shape[0] > 1 else 0]

@@ -1,0 +1,212 @@
+"""All tasks of a problem, evaluated side by side: by vmap where that is right, else in a loop, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf, isfinite
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.backends import _inputs
+from fastmeta.backends._random_state import RandomState, preserved
+from fastmeta.losses import Loss
+from fastmeta.network.functional import call, own
+from fastmeta.problem import Batch, Problem
+
+#: Largest relative difference between vmap and the loop that rounding explains.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+_loops: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
+_shapes: WeakKeyDictionary[nn.Module, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def evaluate(
+    problem: Problem,
+    params: Mapping[str, Tensor],
+    stacked: frozenset[str],
+    batch: Batch,
+    loss: Loss | None,
+    vectorised: bool,
+) -> tuple[Tensor, Tensor]:
+    """The losses and the outputs of all tasks.
+
+    Args:
+        problem: says how the network is called.
+        params: every parameter, [T, *shape] if its name is in `stacked`, else [*shape].
+        stacked: names of the parameters that every task has its own of.
+        batch: x [T, N, *in], y [T, N, ...], weights [T, N]; of one step.
+        loss: None: the losses are zero.
+        vectorised: by vmap instead of a loop.
+
+    Returns:
+        (losses [T], output [T, N, *out]).
+
+    Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
+    """
+
+    def one_task(
+        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
+        return value, output
+
+    if vectorised:
+        dims = {name: 0 if name in stacked else None for name in params}
+        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0)
+        every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
+        return every_task(dict(params), batch.x, batch.y, batch.weights)
+
+    # unbind once: the backward of one select a task would write all of [T, *shape] T times
+    columns = {name: value.unbind() for name, value in params.items() if name in stacked}
+    nothing = (None,) * batch.x.shape[0]
+    data = zip(
+        batch.x.unbind(),
+        nothing if batch.y is None else batch.y.unbind(),
+        nothing if batch.weights is None else batch.weights.unbind(),
+        strict=True,
+    )
+    answers = [
+        one_task({**params, **{name: column[task] for name, column in columns.items()}}, x, y, weights)
+        for task, (x, y, weights) in enumerate(data)
+    ]
+    losses, outputs = zip(*answers, strict=True)
+    return torch.stack(losses), torch.stack(outputs)
+
+
+def stack(problem: Problem, name: str) -> Tensor:
+    """Parameter `name` of every task: [T, *shape], not copied."""
+    value = problem.params[name]
+    return value if name in problem.per_task else value.expand(problem.tasks, *value.shape)
+
+
+def step_of(batch: Batch, step: int) -> Batch:
+    """What inner step `step` sees of a support set."""
+    if not batch.per_step:
+        return batch
+    y, weights = batch.y, batch.weights
+    return Batch(batch.x[:, step], None if y is None else y[:, step], None if weights is None else weights[:, step])
+
+
+def why_loop(problem: Problem) -> str:
+    """Why the tasks of `problem` run one after the other; "" if vmap runs them.
+
+    Decided once per network, training flags, losses and shapes, and remembered: on two tasks, vmap must run and must
+    agree with the loop in value, gradient and Hessian-vector product. Draws nothing from the random state. To be
+    called inside `isolated`, with the tensors of `problem` detached.
+    """
+    known = _loops.setdefault(problem.net, {})
+    key = _key(problem)
+    if key not in known:
+        reason = _compare(problem)
+        if reason is None:
+            return ""
+        known[key] = reason
+    return known[key]
+
+
+def remember_loop(problem: Problem, error: Exception) -> None:
+    """Have tasks like those of `problem` run in a loop from now on: vmap raised `error`, the loop did not."""
+    _loops.setdefault(problem.net, {})[_key(problem)] = _failure(error)
+
+
+def output_shape(problem: Problem) -> tuple[int, ...]:
+    """Shape of the network's output for one example, from the layer program or one remembered run of one task."""
+    if problem.program is not None:
+        return problem.program.output_shape
+    known = _shapes.setdefault(problem.net, {})
+    key = _key(problem)
+    if key not in known:
+        known[key] = _inputs.output_shape(problem)
+    return known[key]
+
+
+def _key(problem: Problem) -> int:
+    """Everything that vmap's being right may depend on. A hash, so that nothing is kept alive."""
+    batch = _inputs.any_batch(problem)
+    tensors = {"x": batch.x, "y": batch.y, "weights": batch.weights}
+    return hash(
+        (
+            tuple(module.training for module in problem.net.modules()),
+            tuple(None if loss is None else loss.key for loss in (problem.loss, problem.query_loss)),
+            tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
+            tuple((name, t.shape[1:], t.dtype) for name, t in tensors.items() if t is not None),
+            (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
+            (problem.order, problem.batch_stats, batch.x.device),
+        )
+    )
+
+
+def _compare(problem: Problem) -> str | None:
+    """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said (NaN)."""
+    pair = _first_two(problem)
+    device = _inputs.any_batch(pair).x.device
+    failure = ""
+    with preserved(device) as before:
+        try:
+            vectorised = _probe(pair, vectorised=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            failure = _failure(error)
+        if not failure and not RandomState.now(device).same_as(before):
+            return ""  # vmap draws other masks than the loop, there is nothing to compare
+        before.restore()
+        looped = _probe(pair, vectorised=False)  # an error of the caller's own comes out here
+    if failure:
+        return failure
+    for what, found, expected in zip(("output", "gradient", "Hessian-vector product"), vectorised, looped, strict=True):
+        size, off = float(expected.norm()), float((found - expected).norm())
+        if not isfinite(size):
+            return None
+        if not off <= _TOLERANCE.get(expected.dtype, 0.05) * size:
+            return f"the {what} by vmap was off by {off / size if size else inf:.1e} (relative)"
+    return ""
+
+
+def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, gradient and Hessian-vector product of all tasks at theta_0, each in one vector."""
+    second = problem.steps > 0 and problem.order == "second"
+    names = list(problem.rates) if problem.steps else list(problem.params)
+    theta = {name: own(stack(problem, name), requires_grad=True) for name in names}
+    batch = step_of(_inputs.any_batch(problem), 0)
+    loss = problem.query_loss if problem.support is None else problem.loss
+    losses, output = evaluate(
+        problem, {**problem.params, **theta}, problem.per_task | theta.keys(), batch, loss, vectorised
+    )
+    generator = torch.Generator().manual_seed(0)
+    objective = losses.sum() + (output * _random_like(output, generator)).sum()
+    leaves = list(theta.values())
+    gradient = _inputs.gradients([objective], leaves, create_graph=second)
+    directions = [_random_like(leaf, generator) for leaf in leaves]
+    product = _inputs.gradients(gradient, leaves, directions) if second else []
+    return output.detach().flatten(), _flat(gradient), _flat(product)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+
+
+def _first_two(problem: Problem) -> Problem:
+    def cut(batch: Batch | None) -> Batch | None:
+        if batch is None:
+            return None
+        y, weights = batch.y, batch.weights
+        return replace(
+            batch, x=batch.x[:2], y=None if y is None else y[:2], weights=None if weights is None else weights[:2]
+        )
+
+    params = {name: value[:2] if name in problem.per_task else value for name, value in problem.params.items()}
+    return replace(problem, params=params, tasks=2, support=cut(problem.support), query=cut(problem.query))
+
+
+def _failure(error: Exception) -> str:
+    message = str(error).strip() or "no message"
+    return f"vmap failed with {type(error).__name__}: {message.splitlines()[0]}"

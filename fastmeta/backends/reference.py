@@ -1,0 +1,110 @@
+"""The ground truth: one task after the other, the inner loop written out, autograd through all of it.
+
+Nothing here is clever, on purpose. Every other backend is compared with this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends._inputs import any_batch, check_class_indices, detached, gradients, inner_loop
+from fastmeta.network.functional import call, isolated
+from fastmeta.problem import Batch, Gradients, Problem, Result
+
+
+def missing() -> str:
+    """Why this backend cannot run anything here: it always can."""
+    return ""
+
+
+def refuses(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why this backend cannot run `problem`: it can run any."""
+    return ""
+
+
+def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
+    with isolated(any_batch(problem).x.device):
+        p = detached(problem, requires_grad=True)
+        check_class_indices(p)
+        answers = [_one_task(p, t) for t in range(p.tasks)]
+        result = Result(grads=_gradients(p, _objective(p, answers), wrt))
+        if p.query is not None:
+            result.output = torch.stack([output for _, output, _ in answers]).detach()
+        if p.query_loss is not None:
+            result.task_losses = torch.stack([loss for loss, _, _ in answers]).detach().to(result.output)
+        if adapted:
+            result.adapted = {name: torch.stack([theta[name] for _, _, theta in answers]).detach() for name in p.params}
+        return result
+
+
+def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
+    theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
+    momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
+    query_loss = output = torch.zeros(())
+    for k, weight in enumerate(p.step_weights or ()):
+        if p.query is not None and (weight or k == p.steps):
+            x, y, weights = _examples(p.query, (t,))
+            output = call(p.net, theta, x, batch_stats=p.batch_stats)
+            if p.query_loss is not None and weight:
+                query_loss = query_loss + weight * p.query_loss(output, y, weights)
+        if k < p.steps:
+            theta, momentum = _inner_step(p, t, k, theta, momentum)
+    return query_loss, output, theta
+
+
+def _inner_step(
+    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
+    support, loss, rule = inner_loop(p)
+    x, y, weights = _examples(support, (t, k) if support.per_step else (t,))
+    value = loss(call(p.net, theta, x, batch_stats=p.batch_stats), y, weights)
+    adapted = [theta[name] for name in p.rates]
+    gradient = gradients([value], adapted, create_graph=p.order == "second")
+    theta, momentum = dict(theta), dict(momentum)
+    for (name, rate), g in zip(p.rates.items(), gradient, strict=True):
+        rate = rate[k if rate.shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
+        rate = rate[t if rate.shape[0] > 1 else 0]  # [*(S or 1s)]
+        momentum[name] = rule.momentum * momentum[name] + g + rule.weight_decay * theta[name]
+        theta[name] = theta[name] - rate * momentum[name]
+    return theta, momentum
+
+
+def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """x [N, *in], y [N, ...] and weights [N] of one task (and step), or None."""
+    x, y, weights = (None if tensor is None else tensor[at] for tensor in (batch.x, batch.y, batch.weights))
+    return x, y, weights
+
+
+def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
+    """The scalar J of `fastmeta.problem`."""
+    objective = torch.zeros(())
+    for t, (query_loss, output, theta) in enumerate(answers):
+        objective = objective + (1 if p.task_weights is None else p.task_weights[t]) / p.tasks * query_loss
+        if p.adapted_grad is not None:
+            for name, cotangent in p.adapted_grad.items():
+                objective = objective + (cotangent[t] * theta[name]).sum()
+        if p.output_grad is not None:
+            objective = objective + (p.output_grad[t] * output).sum()
+    return objective
+
+
+def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:
+    """The gradients of J asked for."""
+    grads = Gradients()
+    if "params" in wrt:
+        grads.params = dict(zip(p.params, gradients([objective], [*p.params.values()], retain_graph=True), strict=True))
+    if "lr" in wrt:
+        grads.lr = dict(zip(p.rates, gradients([objective], [*p.rates.values()], retain_graph=True), strict=True))
+    for role, batch in (("support", p.support), ("query", p.query)):
+        for part in ("x", "y", "weights"):
+            tensor = getattr(batch, part, None)
+            if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
+                setattr(grads, f"{role}_{part}", gradients([objective], [tensor], retain_graph=True)[0])
+    return grads

@@ -1,0 +1,196 @@
+"""The module as a function of one task's parameters, under fastmeta's own conventions.
+
+This is what the `reference` and `torch` backends evaluate, and what a captured layer program is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from fastmeta.network import elementary
+
+_BATCH_STATS = ("task", "running")
+
+
+def call(
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    batch_stats: str = "task",
+    decompose: bool = False,
+) -> Tensor:
+    """The network's output for one task.
+
+    Args:
+        net: the module; neither its parameters nor its buffers are touched.
+        params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
+        x: inputs [N, *in]; the network may write into its input, it gets a copy.
+        batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
+            leave the running ones alone. "running": norms that track running statistics use those.
+        decompose: compute norms and attention from elementary operators, so that vmap and double backward are
+            right together (pytorch/functorch#534: on affine fused norms they silently are not).
+
+    Returns:
+        The output [N, *out].
+
+    Derivatives: twice differentiable in `params` and `x` wherever the module is.
+
+    Raises:
+        TypeError: the module returns something else than one tensor.
+        ValueError: a norm over the task's own batch would see one value per channel.
+    """
+    # A forward pass may count batches or move running statistics: it does so on copies.
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with ExitStack() as stack:
+        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
+            # cuDNN's recurrent networks have no double backward, the others have.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_Conventions(batch_stats, decompose))
+        output = torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
+    return output
+
+
+def check_batch_stats(net: nn.Module, batch_stats: str) -> None:
+    """Check that the norms of `net` can normalise as `batch_stats` says.
+
+    Args:
+        net: the module.
+        batch_stats: "task" | "running".
+
+    Raises:
+        ValueError: an unknown value, or "running" while a batch norm has no running statistics yet (or never
+            will): it would silently normalise with mean 0 and variance 1.
+    """
+    if batch_stats not in _BATCH_STATS:
+        raise ValueError(f"`batch_stats` must be 'task' or 'running', got {batch_stats!r}")
+    if batch_stats == "task":
+        return
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        where = f"{name or 'the network itself'} ({type(module).__name__})"
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            # Instance norm tracks without counting batches, so look at the statistics themselves.
+            mean, var = module.running_mean, module.running_var
+            if mean is not None and var is not None and not mean.any() and bool((var == 1).all()):
+                raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
+        elif module.running_mean is None or module.num_batches_tracked is None:
+            raise ValueError(f"`batch_stats='running'` needs running statistics, {where} tracks none")
+        elif int(module.num_batches_tracked) == 0:
+            raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Gradients on, inference mode and autocast off, whatever the caller has set."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
+    """A leaf with the values of `tensor` and no ties to the caller's graph; to be called inside `isolated`."""
+    leaf = tensor.clone() if tensor.is_inference() else tensor
+    return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point())
+
+
+class _Conventions(TorchFunctionMode):
+    """Replaces normalisation and attention wherever a module, or its own code, calls them.
+
+    While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
+    """
+
+    def __init__(self, batch_stats: str, decompose: bool) -> None:
+        super().__init__()
+        own_batch = batch_stats == "task"
+        self._replacements: dict[Any, Callable[..., Any]] = {
+            F.batch_norm: lambda *args, **kwargs: _batch_norm(own_batch, decompose, *args, **kwargs),
+            F.instance_norm: lambda *args, **kwargs: _instance_norm(own_batch, decompose, *args, **kwargs),
+        }
+        self._replacements.update(_DECOMPOSED if decompose else _TWICE_DIFFERENTIABLE)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    own_batch: bool,
+    decompose: bool,
+    x: Tensor,  # [N, C, ...]
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if own_batch and x.numel() == x.shape[1]:
+        raise ValueError(
+            "batch norm over the task's own batch needs more than one value per channel, got an input of shape "
+            f"{tuple(x.shape)}; `batch_stats='running'` can take it"
+        )
+    mean, var = (None, None) if own_batch else (running_mean, running_var)
+    if decompose:
+        return elementary.batch_norm(x, mean, var, weight, bias, eps)
+    return F.batch_norm(x, mean, var, weight, bias, training=own_batch, eps=eps)
+
+
+def _instance_norm(
+    own_batch: bool,
+    decompose: bool,
+    x: Tensor,  # [N, C, ...]
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    own_batch = own_batch or running_mean is None
+    mean, var = (None, None) if own_batch else (running_mean, running_var)
+    if decompose:
+        return elementary.instance_norm(x, mean, var, weight, bias, eps)
+    return F.instance_norm(x, mean, var, weight, bias, use_input_stats=own_batch, eps=eps)
+
+
+def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` with PyTorch's own formula for attention: the fused kernels have no double backward."""
+
+    def twice_differentiable(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+
+    return twice_differentiable
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's, by the branch that returns the attention weights: it is made of elementary operators."""
+    wanted = kwargs.get("need_weights", True)
+    output, weights = F.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
+    return output, weights if wanted else None
+
+
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: elementary.layer_norm,
+    F.group_norm: elementary.group_norm,
+    F.rms_norm: elementary.rms_norm,
+    F.scaled_dot_product_attention: elementary.scaled_dot_product_attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+}
+_TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+}
