@@ -1,0 +1,174 @@
+// Register-tiled matrix products: c = epilogue(sum over pairs of a b), see Gemm in engine/kernels.h.
+//
+// A tile keeps MR x NV vectors of c in registers and walks down k: NV loads of b, MR broadcasts of a, MR * NV
+// multiply-adds. b's panel block (at most K_BLOCK x 64 columns, 24 KiB) stays in the first-level cache over all row
+// tiles. The order of every sum is fixed by the shapes alone.
+
+constexpr i64 K_BLOCK = 96;
+
+template <class S>
+struct Tile {
+  const S* a;
+  i64 a_row, a_k;
+  const S* b;
+  i64 ldb, k;
+  S* c;
+  i64 ldc;
+  bool resume;  // start from c instead of zero
+  bool last;    // apply the epilogue
+  const S* src;
+  i64 ld_src;
+  const S* bias;
+  bool relu;
+  const S* mask;
+  i64 ld_mask;
+};
+
+template <class S, int MR, int NV, bool A_ROW_ONE>
+__attribute__((noinline)) void tile(const Tile<S>& t) {
+  using V = Vec<S>;
+  constexpr int L = lanes<S>;
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = t.resume ? load(t.c + r * t.ldc + v * L) : V{};
+
+  const S* a = t.a;
+  const S* b = t.b;
+  const i64 a_row = A_ROW_ONE ? 1 : t.a_row, a_k = A_ROW_ONE ? t.a_k : 1, ldb = t.ldb;
+  for (i64 k = t.k; k > 0; --k) {
+    V bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const V av = broadcast(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+    }
+    a += a_k;
+    b += ldb;
+  }
+
+  if (t.last) {
+    if (t.src)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] += load(t.src + r * t.ld_src + v * L);
+    if (t.bias)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V bias = load(t.bias + v * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) acc[r][v] += bias;
+      }
+    if (t.relu)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] < 0 ? V{} : acc[r][v];
+    if (t.mask)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = load(t.mask + r * t.ld_mask + v * L) > 0 ? acc[r][v] : V{};
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(t.c + r * t.ldc + v * L, acc[r][v]);
+}
+
+template <class S>
+using TileFunction = void (*)(const Tile<S>&);
+
+// tiles[NV - 1][MR - 1]; a tile of NV vectors has at most MAX_ROWS[NV - 1] rows, so that it fits in the registers.
+#define FM_ROW2(S, NV, T) &tile<S, 1, NV, T>, &tile<S, 2, NV, T>
+#define FM_ROW4(S, NV, T) FM_ROW2(S, NV, T), &tile<S, 3, NV, T>, &tile<S, 4, NV, T>
+#define FM_ROW6(S, NV, T) FM_ROW4(S, NV, T), &tile<S, 5, NV, T>, &tile<S, 6, NV, T>
+#define FM_ROW8(S, NV, T) FM_ROW6(S, NV, T), &tile<S, 7, NV, T>, &tile<S, 8, NV, T>
+#define FM_ROW12(S, NV, T) \
+  FM_ROW8(S, NV, T), &tile<S, 9, NV, T>, &tile<S, 10, NV, T>, &tile<S, 11, NV, T>, &tile<S, 12, NV, T>
+#if FM_REGISTERS == 32
+constexpr int MAX_VECTORS = 4;
+constexpr int MAX_ROWS[MAX_VECTORS] = {12, 12, 8, 6};
+template <class S, bool T>
+constexpr TileFunction<S> TILES[MAX_VECTORS][12] = {
+    {FM_ROW12(S, 1, T)}, {FM_ROW12(S, 2, T)}, {FM_ROW8(S, 3, T)}, {FM_ROW6(S, 4, T)}};
+#else
+constexpr int MAX_VECTORS = 3;
+constexpr int MAX_ROWS[MAX_VECTORS] = {8, 6, 4};
+template <class S, bool T>
+constexpr TileFunction<S> TILES[MAX_VECTORS][8] = {{FM_ROW8(S, 1, T)}, {FM_ROW6(S, 2, T)}, {FM_ROW4(S, 3, T)}};
+#endif
+
+// The widest tile for `left` vectors that leaves no lonely vector behind: 5 is 3 + 2, 4 of at most 3 is 2 + 2.
+FM_INLINE int tile_width(i64 left) {
+  if (left <= MAX_VECTORS) return static_cast<int>(left);
+  return left == MAX_VECTORS + 1 ? (MAX_VECTORS + 1) / 2 : MAX_VECTORS;
+}
+
+template <class S>
+void gemm(const Gemm<S>& g) {
+  constexpr int L = lanes<S>;
+  for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
+    const i64 panel_end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>;
+    for (int p = 0; p < g.pairs; ++p) {
+      const auto& pair = g.pair[p];
+      const bool row_one = pair.a_row == 1 && pair.a_k != 1;
+      for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK) {
+        const i64 k = g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK;
+        Tile<S> t;
+        t.a_row = pair.a_row;
+        t.a_k = pair.a_k;
+        t.k = k;
+        t.relu = g.relu;
+        t.last = p == g.pairs - 1 && k0 + k == g.k;
+        // A source that is c itself would be lost under partial sums: it joins with the first block instead.
+        const bool in_place = g.src && g.src.data == g.c.data;
+        t.resume = p > 0 || k0 > 0 || in_place;
+        for (i64 j = panel; j < panel_end;) {
+          const int vectors = tile_width((panel_end - j) / L);
+          t.b = pair.b.column(j, t.ldb) + k0 * t.ldb;
+          S* c = g.c.column(j, t.ldc);
+          const S* src = g.src && !in_place ? g.src.column(j, t.ld_src) : nullptr;
+          const S* mask = g.mask ? g.mask.column(j, t.ld_mask) : nullptr;
+          t.bias = g.bias ? g.bias + j : nullptr;
+          const i64 tiles = (g.m + MAX_ROWS[vectors - 1] - 1) / MAX_ROWS[vectors - 1];
+          i64 r = 0;
+          for (i64 i = 0; i < tiles; ++i) {
+            const i64 rows = (g.m - r) / (tiles - i);
+            t.a = pair.a + r * pair.a_row + k0 * pair.a_k;
+            t.c = c + r * t.ldc;
+            t.src = src ? src + r * t.ld_src : nullptr;
+            t.mask = mask ? mask + r * t.ld_mask : nullptr;
+            (row_one ? TILES<S, true> : TILES<S, false>)[vectors - 1][rows - 1](t);
+            r += rows;
+          }
+          j += vectors * L;
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+void dot(const Dot<S>& d) {
+  using V = Vec<S>;
+  constexpr int L = lanes<S>;
+  for (i64 r = 0; r < d.m; ++r) {
+    S* c = d.c + r * d.ldc;
+    for (i64 o = 0; o < d.n; ++o) {
+      V acc{};
+      for (int p = 0; p < d.pairs; ++p) {
+        const S* a = d.pair[p].a + r * d.pair[p].a_row;
+        const S* b = d.pair[p].b + o * d.pair[p].b_row;
+        for (i64 k = 0; k < d.k; k += L) acc += load(a + k) * load(b + k);
+      }
+      c[o] = sum<S>(acc) + (d.bias ? d.bias[o] : S(0));
+    }
+    for (i64 o = d.n; o < d.ldc; ++o) c[o] = 0;
+  }
+}

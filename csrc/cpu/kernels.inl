@@ -1,0 +1,40 @@
+// All kernels of one instruction set. The including file defines FM_ISA, FM_ISA_NAME, FM_VECTOR_BYTES and
+// FM_REGISTERS, and is compiled with that instruction set's flags. Everything is in an anonymous namespace, and no
+// standard header is included: an inline function compiled for AVX-512 must never be linked into portable code.
+
+#include "../engine/kernels.h"
+
+namespace fm {
+namespace {
+
+#include "vector.inl"
+// vector.inl comes first, the others build on it
+#include "gemm_tile.inl"
+#include "layers/elementwise.inl"
+#include "loss.inl"
+#include "parameters.inl"
+#include "peak.inl"
+#include "transpose.inl"
+
+template <class S>
+constexpr Kernels<S> KERNELS = {&gemm<S>,
+                                &dot<S>,
+                                &transpose<S>,
+                                &elementwise_forward<S>,
+                                &elementwise_backward<S>,
+                                &elementwise_tangent<S>,
+                                &elementwise_tangent_backward<S>,
+                                &loss<S>,
+                                &loss_tangent<S>,
+                                &add<S>,
+                                &inner<S>,
+                                &sgd_update<S>,
+                                &sgd_direction<S>,
+                                &sgd_adjoint<S>};
+
+}  // namespace
+
+extern const InstructionSet FM_ISA;
+const InstructionSet FM_ISA = {FM_ISA_NAME, &KERNELS<float>, &KERNELS<double>, &peak<float>, &peak<double>};
+
+}  // namespace fm

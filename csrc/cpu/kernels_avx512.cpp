@@ -1,0 +1,5 @@
+#define FM_ISA isa_avx512
+#define FM_ISA_NAME "avx512"
+#define FM_VECTOR_BYTES 64
+#define FM_REGISTERS 32
+#include "kernels.inl"

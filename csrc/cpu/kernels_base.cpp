@@ -1,0 +1,5 @@
+#define FM_ISA isa_base
+#define FM_ISA_NAME "base"
+#define FM_VECTOR_BYTES 16
+#define FM_REGISTERS 16
+#include "kernels.inl"

@@ -1,0 +1,152 @@
+// linear: y = x W^T + b on the last dimension, optionally with the following relu in its epilogue.
+//
+// W is [O, I]. Wide: kept as W^T [I, O] in panels, with W itself as the mirror for the input gradient. Narrow (few
+// outputs): kept as W [O, I], and y by inner products, since a padded vector of outputs would be mostly empty.
+#pragma once
+
+#include "../../engine/pass.h"
+
+namespace fm::linear {
+
+template <class S>
+Matrix<const S> wide_matrix(const Plan& plan, const Param& p, const S* set) {
+  return Matrix<const S>::panels(set, p.cols, plan.padded(p.rows), plan.panel);
+}
+
+// y = epilogue(x0 A0^T [+ x1 A1^T] + bias)
+template <class S>
+void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
+              const S* bias, S* y, const S* mask) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight];
+  const i64 rows = pass.rows(layer.output), ld_y = plan.values[layer.output].ld;
+  if (p.narrow) {
+    Dot<S> dot;
+    dot.m = rows, dot.n = p.rows, dot.k = plan.padded(p.cols), dot.pairs = pairs;
+    for (int i = 0; i < pairs; ++i) dot.pair[i] = {x[i], ld_x[i], w[i], plan.padded(p.cols)};
+    dot.c = y, dot.ldc = ld_y, dot.bias = bias;
+    pass.kernels.dot(dot);
+    return;
+  }
+  Gemm<S> gemm;
+  gemm.m = rows, gemm.n = plan.padded(p.rows), gemm.k = p.cols, gemm.pairs = pairs;
+  for (int i = 0; i < pairs; ++i) gemm.pair[i] = {x[i], ld_x[i], 1, wide_matrix(plan, p, w[i])};
+  gemm.c = Matrix<S>::plain(y, ld_y);
+  gemm.bias = bias;
+  gemm.relu = layer.relu_out && !mask;
+  if (mask) gemm.mask = Matrix<const S>::plain(mask, ld_y);
+  pass.kernels.gemm(gemm);
+}
+
+// dx (+)= dy0 W0 [+ dy1 W1], masked where the input is a fused relu's output
+template <class S>
+void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy, const ParamView<S>* const* w,
+                    S* dx) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight];
+  const int in = layer.inputs[0];
+  const i64 ld_x = plan.values[in].ld;
+  Gemm<S> gemm;
+  gemm.m = pass.rows(in), gemm.n = plan.padded(p.cols), gemm.k = p.rows, gemm.pairs = pairs;
+  for (int i = 0; i < pairs; ++i) {
+    const S* rows = p.narrow ? w[i]->primary[layer.weight] : w[i]->mirror[layer.weight];
+    gemm.pair[i] = {dy[i], plan.values[layer.output].ld, 1,
+                    p.narrow ? Matrix<const S>::plain(rows, plan.padded(p.cols))
+                             : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols), plan.panel)};
+  }
+  gemm.c = Matrix<S>::plain(dx, ld_x);
+  if (layer.adds[0]) gemm.src = Matrix<const S>::plain(dx, ld_x);
+  if (layer.relu_in) gemm.mask = Matrix<const S>::plain(pass.value(in), ld_x);
+  pass.kernels.gemm(gemm);
+}
+
+// dW (+)= sum over pairs of (dy^T x) and db (+)= column sums of the first pair's dy
+template <class S>
+void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
+                     const S* const* dy, const GradientTarget<S>& target) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight];
+  const i64 ld_y = plan.values[layer.output].ld;
+  Gemm<S> gemm;
+  gemm.k = pass.rows(layer.output);
+  if (target.wanted[layer.weight]) {
+    gemm.pairs = pairs;
+    S* g = target.set + p.offset;
+    if (p.narrow) {
+      gemm.m = p.rows, gemm.n = plan.padded(p.cols);
+      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {dy[i], 1, ld_y, Matrix<const S>::plain(x[i], ld_x[i])};
+      gemm.c = Matrix<S>::plain(g, gemm.n);
+    } else {
+      gemm.m = p.cols, gemm.n = plan.padded(p.rows);
+      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {x[i], 1, ld_x[i], Matrix<const S>::plain(dy[i], ld_y)};
+      gemm.c = Matrix<S>::panels(g, p.cols, gemm.n, plan.panel);
+    }
+    if (target.written[layer.weight])
+      gemm.src = {gemm.c.data, gemm.c.ld, gemm.c.panel, gemm.c.rows, gemm.c.padded};
+    target.written[layer.weight] = true;
+    pass.kernels.gemm(gemm);
+  }
+  if (layer.bias >= 0 && target.wanted[layer.bias]) {
+    S* g = target.set + plan.params[layer.bias].offset;
+    gemm.pairs = 1, gemm.m = 1, gemm.n = plan.padded(p.rows);
+    gemm.pair[0] = {pass.ones, 1, 0, Matrix<const S>::plain(dy[0], ld_y)};
+    gemm.c = Matrix<S>::plain(g, gemm.n);
+    gemm.src = target.written[layer.bias] ? Matrix<const S>::plain(g, gemm.n) : Matrix<const S>{};
+    target.written[layer.bias] = true;
+    pass.kernels.gemm(gemm);
+  }
+}
+
+template <class S>
+void forward(const Pass<S>& pass, const Layer& layer) {
+  const S* x[] = {pass.value(layer.inputs[0])};
+  const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
+  const S* w[] = {pass.theta.primary[layer.weight]};
+  const S* bias = layer.bias >= 0 ? pass.theta.primary[layer.bias] : nullptr;
+  multiply<S>(pass, layer, 1, x, ld_x, w, bias, pass.output(layer.output), nullptr);
+}
+
+template <class S>
+void backward(const Pass<S>& pass, const Layer& layer, const GradientTarget<S>* target) {
+  const int in = layer.inputs[0];
+  const S* dy[] = {pass.delta(layer.output)};
+  if (target) {
+    const S* x[] = {pass.value(in)};
+    const i64 ld_x[] = {pass.value_ld(in)};
+    weight_gradient<S>(pass, layer, 1, x, ld_x, dy, *target);
+  }
+  if (pass.wants_delta(in)) {
+    const ParamView<S>* w[] = {&pass.theta};
+    input_gradient<S>(pass, layer, 1, dy, w, pass.delta(in));
+  }
+}
+
+// ry = x V^T + vb [+ rx W^T]
+template <class S>
+void tangent(const Pass<S>& pass, const Layer& layer) {
+  const int in = layer.inputs[0];
+  const bool moves = pass.has_tangent(in);
+  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
+  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
+  const S* w[] = {pass.v.primary[layer.weight], pass.theta.primary[layer.weight]};
+  const S* bias = layer.bias >= 0 ? pass.v.primary[layer.bias] : nullptr;
+  multiply<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output),
+              layer.relu_out ? pass.value(layer.output) : nullptr);
+}
+
+// R(dW) = rdy^T x [+ dy^T rx];  rdx = rdy W + dy V
+template <class S>
+void tangent_backward(const Pass<S>& pass, const Layer& layer, const GradientTarget<S>& target) {
+  const int in = layer.inputs[0];
+  const bool moves = pass.has_tangent(in);
+  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
+  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
+  const S* dy[] = {pass.tangent_delta(layer.output), pass.delta(layer.output)};
+  weight_gradient<S>(pass, layer, moves ? 2 : 1, x, ld_x, dy, target);
+  if (pass.wants_delta(in)) {
+    const ParamView<S>* w[] = {&pass.theta, &pass.v};
+    input_gradient<S>(pass, layer, 2, dy, w, pass.tangent_delta(in));
+  }
+}
+
+}  // namespace fm::linear

@@ -1,0 +1,146 @@
+// The losses, primal and tangent; formulas in docs/losses.md. Values are summed in double.
+
+// Terms of one element of an element-wise loss at output z and target y: value, d/dz, d2/dz2, d/dy, d2/dz dy.
+template <class S>
+struct LossTerms {
+  S value, dz, dzz, dy, dzy;
+};
+
+template <class S>
+FM_INLINE LossTerms<S> loss_terms(const LossSpec& spec, S z, S y, S pos_weight) {
+  if (spec.kind == LossKind::bce_with_logits) {
+    const S s = sigmoid_(-z), weight = S(1) + (pos_weight - S(1)) * y;
+    const S softplus = log1p_(exp_(z < 0 ? z : -z)) + (z < 0 ? -z : S(0));
+    return {(S(1) - y) * z + weight * softplus, (S(1) - y) - weight * s, weight * s * (S(1) - s),
+            (pos_weight - S(1)) * softplus - z, S(-1) - (pos_weight - S(1)) * s};
+  }
+  const S d = z - y, sign = d > 0 ? S(1) : d < 0 ? S(-1) : d == 0 ? S(0) : d, beta = S(spec.beta);
+  const S size = d < 0 ? -d : d;
+  switch (spec.kind) {
+    case LossKind::mse: return {d * d, S(2) * d, S(2), S(-2) * d, S(-2)};
+    case LossKind::smooth_l1:
+      if (size < beta) return {S(0.5) * d * d / beta, d / beta, S(1) / beta, -d / beta, S(-1) / beta};
+      return {size - S(0.5) * beta, sign, S(0), -sign, S(0)};
+    case LossKind::huber:
+      if (size < beta) return {S(0.5) * d * d, d, S(1), -d, S(-1)};
+      return {beta * (size - S(0.5) * beta), beta * sign, S(0), -beta * sign, S(0)};
+    default: return {size, sign, S(0), -sign, S(0)};
+  }
+}
+
+// What an example counts in the denominator of the mean: 1, the class weight of its index, or 0 if it is ignored.
+template <class S>
+FM_INLINE S example_share(const LossCall<S>& l, i64 n) {
+  if (!l.spec.class_indices) return 1;
+  const i64 y = static_cast<const i64*>(l.target)[n];
+  if (y == l.spec.ignore_index) return 0;
+  return l.class_weights ? l.class_weights[y] : S(1);
+}
+
+template <class S>
+double loss_denominator(const LossCall<S>& l) {
+  if (l.spec.sum) return 1;
+  double d = 0;
+  for (i64 n = 0; n < l.examples; ++n)
+    d += double(example_share(l, n)) * (l.spec.normalise_sum && l.weights ? double(l.weights[n]) : 1.0);
+  return d;
+}
+
+// Weight q of class c in -sum_c q_c log p_c.
+template <class S>
+FM_INLINE S class_share(const LossCall<S>& l, i64 n, i64 c) {
+  const S smoothing = S(l.spec.label_smoothing), weight = l.class_weights ? l.class_weights[c] : S(1);
+  S y;
+  if (l.spec.class_indices) {
+    const i64 index = static_cast<const i64*>(l.target)[n];
+    if (index == l.spec.ignore_index) return 0;
+    y = index == c ? S(1) : S(0);
+  } else {
+    y = static_cast<const S*>(l.target)[n * l.cols + c];
+  }
+  return weight * (y * (S(1) - smoothing) + smoothing / S(l.cols));
+}
+
+// One example of cross_entropy; `r` is the tangent of z or null (then the primal is computed). Returns l_n or R l_n.
+template <class S, bool TANGENT>
+S cross_entropy_example(const LossCall<S>& l, i64 n, S factor) {
+  const S* z = l.z + n * l.ld;
+  const S* rz = TANGENT ? l.rz + n * l.ld : nullptr;
+  S top = z[0];
+  for (i64 c = 1; c < l.cols; ++c) top = z[c] > top || z[c] != z[c] ? z[c] : top;
+  S total = 0, mean_rz = 0;
+  for (i64 c = 0; c < l.cols; ++c) {
+    const S e = exp_(z[c] - top);
+    total += e;
+    if (TANGENT) mean_rz += e * rz[c];
+  }
+  const S log_total = log_(total);
+  mean_rz /= total;
+  S shares = 0, value = 0;
+  for (i64 c = 0; c < l.cols; ++c) {
+    const S q = class_share(l, n, c);
+    shares += q;
+    if (q != 0) value -= q * (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
+  }
+  const S target_factor = -factor * (S(1) - S(l.spec.label_smoothing));
+  for (i64 c = 0; c < l.cols; ++c) {
+    const S p = exp_(z[c] - top) / total;
+    if (l.dz)
+      l.dz[n * l.ld + c] = factor * (TANGENT ? p * (rz[c] - mean_rz) * shares : p * shares - class_share(l, n, c));
+    if (l.dtarget)
+      l.dtarget[n * l.cols + c] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
+                                   (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
+  }
+  if (l.dz)
+    for (i64 c = l.cols; c < l.ld; ++c) l.dz[n * l.ld + c] = 0;
+  return value;
+}
+
+template <class S, bool TANGENT>
+S elementwise_example(const LossCall<S>& l, i64 n, S factor) {
+  const S share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
+  S value = 0;
+  for (i64 r = 0; r < l.rows; ++r) {
+    const i64 row = (n * l.rows + r) * l.ld, at = (n * l.rows + r) * l.cols;
+    for (i64 c = 0; c < l.cols; ++c) {
+      const S pos_weight = l.class_weights ? l.class_weights[c] : S(1);
+      const LossTerms<S> t =
+          loss_terms<S>(l.spec, l.z[row + c], static_cast<const S*>(l.target)[at + c], pos_weight);
+      const S rz = TANGENT ? l.rz[row + c] : S(0);
+      value += share * (TANGENT ? t.dz * rz : t.value);
+      if (l.dz) l.dz[row + c] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
+      if (l.dtarget) l.dtarget[at + c] += factor * share * (TANGENT ? t.dzy * rz : t.dy);
+    }
+    if (l.dz)
+      for (i64 c = l.cols; c < l.ld; ++c) l.dz[row + c] = 0;
+  }
+  return value;
+}
+
+template <class S, bool TANGENT>
+double loss_pass(const LossCall<S>& l) {
+  const double denominator = loss_denominator(l);
+  double value = 0;
+  for (i64 n = 0; n < l.examples; ++n) {
+    const double weight = l.weights ? double(l.weights[n]) : 1.0;
+    const S factor = S(l.scale * weight / denominator);
+    const double term = l.spec.kind == LossKind::cross_entropy ? cross_entropy_example<S, TANGENT>(l, n, factor)
+                                                               : elementwise_example<S, TANGENT>(l, n, factor);
+    value += weight * term;
+    if (l.dweights) l.dweights[n] += S(l.scale * term / denominator);
+  }
+  value /= denominator;
+  if (l.dweights && l.spec.normalise_sum && !l.spec.sum)
+    for (i64 n = 0; n < l.examples; ++n)
+      l.dweights[n] -= S(l.scale * double(example_share(l, n)) * value / denominator);
+  return value;
+}
+
+template <class S>
+double loss(const LossCall<S>& l) {
+  return loss_pass<S, false>(l);
+}
+template <class S>
+void loss_tangent(const LossCall<S>& l) {
+  loss_pass<S, true>(l);
+}

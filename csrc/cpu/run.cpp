@@ -1,0 +1,133 @@
+#include "run.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <limits>
+#include <mutex>
+
+#include "../engine/meta_step.h"
+#include "thread_pool.h"
+
+namespace fm {
+namespace {
+
+// Tasks are cut into this many contiguous ranges at most, each summed by one worker: fixed, so that the sums do not
+// depend on the number of threads.
+constexpr i64 RANGES = 16;
+
+double last_seconds = 0;
+
+bool classes_in_range(const Plan& plan, const LossSpec& loss, const void* targets, i64 count) {
+  if (!targets || !loss.class_indices) return true;
+  const i64* y = static_cast<const i64*>(targets);
+  const i64 classes = plan.values[plan.output].cols;
+  for (i64 i = 0; i < count; ++i)
+    if ((y[i] < 0 || y[i] >= classes) && y[i] != loss.ignore_index) return false;
+  return true;
+}
+
+template <class S>
+bool rates_finite(const Plan& plan, const Call<S>& call) {
+  for (size_t p = 0; p < plan.params.size(); ++p) {
+    const Param& param = plan.params[p];
+    if (!param.adapted || plan.options.steps == 0) continue;
+    const i64 count = (param.rate_per_step ? plan.options.steps : 1) * (param.rate_per_task ? call.tasks : 1) *
+                      (param.rate_element ? param.numel() : 1);
+    for (i64 i = 0; i < count; ++i)
+      if (!std::isfinite(call.params[p].rate[i])) return false;
+  }
+  return true;
+}
+
+template <class S>
+void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) {
+  const Kernels<S>& kernels = *[] {
+    if constexpr (sizeof(S) == 4)
+      return instruction_set().f32;
+    else
+      return instruction_set().f64;
+  }();
+  const int ranges = int(std::min(RANGES, call.tasks));
+  // The caller's scratch, kept out of the workers' way: shared parameters, their mirrors, the ranges' sums.
+  const i64 shared_size = plan.set_size + plan.mirror_size;
+  static std::vector<S>* common = new std::vector<S>;  // guarded by the session; survives static destruction
+  const size_t needed = size_t(shared_size + (ranges + 1) * plan.range_sums) + 16;
+  if (common->size() < needed) *common = std::vector<S>(needed);
+  S* base = common->data();
+  base += (64 - reinterpret_cast<std::uintptr_t>(base) % 64) % 64 / sizeof(S);
+  S* const shared_set = base;
+  S* const sums = base + shared_size;
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  if (poison) std::fill(base, base + shared_size + (ranges + 1) * plan.range_sums, nan);
+
+  for (size_t p = 0; p < plan.params.size(); ++p) {
+    const Param& param = plan.params[p];
+    if (param.per_task) continue;
+    pack(kernels, plan, param, call.params[p].data, shared_set + param.offset);
+    if (param.mirrored)
+      make_mirror(kernels, plan, param, shared_set + param.offset, shared_set + plan.set_size + param.mirror_offset);
+  }
+  const Shared<S> shared{shared_set, shared_set + plan.set_size};
+
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  const auto range = [&](int r, int worker) {
+    try {
+      S* workspace = static_cast<S*>(scratch(worker, plan.at.total * sizeof(S)));
+      if (poison) std::fill(workspace, workspace + plan.at.total, nan);
+      S* own = sums + r * plan.range_sums;
+      if (plan.options.gradient) std::fill(own, own + plan.range_sums, S(0));
+      MetaStep<S> step(plan, kernels, call, shared, workspace);
+      for (i64 t = call.tasks * r / ranges; t < call.tasks * (r + 1) / ranges; ++t) step.run(t, own);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(failure_mutex);
+      failure = std::current_exception();
+    }
+  };
+  parallel(threads, ranges, range);
+  if (failure) std::rethrow_exception(failure);
+  if (!plan.options.gradient || plan.range_sums == 0) return;
+
+  // Ranges are added in their order; the elements are shared out over the threads.
+  S* const total = sums + ranges * plan.range_sums;
+  constexpr i64 CHUNK = 4096;
+  parallel(threads, int((plan.range_sums + CHUNK - 1) / CHUNK), [&](int c, int) {
+    const i64 start = c * CHUNK, n = std::min(CHUNK, plan.range_sums - start);
+    kernels.add(n, sums + start, nullptr, total + start);
+    for (int r = 1; r < ranges; ++r) kernels.add(n, total + start, sums + r * plan.range_sums + start, total + start);
+  });
+  S* workspace = static_cast<S*>(scratch(0, plan.at.total * sizeof(S)));
+  MetaStep<S> step(plan, kernels, call, shared, workspace);
+  for (size_t p = 0; p < plan.params.size(); ++p) {
+    const Param& param = plan.params[p];
+    if (!param.per_task && call.params[p].grad)
+      unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
+    if (plan.options.wants_rates && param.adapted && !param.rate_per_task)
+      step.write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
+  }
+}
+
+}  // namespace
+
+template <class S>
+Verdict run(const Plan& plan, const Call<S>& call, int threads, bool poison) {
+  const Options& o = plan.options;
+  const i64 support_sets = call.tasks * (o.support_per_step ? o.steps : 1);
+  if (!classes_in_range(plan, o.loss, call.support.y, support_sets * o.support)) return Verdict::support_class;
+  if (!classes_in_range(plan, o.query_loss, call.query.y, call.tasks * o.query)) return Verdict::query_class;
+  if (!rates_finite(plan, call)) return Verdict::rate_not_finite;
+  Session session;
+  const auto start = std::chrono::steady_clock::now();
+  run_tasks(plan, call, threads, poison);
+  last_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return Verdict::ok;
+}
+
+template Verdict run<float>(const Plan&, const Call<float>&, int, bool);
+template Verdict run<double>(const Plan&, const Call<double>&, int, bool);
+
+double last_run_seconds() { return last_seconds; }
+
+}  // namespace fm

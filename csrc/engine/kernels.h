@@ -1,0 +1,123 @@
+// The kernels that one instruction set provides: what the meta-step is written in.
+//
+// Buffers are padded to 64 bytes per row and every padding column holds zero before and after each kernel.
+#pragma once
+
+#include "types.h"
+
+namespace fm {
+
+// c = mask(relu([src +] sum_p a_p b_p + bias)), c is [m, n] with n padded.
+template <class S>
+struct Gemm {
+  i64 m, n;
+  int pairs = 1;
+  i64 k;
+  struct Pair {
+    const S* a;       // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
+    i64 a_row, a_k;
+    Matrix<const S> b;  // [k, n]
+  } pair[2];
+  Matrix<S> c;
+  Matrix<const S> src = {};   // added if present; may be c itself
+  const S* bias = nullptr;    // [n] added to every row if present
+  bool relu = false;
+  Matrix<const S> mask = {};  // c is zeroed where mask <= 0, if present
+};
+
+// c[r, o] = sum_p <a_p[r, :], b_p[o, :]> + bias[o] for few outputs o; k padded.
+template <class S>
+struct Dot {
+  i64 m, n, k;
+  int pairs = 1;
+  struct Pair {
+    const S* a;  // [m, k], rows a_row apart
+    i64 a_row;
+    const S* b;  // [n, k], rows b_row apart
+    i64 b_row;
+  } pair[2];
+  S* c;  // [m, ldc]; columns n .. ldc are zeroed
+  i64 ldc;
+  const S* bias = nullptr;
+};
+
+// dst[c, r] = src[r, c] for a rows x cols matrix; a padded side may be read and is written (zeros) up to its padding.
+template <class S>
+struct Transpose {
+  Matrix<const S> src;
+  Matrix<S> dst;
+  i64 rows, cols;
+  bool src_padded, dst_padded;
+};
+
+template <class S>
+struct Elementwise {
+  Function function;
+  S c0, c1;
+  i64 rows, cols, ld, ld_x;
+  bool accumulate;       // add to dx / rdx instead of storing
+  const S *x, *y;        // [rows, cols] input (ld_x apart) and output
+  const S *dy, *rx, *rdy;
+  S* out;                // y, dx, ry or rdx
+};
+
+template <class S>
+struct LossCall {
+  LossSpec spec;
+  i64 examples, rows, cols, ld;  // an example is `rows` rows of `cols` columns
+  double scale;                  // of everything written, but for the value
+  const S* z;                    // [examples * rows, ld] network output
+  const void* target;            // i64 [examples] or S [examples, rows * cols]
+  const S* weights;              // [examples] or null
+  const S* class_weights;        // [cols] or null (cross_entropy: class weights; bce: pos_weight)
+  const S* rz;                   // tangent of z (tangent pass only)
+  S* dz;                         // [examples * rows, ld] or null
+  S* dtarget;                    // [examples, rows * cols], added to, or null
+  S* dweights;                   // [examples], added to, or null
+};
+
+template <class S>
+struct Kernels {
+  void (*gemm)(const Gemm<S>&);
+  void (*dot)(const Dot<S>&);
+  void (*transpose)(const Transpose<S>&);
+
+  void (*elementwise_forward)(const Elementwise<S>&);
+  void (*elementwise_backward)(const Elementwise<S>&);
+  void (*elementwise_tangent)(const Elementwise<S>&);
+  void (*elementwise_tangent_backward)(const Elementwise<S>&);
+
+  double (*loss)(const LossCall<S>&);          // value; dz, dtarget, dweights where asked for
+  void (*loss_tangent)(const LossCall<S>&);    // their tangents along rz
+
+  // out = a [+ b], n padded
+  void (*add)(i64 n, const S* a, const S* b, S* out);
+  double (*inner)(i64 n, const S* a, const S* b);
+
+  // One update rule: csrc/engine/update_rules/sgd.md says what each line computes.
+  void (*sgd_update)(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,
+                     S* next_m);
+  void (*sgd_direction)(i64 n, S alpha, const S* alphas, const S* lambda, const S* mbar, S* v);
+  void (*sgd_adjoint)(i64 n, S mu, S omega, const S* v, S* lambda, S* mbar);
+};
+
+// The peak loop of independent multiply-adds: returns the number of floating point operations done.
+using PeakLoop = double (*)(i64 iterations);
+
+struct InstructionSet {
+  const char* name;
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  PeakLoop peak_f32, peak_f64;
+};
+
+extern const InstructionSet isa_base;
+#ifdef FASTMETA_X86
+extern const InstructionSet isa_avx2;
+extern const InstructionSet isa_avx512;
+#endif
+
+// The best one that this processor runs, or the one named by FASTMETA_CPU_ISA.
+const InstructionSet& instruction_set();
+
+}  // namespace fm

@@ -1,0 +1,459 @@
+// The meta-step of one task: the inner loop forward, the query loss, and the exact sweep back.
+//
+//   theta_{k+1} = theta_k - alpha_k u_k,  u_k = mu u_{k-1} + grad L(theta_k) + omega theta_k
+//   lambda_K    = s_K grad Q(theta_K) [+ adapted_grad]
+//   v           = mbar - alpha_k lambda_{k+1}
+//   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
+//   d alpha_k   = -lambda_{k+1} u_k
+//   gradients of support inputs, targets and weights: the same tangent backward's at the inputs and at the loss
+//
+// Source: docs/architecture.md, "The mathematics".
+#pragma once
+
+#include "call.h"
+#include "layout.h"
+#include "pass.h"
+
+namespace fm {
+
+// What all tasks share: packed once a call.
+template <class S>
+struct Shared {
+  const S* theta = nullptr;         // theta_0 of the shared parameters, a parameter set
+  const S* theta_mirror = nullptr;  // its mirrors
+};
+
+template <class S>
+class MetaStep {
+ public:
+  MetaStep(const Plan& plan, const Kernels<S>& kernels, const Call<S>& call, const Shared<S>& shared, S* workspace)
+      : plan_(plan),
+        kernels_(kernels),
+        call_(call),
+        shared_(shared),
+        at_(workspace),
+        primary_(plan.params.size()),
+        mirror_(plan.params.size()),
+        v_primary_(plan.params.size()),
+        v_mirror_(plan.params.size()),
+        written_(plan.params.size()),
+        adapted_(plan.params.size()),
+        all_(plan.params.size(), 1) {
+    for (size_t p = 0; p < plan.params.size(); ++p) {
+      adapted_[p] = plan.params[p].adapted;
+      v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
+      v_mirror_[p] = at_ + plan.at.direction_mirror + plan.params[p].mirror_offset;
+    }
+    for (i64 i = 0; i < plan.lane; ++i) at_[plan.at.ones + i] = 1;
+  }
+
+  // Runs task t; gradients that are sums over tasks are added to `sums` (plan.range_sums long).
+  void run(i64 t, S* sums) {
+    t_ = t;
+    load_params();
+    const Options& o = plan_.options;
+    for (i64 k = 0; k < o.steps; ++k) inner_step(k);
+    if (!o.gradient) {
+      query_values_only();
+      write_adapted();
+      return;
+    }
+    write_adapted();
+    sweep_back(sums);
+  }
+
+ private:
+  const Options& options() const { return plan_.options; }
+
+  // ---- parameters -------------------------------------------------------------------------------------------
+  // theta_k of parameter p: shared as long as it is everybody's, else in the workspace.
+  const S* theta(i64 k, size_t p) const {
+    const Param& param = plan_.params[p];
+    if (!param.adapted) k = 0;
+    if (k == 0 && !param.per_task) return shared_.theta + param.offset;
+    return at_ + plan_.at.theta + k * plan_.at.theta_stride + param.offset;
+  }
+  S* own_theta(i64 k, size_t p) { return at_ + plan_.at.theta + k * plan_.at.theta_stride + plan_.params[p].offset; }
+  S* own_mirror(i64 k, size_t p) {
+    const i64 slot = k == 0 ? 0 : options().store ? k * plan_.at.mirror_stride : plan_.mirror_size;
+    return at_ + plan_.at.theta_mirror + slot + plan_.params[p].mirror_offset;
+  }
+  const S* theta_mirror(i64 k, size_t p) {
+    const Param& param = plan_.params[p];
+    if (!param.adapted) k = 0;
+    if (k == 0 && !param.per_task) return shared_.theta_mirror + param.mirror_offset;
+    return own_mirror(k, p);
+  }
+
+  void load_params() {
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      if (!param.per_task) continue;
+      pack(kernels_, plan_, param, call_.params[p].data + t_ * param.numel(), own_theta(0, p));
+      if (param.mirrored) make_mirror(kernels_, plan_, param, own_theta(0, p), own_mirror(0, p));
+    }
+  }
+
+  ParamView<S> view(i64 k) {
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      primary_[p] = theta(k, p);
+      mirror_[p] = theta_mirror(k, p);
+    }
+    return {primary_.data(), mirror_.data()};
+  }
+
+  void mirror_step(i64 k) {
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (plan_.params[p].mirrored && plan_.params[p].adapted && k > 0)
+        make_mirror(kernels_, plan_, plan_.params[p], own_theta(k, p), own_mirror(k, p));
+  }
+
+  // ---- learning rates ---------------------------------------------------------------------------------------
+  // The rate of parameter p at step k: `alphas` for an element-wise one (engine layout), else `alpha`.
+  void rate(i64 k, size_t p, S& alpha, const S*& alphas) {
+    const Param& param = plan_.params[p];
+    const i64 length = param.rate_element ? param.numel() : 1;
+    const i64 tasks = param.rate_per_task ? call_.tasks : 1;
+    const S* data = call_.params[p].rate +
+                    ((param.rate_per_step ? k : 0) * tasks + (param.rate_per_task ? t_ : 0)) * length;
+    alphas = nullptr;
+    if (!param.rate_element) {
+      alpha = *data;
+      return;
+    }
+    S* packed = at_ + plan_.at.rates + param.offset;
+    pack(kernels_, plan_, param, data, packed);
+    alpha = 0, alphas = packed;
+  }
+
+  // ---- batches ----------------------------------------------------------------------------------------------
+  struct Slice {
+    const S* x;
+    const void* y;
+    const S *weights, *class_weights;
+    S *grad_x, *grad_y, *grad_weights;
+  };
+  Slice slice(const BatchPointers<S>& batch, i64 index, i64 examples, const LossSpec& loss) const {
+    const Value &in = plan_.values[0], &out = plan_.values[plan_.output];
+    const i64 x = index * examples * in.rows * in.cols, y = index * examples * out.rows * out.cols, w = index * examples;
+    const void* target = nullptr;
+    if (batch.y)
+      target = loss.class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w)
+                                  : static_cast<const void*>(static_cast<const S*>(batch.y) + y);
+    return {batch.x + x,
+            target,
+            batch.weights ? batch.weights + w : nullptr,
+            batch.class_weights,
+            batch.grad_x ? batch.grad_x + x : nullptr,
+            batch.grad_y ? batch.grad_y + y : nullptr,
+            batch.grad_weights ? batch.grad_weights + w : nullptr};
+  }
+  Slice support(i64 k) const {
+    const i64 index = options().support_per_step ? t_ * options().steps + k : t_;
+    return slice(call_.support, index, options().support, options().loss);
+  }
+  Slice query() const { return slice(call_.query, t_, options().query, options().query_loss); }
+
+  Pass<S> make_pass(const Geometry& geometry, bool input_gradient, S* x, S* d, const S* input) {
+    Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.ones, input_gradient};
+    pass.x = x, pass.d = d;
+    pass.rx = at_ + plan_.at.tangents, pass.rd = at_ + plan_.at.tangent_deltas;
+    const Value& in = plan_.values[0];
+    if (plan_.alias_input) {
+      pass.input = input, pass.input_ld = in.cols;
+    } else {
+      const i64 rows = geometry.examples * in.rows;
+      for (i64 r = 0; r < rows; ++r) {
+        for (i64 c = 0; c < in.cols; ++c) x[r * in.ld + c] = input[r * in.cols + c];
+        for (i64 c = in.cols; c < in.ld; ++c) x[r * in.ld + c] = 0;
+      }
+      pass.input = x, pass.input_ld = in.ld;
+    }
+    return pass;
+  }
+  Pass<S> support_pass(i64 k, const Slice& batch) {
+    S* x = at_ + plan_.at.values + k * plan_.at.step_stride;
+    S* d = at_ + plan_.at.deltas + k * plan_.at.step_stride;
+    Pass<S> pass = make_pass(plan_.support, batch.grad_x != nullptr, x, d, batch.x);
+    pass.theta = view(k);
+    return pass;
+  }
+  Pass<S> query_pass(i64 k, const Slice& batch) {
+    Pass<S> pass = make_pass(plan_.query, batch.grad_x != nullptr, at_ + plan_.at.query_values,
+                             at_ + plan_.at.query_deltas, batch.x);
+    pass.theta = view(k);
+    return pass;
+  }
+
+  LossCall<S> loss_call(const Pass<S>& pass, const LossSpec& spec, const Slice& batch, double scale) const {
+    const Value& out = plan_.values[plan_.output];
+    LossCall<S> l{};
+    l.spec = spec, l.scale = scale;
+    l.examples = pass.geometry.examples, l.rows = out.rows, l.cols = out.cols, l.ld = out.ld;
+    l.z = pass.value(plan_.output), l.target = batch.y, l.weights = batch.weights;
+    l.class_weights = batch.class_weights;
+    return l;
+  }
+
+  // Adds the gradient of value 0, taken from a block of deltas, to the user's tensor.
+  void add_input_gradient(const Pass<S>& pass, const S* block, S* grad) {
+    const Value& in = plan_.values[0];
+    const i64 rows = pass.rows(0);
+    for (i64 r = 0; r < rows; ++r)
+      for (i64 c = 0; c < in.cols; ++c) grad[r * in.cols + c] += block[r * in.ld + c];
+  }
+
+  // ---- the inner loop ---------------------------------------------------------------------------------------
+  GradientTarget<S> target(S* set, bool add, const std::vector<char>& wanted) {
+    for (char& w : written_) w = add;
+    return {set, written_.data(), wanted.data()};
+  }
+
+  // Forward, loss and backward of the support set at theta_k; the gradient g_k of the adapted parameters.
+  void support_gradient(const Pass<S>& pass, const Slice& batch, bool params) {
+    forward(pass);
+    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0);
+    l.dz = pass.delta(plan_.output);
+    kernels_.loss(l);
+    if (params) {
+      const auto g = target(at_ + plan_.at.gradient, false, adapted_);
+      backward(pass, &g);
+    } else {
+      backward<S>(pass, nullptr);
+    }
+  }
+
+  void inner_step(i64 k) {
+    const Options& o = options();
+    const Slice batch = support(k);
+    support_gradient(support_pass(k, batch), batch, true);
+    const bool keep = o.wants_rates && plan_.keeps_updates() && o.gradient;
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      if (!param.adapted) continue;
+      S alpha;
+      const S* alphas;
+      rate(k, p, alpha, alphas);
+      S* m = o.momentum != 0 ? at_ + plan_.at.momentum + param.offset : nullptr;
+      S* kept = keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr;
+      kernels_.sgd_update(param.size, S(o.momentum), S(o.weight_decay), alpha, alphas, theta(k, p),
+                          at_ + plan_.at.gradient + param.offset, k > 0 ? m : nullptr, own_theta(k + 1, p),
+                          m ? m : kept);
+      if (m && kept) kernels_.add(param.size, m, nullptr, kept);
+    }
+    mirror_step(k + 1);
+  }
+
+  // ---- the query --------------------------------------------------------------------------------------------
+  double step_weight(i64 k) const {
+    return call_.step_weights.empty() ? (k == options().steps ? 1.0 : 0.0) : call_.step_weights[k];
+  }
+  bool has_query_loss() const { return options().query_loss.kind != LossKind::none; }
+
+  void write_output(const Pass<S>& pass) {
+    if (!call_.output) return;
+    const Value& out = plan_.values[plan_.output];
+    const S* z = pass.value(plan_.output);
+    S* to = call_.output + t_ * options().query * out.rows * out.cols;
+    for (i64 r = 0; r < pass.rows(plan_.output); ++r)
+      for (i64 c = 0; c < out.cols; ++c) to[r * out.cols + c] = z[r * out.ld + c];
+  }
+
+  void query_values_only() {
+    if (options().query == 0) return;
+    const Slice batch = query();
+    double total = 0;
+    for (i64 k = 0; k <= options().steps; ++k) {
+      const double s = has_query_loss() ? step_weight(k) : 0.0;
+      if (s == 0.0 && k < options().steps) continue;
+      const Pass<S> pass = query_pass(k, batch);
+      forward(pass);
+      if (k == options().steps) write_output(pass);
+      if (has_query_loss()) total += s * weighted(s, loss_call(pass, options().query_loss, batch, 0.0));
+    }
+    if (call_.task_losses) call_.task_losses[t_] = S(total);
+  }
+  double weighted(double s, const LossCall<S>& l) const { return s == 0.0 ? 0.0 : kernels_.loss(l); }
+
+  // The query at theta_k: its share of the loss, and its gradients times c_t s_k added to lambda and the inputs.
+  double query_gradient(i64 k) {
+    const double s = has_query_loss() ? step_weight(k) : 0.0;
+    const bool last = k == options().steps;
+    if (options().query == 0 || (s == 0.0 && !last)) return 0.0;
+    const Slice batch = query();
+    const Pass<S> pass = query_pass(k, batch);
+    forward(pass);
+    const Value& out = plan_.values[plan_.output];
+    S* dz = pass.delta(plan_.output);
+    double value = 0;
+    if (last) write_output(pass);
+    if (s != 0.0) {
+      const double c = (call_.task_weights ? double(call_.task_weights[t_]) : 1.0) / double(call_.tasks);
+      LossCall<S> l = loss_call(pass, options().query_loss, batch, c * s);
+      l.dz = dz, l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
+      value = s * kernels_.loss(l);
+    } else if (last && call_.output_grad) {
+      const S* from = call_.output_grad + t_ * options().query * out.rows * out.cols;
+      for (i64 r = 0; r < pass.rows(plan_.output); ++r) {
+        for (i64 i = 0; i < out.cols; ++i) dz[r * out.ld + i] = from[r * out.cols + i];
+        for (i64 i = out.cols; i < out.ld; ++i) dz[r * out.ld + i] = 0;
+      }
+    } else {
+      return 0.0;
+    }
+    const auto lambda = target(at_ + plan_.at.lambda, true, all_);
+    backward(pass, &lambda);
+    if (batch.grad_x) add_input_gradient(pass, pass.d, batch.grad_x);
+    return value;
+  }
+
+  // ---- the sweep back ---------------------------------------------------------------------------------------
+  void sweep_back(S* sums) {
+    const Options& o = options();
+    S* lambda = at_ + plan_.at.lambda;
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      const S* seed = call_.params[p].adapted_grad;
+      if (seed)
+        pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda + param.offset);
+      else
+        zero(lambda + param.offset, param.size);
+      if (!param.adapted && o.second_order && o.steps > 0) {
+        zero(at_ + plan_.at.direction + param.offset, param.size);
+        zero(at_ + plan_.at.direction_mirror + param.mirror_offset, param.mirror_size);
+      }
+    }
+    if (plan_.task_sums) zero(at_ + plan_.at.task_sums, plan_.task_sums);
+    double value = query_gradient(o.steps);
+    for (i64 k = o.steps - 1; k >= 0; --k) {
+      step_back(k, sums);
+      value += query_gradient(k);
+    }
+    if (call_.task_losses) call_.task_losses[t_] = S(value);
+    write_gradients(sums);
+  }
+
+  void step_back(i64 k, S* sums) {
+    const Options& o = options();
+    const Slice batch = support(k);
+    const bool tangents = o.second_order && plan_.values[plan_.output].from_params;
+    const bool again = !o.store && (tangents || (o.wants_rates && !plan_.keeps_updates()));
+    if (!o.store) mirror_step(k);
+    Pass<S> pass = support_pass_again(k, batch, again);
+    if (o.wants_rates) rate_gradients(k, sums);
+    const bool first = k == o.steps - 1;  // mbar is still zero
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      if (!param.adapted) continue;
+      S alpha;
+      const S* alphas;
+      rate(k, p, alpha, alphas);
+      S* v = at_ + plan_.at.direction + param.offset;
+      S* mbar = o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr;
+      kernels_.sgd_direction(param.size, alpha, alphas, at_ + plan_.at.lambda + param.offset, first ? nullptr : mbar, v);
+      if (tangents && param.mirrored)
+        make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
+    }
+    if (tangents) hessian_vector(pass, batch);
+    if (o.momentum != 0 || o.weight_decay != 0)
+      for (size_t p = 0; p < plan_.params.size(); ++p) {
+        const Param& param = plan_.params[p];
+        if (!param.adapted) continue;
+        kernels_.sgd_adjoint(param.size, S(o.momentum), S(o.weight_decay), at_ + plan_.at.direction + param.offset,
+                             at_ + plan_.at.lambda + param.offset,
+                             o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr);
+      }
+  }
+
+  // The support pass of step k with its values and deltas: as stored, or computed again.
+  Pass<S> support_pass_again(i64 k, const Slice& batch, bool again) {
+    Pass<S> pass = support_pass(k, batch);
+    if (again) support_gradient(pass, batch, options().wants_rates && !plan_.keeps_updates());
+    return pass;
+  }
+
+  // lambda += H v, and the mixed derivatives along v into the gradients of the support set.
+  void hessian_vector(Pass<S>& pass, const Slice& batch) {
+    pass.v = {v_primary_.data(), v_mirror_.data()};
+    tangent(pass);
+    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0);
+    l.rz = pass.tangent(plan_.output);
+    l.dz = pass.tangent_delta(plan_.output);
+    l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
+    kernels_.loss_tangent(l);
+    tangent_backward(pass, target(at_ + plan_.at.lambda, true, all_));
+    if (batch.grad_x) add_input_gradient(pass, pass.rd, batch.grad_x);
+  }
+
+  // d alpha_k -= lambda_{k+1} u_k
+  void rate_gradients(i64 k, S* sums) {
+    const Options& o = options();
+    const S* u = at_ + plan_.at.updates + (plan_.keeps_updates() ? k * plan_.at.update_stride : 0);
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      if (!param.adapted) continue;
+      const S* lambda = at_ + plan_.at.lambda + param.offset;
+      if (!plan_.keeps_updates())
+        kernels_.sgd_update(param.size, S(0), S(o.weight_decay), S(0), nullptr, theta(k, p),
+                            at_ + plan_.at.gradient + param.offset, nullptr, at_ + plan_.at.rates + param.offset,
+                            at_ + plan_.at.updates + param.offset);
+      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums) + param.rate_sum_offset;
+      if (param.rate_per_step) to += k * (param.rate_element ? param.size : plan_.lane);
+      if (param.rate_element)
+        for (i64 i = 0; i < param.size; ++i) to[i] -= lambda[i] * u[param.offset + i];
+      else
+        to[0] -= S(kernels_.inner(param.size, lambda, u + param.offset));
+    }
+  }
+
+  // ---- results ----------------------------------------------------------------------------------------------
+  void write_adapted() {
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (S* to = call_.params[p].adapted)
+        unpack(kernels_, plan_, plan_.params[p], theta(options().steps, p), to + t_ * plan_.params[p].numel());
+  }
+
+  void write_gradients(S* sums) {
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      const S* lambda = at_ + plan_.at.lambda + param.offset;
+      if (!param.per_task)
+        kernels_.add(param.size, sums + param.offset, lambda, sums + param.offset);
+      else if (call_.params[p].grad)
+        unpack(kernels_, plan_, param, lambda, call_.params[p].grad + t_ * param.numel());
+      if (options().wants_rates && param.adapted && param.rate_per_task)
+        write_rate_gradient(p, at_ + plan_.at.task_sums + param.rate_sum_offset, t_, call_.tasks);
+    }
+  }
+
+ public:
+  // Writes the gradient of one rate, summed in engine layout at `from`, to task `t` of `tasks` of the user's tensor.
+  void write_rate_gradient(size_t p, const S* from, i64 t, i64 tasks) {
+    const Param& param = plan_.params[p];
+    S* to = call_.params[p].rate_grad;
+    if (!to) return;
+    const i64 steps = param.rate_per_step ? options().steps : 1;
+    for (i64 k = 0; k < steps; ++k) {
+      if (param.rate_element)
+        unpack(kernels_, plan_, param, from + k * param.size, to + (k * tasks + t) * param.numel());
+      else
+        to[k * tasks + t] = from[k * plan_.lane];
+    }
+  }
+
+ private:
+  static void zero(S* p, i64 n) {
+    for (i64 i = 0; i < n; ++i) p[i] = 0;
+  }
+
+  const Plan& plan_;
+  const Kernels<S>& kernels_;
+  const Call<S>& call_;
+  const Shared<S>& shared_;
+  S* at_;
+  i64 t_ = 0;
+  std::vector<const S*> primary_, mirror_, v_primary_, v_mirror_;
+  std::vector<char> written_, adapted_, all_;
+};
+
+}  // namespace fm

@@ -1,0 +1,205 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fm {
+
+namespace {
+
+// Matrices of at most this many rows are multiplied by inner products: a padded vector would be mostly empty.
+constexpr i64 NARROW_ROWS = 2;
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("layer program: ") + what);
+}
+
+int consumers(const Plan& plan, int value) {
+  int n = value == plan.output;
+  for (const Layer& layer : plan.layers)
+    for (int in : layer.inputs) n += in == value;
+  return n;
+}
+
+void replace(Plan& plan, int from, int to) {
+  for (Layer& layer : plan.layers)
+    for (int& in : layer.inputs)
+      if (in == from) in = to;
+  if (plan.output == from) plan.output = to;
+}
+
+// The user's input is dense: a reshape that is its only reader just says how to read it.
+void fold_input_reshape(Plan& plan) {
+  while (!plan.layers.empty() && plan.layers[0].kind == Kind::reshape && plan.layers[0].inputs[0] == 0 &&
+         consumers(plan, 0) == 1) {
+    const int out = plan.layers[0].output;
+    plan.values[0] = plan.values[out];
+    plan.layers.erase(plan.layers.begin());
+    replace(plan, out, 0);
+  }
+}
+
+void drop_trivial_reshapes(Plan& plan) {
+  for (size_t i = 0; i < plan.layers.size();) {
+    const Layer layer = plan.layers[i];
+    const bool same = layer.kind == Kind::reshape &&
+                      plan.values[layer.inputs[0]].cols == plan.values[layer.output].cols;
+    if (!same) {
+      ++i;
+      continue;
+    }
+    plan.layers.erase(plan.layers.begin() + i);
+    replace(plan, layer.output, layer.inputs[0]);
+  }
+}
+
+// linear -> relu -> linear, where nobody else reads what lies between: the relu moves into the epilogues.
+void fuse_relu(Plan& plan) {
+  for (size_t i = 0; i + 1 < plan.layers.size(); ++i) {
+    Layer& linear = plan.layers[i];
+    if (linear.kind != Kind::linear || plan.params[linear.weight].narrow || consumers(plan, linear.output) != 1)
+      continue;
+    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
+                             [&](const Layer& l) { return l.inputs[0] == linear.output; });
+    if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu ||
+        consumers(plan, relu->output) != 1)
+      continue;
+    auto next = std::find_if(plan.layers.begin(), plan.layers.end(),
+                             [&](const Layer& l) { return l.inputs[0] == relu->output; });
+    if (next == plan.layers.end() || next->kind != Kind::linear) continue;
+    linear.relu_out = next->relu_in = true;
+    const int dead = relu->output;
+    plan.layers.erase(relu);
+    replace(plan, dead, plan.layers[i].output);
+  }
+}
+
+Geometry geometry(const Plan& plan, i64 examples) {
+  Geometry g;
+  g.examples = examples;
+  for (size_t v = 0; v < plan.values.size(); ++v) {
+    g.offset.push_back(g.size);
+    if (examples > 0) g.size += examples * plan.values[v].rows * plan.values[v].ld;
+  }
+  return g;
+}
+
+}  // namespace
+
+i64 Plan::value_ld(i64 cols) const {
+  const i64 lines = padded(cols) / lane;
+  // Rows a multiple of a large power of two apart would crowd into a few cache sets.
+  return (lines > 4 && lines % 2 == 0 ? lines + 1 : lines) * lane;
+}
+
+void Plan::finish() {
+  lane = is_double ? 8 : 16;
+  panel = 4 * lane;
+  require(!values.empty() && output >= 0 && output < int(values.size()), "no values, or an output that is none");
+  for (const Layer& layer : layers) {
+    const int count = int(values.size());
+    require(layer.output > 0 && layer.output < count, "a layer writes no value");
+    require(layer.inputs[0] >= 0 && layer.inputs[0] < layer.output, "a layer reads a value written later");
+    require(layer.inputs[1] < layer.output, "a layer reads a value written later");
+    const Value &x = values[layer.inputs[0]], &y = values[layer.output];
+    const i64 numel_x = x.rows * x.cols, numel_y = y.rows * y.cols;
+    if (layer.kind == Kind::linear) {
+      require(layer.weight >= 0 && layer.weight < int(params.size()), "a linear layer has no weight");
+      const Param& w = params[layer.weight];
+      require(w.matrix && w.cols == x.cols && w.rows == y.cols && x.rows == y.rows, "a linear layer's shapes differ");
+      if (layer.bias >= 0)
+        require(layer.bias < int(params.size()) && !params[layer.bias].matrix && params[layer.bias].cols == y.cols,
+                "a bias has another shape than its layer");
+    } else {
+      require(numel_x == numel_y, "an element-wise layer, add or reshape changes the number of elements");
+      if (layer.kind != Kind::reshape) require(x.cols == y.cols, "an element-wise layer changes the row length");
+      if (layer.kind == Kind::add)
+        require(layer.inputs[1] >= 0 && values[layer.inputs[1]].cols == y.cols &&
+                    values[layer.inputs[1]].rows == y.rows,
+                "add reads values of different shapes");
+    }
+  }
+  for (Param& p : params) p.narrow = p.matrix && p.rows <= NARROW_ROWS;
+
+  fold_input_reshape(*this);
+  drop_trivial_reshapes(*this);
+  fuse_relu(*this);
+
+  for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;
+  alias_input = values[0].cols % lane == 0;
+  for (Layer& layer : layers) {
+    bool from = layer.weight >= 0;
+    for (int in : layer.inputs)
+      if (in >= 0) from = from || values[in].from_params;
+    values[layer.output].from_params = from;
+  }
+  require(values[output].from_params, "the output depends on no parameter");
+  std::vector<bool> written(values.size(), false);
+  for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer)
+    for (int j = 0; j < 2; ++j)
+      if (layer->inputs[j] >= 0) {
+        layer->adds[j] = written[layer->inputs[j]];
+        written[layer->inputs[j]] = true;
+      }
+
+  const bool input_gradient = options.wants_support_x || options.wants_query_x;
+  for (const Layer& layer : layers)
+    if (layer.kind == Kind::linear && !params[layer.weight].narrow &&
+        (input_gradient || values[layer.inputs[0]].from_params))
+      params[layer.weight].mirrored = true;
+  for (Param& p : params) {
+    p.offset = set_size;
+    p.size = !p.matrix ? padded(p.cols) : p.narrow ? p.rows * padded(p.cols) : p.cols * padded(p.rows);
+    set_size += p.size;
+    p.mirror_offset = mirror_size;
+    p.mirror_size = p.mirrored ? p.rows * padded(p.cols) : 0;
+    mirror_size += p.mirror_size;
+    if (!p.per_task) range_sums = std::max(range_sums, p.offset + p.size);
+  }
+  if (options.wants_rates) {
+    range_sums = set_size;
+    for (Param& p : params)
+      if (p.adapted) {
+        p.rate_sum_size = (p.rate_per_step ? std::max<i64>(options.steps, 1) : 1) * (p.rate_element ? p.size : lane);
+        i64& end = p.rate_per_task ? task_sums : range_sums;
+        p.rate_sum_offset = end;
+        end += p.rate_sum_size;
+      }
+  }
+
+  support = geometry(*this, options.support);
+  query = geometry(*this, options.query);
+  const i64 K = options.steps, kept = options.store && options.gradient ? K : (K > 0 ? 1 : 0);
+  i64 end = 0;
+  auto take = [&end](i64 n) {
+    const i64 start = end;
+    end += n;
+    return start;
+  };
+  at.theta_stride = set_size;
+  at.mirror_stride = options.store ? mirror_size : 0;
+  at.theta = take(set_size * (K + 1));
+  at.theta_mirror = take(mirror_size * (options.store ? K + 1 : 2));
+  at.step_stride = kept > 1 ? support.size : 0;
+  at.values = take(kept * support.size);
+  at.deltas = take(kept * support.size);
+  at.query_values = take(query.size);
+  at.query_deltas = take(query.size);
+  const bool tangent = options.gradient && options.second_order && K > 0;
+  at.tangents = take(tangent ? support.size : 0);
+  at.tangent_deltas = take(tangent ? support.size : 0);
+  at.gradient = take(set_size);
+  at.direction = take(options.gradient ? set_size : 0);
+  at.direction_mirror = take(tangent ? mirror_size : 0);
+  at.lambda = take(options.gradient ? set_size : 0);
+  at.mbar = take(options.momentum != 0 && options.gradient ? set_size : 0);
+  at.momentum = take(options.momentum != 0 ? set_size : 0);
+  at.update_stride = keeps_updates() ? set_size : 0;
+  at.updates = take(options.wants_rates ? (keeps_updates() ? K * set_size : set_size) : 0);
+  at.rates = take(set_size);
+  at.task_sums = take(task_sums);
+  at.ones = take(lane);
+  at.total = end;
+}
+
+}  // namespace fm

@@ -1,0 +1,91 @@
+// The memory plan of one (network, shapes, options): made once, read by every call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace fm {
+
+// A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in memory.
+struct Value {
+  i64 rows = 1, cols = 1, ld = 0;
+  bool from_params = false;  // depends on a parameter: has a tangent, and a gradient worth computing
+};
+
+struct Layer {
+  Kind kind;
+  Function function = Function::relu;
+  double c0 = 0, c1 = 0;
+  int inputs[2] = {-1, -1};
+  int output = -1;
+  int weight = -1, bias = -1;
+  bool relu_out = false;           // linear: the following relu is in its epilogue
+  bool relu_in = false;            // linear: its input is such a relu's output; dx is masked by it
+  bool adds[2] = {false, false};   // backward: another consumer has written the input's gradient before
+};
+
+// A parameter tensor as torch has it, [rows, cols] or [cols], and its place in a parameter set.
+//
+// A matrix W is kept transposed, in panels, as the forward pass reads it ("wide"); one of few rows as it is
+// ("narrow"). A wide matrix whose layer has an input gradient is also kept untransposed (`mirror`).
+struct Param {
+  i64 rows = 1, cols = 1;
+  bool matrix = false, narrow = false, mirrored = false;
+  bool per_task = false, adapted = false;
+  bool rate_element = false, rate_per_task = false, rate_per_step = false;
+  i64 size = 0, offset = 0;                // padded
+  i64 mirror_size = 0, mirror_offset = 0;
+  i64 rate_sum_offset = 0, rate_sum_size = 0;  // gradient of the rate: [K or 1][size or one line]
+  i64 numel() const { return rows * cols; }
+};
+
+// Where the values of one batch lie inside a block.
+struct Geometry {
+  i64 examples = 0, size = 0;
+  std::vector<i64> offset;
+};
+
+struct Options {
+  i64 steps = 0, support = 0, query = 0;  // K, N, M; 0: absent
+  bool second_order = true, store = true, gradient = false, support_per_step = false;
+  bool wants_rates = false, wants_support_x = false, wants_query_x = false;
+  double momentum = 0, weight_decay = 0;
+  LossSpec loss, query_loss;
+};
+
+struct Plan {
+  std::vector<Value> values;
+  std::vector<Layer> layers;
+  std::vector<Param> params;
+  int output = 0;
+  Options options;
+  bool is_double = false;
+  i64 lane = 16, panel = 64;
+
+  bool alias_input = false;      // the user's input serves as value 0 as it stands
+  Geometry support, query;
+  i64 set_size = 0;              // one parameter set
+  i64 mirror_size = 0;           // its mirrors
+  i64 range_sums = 0, task_sums = 0;
+
+  // Offsets into the workspace of one running task, in elements.
+  struct {
+    i64 theta, theta_stride, theta_mirror, mirror_stride;  // theta_0 (if any is per task), theta_1 .. theta_K
+    i64 values, deltas, step_stride;                       // support activations, one step or K steps
+    i64 query_values, query_deltas;
+    i64 tangents, tangent_deltas;
+    i64 gradient, direction, direction_mirror, lambda, mbar, momentum, updates, update_stride, rates, task_sums;
+    i64 ones, total;
+  } at;
+
+  bool keeps_updates() const { return options.wants_rates && (options.store || options.momentum != 0); }
+
+  i64 value_ld(i64 cols) const;
+  i64 padded(i64 n) const { return (n + lane - 1) / lane * lane; }
+  // Fuses, lays out and measures; throws std::invalid_argument for an inconsistent program.
+  void finish();
+};
+
+}  // namespace fm

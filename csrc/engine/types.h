@@ -1,0 +1,78 @@
+// Plain descriptions shared by the plan, the meta-step and the kernels: no allocation, no standard library.
+#pragma once
+
+#include <cstdint>
+
+namespace fm {
+
+using i64 = std::int64_t;
+
+enum class Kind : int { linear, elementwise, reshape, add };
+
+enum class Function : int {
+  relu,
+  leaky_relu,
+  elu,
+  gelu,
+  gelu_tanh,
+  silu,
+  tanh,
+  sigmoid,
+  softplus,
+  sin,
+  affine
+};
+
+enum class LossKind : int { none, mse, l1, smooth_l1, huber, cross_entropy, bce_with_logits };
+
+// A loss with every option of torch's module; the formulas stand in docs/losses.md.
+struct LossSpec {
+  LossKind kind = LossKind::none;
+  bool sum = false;            // reduction="sum"
+  bool normalise_sum = false;  // weight_norm="sum": divide by the sum of the weights
+  bool class_indices = false;  // cross_entropy on indices, else on probabilities
+  double beta = 1;             // smooth_l1's beta, huber's delta
+  double label_smoothing = 0;
+  i64 ignore_index = -100;
+};
+
+// A matrix of `rows` rows cut into column panels of `panel` columns (the last one narrower, cut from `padded`
+// columns), panel after panel; panel == 0 means plain rows `ld` apart.
+template <class S>
+struct Matrix {
+  S* data = nullptr;
+  i64 ld = 0;
+  i64 panel = 0;
+  i64 rows = 0;
+  i64 padded = 0;
+
+  static Matrix plain(S* data, i64 ld) { return {data, ld, 0, 0, 0}; }
+  static Matrix panels(S* data, i64 rows, i64 padded, i64 panel) {
+    return {data, 0, panel, rows, padded};
+  }
+  explicit operator bool() const { return data != nullptr; }
+  // Where column `j` begins; `stride` receives the distance between rows there.
+  S* column(i64 j, i64& stride) const {
+    if (panel == 0) {
+      stride = ld;
+      return data + j;
+    }
+    const i64 q = j / panel * panel;
+    stride = padded - q < panel ? padded - q : panel;
+    return data + q * rows + (j - q);
+  }
+};
+
+// Panels are 256 bytes wide, everything is padded to 64 bytes: independent of the instruction set, so that one plan
+// serves all of them.
+template <class S>
+constexpr i64 lane_pad = 64 / sizeof(S);
+template <class S>
+constexpr i64 panel_columns = 256 / sizeof(S);
+
+template <class S>
+constexpr i64 pad(i64 n) {
+  return (n + lane_pad<S> - 1) / lane_pad<S> * lane_pad<S>;
+}
+
+}  // namespace fm

@@ -1,0 +1,97 @@
+"""The C++ engine on the CPU: SIMD inside a task, tasks over threads, the same bits on any number of threads."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmeta.backends import _cpu_plan as plans
+from fastmeta.backends import _cpu_run as runs
+from fastmeta.losses import Loss
+from fastmeta.problem import Problem, Result
+
+try:
+    from fastmeta import _C
+except ImportError as error:  # said by missing()
+    _C = None  # type: ignore[assignment]
+    _IMPORT_ERROR = str(error)
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def missing() -> str:
+    """Why this backend cannot run anything here, "" if it can."""
+    if _C is None:
+        return f"the extension fastmeta._C is not built ({_IMPORT_ERROR}); reinstall with a C++ compiler"
+    return ""
+
+
+def refuses(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    program = problem.program
+    if program is None:
+        return f"the network was not captured: {problem.refused}"
+    first = next(iter(problem.params.values()))
+    if first.device.type != "cpu":
+        return f"tensors are on {first.device}"
+    if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
+        return f"parameters must all be float32 or all float64, got {first.dtype} first"
+    if all(layer.kind != "linear" for layer in program.layers):
+        return "the output depends on no parameter"
+    for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
+        if batch is not None and batch.x.dtype != first.dtype:
+            return f"the network's input is {batch.x.dtype}"
+        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+            return reason
+    return ""
+
+
+def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
+    if loss.kind == "custom":
+        return f"the loss {loss.function!r} is a function of its own"
+    if loss.kind == "cross_entropy" and len(out) != 1:
+        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
+    if loss.kind == "bce_with_logits":
+        if loss.weight is not None:
+            return "bce_with_logits with `weight`"
+        if loss.pos_weight is not None and any(size != 1 for size in loss.pos_weight.shape[:-1]):
+            return "bce_with_logits with a `pos_weight` that differs along more than the last dimension"
+    return ""
+
+
+def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem`.
+
+    Raises:
+        ValueError: a class index is out of range, or a learning rate is not finite.
+    """
+    scratch = problem.scratch
+    job = scratch.get("cpu")
+    if job is None or job.wrt != wrt or job.adapted != adapted:
+        job = scratch["cpu"] = runs.Job(problem, wrt, adapted)
+    return job.run(problem)
+
+
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """What runs, in a few lines for `explain()`."""
+    job = runs.Job(problem, wrt, False)
+    kinds = [layer.function or layer.kind for layer in problem.program.layers]  # type: ignore[union-attr]
+    return [
+        f"kernels: {' '.join(kinds)} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
+        f"memory: {job.memory}, {job.plan.workspace_bytes / 1024:.0f} KiB for each of at most "
+        f"{min(problem.tasks, torch.get_num_threads())} threads",
+    ]
+
+
+def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
+    """Bytes of scratch memory that one running task takes for this problem."""
+    return int(plans.make_plan(problem, wrt, plans.memory_mode(problem, wrt)).workspace_bytes)
+
+
+def parameter_set_bytes(problem: Problem) -> int:
+    """Bytes of one set of parameters in the engine's padded layout."""
+    return int(plans.make_plan(problem, frozenset(), "store").parameter_set_bytes)
+
+
+def poison(on: bool) -> None:
+    """Fill scratch memory and outputs with NaN before every call, for tests."""
+    runs.POISON = on
