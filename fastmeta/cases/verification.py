@@ -92,12 +92,13 @@ def _operators() -> Iterator[Case]:
     yield _SMOOTH(operator="inner_sgd", steps=0)
 
 
-def _unique(cases: Iterator[Case]) -> Iterator[Case]:
-    seen: set[str] = set()
+def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
+    """Without the repetitions that crossing options leaves."""
+    known: dict[str, Case] = {}
     for case in cases:
-        if case.id not in seen:
-            seen.add(case.id)
-            yield case
+        if known.setdefault(case.id, case) != case:
+            raise ValueError(f"case list: two different cases are called {case.id}")
+    return tuple(known.values())
 
 
 def _all() -> Iterator[Case]:
@@ -105,4 +106,4 @@ def _all() -> Iterator[Case]:
         yield from family()
 
 
-VERIFICATION: tuple[Case, ...] = tuple(_unique(_all()))
+VERIFICATION: tuple[Case, ...] = _unique(_all())

@@ -5,6 +5,7 @@ Source: docs/architecture.md, "Correctness".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -59,7 +60,7 @@ def verify_case(case: Case, backend: str, dtype: str, seeds: int = SEEDS) -> lis
     problem = problem_of(case, DTYPES[dtype], 0)
     refusal = backends.why_not(backend, problem, wanted(case, problem))
     if refusal:
-        return [Row(case.id, backend, dtype, "", float("nan"), float("nan"), 0.0, refusal, skipped=True)]
+        return [Row(case.id, backend, dtype, "", math.nan, math.nan, math.nan, refusal, skipped=True)]
     try:
         if dtype == "float64":
             out = runs.run(case, backend, torch.float64, 0)
@@ -67,7 +68,7 @@ def verify_case(case: Case, backend: str, dtype: str, seeds: int = SEEDS) -> lis
         samples = [_sample(case, backend, seed) for seed in range(seeds if case.kinks else 1)]
         return rule.float32_rows(case.id, backend, samples)
     except Exception as error:  # a backend that breaks has failed this case; the others still count
-        return [Row(case.id, backend, dtype, "", float("nan"), float("nan"), 0.0, f"{type(error).__name__}: {error}")]
+        return [Row(case.id, backend, dtype, "", math.nan, math.nan, math.nan, f"{type(error).__name__}: {error}")]
 
 
 def _sample(case: Case, backend: str, seed: int) -> rule.Sample:

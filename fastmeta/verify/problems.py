@@ -6,7 +6,7 @@ import torch
 
 from fastmeta.cases import Case
 from fastmeta.losses import resolve
-from fastmeta.network import capture
+from fastmeta.network.capture import captured
 from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
 from fastmeta.update_rules import SGD
 
@@ -20,7 +20,7 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int) -> Problem:
     query_loss = loss if made.query_loss is None else resolve(made.query_loss)
     support = Batch(made.support_x, made.support_y, made.support_weights, case.per_step)
     query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
-    program, refused = capture(made.net, case.input_shape)
+    program, refused = captured(made.net, case.input_shape, dtype)
     return Problem(
         net=made.net,
         params=made.params,

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fastmeta.problem import DIFFERENTIABLE, Result
 
-#: A tensor of a result: (group, member), as ("d params", "0.weight"); the member is "" for a group of one.
+#: A tensor of a result: (group, member), as ("d_params", "0.weight"); the member is "" for a group of one.
 Key = tuple[str, str]
 
 
 def quantities(result: Result) -> dict[Key, Tensor]:
-    """Every tensor of a result; gradients are called "d <what>"."""
+    """Every tensor of a result; gradients are called "d_<what>"."""
     return dict(_walk(result))
 
 
 def _walk(result: Result) -> Iterator[tuple[Key, Tensor]]:
     fields = [(name, getattr(result, name)) for name in ("task_losses", "output", "adapted")]
-    fields += [(f"d {name}", getattr(result.grads, name)) for name in DIFFERENTIABLE]
+    fields += [(f"d_{name}", getattr(result.grads, name)) for name in DIFFERENTIABLE]
     for group, value in fields:
         if isinstance(value, dict):
             yield from (((group, member), tensor) for member, tensor in value.items())

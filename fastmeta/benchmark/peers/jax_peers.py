@@ -87,9 +87,9 @@ def _forward(net: nn.Module) -> Callable[[Params, Any], Any]:
     functions = {nn.ReLU: jax.nn.relu, nn.Tanh: jax.numpy.tanh}
     if not isinstance(net, nn.Sequential):
         raise ValueError(f"benchmark: the JAX peers take an nn.Sequential, got {type(net).__name__}")
-    unknown = {type(layer).__name__ for layer in net if not isinstance(layer, nn.Linear) and type(layer) not in functions}
+    unknown = sorted({type(layer).__name__ for layer in net if type(layer) not in (nn.Linear, *functions)})
     if unknown:
-        raise ValueError(f"benchmark: the JAX peers have no {', '.join(sorted(unknown))}")
+        raise ValueError(f"benchmark: the JAX peers have no {', '.join(unknown)}")
 
     def forward(params: Params, x: Any) -> Any:
         for i, layer in enumerate(net):

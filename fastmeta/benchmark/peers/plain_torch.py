@@ -49,7 +49,8 @@ def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
     def on(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(net, params, (x,)), y)
 
-    def task(params: dict[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+    def task(params: dict[str, Tensor], *data: Tensor) -> Tensor:
+        support_x, support_y, query_x, query_y = data
         for _ in range(case.steps):
             gradients = grad(on)(params, support_x, support_y)
             params = {name: value - case.lr * gradients[name] for name, value in params.items()}

@@ -1,0 +1,46 @@
+"""What a case costs on paper: multiply-adds, and the bytes of weights that its inner steps stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastmeta.cases import Case
+from fastmeta.network.capture import captured
+
+#: Sets of parameters that one inner step of second order reads or writes when nothing stays in registers. Gradient
+#: step: forward and backward read theta, the update reads it and writes the next (4). Hessian-vector product:
+#: tangent forward and tangent backward each read theta and the direction, the update of lambda reads and writes (6).
+STREAMED = 10
+
+
+def flops(case: Case) -> float:
+    """Floating-point operations, two a multiply-add, of one meta-gradient with stored activations.
+
+    Source: docs/architecture.md, "Cost"; first order drops the Hessian-vector products.
+    """
+    program, refused = captured(case.make(), case.input_shape, torch.float32)
+    if program is None:
+        raise ValueError(f"bench: the network of {case.id} has no layer program: {refused}")
+    f, f1 = program.multiply_adds()
+    step = 9 * f - 5 * f1 if case.order == "second" else 3 * f - f1
+    return 2.0 * case.tasks * (case.shots * case.steps * step + case.queries * (3 * f - f1))
+
+
+def parameter_bytes(net: nn.Module) -> int:
+    """One set of parameters in float32."""
+    return 4 * sum(parameter.numel() for parameter in net.parameters())
+
+
+def streamed_bytes(case: Case) -> float:
+    """Bytes of parameters that one inner step of all tasks streams; those of the first layer's unused input
+    gradients are left out."""
+    net = case.make()
+    first = next(layer for layer in net.modules() if isinstance(layer, nn.Linear))
+    # Neither backward nor tangent backward (which reads two) goes on to the network's input.
+    return case.tasks * (STREAMED * float(parameter_bytes(net)) - 3 * 4.0 * first.weight.numel())
+
+
+def working_set(case: Case) -> int:
+    """Bytes of parameters that one worker goes through: theta_0 .. theta_K and lambda."""
+    return (case.steps + 2) * parameter_bytes(case.make())

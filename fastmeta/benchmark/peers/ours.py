@@ -1,0 +1,110 @@
+"""fastmeta itself: `meta_gradient`, and `MAML` with `backward`, on one backend; and the cost of autograd alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta import backends
+from fastmeta.benchmark.peers import plain_torch
+from fastmeta.benchmark.peers.peer import Prepared
+from fastmeta.cases import Case, Instance
+from fastmeta.version import __version__
+
+
+class MetaGradientPeer:
+    """`fastmeta.meta_gradient`."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = name
+        self.backend = backend
+
+    def missing(self) -> str:
+        return str(backends.get(self.backend).missing())
+
+    def version(self) -> str:
+        return __version__
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        from fastmeta import meta_gradient
+
+        support, query = (made.support_x, made.support_y), (made.query_x, made.query_y)
+
+        def step() -> Any:
+            return meta_gradient(
+                made.net,
+                made.params,
+                support,
+                query,
+                loss=made.loss,
+                lr=case.lr,
+                steps=case.steps,
+                backend=self.backend,
+            )
+
+        return Prepared(step, lambda out: dict(out.grads), self._inside())
+
+    def _inside(self) -> Any:
+        if self.backend != "cpu":
+            return None
+        from fastmeta import _C
+
+        return _C.last_run_seconds
+
+
+class MAMLPeer(MetaGradientPeer):
+    """`fastmeta.MAML`: the call and `loss.backward()`."""
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        from fastmeta import MAML
+
+        net = plain_torch.load(made)
+        maml = MAML(net, loss=made.loss, inner_lr=case.lr, inner_steps=case.steps, backend=self.backend)
+        episode = plain_torch.episode(made)
+        parameters = list(net.parameters())
+
+        def step() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            maml(*episode).loss.backward()
+
+        def gradient(_: Any) -> dict[str, Tensor]:
+            return {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+
+        return Prepared(step, gradient, self._inside())
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *params: Tensor) -> Tensor:
+        ctx.gradients = [torch.zeros_like(param) for param in params]
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(ctx.gradients)
+
+
+class NoOpAutograd:
+    """An autograd Function over the same parameters that computes nothing, with its backward: what torch charges."""
+
+    name = "noop-autograd"
+
+    def missing(self) -> str:
+        return ""
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def prepare(self, case: Case, made: Instance) -> Prepared:
+        parameters = list(plain_torch.load(made).parameters())
+
+        def step() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            _Nothing.apply(*parameters).backward()  # type: ignore[no-untyped-call]
+
+        # There is nothing to check: it takes no part in the comparison.
+        return Prepared(step, lambda _: {})

@@ -1,0 +1,111 @@
+"""`fastmeta bench`: fastmeta and its peers side by side."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
+from fastmeta.cases import WORKLOADS
+
+
+@click.command()
+@click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="Repeatable.")
+@click.option("--tasks", type=int, multiple=True, help="Only cases with this many tasks; repeatable.")
+@click.option("--steps", type=int, multiple=True, help="Only cases with this many inner steps; repeatable.")
+@click.option("--threads", default=2, help="Cores that all peers are kept to.")
+@click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
+@click.option("--quick", is_flag=True, help="A shorter clock, and no more than 32 tasks.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench"))
+def bench(
+    workloads: tuple[str, ...],
+    tasks: tuple[int, ...],
+    steps: tuple[int, ...],
+    threads: int,
+    peers: str,
+    quick: bool,
+    out: Path,
+) -> None:
+    """Time the meta-gradient of fastmeta and of other libraries in one process on the same tensors.
+
+    Every peer's result is compared with the float64 reference first; one that is wrong is not timed. Writes
+    bench.csv and bench.png. Exit code 1 if fastmeta itself was wrong or broke.
+    """
+    console = Console()
+    names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    rows: list[Row] = []
+    with console.status("") as status:
+        for workload in workloads or tuple(WORKLOADS):
+            counts = tasks or (tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32}) if quick else ())
+            try:
+                rows += run(
+                    workload,
+                    tasks=counts,
+                    steps=steps,
+                    threads=threads,
+                    peers=names,
+                    protocol=QUICK if quick else Protocol(),
+                    say=status.update,
+                )
+            except ValueError as error:
+                raise click.UsageError(str(error)) from error
+    _report(console, rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "bench.csv", rows)
+    console.print(f"wrote {out / 'bench.csv'}")
+    try:
+        write_chart(out / "bench.png", rows)
+        console.print(f"wrote {out / 'bench.png'}")
+    except ImportError as error:
+        console.print(f"no chart: {error}; pip install 'fastmeta[plot]'")
+    if any(row.peer.startswith("fastmeta") and row.status in ("wrong", "broken") for row in rows):
+        raise click.exceptions.Exit(1)
+
+
+def _report(console: Console, rows: list[Row]) -> None:
+    facts = rows[0].facts
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value), highlight=False)
+    for case in dict.fromkeys(row.case for row in rows):
+        console.print(_table(case, [row for row in rows if row.case == case]))
+
+
+def _table(case: str, rows: list[Row]) -> Table:
+    table = Table(title=f"{case}, {rows[0].precision}, {rows[0].threads} threads")
+    table.add_column("peer")
+    for heading in ("median ms", "min", "p20", "p80", "ratio", "GFLOP/s", "of peak", "beyond kernel us", "error"):
+        table.add_column(heading, justify="right")
+    for heading in ("first call s", "memory MiB"):
+        table.add_column(heading, justify="right")
+    for row in sorted(rows, key=lambda row: (row.status != "timed", row.median_ms)):
+        if row.status != "timed":
+            table.add_row(row.peer, f"[yellow]{row.status}: {row.reason}", *[""] * 10)
+            continue
+        beyond = _number(row.beyond_us, ".0f")
+        if not math.isnan(row.beyond_noop_us):
+            beyond += f" ({row.beyond_noop_us:+.0f} over no-op)"
+        table.add_row(
+            row.peer,
+            *(_number(value, ".3f") for value in (row.median_ms, row.min_ms, row.p20_ms, row.p80_ms)),
+            _number(row.ratio, ".2f"),
+            _number(row.gflops, ".1f"),
+            _number(row.peak_share, ".0%"),
+            beyond,
+            _number(row.error, ".1e"),
+            _number(row.first_call_s, ".2f"),
+            _number(row.peak_mib, ".0f"),
+        )
+    shares = [row.bandwidth_share for row in rows if not math.isnan(row.bandwidth_share)]
+    if shares:
+        table.caption = f"inner steps stream weights at {shares[0]:.0%} of the cache bandwidth"
+    return table
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
