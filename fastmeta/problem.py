@@ -14,7 +14,7 @@ loss of task t. A term whose ingredients are absent (no query loss, no cotangent
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -80,6 +80,9 @@ class Problem:
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
+    scratch: dict[str, Any] = field(default_factory=dict)
+    # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
+    #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
 
 
 @dataclass(slots=True)
