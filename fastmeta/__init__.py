@@ -1,0 +1,24 @@
+"""Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
+
+from fastmeta import data
+from fastmeta.algorithms import MAML, MetaLoss
+from fastmeta.errors import BackendUnavailable, CaptureError
+from fastmeta.flat import flatten
+from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
+from fastmeta.update_rules import SGD
+from fastmeta.version import __version__
+
+__all__ = [
+    "MAML",
+    "SGD",
+    "BackendUnavailable",
+    "CaptureError",
+    "MetaGradient",
+    "MetaLoss",
+    "__version__",
+    "data",
+    "flatten",
+    "inner_sgd",
+    "meta_gradient",
+    "task_forward",
+]

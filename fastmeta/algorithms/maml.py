@@ -1,0 +1,264 @@
+"""MAML and its first-order form as one `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.algorithms import compiled
+from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
+from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.losses import resolve
+from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.eager import eager
+from fastmeta.ops.inner_sgd import inner_loop
+from fastmeta.ops.options import Options, argument, check_options, names_of, numbers_of, rule_of
+from fastmeta.ops.plan import NOTHING, Call, prepare
+from fastmeta.ops.rates import Rates
+from fastmeta.ops.task_forward import forward as task_forward
+from fastmeta.update_rules import SGD
+
+if TYPE_CHECKING:
+    from fastmeta.explain import Explanation
+
+
+class MetaLoss(NamedTuple):
+    """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
+
+    loss: Tensor  # ()
+    task_losses: Tensor  # [T]
+    output: Tensor  # [T, M, *out]
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning: an initialisation from which a few inner steps adapt to any task.
+
+        maml = fm.MAML(net, loss="mse", inner_lr=0.01, inner_steps=5)
+        out = maml(support_x, support_y, query_x, query_y)
+        out.loss.backward()
+
+    Args:
+        net: the network; its parameters are the meta-parameters.
+        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar; see
+            `fastmeta.losses.resolve`. A module is read once, here.
+        query_loss: the same for the query sets; None: `loss`.
+        inner_lr: a number, a tensor () or [K], or a dict by parameter name of numbers and tensors () or
+            [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start.
+        inner_steps: K, at least 0.
+        order: "second", exact, or "first" (FOMAML).
+        adapt: "all", "head" (the last layer with parameters), "body" (all the others) or names of parameters.
+        learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor", one for each
+            parameter tensor; "element", one for each scalar weight (Meta-SGD).
+        lr_per_step: learned rates differ from step to step.
+        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
+        memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
+        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        backend: "auto", or the name of one.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017); Li et al., "Meta-SGD" (2017).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        loss: object,
+        query_loss: object = None,
+        inner_lr: Rates,
+        inner_steps: int,
+        order: str = "second",
+        adapt: str | Iterable[str] = "all",
+        learn_lr: str | None = None,
+        lr_per_step: bool = False,
+        step_weights: Sequence[float] | None = None,
+        weight_norm: str = "count",
+        update_rule: SGD | None = None,
+        memory: str = "auto",
+        batch_stats: str = "task",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"{argument('MAML', 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+        self.net = net
+        self.loss = resolve(loss, weight_norm=weight_norm)
+        self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
+        self.inner_steps = inner_steps
+        self.order = order
+        self.adapts = names_of("MAML", adapt)
+        self.step_weights = numbers_of("MAML", step_weights)
+        self.update_rule = rule_of(update_rule)
+        self.memory = memory
+        self.batch_stats = batch_stats
+        self.backend = backend
+        check_options(self._options("MAML"))
+        params: dict[str, Tensor] = dict(net.named_parameters())
+        if not params:
+            raise ValueError(f"{argument('MAML', 'net')} must have parameters, {type(net).__name__} has none")
+        names = adapted_names("MAML", net, self.adapts)
+        self.inner_lrs = InnerRates("MAML", inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
+        self.flat: FlatParameters | None = None
+        self._start()
+
+    def forward(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        task_weights: Tensor | None = None,
+        support_weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
+        support_per_step: bool = False,
+    ) -> MetaLoss:
+        """Query losses after the inner loop.
+
+        Args:
+            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+            support_y: as the loss wants it.
+            query_x: [T, M, *in].
+            query_y: as the query loss wants it.
+            task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+            support_weights: [T, N] or [T, K, N].
+            query_weights: [T, M].
+            support_per_step: there is a support set of its own for every inner step.
+
+        Returns:
+            `MetaLoss`.
+
+        Derivatives: `loss` is once differentiable in the parameters, the learned rates and every input that requires
+            grad. The gradients are computed here, together with the loss, wherever gradients are on.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
+            BackendUnavailable: the backend named cannot run this call.
+        """
+        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        if torch.compiler.is_compiling():
+            return MetaLoss(*compiled.meta_loss(self, tensors, support_per_step))
+        return MetaLoss(*meta_loss(self, tensors, support_per_step))
+
+    @eager
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+        """The parameters of every task after the inner loop.
+
+        Args:
+            x: support inputs [T, N, *in].
+            y: support targets.
+            steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
+
+        Returns:
+            name -> [T, *shape], every parameter, also those that are not adapted.
+
+        Derivatives: as `fastmeta.inner_sgd`, where gradients are on.
+        """
+        options = self._options("MAML.adapt")._replace(step_weights=None)
+        params, rates = self._differentiable()
+        lr = self.inner_lrs.as_given(rates)
+        if steps is not None:
+            options = options._replace(steps=steps)
+            check_options(options)
+            lr = repeated(lr, steps)
+        return inner_loop(options, self.net, params, Tensors(x, y), lr, self.loss)
+
+    @eager
+    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The network's output with adapted parameters.
+
+        Args:
+            adapted: what `adapt` returns.
+            x: inputs [T, M, *in].
+
+        Returns:
+            [T, M, *out].
+
+        Derivatives: as `fastmeta.task_forward`, where gradients are on.
+        """
+        return task_forward("MAML.predict", self.net, adapted, x, self.batch_stats, self.backend)
+
+    def explain(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        task_weights: Tensor | None = None,
+        support_weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
+        support_per_step: bool = False,
+    ) -> Explanation:
+        """Which backend runs a training step on this episode, at what cost, and why others do not; print it.
+
+        Args:
+            support_x, support_y, query_x, query_y, task_weights, support_weights, query_weights, support_per_step: as
+                in a call.
+        """
+        from fastmeta.explain import explain
+
+        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        return explain(self.prepare(tensors, support_per_step, leaves_of(self).wrt))
+
+    def prepare(self, tensors: Tensors, support_per_step: bool = False, wrt: frozenset[str] = NOTHING) -> Call:
+        """A call of this module, checked and with its backend chosen; `fastmeta.ops.plan.prepare` does it."""
+        params, rates = self.meta_parameters()
+        if self.flat is not None:
+            self.flat.check(params, rates)
+        lr = self.inner_lrs.as_given(rates)
+        options = self._options("MAML", support_per_step)
+        return prepare(options, self.net, params, tensors, self.loss, self.query_loss, lr, wrt)
+
+    def meta_parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(the network's parameters by name, the learned rates by key); not to be modified."""
+        return self._params.current(), self._rates.current()
+
+    def _options(self, who: str, support_per_step: bool = False) -> Options:
+        return Options(
+            who,
+            self.inner_steps,
+            self.order,
+            self.adapts,
+            self.step_weights,
+            support_per_step,
+            self.update_rule,
+            self.memory,
+            self.batch_stats,
+            self.backend,
+        )
+
+    def _differentiable(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`meta_parameters` as functions of the leaves."""
+        params, rates = self.meta_parameters()
+        flat = self.flat
+        if flat is None:
+            return params, rates
+        flat.check(params, rates)
+        pieces = views(flat.vector, flat.parts(params, rates))
+        at = len(flat.names)
+        return (
+            {**params, **dict(zip(flat.names, pieces[:at], strict=True))},
+            {**rates, **dict(zip(flat.keys, pieces[at:], strict=True))},
+        )
+
+    def _start(self) -> None:
+        """What neither a copy nor a checkpoint of this module can share with it."""
+        self._params = ParameterTable(self.net)
+        self._rates = ParameterTable(self.inner_lrs)
+        self.handle = compiled.register(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_params", "_rates", "handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()

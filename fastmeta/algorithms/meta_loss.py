@@ -1,0 +1,107 @@
+"""The autograd of an algorithm: gradients are computed together with the loss, and backward only scales them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+from torch.autograd.function import once_differentiable
+
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.meta_gradient import mean_loss
+from fastmeta.ops.plan import Call
+from fastmeta.problem import Result
+
+if TYPE_CHECKING:
+    from fastmeta.algorithms.maml import MAML
+
+_WRT = {
+    (params, rates): frozenset(["params"] * params + ["lr"] * rates) for params in (False, True) for rates in (False, True)
+}
+
+
+class Leaves(NamedTuple):
+    """The meta-parameters that a loss is differentiated by."""
+
+    tensors: list[Tensor]  # parameters, then learned rates; or the one vector of a flattened module
+    wrt: frozenset[str]  # "params", "lr"
+
+
+def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and wanted."""
+    if not torch.is_grad_enabled():
+        call = maml.prepare(tensors, support_per_step)
+        return answer(call, call.solve())
+    leaves = leaves_of(maml)
+    inputs = [field for field, x in zip(tensors._fields, tensors, strict=True) if getattr(x, "requires_grad", False)]
+    wrt = leaves.wrt.union(inputs) - {"task_weights"} if inputs else leaves.wrt
+    call = maml.prepare(tensors, support_per_step, wrt)
+    result = call.solve()
+    loss, task_losses, output = answer(call, result)
+    if leaves.tensors or inputs:
+        gradients = [flat_gradient(maml, call, result)] if leaves.tensors else []
+        gradients += [_input_gradient(field, result) for field in inputs]
+        given = [getattr(tensors, field) for field in inputs]
+        loss = _Attach.apply((loss, gradients), leaves.tensors, *leaves.tensors, *given)
+    return loss, task_losses, output
+
+
+def leaves_of(maml: MAML) -> Leaves:
+    """What a backward pass fills the gradients of."""
+    flat = maml.flat
+    if flat is not None:
+        return Leaves([flat.vector], _WRT[bool(flat.names), bool(flat.keys)])
+    params, rates = maml.meta_parameters()
+    has_params = any([value.requires_grad for value in params.values()])
+    has_rates = any([value.requires_grad for value in rates.values()])
+    leaves = [*params.values()] if has_params else []
+    if has_rates:
+        leaves += rates.values()
+    return Leaves(leaves, _WRT[has_params, has_rates])
+
+
+def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
+    """The gradients of all leaves in one vector, in their order."""
+    grads, flat = result.grads, maml.flat
+    if grads.lr is None and grads.flat_params is not None and (flat is None or len(flat.names) == len(call.problem.params)):
+        return grads.flat_params
+    params = grads.params or {}
+    rates = {} if grads.lr is None else maml.inner_lrs.by_key(call.plan.rates.fold(grads.lr, call.lr))
+    parts = [*params.values(), *rates.values()] if flat is None else flat.parts(params, rates)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task_losses, output)."""
+    task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
+    return mean_loss(task_losses, call.problem.task_weights), task_losses, output
+
+
+def _input_gradient(field: str, result: Result) -> Tensor:
+    if field == "task_weights":
+        task_losses = cast(Tensor, result.task_losses)
+        return task_losses / task_losses.shape[0]
+    return cast(Tensor, getattr(result.grads, field))
+
+
+class _Attach(torch.autograd.Function):
+    """Makes a loss a function of the tensors that its gradients are known for."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Tensor, list[Tensor]], leaves: list[Tensor], *inputs: Tensor) -> Tensor:
+        loss, gradients = known
+        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
+        ctx.save_for_backward(*gradients)
+        ctx.leaves = leaves
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
+        scaled = [saved * grad for saved in ctx.saved_tensors]
+        if not ctx.leaves:
+            return (None, None, *scaled)
+        return (None, None, *_unflatten_dense_tensors(scaled[0], ctx.leaves), *scaled[1:])

@@ -1,0 +1,82 @@
+"""The inner loop: every task takes its own steps of SGD on its own support set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from fastmeta.losses import resolve
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.differentiable import Operation, run
+from fastmeta.ops.eager import eager
+from fastmeta.ops.options import Options, names_of, rule_of
+from fastmeta.ops.rates import Rates
+from fastmeta.update_rules import SGD
+
+
+@eager
+def inner_sgd(
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: object,
+    lr: Rates,
+    steps: int,
+    order: str = "second",
+    adapt: str | Iterable[str] = "all",
+    weights: Tensor | None = None,
+    weight_norm: str = "count",
+    update_rule: SGD | None = None,
+    support_per_step: bool = False,
+    memory: str = "auto",
+    batch_stats: str = "task",
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """The parameters of every task after `steps` inner steps.
+
+    Args:
+        net: the network; its parameters are not used, `params` are.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
+            [T, *shape], one for each task.
+        x: support inputs [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+        y: support targets, as the loss wants them.
+        loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory, batch_stats, backend: as in
+            `fastmeta.meta_gradient`.
+        weights: of the support examples, [T, N] or [T, K, N].
+
+    Returns:
+        name -> [T, *shape], every parameter, also those that are not adapted.
+
+    Derivatives: once differentiable in `params`, `lr`, `x`, `y` and `weights` where they are floating-point tensors;
+        the backward pass runs the inner loop again. With order="first" only the identity part of each step remains.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendUnavailable: the backend named cannot run this call.
+
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 2.2.
+    """
+    options = Options(
+        "inner_sgd",
+        steps,
+        order,
+        names_of("inner_sgd", adapt),
+        None,
+        support_per_step,
+        rule_of(update_rule),
+        memory,
+        batch_stats,
+        backend,
+    )
+    return inner_loop(options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm))
+
+
+def inner_loop(
+    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, lr: Rates, loss: object
+) -> dict[str, Tensor]:
+    """`inner_sgd` with its options in one piece, under any name in messages."""
+    operation = Operation(options, net, params, tensors, lr, resolve(loss))
+    return dict(zip(params, run(operation), strict=True))

@@ -1,0 +1,156 @@
+"""Query losses after the inner loop and their gradients, in one pass and without an autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.losses import resolve
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.eager import eager
+from fastmeta.ops.options import Options, argument, names_of, numbers_of, rule_of
+from fastmeta.ops.plan import prepare
+from fastmeta.ops.rates import Rates
+from fastmeta.update_rules import SGD
+
+
+class MetaGradient(NamedTuple):
+    """What `meta_gradient` returns; a gradient that was not asked for is None."""
+
+    loss: Tensor  # ()
+    task_losses: Tensor  # [T]
+    output: Tensor  # [T, M, *out]
+    grads: dict[str, Tensor] | None = None  # parameter name -> as the parameter was given
+    lr: Tensor | dict[str, Tensor] | None = None  # in the structure of `lr`; a number gets a tensor ()
+    support_x: Tensor | None = None
+    support_y: Tensor | None = None
+    support_weights: Tensor | None = None
+    query_x: Tensor | None = None
+    query_y: Tensor | None = None
+    query_weights: Tensor | None = None
+
+
+@eager
+def meta_gradient(
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    *,
+    loss: object,
+    query_loss: object = None,
+    lr: Rates,
+    steps: int,
+    order: str = "second",
+    adapt: str | Iterable[str] = "all",
+    step_weights: Sequence[float] | None = None,
+    task_weights: Tensor | None = None,
+    support_weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    weight_norm: str = "count",
+    support_per_step: bool = False,
+    update_rule: SGD | None = None,
+    memory: str = "auto",
+    batch_stats: str = "task",
+    wrt: Iterable[str] = ("params",),
+    backend: str = "auto",
+) -> MetaGradient:
+    """The meta-gradient: query losses after `steps` inner steps of SGD, and their gradients.
+
+    Args:
+        net: the network; its parameters are not used, `params` are.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
+            [T, *shape], one for each task.
+        support: x [T, N, *in] and y as the loss wants it; [T, K, N, ...] with `support_per_step`.
+        query: x [T, M, *in] and y.
+        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar;
+            see `fastmeta.losses.resolve`.
+        query_loss: the same for the query sets; None: `loss`.
+        lr: inner learning rates: a number, a tensor () or [K], or a dict by parameter name of numbers and tensors
+            () or [K or 1, T or 1, *(S or 1s)].
+        steps: K, at least 0.
+        order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
+        adapt: "all", "head" (the last layer with parameters), "body" (all the others) or names of parameters.
+        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
+        task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+        support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M].
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        support_per_step: there is a support set of its own for every inner step.
+        update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
+        memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step.
+        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        wrt: what to differentiate by, out of `fastmeta.problem.DIFFERENTIABLE`.
+        backend: "auto", or the name of one.
+
+    Returns:
+        `MetaGradient`; all of its tensors are detached.
+
+    Derivatives: of `loss`, exact, computed here; what is returned has none.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
+        BackendUnavailable: the backend named cannot run this call.
+
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 3; docs/architecture.md.
+    """
+    support_x, support_y = _pair("support", support)
+    query_x, query_y = _pair("query", query)
+    support_loss = resolve(loss, weight_norm=weight_norm)
+    options = Options(
+        "meta_gradient",
+        steps,
+        order,
+        names_of("meta_gradient", adapt),
+        numbers_of("meta_gradient", step_weights),
+        support_per_step,
+        rule_of(update_rule),
+        memory,
+        batch_stats,
+        backend,
+    )
+    call = prepare(
+        options,
+        net,
+        params,
+        Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights),
+        support_loss,
+        support_loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm),
+        lr,
+        frozenset(wrt),
+    )
+    result = call.solve()
+    grads = result.grads
+    return MetaGradient(
+        mean_loss(result.task_losses, task_weights),
+        result.task_losses,  # type: ignore[arg-type]
+        result.output,  # type: ignore[arg-type]
+        grads.params,
+        None if grads.lr is None else call.plan.rates.fold(grads.lr, lr),
+        grads.support_x,
+        grads.support_y,
+        grads.support_weights,
+        grads.query_x,
+        grads.query_y,
+        grads.query_weights,
+    )
+
+
+def mean_loss(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
+    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
+    if task_weights is None:
+        return task_losses.mean()
+    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
+
+
+def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    try:
+        x, y = batch
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument('meta_gradient', field)} must be a pair (x, y), got {type(batch).__name__}") from None
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument('meta_gradient', f'{field}_{name}')} must be a tensor, got {type(tensor).__name__}")
+    return x, y

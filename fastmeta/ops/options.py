@@ -1,0 +1,115 @@
+"""The options of an operator: everything it takes that is neither the network nor a tensor nor a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import isfinite
+from numbers import Real
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastmeta import backends
+from fastmeta.update_rules import SGD
+
+_PLAIN_SGD = SGD()
+
+# What an operator calls a field of `Problem`, where that is not its own name.
+_ONE_SET = {"support_x": "x", "support_y": "y", "support_weights": "weights"}
+_ARGUMENTS: dict[str, dict[str, str]] = {
+    "task_forward": {"query_x": "x"},
+    "inner_sgd": _ONE_SET,
+    "MAML": {"lr": "inner_lr", "steps": "inner_steps"},
+    "MAML.adapt": {**_ONE_SET, "lr": "inner_lr"},
+    "MAML.predict": {"query_x": "x", "params": "adapted"},
+}
+
+_CHOICES = {
+    "order": ("second", "first"),
+    "memory": ("auto", "store", "recompute"),
+    "batch_stats": ("task", "running"),
+    "backend": ("auto", *backends.NAMES),
+}
+
+
+class Options(NamedTuple):
+    """The options of one call; hashable, so that it can be part of a plan's key."""
+
+    who: str  # the operator, as messages name it
+    steps: int = 0
+    order: str = "second"
+    adapt: str | tuple[str, ...] = "all"
+    step_weights: tuple[float, ...] | None = None
+    support_per_step: bool = False
+    rule: SGD = _PLAIN_SGD
+    memory: str = "auto"
+    batch_stats: str = "task"
+    backend: str = "auto"
+
+
+def argument(who: str, field: str) -> str:
+    """The name of an argument in a message: "inner_sgd: `x`"."""
+    return f"{who}: `{_ARGUMENTS.get(who, {}).get(field, field)}`"
+
+
+def check_options(options: Options) -> None:
+    """Check every option by itself.
+
+    Raises:
+        TypeError, ValueError: names the option, what was expected and what came.
+    """
+    who = options.who
+    steps = options.steps
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"{argument(who, 'steps')} must be an int, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"{argument(who, 'steps')} must be at least 0, got {steps}")
+    for name, allowed in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            raise ValueError(f"{argument(who, name)} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(options.rule, SGD):
+        raise TypeError(f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}")
+    if options.step_weights is not None and len(options.step_weights) != steps + 1:
+        raise ValueError(
+            f"{argument(who, 'step_weights')} must hold steps + 1 = {steps + 1} numbers, "
+            f"got {len(options.step_weights)}"
+        )
+
+
+def rule_of(update_rule: SGD | None) -> SGD:
+    """The update rule meant by `update_rule=`."""
+    return _PLAIN_SGD if update_rule is None else update_rule
+
+
+def names_of(who: str, adapt: str | Iterable[str]) -> str | tuple[str, ...]:
+    """`adapt=` in a form that can be a key.
+
+    Raises:
+        TypeError: neither a string nor names.
+    """
+    if isinstance(adapt, str):
+        return adapt
+    try:
+        return tuple(adapt)
+    except TypeError:
+        raise TypeError(
+            f"{argument(who, 'adapt')} must be 'all', 'head', 'body' or names of parameters, got {adapt!r}"
+        ) from None
+
+
+def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    """`step_weights=` in a form that can be a key.
+
+    Raises:
+        TypeError: not a sequence of numbers.
+        ValueError: one of them is not finite.
+    """
+    if step_weights is None:
+        return None
+    if isinstance(step_weights, (str, Tensor)) or not all(isinstance(weight, Real) for weight in step_weights):
+        raise TypeError(f"{argument(who, 'step_weights')} must be a sequence of numbers, got {step_weights!r}")
+    weights = tuple(float(weight) for weight in step_weights)
+    if not all(map(isfinite, weights)):
+        raise ValueError(f"{argument(who, 'step_weights')} must be finite, got {weights}")
+    return weights

@@ -1,0 +1,233 @@
+"""From an operator's arguments to a checked problem. What depends on no tensor's values is checked once and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from fastmeta import backends
+from fastmeta.losses import Loss
+from fastmeta.network.capture import captured
+from fastmeta.network.functional import check_batch_stats
+from fastmeta.network.program import Program
+from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.capture_check import check_capture
+from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
+from fastmeta.ops.failure import diagnose
+from fastmeta.ops.options import Options, argument, check_options
+from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
+from fastmeta.problem import Batch, Problem, Result
+
+NOTHING: frozenset[str] = frozenset()
+# A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
+_MOST_PLANS = 256
+# These backends evaluate the module itself and need no program.
+_RUN_THE_MODULE = ("torch", "reference")
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is known of a call before the values of its tensors are."""
+
+    backend: ModuleType
+    program: Program | None
+    refused: str  # why there is no program
+    shapes: Shapes
+    rates: RatePlan
+    order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
+    scratch: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of an operator: its problem, and what it takes to say what is wrong with it."""
+
+    options: Options
+    tensors: Tensors
+    plan: Plan
+    problem: Problem
+    lr: Rates  # as given
+    wrt: frozenset[str]
+
+    def solve(self, adapted: bool = False) -> Result:
+        """The answer of the backend.
+
+        Args:
+            adapted: whether the adapted parameters are wanted.
+
+        Raises:
+            ValueError, TypeError: the network or the loss cannot take a tensor; the message names it.
+        """
+        problem = self.problem
+        try:
+            return self.plan.backend.solve(problem, self.wrt, adapted)  # type: ignore[no-any-return]
+        except Exception:
+            losses = (problem.loss, problem.query_loss)
+            diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses)
+            raise
+
+
+class _Given(NamedTuple):
+    """The arguments of `prepare`."""
+
+    options: Options
+    net: nn.Module
+    params: Mapping[str, Tensor]
+    tensors: Tensors
+    loss: Loss | None
+    query_loss: Loss | None
+    lr: Rates
+    wrt: frozenset[str]
+    adapted_grad: dict[str, Tensor] | None
+    output_grad: Tensor | None
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
+
+
+def prepare(
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    loss: Loss | None,
+    query_loss: Loss | None,
+    lr: Rates,
+    wrt: frozenset[str] = NOTHING,
+    adapted_grad: dict[str, Tensor] | None = None,
+    output_grad: Tensor | None = None,
+) -> Call:
+    """Check one call and choose its backend.
+
+    Args:
+        options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
+        wrt: the gradients wanted.
+        adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
+
+    Raises:
+        TypeError, ValueError: names the argument, what was expected and what came.
+        BackendUnavailable: the backend asked for cannot run this.
+    """
+    given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad)
+    try:
+        key = (
+            options,
+            options.steps.__class__,  # True == 1 == 1.0
+            wrt,
+            None if loss is None else loss.key,
+            None if query_loss is None else query_loss.key,
+            rates_key(lr),
+            *params,
+            *[(value.shape, value.dtype, value.device) for value in params.values()],
+            *[None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
+            adapted_grad is None,
+            output_grad is None,
+        )
+        plan = _plans[net].get(key)
+    except (AttributeError, KeyError, TypeError):  # a first call, or something that the full check will name
+        return _first_call(given)
+    if plan is None:
+        return _first_call(given, key)
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+    if program is not plan.program:  # the network has changed
+        return _first_call(given, key)
+    if options.batch_stats != "task":
+        check_batch_stats(net, options.batch_stats)
+    return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
+
+
+def _first_call(given: _Given, key: object = None) -> Call:
+    """The full check. The plan is kept under `key`, where there is one and the network is captured."""
+    options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
+    check_options(options)
+    _check_given(given)
+    shapes = check_tensors(options, net, given.params, tensors)
+    check_wrt(options.who, wrt, tensors)
+    check_batch_stats(net, options.batch_stats)
+    names = () if tensors.support_x is None else adapted_names(options.who, net, options.adapt)
+    rates = plan_rates(
+        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
+    )
+    program, refused = _capture(options, net, tensors, shapes)
+    if program is not None:
+        _check_targets(given, shapes, program.output_shape)
+    own = tuple(shapes.params)
+    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
+    problem = _problem(plan, given)
+    plan.backend = backends.select(options.backend, problem, wrt)
+    if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
+        check_capture(plan.backend, problem)
+        if key is not None:
+            plans = _plans.setdefault(net, {})
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = plan
+    return Call(options, tensors, plan, problem, given.lr, wrt)
+
+
+def _check_given(given: _Given) -> None:
+    """Every set that is used has inputs, and targets if there is a loss on it."""
+    sets = {"support": given.loss is not None, "query": given.query_loss is not None}
+    if not any(sets.values()):
+        needed = ["query_x"]
+    else:
+        needed = [f"{part}_{which}" for part, used in sets.items() if used for which in ("x", "y")]
+    for field in needed:
+        if getattr(given.tensors, field) is None:
+            raise TypeError(f"{argument(given.options.who, field)} must be a tensor, got None")
+
+
+def _problem(plan: Plan, given: _Given) -> Problem:
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad = given
+    support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
+    shapes = plan.shapes
+    if plan.order is not None:
+        params = {name: params[name] for name in plan.order}
+    return Problem(
+        net,
+        params,  # type: ignore[arg-type]
+        shapes.per_task,
+        shapes.tasks,
+        options.steps,
+        None if support_x is None else Batch(support_x, support_y, support_weights, options.support_per_step),
+        None if query_x is None else Batch(query_x, query_y, query_weights),
+        loss,
+        query_loss,
+        plan.rates.spread(lr),
+        None if support_x is None else options.rule,
+        options.order,
+        options.step_weights,
+        task_weights,
+        options.memory,
+        options.batch_stats,
+        adapted_grad,
+        output_grad,
+        plan.program,
+        plan.refused,
+        plan.scratch,
+    )
+
+
+def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes) -> tuple[Program | None, str]:
+    x = tensors.query_x if tensors.support_x is None else tensors.support_x
+    if x is not None and not x.is_floating_point():
+        return None, f"the network's input is {x.dtype}"
+    if options.backend in _RUN_THE_MODULE:
+        return None, f"backend={options.backend!r} runs the module itself"
+    return captured(net, shapes.input, shapes.dtype)
+
+
+def _check_targets(given: _Given, shapes: Shapes, output: tuple[int, ...]) -> None:
+    """The targets against the output; without a program the losses do so when they meet it."""
+    who, tensors = given.options.who, given.tensors
+    for field, target, loss, lead in (
+        ("support_y", tensors.support_y, given.loss, shapes.support),
+        ("query_y", tensors.query_y, given.query_loss, shapes.query),
+    ):
+        if target is not None and loss is not None:
+            loss.check_target(argument(who, field), target, lead, output, shapes.dtype)

@@ -1,0 +1,159 @@
+"""Inner learning rates: from what the user writes to one tensor a parameter, and the gradients back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmeta.ops.options import argument
+
+Rate = float | Tensor
+Rates = Rate | Mapping[str, Rate]
+
+
+def rates_key(lr: Rates) -> object:
+    """All of `lr` that a plan depends on: the value of a number, but only the kind of a tensor."""
+    if isinstance(lr, Tensor):
+        return lr.shape, lr.dtype, lr.device
+    if isinstance(lr, Mapping):
+        return tuple((name, rates_key(rate)) for name, rate in lr.items())
+    return lr, lr.__class__
+
+
+@dataclass(frozen=True, slots=True)
+class RatePlan:
+    """How the learning rates of one call are laid out.
+
+    Args:
+        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *(S or 1s)].
+        constants: the rates given as numbers; they cost nothing per call.
+        device, dtype: of the parameters.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    constants: dict[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def spread(self, lr: Rates) -> dict[str, Tensor]:
+        """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views, no copies."""
+        if len(self.constants) == len(self.shapes):
+            return self.constants
+        if isinstance(lr, Mapping):
+            return {
+                name: self.constants[name] if name in self.constants else cast(Tensor, lr[name]).detach().reshape(shape)
+                for name, shape in self.shapes.items()
+            }
+        rate = cast(Tensor, lr).detach()
+        if rate.numel() == 0:  # no steps, and one rate for each of them
+            rate = rate.new_zeros(1)
+        views = {shape: rate.reshape(shape) for shape in set(self.shapes.values())}
+        return {name: views[shape] for name, shape in self.shapes.items()}
+
+    def fold(self, grads: dict[str, Tensor], lr: Rates) -> Tensor | dict[str, Tensor]:
+        """The gradient in the structure of `lr`: a number gets a tensor of shape ()."""
+        if isinstance(lr, Mapping):
+            return {
+                name: grad.reshape(_shape(lr[name])) if isinstance(lr[name], Tensor) else grad.sum()
+                for name, grad in grads.items()
+            }
+        steps = lr.numel() if isinstance(lr, Tensor) and lr.dim() else 1
+        if steps == 0:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        total = torch.stack([grad.reshape(steps, -1).sum(1) for grad in grads.values()]).sum(0)  # [K]
+        return total.reshape(_shape(lr))
+
+
+def plan_rates(
+    who: str,
+    lr: Rates,
+    names: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
+    steps: int,
+    tasks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RatePlan:
+    """Check the learning rates and lay them out.
+
+    Args:
+        who: the operator, for messages.
+        lr: a finite number, a tensor () or [K], or a dict by parameter name of numbers, tensors () and tensors
+            [K or 1, T or 1, *(S or 1s)]. Values of tensors are not read.
+        names: the adapted parameters.
+        shapes: name -> S, the shape of one task's parameter.
+        steps, tasks: K and T.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: names the rate, what was expected and what came.
+    """
+    what = argument(who, "lr")
+    layout: dict[str, tuple[int, ...]] = {}
+    constants: dict[str, Tensor] = {}
+    if isinstance(lr, Mapping):
+        _check_names(what, lr, names)
+        for name in names:
+            rate, label = lr[name], f"{what}[{name!r}]"
+            layout[name] = _shape_of_entry(label, rate, shapes[name], steps, tasks)
+            if isinstance(rate, Tensor):
+                _check_sort(label, rate, device, dtype)
+            else:
+                constants[name] = torch.full(layout[name], _number(label, rate), dtype=dtype, device=device)
+        return RatePlan(layout, constants, device, dtype)
+    if isinstance(lr, Tensor):
+        _check_sort(what, lr, device, dtype)
+        if lr.shape not in ((), (steps,)) and not (steps == 0 and lr.shape == (1,)):
+            raise ValueError(f"{what} must be a number, () or [K] = ({steps},), got {tuple(lr.shape)}")
+        rows = max(lr.numel(), 1)
+        return RatePlan({name: (rows, 1, *[1] * len(shapes[name])) for name in names}, {}, device, dtype)
+    value = torch.full((), _number(what, lr), dtype=dtype, device=device)
+    layout = {name: (1, 1, *[1] * len(shapes[name])) for name in names}
+    return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, device, dtype)
+
+
+def _check_names(what: str, lr: Mapping[str, Rate], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in lr]
+    unexpected = [name for name in lr if name not in names]
+    if missing:
+        raise ValueError(f"{what} must have a rate for every adapted parameter, none for {missing[0]!r}")
+    if unexpected:
+        raise ValueError(f"{what} has a rate for {unexpected[0]!r}, which is not adapted; adapted: {', '.join(names)}")
+
+
+def _shape_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> tuple[int, ...]:
+    ones = (1,) * (2 + len(shape))
+    if not isinstance(rate, Tensor) or rate.dim() == 0:
+        return ones
+    full = (max(steps, 1), tasks, *shape)
+    if rate.dim() != len(full) or any(have not in (1, want) for have, want in zip(rate.shape, full, strict=True)):
+        raise ValueError(
+            f"{label} must be a number, () or [K or 1, T or 1, *(S or 1s)] with K, T, *S = {full}, "
+            f"got {tuple(rate.shape)}"
+        )
+    return tuple(rate.shape)
+
+
+def _check_sort(label: str, rate: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    if rate.dtype != dtype:
+        raise TypeError(f"{label} must be {dtype}, as the parameters, got {rate.dtype}")
+    if rate.device != device:
+        raise ValueError(f"{label} must be on {device}, as the parameters, got {rate.device}")
+
+
+def _number(label: str, rate: Rate) -> float:
+    if not isinstance(rate, Real) or isinstance(rate, bool):
+        raise TypeError(f"{label} must be a number or a tensor, got {type(rate).__name__}")
+    if not isfinite(rate):
+        raise ValueError(f"{label} must be finite, got {rate}")
+    return float(rate)
+
+
+def _shape(lr: object) -> tuple[int, ...]:
+    return tuple(lr.shape) if isinstance(lr, Tensor) else ()

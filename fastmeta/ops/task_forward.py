@@ -1,0 +1,46 @@
+"""The network with parameters of its own for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.differentiable import Operation, run
+from fastmeta.ops.eager import eager
+from fastmeta.ops.options import Options
+
+
+@eager
+def task_forward(
+    net: nn.Module, params: Mapping[str, Tensor], x: Tensor, *, batch_stats: str = "task", backend: str = "auto"
+) -> Tensor:
+    """The network's output for all tasks at once.
+
+    Args:
+        net: the network; its parameters are not used, `params` are.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
+            [T, *shape], one for each task.
+        x: inputs [T, N, *in].
+        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        backend: "auto", or the name of one.
+
+    Returns:
+        The output [T, N, *out].
+
+    Derivatives: once differentiable in `params` and `x`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendUnavailable: the backend named cannot run this call.
+    """
+    return forward("task_forward", net, params, x, batch_stats, backend)
+
+
+def forward(
+    who: str, net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str, backend: str
+) -> Tensor:
+    """`task_forward` under another name in messages."""
+    options = Options(who, batch_stats=batch_stats, backend=backend)
+    return run(Operation(options, net, params, Tensors(query_x=x)))[0]
