@@ -1,0 +1,1 @@
+"""From an `nn.Module` to the layer program that every kernel backend runs."""

@@ -1,0 +1,191 @@
+"""Whether a network is still the one that was captured.
+
+A guard is a flat record of everything that a forward can read besides its input: the modules and their types,
+their attributes (the training flag among them), hooks, which parameters there are, which of them are tied, and
+their shapes. Values of tensors are no part of it, so that parameters may be trained or replaced. It is checked
+at every training step: what is in it is compared by identity first, in a handful of C calls.
+
+What a forward reads from beyond its modules and their classes (globals, closures) is read once, at capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from enum import Enum
+from itertools import chain
+from operator import attrgetter, is_
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+#: Where a module keeps its hooks on the call.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in HOOKS)
+#: What every module has and no forward reads, or what has a check of its own (hooks, parameters).
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules"}
+_NUMBERS_AND_NAMES = (type(None), bool, int, float, complex, str, bytes, range, Enum)
+_CODE = (type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger)
+_OF_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+#: Types whose values do not change.
+_ATOMS = (*_NUMBERS_AND_NAMES, *_CODE, *_OF_TORCH)
+_shape = attrgetter("shape")
+_joined = chain.from_iterable
+
+
+class Guard:
+    """What a network was when it was captured; see the module's text.
+
+    The guard holds no reference to the network itself, so that it does not keep it alive.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        named = dict(net.named_modules())
+        modules = list(named.values())
+        #: Attributes whose changes cannot be watched, e.g. "net.table (numpy.ndarray)".
+        self.unwatched: list[str] = []
+        self._hooks = (*_GLOBAL_HOOKS, *(vars(module)[name] for module in modules for name in HOOKS))
+        self.hooked = any(self._hooks)
+        self._children = modules[1:]
+        self._types = [*map(type, modules)]
+        self._child_attributes = [*map(vars, self._children)]
+        self._registered = frozenset(map(id, modules))
+        self._objects: dict[int, tuple[ref[Any] | functools.partial[Any], Any]] = {}
+        self._attributes = [self._module_attributes(name, module) for name, module in named.items()]
+        self._classes = _user_classes(modules)
+        self._class_attributes = [self._frozen_class(cls) for cls in self._classes]
+        self._parameter_dicts = [module._parameters for module in modules if module._parameters]
+        self._without_parameters = [module._parameters for module in modules if not module._parameters]
+        self._names = [*_joined(self._parameter_dicts)]
+        self._set_parameters([*_joined(map(dict.values, self._parameter_dicts))])
+        self._ties = _ties(self._parameters)
+        self._shapes = [*map(_shape, self._tensors)]
+
+    def holds(self, net: nn.Module) -> bool:
+        """Whether nothing that a capture depends on has changed."""
+        try:
+            return (
+                any(self._hooks) is self.hooked
+                and [vars(net), *self._child_attributes] == self._attributes
+                and [type(net), *map(type, self._children)] == self._types
+                and self._same_parameters()
+                and (not self._classes or [*map(vars, self._classes)] == self._class_attributes)
+                and (not self._objects or all(_watched(live) == frozen for live, frozen in self._objects.values()))
+            )
+        except Exception:  # attributes of any type are compared here; one that cannot be has changed
+            return False
+
+    def _same_parameters(self) -> bool:
+        if any(self._without_parameters) or [*_joined(self._parameter_dicts)] != self._names:
+            return False
+        if not all(map(is_, _joined(map(dict.values, self._parameter_dicts)), self._parameters)):
+            replaced = [*_joined(map(dict.values, self._parameter_dicts))]
+            if _ties(replaced) != self._ties:
+                return False
+            self._set_parameters(replaced)
+        return [*map(_shape, self._tensors)] == self._shapes
+
+    def _set_parameters(self, parameters: list[Tensor | None]) -> None:
+        self._parameters = parameters
+        self._tensors = [parameter for parameter in parameters if parameter is not None]
+
+    def _module_attributes(self, name: str, module: nn.Module) -> dict[str, Any]:
+        place = f"net.{name}" if name else "net"
+        frozen = dict(vars(module))
+        for key, value in frozen.items():
+            if key not in _MODULE_ATTRIBUTES:
+                frozen[key] = self._frozen(value, f"{place}.{key}", ())
+        return frozen
+
+    def _frozen_class(self, cls: type) -> dict[str, Any]:
+        return {
+            key: self._frozen(value, f"{cls.__name__}.{key}", ()) if isinstance(value, (Tensor, list, dict)) else value
+            for key, value in vars(cls).items()
+        }
+
+    def _frozen(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
+        """Something that equals `value` until `value` changes: a copy of a container, a stand-in for a tensor."""
+        if isinstance(value, Tensor):
+            return ANY_TENSOR
+        if isinstance(value, MethodType):
+            return _Method(value)
+        if id(value) in parents:
+            return value
+        parents = (*parents, id(value))
+        if isinstance(value, dict):
+            return {key: self._frozen(item, f"{place}[{key!r}]", parents) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self._frozen(item, f"{place}[{at}]", parents) for at, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, (set, frozenset)):
+            return set(value)
+        if not isinstance(value, _ATOMS) and id(value) not in self._registered and id(value) not in self._objects:
+            self._watch(value, place, parents)
+        return value
+
+    def _watch(self, value: Any, place: str, parents: tuple[int, ...]) -> None:
+        """Guard the attributes of an object; state in slots, in C or in a module that fx cannot see is not watched."""
+        if isinstance(value, functools.partial):
+            self._objects[id(value)] = (value, self._frozen(value.keywords, place, parents))
+        elif _is_plain(value) and len(self._objects) < _MOST_OBJECTS:
+            self._objects[id(value)] = (ref(value), self._frozen(vars(value), place, parents))
+        else:
+            self.unwatched.append(f"{place} ({type(value).__module__}.{type(value).__qualname__})")
+
+
+class _AnyTensor:
+    """Equal to every tensor: values of tensors are not guarded."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Tensor, _AnyTensor))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ANY_TENSOR = _AnyTensor()
+
+
+class _Method:
+    """Equal to a bound method of the same function and object, without keeping the object alive."""
+
+    def __init__(self, method: MethodType) -> None:
+        self.function, self.owner = method.__func__, ref(method.__self__)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MethodType):
+            return False
+        return other.__func__ is self.function and other.__self__ is self.owner()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Plain:
+    """As large as any object whose state is in its `__dict__` alone."""
+
+
+_MOST_OBJECTS = 100
+
+
+def _is_plain(value: Any) -> bool:
+    size_alone = type(value).__basicsize__ == _Plain.__basicsize__
+    return size_alone and hasattr(value, "__dict__") and hasattr(value, "__weakref__")
+
+
+def _watched(live: ref[Any] | functools.partial[Any]) -> Any:
+    return live.keywords if isinstance(live, functools.partial) else vars(live())
+
+
+def _ties(parameters: list[Tensor | None]) -> list[int]:
+    """For each parameter, the place where its tensor stands first; -1 for None."""
+    first: dict[int, int] = {}
+    return [-1 if p is None else first.setdefault(id(p), at) for at, p in enumerate(parameters)]
+
+
+def _user_classes(modules: list[nn.Module]) -> list[type]:
+    """The classes, not PyTorch's own, whose attributes the forwards of these modules can read."""
+    classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__)
+    return [cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")]
