@@ -131,8 +131,8 @@ def tensors_of(result: Result) -> dict[str, Tensor]:
 
 def error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, the plain distance where expected is zero."""
-    size = float(expected.norm())
-    return float((found - expected).norm()) / (size or 1.0)
+    size = float(expected.detach().norm())
+    return float((found - expected).detach().norm()) / (size or 1.0)
 
 
 def assert_same(found: Result, expected: Result, tolerance: float = TOLERANCE) -> None:

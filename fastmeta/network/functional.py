@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastmeta.network import elementary
+from fastmeta.network.elementary_cells import CELLS
 
 _BATCH_STATS = ("task", "running")
 
@@ -36,8 +37,8 @@ def call(
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
             leave the running ones alone. "running": norms that track running statistics use those.
-        decompose: compute norms and attention from elementary operators, so that vmap and double backward are
-            right together (pytorch/functorch#534: on affine fused norms they silently are not).
+        decompose: compute norms, attention and recurrent cells from elementary operators, so that autograd twice over
+            vmap is right (pytorch/functorch#534: over fused norms it is silently wrong).
 
     Returns:
         The output [N, *out].
@@ -105,7 +106,7 @@ def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
 
 
 class _Conventions(TorchFunctionMode):
-    """Replaces normalisation and attention wherever a module, or its own code, calls them.
+    """Replaces norms, attention and recurrent cells wherever a module, or its own code, calls them.
 
     While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
     """
@@ -190,6 +191,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     F.rms_norm: elementary.rms_norm,
     F.scaled_dot_product_attention: elementary.scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    **CELLS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
