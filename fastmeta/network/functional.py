@@ -37,8 +37,9 @@ def call(
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
             leave the running ones alone. "running": norms that track running statistics use those.
-        decompose: compute norms, attention and recurrent cells from elementary operators, so that autograd twice over
-            vmap is right (pytorch/functorch#534: over fused norms it is silently wrong).
+        decompose: compute norms, attention and recurrent cells from elementary operators, so that vmap and double
+            backward are right together however they nest (autograd over `vmap(grad)` of fused norms is silently
+            wrong, pytorch/functorch#534).
 
     Returns:
         The output [N, *out].
