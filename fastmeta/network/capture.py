@@ -27,12 +27,12 @@ _Result = tuple[Program | None, str]
 class _Captures:
     """What is known of one network: its captures, and the guard that they all stand on."""
 
-    def __init__(self, net: nn.Module, former: dict[Any, _Result]) -> None:
+    def __init__(self, net: nn.Module, known: dict[Program, Program]) -> None:
         key = id(net)
         self.net = ref(net, lambda _: _CAPTURES.pop(key, None))
         self.guard = Guard(net)
         self.results: dict[Any, _Result] = {}
-        self.former = former
+        self.known = known
 
 
 _CAPTURES: dict[int, _Captures] = {}
@@ -53,17 +53,20 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
         (program, "") or (None, reason).
     """
     captures = _CAPTURES.get(id(net))
-    if captures is None or captures.net() is not net:
-        captures = _CAPTURES[id(net)] = _Captures(net, {})
-    elif not captures.guard.holds(net):
-        captures = _CAPTURES[id(net)] = _Captures(net, captures.former | captures.results)
+    if captures is None or captures.net() is not net or not captures.guard.holds(net):
+        for name, module in net.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                return None, f"cannot capture {_place(name, module)}: it is a TorchScript module"
+        known = captures.known if captures is not None and captures.net() is net else {}
+        captures = _CAPTURES[id(net)] = _Captures(net, known)
     key = (input_shape, dtype)
     result = captures.results.get(key)
     if result is None:
-        result = _captured(net, captures.guard, tuple(input_shape), dtype)
-        # Plans are cached by program: an equal one is handed out as the same object.
-        former = captures.former.get(key)
-        result = captures.results[key] = former if former == result else result
+        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype)
+        if program is not None:
+            # Plans are cached by program: an equal one is handed out as the same object.
+            program = captures.known.setdefault(program, program)
+        result = captures.results[key] = program, reason
     return result
 
 
@@ -81,7 +84,7 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise Refused(f"cannot capture a network of {dtype} inputs: they are not floating-point")
     for name, module in net.named_modules():
-        place = f"`{_type_name(module)}` ({f'net.{name}' if name else 'net'})"
+        place = _place(name, module)
         if any(getattr(module, hooks) for hooks in HOOKS):
             raise Refused(f"cannot capture {place}: it has hooks")
         if "parametrizations" in module._modules:
@@ -213,6 +216,10 @@ def _described_node(root: Root, node: fx.Node) -> str:
         return f"the output of `{_type_name(root.net)}`"
     name = f"Tensor.{node.target}" if node.op == "call_method" else function_name(node.target)
     return f"`{name}` (node {node.name}, called in {node.meta.get('place') or 'net'})"
+
+
+def _place(name: str, module: nn.Module) -> str:
+    return f"`{_type_name(module)}` ({f'net.{name}' if name else 'net'})"
 
 
 def _type_name(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ import logging
 from enum import Enum
 from itertools import chain
 from operator import attrgetter, is_
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -54,7 +54,7 @@ class Guard:
         self._types = [*map(type, modules)]
         self._child_attributes = [*map(vars, self._children)]
         self._registered = frozenset(map(id, modules))
-        self._objects: dict[int, tuple[ref[Any] | functools.partial[Any], Any]] = {}
+        self._objects: dict[int, tuple[ref[Any] | dict[str, Any], Any]] = {}
         self._attributes = [self._module_attributes(name, module) for name, module in named.items()]
         self._classes = _user_classes(modules)
         self._class_attributes = [self._frozen_class(cls) for cls in self._classes]
@@ -129,8 +129,9 @@ class Guard:
 
     def _watch(self, value: Any, place: str, parents: tuple[int, ...]) -> None:
         """Guard the attributes of an object; state in slots, in C or in a module that fx cannot see is not watched."""
-        if isinstance(value, functools.partial):
-            self._objects[id(value)] = (value, self._frozen(value.keywords, place, parents))
+        if isinstance(value, (functools.partial, SimpleNamespace)):
+            attributes = value.keywords if isinstance(value, functools.partial) else vars(value)
+            self._objects[id(value)] = (attributes, self._frozen(attributes, place, parents))
         elif _is_plain(value) and len(self._objects) < _MOST_OBJECTS:
             self._objects[id(value)] = (ref(value), self._frozen(vars(value), place, parents))
         else:
@@ -175,8 +176,8 @@ def _is_plain(value: Any) -> bool:
     return size_alone and hasattr(value, "__dict__") and hasattr(value, "__weakref__")
 
 
-def _watched(live: ref[Any] | functools.partial[Any]) -> Any:
-    return live.keywords if isinstance(live, functools.partial) else vars(live())
+def _watched(live: ref[Any] | dict[str, Any]) -> dict[str, Any]:
+    return live if isinstance(live, dict) else vars(live())
 
 
 def _ties(parameters: list[Tensor | None]) -> list[int]:

@@ -2,7 +2,7 @@
 
 A kind's file declares three tables, each from what it matches to the rule that captures it:
 
-    MODULES     exact module type -> (rule, names of the attributes that the rule takes after the input)
+    MODULES     exact module type -> (rule, names of the attributes that the rule takes, by name, beside the input)
     FUNCTIONS   torch or operator function -> rule
     METHODS     name of a Tensor method -> rule
 

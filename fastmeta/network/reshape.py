@@ -95,6 +95,10 @@ def _sizes(build: Builder, input: Any, *shape: Any) -> Value:
     return reshape(build, input, shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
 
 
+def _unflatten_module(build: Builder, input: Any, dim: Any, unflattened_size: Any) -> Value:
+    return unflatten(build, input, dim, unflattened_size)
+
+
 def _reshaped(build: Builder, input: Value, shape: tuple[int, ...]) -> Value:
     return input if shape == input.shape else build.layer("reshape", (input,), shape, view=True)
 
@@ -113,7 +117,7 @@ def _dimension(input: Value, dim: Any) -> int:
 
 MODULES: Modules = {
     nn.Flatten: (flatten, ("start_dim", "end_dim")),
-    nn.Unflatten: (unflatten, ("dim", "unflattened_size")),
+    nn.Unflatten: (_unflatten_module, ("dim", "unflattened_size")),
 }
 FUNCTIONS: Functions = {
     torch.flatten: flatten,
