@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from test_cli_train import checkpoint, rows
 
 from fastmeta.cli import main
+from fastmeta.cli.train.omniglot import Accuracy
 
 pillow = pytest.importorskip("PIL.Image")
 
@@ -45,7 +46,7 @@ def test_writes_metrics_result_and_plot(tmp_path, data):
     assert [row["iteration"] for row in rows(tmp_path / "metrics.csv")] == ["2", "4"]
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows(tmp_path / "metrics.csv"))
     assert [row["steps"] for row in rows(tmp_path / "result.csv")] == ["0", "1", "2"]
-    assert all(float(row["interval95"]) > 0 for row in rows(tmp_path / "result.csv"))
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in rows(tmp_path / "result.csv"))
     assert (tmp_path / "adaptation.png").exists()
     assert "5 episodes" in done.output
 
@@ -60,10 +61,11 @@ def test_resumed_equals_uninterrupted(tmp_path, data):
     assert rows(whole / "result.csv") == rows(parts / "result.csv")
 
 
-def test_accuracy_has_a_normal_interval(data):
-    from fastmeta.cli.train.omniglot import Accuracy
-
-    assert str(Accuracy(0.5, 0.0123)) == "50.0 ± 1.2 %"
+def test_accuracy_has_a_normal_interval():
+    accuracy = Accuracy.over(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert accuracy.mean == 0.5
+    assert accuracy.interval == pytest.approx(1.96 * 3**-0.5 / 2)
+    assert str(accuracy) == "50.0 ± 56.6 %"
 
 
 def test_rejects_a_missing_data_folder(tmp_path, monkeypatch):

@@ -42,4 +42,4 @@ def instruction_sets() -> str:
         from fastmeta import _C
     except ImportError as error:
         return f"the extension is not there ({error})"
-    return f"{_C.isa()} (compiled: {', '.join(_C.compiled_isas())})"
+    return f"{_C.instruction_set()} (compiled: {', '.join(_C.instruction_sets())})"

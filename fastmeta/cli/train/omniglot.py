@@ -31,6 +31,11 @@ class Accuracy(NamedTuple):
     mean: float
     interval: float  # half the width of the 95 % confidence interval
 
+    @classmethod
+    def over(cls, episodes: Tensor) -> Accuracy:
+        """Of the accuracies of test episodes, [E]; the interval is that of a normal distribution of their mean."""
+        return cls(float(episodes.mean()), 1.96 * float(episodes.std()) / math.sqrt(len(episodes)))
+
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %"
 
@@ -123,13 +128,13 @@ def mlp(ways: int, seed: int) -> nn.Sequential:
     """
     torch.manual_seed(seed)
     sizes = (784, 256, 128, 64, 64, ways)
-    net = nn.Sequential(nn.Flatten())
+    layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
         linear = nn.Linear(inputs, outputs)
         nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
         nn.init.zeros_(linear.bias)
-        net.extend([linear, nn.ReLU()])
-    return net[:-1]
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def evaluate(maml: fm.MAML, episodes: fm.data.Episodes, count: int, steps: int) -> list[Accuracy]:
@@ -137,14 +142,13 @@ def evaluate(maml: fm.MAML, episodes: fm.data.Episodes, count: int, steps: int) 
     return [_evaluate(maml, episodes, count, k) for k in range(steps + 1)]
 
 
+@torch.no_grad()
 def _evaluate(maml: fm.MAML, episodes: fm.data.Episodes, count: int, steps: int) -> Accuracy:
     found = []
     for episode in episodes:
         adapted = maml.adapt(episode.support_x, episode.support_y, steps=steps)
         found.append(_accuracies(maml.predict(adapted, episode.query_x), episode))
-    accuracies = torch.cat(found)[:count]
-    # The normal interval of the mean over episodes, as the few-shot literature has it.
-    return Accuracy(float(accuracies.mean()), 1.96 * float(accuracies.std()) / math.sqrt(count))
+    return Accuracy.over(torch.cat(found)[:count])
 
 
 def _accuracies(

@@ -99,13 +99,14 @@ def network(seed: int) -> nn.Sequential:
     return net
 
 
+@torch.no_grad()
 def evaluate(maml: fm.MAML, episode: fm.data.Episode, steps: int) -> Errors:
     """Query MSE of every task of `episode` after 0 .. `steps` inner steps."""
     mse = []
     for k in range(steps + 1):
         adapted = maml.adapt(episode.support_x, episode.support_y, steps=k)
         predicted = maml.predict(adapted, episode.query_x)  # [T, M, 1]
-        mse.append((predicted - episode.query_y).square().mean(dim=(1, 2)).detach())
+        mse.append((predicted - episode.query_y).square().mean(dim=(1, 2)))
     return Errors(torch.stack(mse))
 
 
@@ -127,6 +128,7 @@ def table(errors: Errors, others: tuple[str, ...] | None) -> Table:
     return table
 
 
+@torch.no_grad()
 def _plot(maml: fm.MAML, test: fm.data.Sinusoid, errors: Errors, path: Path, console: Console) -> None:
     """Three test tasks before and after adaptation, and the error over the inner steps."""
     episode = test[0]
@@ -137,7 +139,7 @@ def _plot(maml: fm.MAML, test: fm.data.Sinusoid, errors: Errors, path: Path, con
     curves = {}
     for steps in sorted({0, 1, last}):
         adapted = maml.adapt(episode.support_x, episode.support_y, steps=steps)
-        curves[steps] = maml.predict(adapted, x)[:shown, :, 0].detach()
+        curves[steps] = maml.predict(adapted, x)[:shown, :, 0]
     plots.sinusoid(
         path,
         console,
