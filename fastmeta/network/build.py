@@ -18,8 +18,11 @@ Functions = dict[Callable[..., Any], Rule]
 Methods = dict[str, Rule]
 
 
-class Refused(Exception):
-    """A network, or an operator in it, that no layer program stands for; the message says why."""
+class Refused(BaseException):
+    """A network, or an operator in it, that no layer program stands for; the message says why.
+
+    Never seen outside of capture. It is no `Exception`, so that a forward's own `except Exception` cannot hide it.
+    """
 
 
 class Batch:

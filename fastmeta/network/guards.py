@@ -102,10 +102,12 @@ class Guard:
         return frozen
 
     def _frozen_class(self, cls: type) -> dict[str, Any]:
-        return {
-            key: self._frozen(value, f"{cls.__name__}.{key}", ()) if isinstance(value, (Tensor, list, dict)) else value
-            for key, value in vars(cls).items()
-        }
+        frozen = dict(vars(cls))
+        for key, value in frozen.items():
+            # Methods and properties are compared by identity; the class's own records do not change what it does.
+            if not (key.startswith("__") or key == "_abc_impl" or hasattr(type(value), "__get__")):
+                frozen[key] = self._frozen(value, f"{cls.__qualname__}.{key}", ())
+        return frozen
 
     def _frozen(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
         """Something that equals `value` until `value` changes: a copy of a container, a stand-in for a tensor."""

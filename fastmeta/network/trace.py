@@ -82,6 +82,9 @@ class _Stand(fx.Proxy):
             raise Refused(f"it sets the attribute `{name}` of a traced value")
         super().__setattr__(name, value)
 
+    def __len__(self) -> int:
+        raise Refused("it takes len() of a traced value (use x.shape[0])")
+
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
@@ -117,12 +120,18 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
+        except BaseException:
             self.place = self.place or self.path_of_module(m)
             raise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Stand(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise Refused("its control flow depends on a traced value")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        raise Refused("it iterates over a traced value")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._ambient:
