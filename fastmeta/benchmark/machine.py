@@ -46,7 +46,7 @@ def isa() -> str:
         return ""
     from fastmeta import _C
 
-    return str(_C.isa())
+    return str(_C.instruction_set())
 
 
 def fma_peak(dtype: str, threads: int) -> float:

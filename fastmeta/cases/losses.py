@@ -48,6 +48,7 @@ LOSSES: dict[str, LossCase] = {
     "ce_masked_mean": LossCase(lambda: resolve(nn.CrossEntropyLoss(), weight_norm="sum"), "masked"),
     "mse_masked_mean": LossCase(lambda: resolve("mse", weight_norm="sum"), "float"),
     "bce": LossCase(lambda: "bce_with_logits", "binary"),
+    "bce_pos_weight": LossCase(lambda: nn.BCEWithLogitsLoss(pos_weight=_class_weights(5)), "binary"),
     "bce_weighted": LossCase(
         lambda: nn.BCEWithLogitsLoss(weight=_class_weights(5), pos_weight=_class_weights(5).flip(0)), "binary"
     ),

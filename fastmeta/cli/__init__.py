@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from fastmeta.cli.bench import bench
 from fastmeta.cli.info import info
 from fastmeta.cli.train import train
 from fastmeta.cli.verify import verify
 from fastmeta.version import __version__
 
-COMMANDS = (info, verify, train)
+COMMANDS = (info, verify, train, bench)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
