@@ -46,7 +46,7 @@ def test_fails_on_one_wrong_quantity(verify):
     done = verify(row(), row(error=1e-3), row())
     assert done.exit_code == 1
     assert "FAILED" in done.output
-    assert "1.0e-03" in done.output
+    assert "FAILED some-case torch float64 params 0.weight: error 1.00e-03" in done.output
 
 
 def test_fails_on_nan(verify):
@@ -62,8 +62,8 @@ def test_fails_when_nothing_ran(verify):
 def test_shows_the_worst_of_a_quantity_or_all(verify):
     rows = (row(1e-13), row(3e-11), row(1e-12))
     assert "3.0e-11" in verify(*rows).output
-    assert "1.0e-13" not in verify(*rows).output
-    assert "1.0e-13" in verify(*rows, arguments=("--all",)).output
+    assert "1.00e-13" not in verify(*rows).output
+    assert "1.00e-13" in verify(*rows, arguments=("--all",)).output
 
 
 def test_lists_the_cases():

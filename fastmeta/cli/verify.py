@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -21,7 +22,7 @@ from fastmeta.verify import verify_case as run_case
 @click.option("--backend", "names", type=click.Choice(backends.NAMES), multiple=True, help="Only this one; repeatable.")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable.")
 @click.option("--case", "pattern", default="", help="Only cases whose name contains this.")
-@click.option("--all", "every", is_flag=True, help="A line for every case and quantity, not for the worst of each.")
+@click.option("--all", "every", is_flag=True, help="A line for every comparison too.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and stop.")
 def verify(names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every: bool, only_list: bool) -> None:
     """Compare every backend present, in value and in every gradient, with the float64 reference.
@@ -46,10 +47,10 @@ def verify(names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every:
     for case, name, dtype in track(jobs, "verifying", console=console):
         rows += run_case(case, name, dtype)
 
+    console.print(_table(rows))
     failed = [row for row in rows if not row.passed]
-    console.print(_table(rows if every else _worst(rows), "every quantity" if every else "the worst of each quantity"))
-    if failed and not every:
-        console.print(_table(failed, "failed"))
+    for row in rows if every else failed:
+        click.echo(str(row))
     skipped = sum(row.skipped for row in rows)
     ran = len(rows) - skipped
     for name, reasons in _refusals(rows).items():
@@ -67,17 +68,17 @@ def _badness(row: Row) -> float:
     return math.inf if math.isnan(badness) else badness
 
 
-def _worst(rows: list[Row]) -> list[Row]:
-    """The row nearest to failing for each backend, dtype and kind of quantity."""
+def _worst(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
+    """By backend, dtype and kind of quantity: the row nearest to failing."""
     groups: dict[tuple[str, str, str], Row] = {}
     for row in rows:
         if row.skipped:
             continue
-        # "params 0.weight, median of 20" is of the kind "params".
+        # "d_params 0.weight, median of 20" is of the kind "d_params".
         kind = (row.backend, row.dtype, row.quantity.partition(",")[0].partition(" ")[0])
         if kind not in groups or _badness(row) > _badness(groups[kind]):
             groups[kind] = row
-    return [groups[kind] for kind in sorted(groups)]
+    return dict(sorted(groups.items()))
 
 
 def _refusals(rows: list[Row]) -> dict[str, dict[str, int]]:
@@ -89,19 +90,16 @@ def _refusals(rows: list[Row]) -> dict[str, dict[str, int]]:
     return refusals
 
 
-def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=f"relative error against the float64 reference: {title}")
-    for heading in ("backend", "dtype", "quantity", "case"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("error", "PyTorch's own", "allowed"):
+def _table(rows: list[Row]) -> Table:
+    """The worst of each quantity."""
+    table = Table(title="relative error against the float64 reference, the worst of all cases", box=SIMPLE_HEAD)
+    for heading in ("backend", "dtype", "quantity"):
+        table.add_column(heading)
+    for heading in ("error", "PyTorch's\nown", "allowed"):
         table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    for row in rows:
-        if row.skipped:
-            verdict = "[dim]skipped"
-        else:
-            verdict = "[green]passed" if row.passed else "[red]FAILED"
+    table.add_column("")
+    for (backend, dtype, quantity), row in _worst(rows).items():
         own = "" if math.isnan(row.own) else f"{row.own:.1e}"
-        numbers = ("", "", "") if math.isnan(row.allowed) else (f"{row.error:.1e}", own, f"{row.allowed:.1e}")
-        table.add_row(row.backend, row.dtype, escape(row.quantity or row.note), row.case, *numbers, verdict)
+        verdict = "[green]passed" if row.passed else "[red]FAILED"
+        table.add_row(backend, dtype, escape(quantity), f"{row.error:.1e}", own, f"{row.allowed:.1e}", verdict)
     return table

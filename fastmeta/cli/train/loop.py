@@ -60,7 +60,7 @@ def fit(
             optimizer.zero_grad()
             out = maml(*episode)
             out.loss.backward()
-            optimizer.step()
+            _update(optimizer)
             state.iteration += 1
             state.losses.append(out.loss.detach())
             if state.iteration % run.log_every == 0:
@@ -78,6 +78,18 @@ def fit(
         console.print(f"interrupted: iteration {state.iteration} is saved in {run.checkpoint}; go on with --resume")
         raise click.exceptions.Exit(INTERRUPTED)
     return state
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """One step of the optimiser, on one thread.
+
+    PyTorch's threads go on spinning after they have shared out a vector that one thread updates in microseconds,
+    and the kernels want the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    optimizer.step()
+    torch.set_num_threads(threads)
 
 
 def _mean(state: State) -> float:

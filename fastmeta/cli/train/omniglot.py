@@ -83,7 +83,7 @@ def omniglot(
     try:
         train, test = fm.data.Omniglot.small_split(data, download=data_download)
     except (OSError, ImportError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(f"{error} (here: --data, --download)") from error
     maml = fm.MAML(
         mlp(ways, seed),
         loss="cross_entropy",
