@@ -26,7 +26,7 @@ def limit(threads: int) -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if not 1 <= threads <= len(cores):
         raise ValueError(f"bench: `threads` must be 1 to {len(cores)} (the cores of this machine), got {threads}")
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, "sched_setaffinity") and threads < len(cores):
         os.sched_setaffinity(0, cores[:threads])
     torch.set_num_threads(threads)
 
@@ -76,6 +76,7 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "fastmeta": __version__,
         "commit": commit(),
+        "load": f"{os.getloadavg()[0]:.2f}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -12,6 +12,11 @@ from rich.table import Table
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
 from fastmeta.cases import WORKLOADS
 
+#: Columns of the tables where the output is no terminal.
+WIDTH = 120
+#: Cores that other programs may keep busy (load average before the start) without a warning.
+BUSY = 0.5
+
 
 @click.command()
 @click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="Repeatable.")
@@ -36,6 +41,8 @@ def bench(
     bench.csv and bench.png. Exit code 1 if fastmeta itself was wrong or broke.
     """
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
@@ -72,38 +79,40 @@ def bench(
 def _report(console: Console, rows: list[Row]) -> None:
     facts = rows[0].facts
     console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value), highlight=False)
+    if float(facts.get("load", 0)) > BUSY:
+        console.print(
+            f"[yellow]other programs keep about {facts['load']} cores busy: these times are not to be trusted"
+        )
     for case in dict.fromkeys(row.case for row in rows):
         console.print(_table(case, [row for row in rows if row.case == case]))
 
 
 def _table(case: str, rows: list[Row]) -> Table:
     table = Table(title=f"{case}, {rows[0].precision}, {rows[0].threads} threads")
-    table.add_column("peer")
-    for heading in ("median ms", "min", "p20", "p80", "ratio", "GFLOP/s", "of peak", "beyond kernel us", "error"):
-        table.add_column(heading, justify="right")
-    for heading in ("first call s", "memory MiB"):
-        table.add_column(heading, justify="right")
-    for row in sorted(rows, key=lambda row: (row.status != "timed", row.median_ms)):
-        if row.status != "timed":
-            table.add_row(row.peer, f"[yellow]{row.status}: {row.reason}", *[""] * 10)
-            continue
-        beyond = _number(row.beyond_us, ".0f")
-        if not math.isnan(row.beyond_noop_us):
-            beyond += f" ({row.beyond_noop_us:+.0f} over no-op)"
+    table.add_column("peer", no_wrap=True)
+    for heading in ("median ms", "min", "p20 - p80", "ratio", "GFLOP/s", "of peak", "beyond us", "error", "first s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    timed = sorted((row for row in rows if row.status == "timed"), key=lambda row: row.median_ms)
+    for row in timed:
         table.add_row(
             row.peer,
-            *(_number(value, ".3f") for value in (row.median_ms, row.min_ms, row.p20_ms, row.p80_ms)),
+            _number(row.median_ms, ".3f"),
+            _number(row.min_ms, ".3f"),
+            f"{row.p20_ms:.3f} - {row.p80_ms:.3f}",
             _number(row.ratio, ".2f"),
             _number(row.gflops, ".1f"),
             _number(row.peak_share, ".0%"),
-            beyond,
+            _number(row.beyond_us, ".0f"),
             _number(row.error, ".1e"),
             _number(row.first_call_s, ".2f"),
-            _number(row.peak_mib, ".0f"),
         )
-    shares = [row.bandwidth_share for row in rows if not math.isnan(row.bandwidth_share)]
-    if shares:
-        table.caption = f"inner steps stream weights at {shares[0]:.0%} of the cache bandwidth"
+    notes = [f"{row.peer}: {row.status}, {row.reason}" for row in rows if row.status != "timed"]
+    for row in timed:
+        if not math.isnan(row.beyond_noop_us):
+            notes.append(f"{row.peer}: {row.beyond_noop_us:+.0f} us beyond kernel and no-op autograd Function")
+        if not math.isnan(row.bandwidth_share):
+            notes.append(f"{row.peer}: inner steps stream weights at {row.bandwidth_share:.0%} of the cache bandwidth")
+    table.caption = "\n".join(notes)
     return table
 
 

@@ -77,7 +77,7 @@ def _unit_orders(net: nn.Module, generator: torch.Generator) -> Orders:
     if len(set(weights)) < len(weights):
         return orders
     for (i, layer), (j, following) in pairwise(linears):
-        if any(isinstance(between, nn.Flatten) for between in net[i + 1 : j]):
+        if any(isinstance(between, nn.Flatten) for between in list(net)[i + 1 : j]):
             continue
         order = torch.randperm(following.in_features, generator=generator)
         orders.setdefault(f"{i}.weight", []).append((-2, order))

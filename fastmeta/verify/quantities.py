@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fastmeta.problem import DIFFERENTIABLE, Result
 
+#: A reference of this norm is nothing but the rounding of terms of order one that cancel, such as the derivative of
+#: w l / w by the only weight w of a mean: it counts as zero.
+ZERO = 1e-14
+
 #: A tensor of a result: (group, member), as ("d_params", "0.weight"); the member is "" for a group of one.
 Key = tuple[str, str]
 
@@ -40,7 +44,7 @@ def relative_error(out: dict[Key, Tensor], ref: dict[Key, Tensor], keys: list[Ke
     """||out - ref|| / ||ref|| in float64 over the tensors called `keys` taken as one vector.
 
     Returns:
-        The error; ||out|| where ref is exactly zero; inf where a tensor is missing, has another shape, or where
+        The error; ||out - ref|| where ref is `ZERO` or less; inf where a tensor is missing, has another shape, or where
         anything is not finite, so that it passes nowhere.
     """
     difference = norm = 0.0
@@ -50,5 +54,5 @@ def relative_error(out: dict[Key, Tensor], ref: dict[Key, Tensor], keys: list[Ke
         truth = ref[key].double()
         difference += float((out[key].double() - truth).square().sum())
         norm += float(truth.square().sum())
-    error = math.sqrt(difference / norm) if norm > 0 else math.sqrt(difference)
+    error = math.sqrt(difference / norm) if norm > ZERO**2 else math.sqrt(difference)
     return error if math.isfinite(error) else math.inf

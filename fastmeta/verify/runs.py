@@ -46,7 +46,7 @@ def _own_errors(case: Case, seed: int) -> dict[str, float]:
     with warnings.catch_warnings():
         # PyTorch warns of a TF32 setting of other devices that nobody asked for.
         warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        with torch.backends.mkldnn.flags(enabled=False):
             plain = _reference(problem, case)
     permutation = Permutation(problem, seed)
     permuted = permutation.undo(problem, _reference(permutation.apply(problem), case))

@@ -1,0 +1,138 @@
+"""The benchmark: peers are right or not timed, and the rows say what happened."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastmeta.benchmark import PEERS, Protocol, Row, engine, machine, run, write_csv
+from fastmeta.benchmark.check import judge
+from fastmeta.benchmark.cost import flops
+from fastmeta.benchmark.peers import NOOP, OURS, Prepared
+from fastmeta.benchmark.timing import measure
+from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAST = Protocol(rounds=1, block=1e-4, most=3)
+SINUSOID = WORKLOADS["sinusoid"][1]
+#: Compiling takes minutes; `fastmeta bench` itself checks these.
+SLOW = {"torch.compile", "jax-vmap", "jax-loop"}
+
+
+@pytest.fixture(autouse=True)
+def _all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit would hold for the rest of the test process."""
+    monkeypatch.setattr(machine, "limit", lambda threads: None)
+
+
+@pytest.mark.parametrize("case", [SINUSOID, WORKLOADS["mlp"][0], WORKLOADS["recommender"][0]], ids=lambda case: case.id)
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in SLOW | {NOOP}])
+def test_peer_matches_reference(name: str, case: Case) -> None:
+    peer = PEERS[name]
+    if peer.missing():
+        pytest.skip(peer.missing())
+    prepared = peer.prepare(case, case.build(torch.float32, 0))
+    verdict = judge(case, {0: prepared}, {0: prepared.step()})
+    assert verdict.right, verdict
+    # What a peer returns must not depend on its earlier calls.
+    assert judge(case, {0: prepared}, {0: prepared.step()}).error == pytest.approx(verdict.error, rel=0.5, abs=1e-7)
+
+
+def _spoiled(monkeypatch: pytest.MonkeyPatch, step: Callable[[Prepared], object]) -> Row:
+    peer = PEERS["autograd-loop"]
+    prepare = peer.prepare
+
+    def spoiled(*arguments: object) -> Prepared:
+        prepared = prepare(*arguments)
+        return Prepared(lambda: step(prepared), prepared.gradient)
+
+    monkeypatch.setattr(peer, "prepare", spoiled)
+    (row,) = run("sinusoid", tasks=[4], steps=[1], peers=["autograd-loop"], protocol=FAST)
+    return row
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = _spoiled(monkeypatch, lambda peer: tuple(gradient * 1.0001 for gradient in peer.step()))
+    assert row.status == "wrong"
+    assert "1.0e-04" in row.reason
+    assert row.calls == 0
+    assert math.isnan(row.median_ms)
+
+
+def test_a_broken_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = _spoiled(monkeypatch, lambda peer: 1 / 0)
+    assert row.status == "broken"
+    assert "ZeroDivisionError" in row.reason
+    assert row.calls == 0
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PEERS["higher"], "missing", lambda: "not installed: higher")
+    rows = run("sinusoid", tasks=[4], steps=[1], peers=["higher", "autograd-loop"], protocol=FAST)
+    assert [(row.peer, row.status) for row in rows] == [("higher", "missing"), ("autograd-loop", "timed")]
+    assert rows[0].reason == "not installed: higher"
+    assert rows[1].calls == 3
+
+
+def test_blocks_take_turns_and_drop_their_first_calls() -> None:
+    calls: list[str] = []
+    peers = {name: Prepared(lambda name=name: calls.append(name), lambda _: {}) for name in "ab"}
+    times = measure(peers, Protocol(rounds=2, block=1.0, most=5))
+    assert "".join(calls) == ("a" * 8 + "b" * 8) * 2
+    assert [len(entry.total) for entry in times.values()] == [10, 10]
+
+
+def test_flops_match_the_formula() -> None:
+    f, f1 = 40 + 1600 + 40, 40
+    assert flops(SINUSOID) == 2 * 4 * (10 * 5 * (9 * f - 5 * f1) + 10 * (3 * f - f1))
+
+
+def test_rejects_a_workload_without_such_a_case() -> None:
+    with pytest.raises(ValueError, match="sinusoid has no case with tasks"):
+        run("sinusoid", tasks=[5])
+
+
+@pytest.mark.parametrize("threads", [0, 10_000])
+def test_rejects_more_threads_than_cores(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="`threads` must be 1 to"):
+        machine.limit(threads)
+
+
+def test_csv_holds_a_line_a_row(tmp_path: Path) -> None:
+    rows = [
+        Row("sinusoid", "a", OURS, median_ms=0.5, facts={"isa": "avx2"}),
+        Row("sinusoid", "a", "higher", status="missing", reason="not installed, higher", facts={"isa": "avx2"}),
+    ]
+    write_csv(tmp_path / "bench.csv", rows)
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["peer"] for line in lines] == [OURS, "higher"]
+    assert [line["median_ms"] for line in lines] == ["0.5", ""]
+    assert [line["isa"] for line in lines] == ["avx2", "avx2"]
+    assert lines[1]["reason"] == "not installed, higher"
+
+
+def test_command_writes_table_csv_and_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "Protocol", lambda: FAST)
+    arguments = ["bench", "--workload", "sinusoid", "--tasks", "4", "--peers", f"{OURS},autograd-loop", "--quick"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "autograd-loop" in result.output
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 1 + 2 * 2
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_rejects_an_unknown_peer() -> None:
+    result = CliRunner().invoke(main, ["bench", "--peers", "learn2learn"])
+    assert result.exit_code == 2
+    assert "no peer is called learn2learn" in result.output
