@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ("csrc/bindings.cpp", "csrc/engine/*.cpp", "csrc/cpu/**/*.cpp")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# NaN and infinity must work, so no -ffast-math; the flags below change neither.
+# NaN and infinity must work, so no -ffast-math; the flags below change neither. SLP would read two adjacent arguments
+# with one wide load just after they were stored one by one, which stalls until all earlier stores have retired.
 FLAGS = """-std=c++17 -O3 -g0 -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -fno-math-errno
-           -fno-trapping-math -Wall -Wextra""".split()
+           -fno-trapping-math -fno-tree-slp-vectorize -Wall -Wextra""".split()
 
 # By the end of a file's stem; the variant that runs is chosen at load time, hence never -march=native.
 ISA_FLAGS = {

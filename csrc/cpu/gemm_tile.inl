@@ -110,65 +110,105 @@ FM_INLINE int tile_width(i64 left) {
   return left == MAX_VECTORS + 1 ? (MAX_VECTORS + 1) / 2 : MAX_VECTORS;
 }
 
+// How `m` rows are cut for tiles of `vectors` vectors: into `tiles` tiles, the first `larger` of them one row more than
+// `rows`.
+struct RowCut {
+  i64 tiles, rows, larger;
+};
+constexpr RowCut divide_rows(i64 m, int vectors) {
+  const i64 most = MAX_ROWS[vectors - 1], tiles = (m + most - 1) / most;
+  return {tiles, m / tiles, m % tiles};
+}
+// Divisions cost as much as a small tile: the common cases come from a table.
+constexpr i64 TABLED_ROWS = 80;
+struct RowCuts {
+  RowCut cut[MAX_VECTORS][TABLED_ROWS] = {};
+  constexpr RowCuts() {
+    for (int v = 0; v < MAX_VECTORS; ++v)
+      for (i64 m = 1; m < TABLED_ROWS; ++m) cut[v][m] = divide_rows(m, v + 1);
+  }
+};
+constexpr RowCuts ROW_CUTS;
+
+FM_INLINE RowCut cut_rows(i64 m, int vectors) {
+  return m < TABLED_ROWS ? ROW_CUTS.cut[vectors - 1][m] : divide_rows(m, vectors);
+}
+
+// One pair, one block of k, one panel of c.
+template <class S>
+FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 panel_end, i64 k0, i64 k, bool in_place) {
+  constexpr int L = lanes<S>;
+  const auto& pair = g.pair[p];
+  const auto* const tiles = pair.a_row == 1 && pair.a_k != 1 ? TILES<S, true> : TILES<S, false>;
+  Tile<S> t;
+  t.a_row = pair.a_row;
+  t.a_k = pair.a_k;
+  t.k = k;
+  t.relu = g.relu;
+  t.last = p == g.pairs - 1 && k0 + k == g.k;
+  t.resume = p > 0 || k0 > 0 || in_place;
+  t.src = t.mask = t.bias = nullptr;
+  const S* const a = pair.a + k0 * pair.a_k;
+  for (i64 j = panel; j < panel_end;) {
+    const int vectors = tile_width((panel_end - j) / L);
+    const RowCut cut = cut_rows(g.m, vectors);
+    t.a = a;
+    t.b = pair.b.column(j, t.ldb) + k0 * t.ldb;
+    t.c = g.c.column(j, t.ldc);
+    if (g.src && !in_place) t.src = g.src.column(j, t.ld_src);
+    if (g.mask) t.mask = g.mask.column(j, t.ld_mask);
+    if (g.bias) t.bias = g.bias + j;
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      const i64 rows = cut.rows + (i < cut.larger);
+      tiles[vectors - 1][rows - 1](t);
+      t.a += rows * pair.a_row;
+      t.c += rows * t.ldc;
+      if (t.src) t.src += rows * t.ld_src;
+      if (t.mask) t.mask += rows * t.ld_mask;
+    }
+    j += vectors * L;
+  }
+}
+
 template <class S>
 void gemm(const Gemm<S>& g) {
-  constexpr int L = lanes<S>;
+  // A source that is c itself would be lost under partial sums: the first block starts from it instead.
+  const bool in_place = g.src && g.src.data == g.c.data;
   for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
     const i64 panel_end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>;
-    for (int p = 0; p < g.pairs; ++p) {
-      const auto& pair = g.pair[p];
-      const bool row_one = pair.a_row == 1 && pair.a_k != 1;
-      for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK) {
-        const i64 k = g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK;
-        Tile<S> t;
-        t.a_row = pair.a_row;
-        t.a_k = pair.a_k;
-        t.k = k;
-        t.relu = g.relu;
-        t.last = p == g.pairs - 1 && k0 + k == g.k;
-        // A source that is c itself would be lost under partial sums: it joins with the first block instead.
-        const bool in_place = g.src && g.src.data == g.c.data;
-        t.resume = p > 0 || k0 > 0 || in_place;
-        for (i64 j = panel; j < panel_end;) {
-          const int vectors = tile_width((panel_end - j) / L);
-          t.b = pair.b.column(j, t.ldb) + k0 * t.ldb;
-          S* c = g.c.column(j, t.ldc);
-          const S* src = g.src && !in_place ? g.src.column(j, t.ld_src) : nullptr;
-          const S* mask = g.mask ? g.mask.column(j, t.ld_mask) : nullptr;
-          t.bias = g.bias ? g.bias + j : nullptr;
-          const i64 tiles = (g.m + MAX_ROWS[vectors - 1] - 1) / MAX_ROWS[vectors - 1];
-          i64 r = 0;
-          for (i64 i = 0; i < tiles; ++i) {
-            const i64 rows = (g.m - r) / (tiles - i);
-            t.a = pair.a + r * pair.a_row + k0 * pair.a_k;
-            t.c = c + r * t.ldc;
-            t.src = src ? src + r * t.ld_src : nullptr;
-            t.mask = mask ? mask + r * t.ld_mask : nullptr;
-            (row_one ? TILES<S, true> : TILES<S, false>)[vectors - 1][rows - 1](t);
-            r += rows;
-          }
-          j += vectors * L;
-        }
+    for (int p = 0; p < g.pairs; ++p)
+      for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK)
+        gemm_block(g, p, panel, panel_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK, in_place);
+  }
+}
+
+// Sums four rows of products at a time, so that their additions overlap.
+template <class S, int ROWS>
+FM_INLINE void dot_rows(const Dot<S>& d, i64 r) {
+  using V = Vec<S>;
+  constexpr int L = lanes<S>;
+  for (i64 o = 0; o < d.n; ++o) {
+    V acc[ROWS] = {};
+    for (int p = 0; p < d.pairs; ++p) {
+      const i64 a_row = d.pair[p].a_row;
+      const S* a = d.pair[p].a + r * a_row;
+      const S* b = d.pair[p].b + o * d.pair[p].b_row;
+      for (i64 k = 0; k < d.k; k += L) {
+        const V bv = load(b + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) acc[i] += load(a + i * a_row + k) * bv;
       }
     }
+    const S bias = d.bias ? d.bias[o] : S(0);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) d.c[(r + i) * d.ldc + o] = sum<S>(acc[i]) + bias;
   }
 }
 
 template <class S>
 void dot(const Dot<S>& d) {
-  using V = Vec<S>;
-  constexpr int L = lanes<S>;
-  for (i64 r = 0; r < d.m; ++r) {
-    S* c = d.c + r * d.ldc;
-    for (i64 o = 0; o < d.n; ++o) {
-      V acc{};
-      for (int p = 0; p < d.pairs; ++p) {
-        const S* a = d.pair[p].a + r * d.pair[p].a_row;
-        const S* b = d.pair[p].b + o * d.pair[p].b_row;
-        for (i64 k = 0; k < d.k; k += L) acc += load(a + k) * load(b + k);
-      }
-      c[o] = sum<S>(acc) + (d.bias ? d.bias[o] : S(0));
-    }
-    for (i64 o = d.n; o < d.ldc; ++o) c[o] = 0;
-  }
+  for (i64 r = 0; r < d.m; ++r) zero_columns(d.c + r * d.ldc, 0, d.ldc);
+  i64 r = 0;
+  for (; r + 4 <= d.m; r += 4) dot_rows<S, 4>(d, r);
+  for (; r < d.m; ++r) dot_rows<S, 1>(d, r);
 }

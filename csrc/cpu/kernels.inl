@@ -2,6 +2,10 @@
 // FM_REGISTERS, and is compiled with that instruction set's flags. Everything is in an anonymous namespace, and no
 // standard header is included: an inline function compiled for AVX-512 must never be linked into portable code.
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../engine/kernels.h"
 
 namespace fm {

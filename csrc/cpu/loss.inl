@@ -40,9 +40,11 @@ FM_INLINE S example_share(const LossCall<S>& l, i64 n) {
 template <class S>
 double loss_denominator(const LossCall<S>& l) {
   if (l.spec.sum) return 1;
+  const bool weighted = l.spec.normalise_sum && l.weights;
+  if (!l.spec.class_indices && !weighted) return double(l.examples);
   double d = 0;
   for (i64 n = 0; n < l.examples; ++n)
-    d += double(example_share(l, n)) * (l.spec.normalise_sum && l.weights ? double(l.weights[n]) : 1.0);
+    d += double(example_share(l, n)) * (weighted ? double(l.weights[n]) : 1.0);
   return d;
 }
 
@@ -91,8 +93,6 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor) {
       l.dtarget[n * l.cols + c] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
                                    (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
   }
-  if (l.dz)
-    for (i64 c = l.cols; c < l.ld; ++c) l.dz[n * l.ld + c] = 0;
   return value;
 }
 
@@ -111,28 +111,28 @@ S elementwise_example(const LossCall<S>& l, i64 n, S factor) {
       if (l.dz) l.dz[row + c] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
       if (l.dtarget) l.dtarget[at + c] += factor * share * (TANGENT ? t.dzy * rz : t.dy);
     }
-    if (l.dz)
-      for (i64 c = l.cols; c < l.ld; ++c) l.dz[row + c] = 0;
   }
   return value;
 }
 
 template <class S, bool TANGENT>
 double loss_pass(const LossCall<S>& l) {
-  const double denominator = loss_denominator(l);
+  const double denominator = loss_denominator(l), share = l.scale / denominator;
+  if (l.dz)
+    for (i64 r = 0; r < l.examples * l.rows; ++r) zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
   double value = 0;
   for (i64 n = 0; n < l.examples; ++n) {
     const double weight = l.weights ? double(l.weights[n]) : 1.0;
-    const S factor = S(l.scale * weight / denominator);
+    const S factor = S(share * weight);
     const double term = l.spec.kind == LossKind::cross_entropy ? cross_entropy_example<S, TANGENT>(l, n, factor)
                                                                : elementwise_example<S, TANGENT>(l, n, factor);
     value += weight * term;
-    if (l.dweights) l.dweights[n] += S(l.scale * term / denominator);
+    if (l.dweights) l.dweights[n] += S(share * term);
   }
   value /= denominator;
   if (l.dweights && l.spec.normalise_sum && !l.spec.sum)
     for (i64 n = 0; n < l.examples; ++n)
-      l.dweights[n] -= S(l.scale * double(example_share(l, n)) * value / denominator);
+      l.dweights[n] -= S(share * double(example_share(l, n)) * value);
   return value;
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <exception>
 #include <limits>
+#include <memory>
 #include <mutex>
 
 #include "../engine/meta_step.h"
@@ -71,16 +72,19 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   }
   const Shared<S> shared{shared_set, shared_set + plan.set_size};
 
+  std::vector<std::unique_ptr<MetaStep<S>>> steps(threads);  // one a worker
   std::exception_ptr failure;
   std::mutex failure_mutex;
   const auto range = [&](int r, int worker) {
     try {
-      S* workspace = static_cast<S*>(scratch(worker, plan.at.total * sizeof(S)));
-      if (poison) std::fill(workspace, workspace + plan.at.total, nan);
-      S* own = sums + r * plan.range_sums;
-      if (plan.options.gradient) std::fill(own, own + plan.range_sums, S(0));
-      MetaStep<S> step(plan, kernels, call, shared, workspace);
-      for (i64 t = call.tasks * r / ranges; t < call.tasks * (r + 1) / ranges; ++t) step.run(t, own);
+      auto& step = steps[worker];
+      if (!step) {
+        S* workspace = static_cast<S*>(scratch(worker, plan.at.total * sizeof(S)));
+        if (poison) std::fill(workspace, workspace + plan.at.total, nan);
+        step = std::make_unique<MetaStep<S>>(plan, kernels, call, shared, workspace);
+      }
+      const i64 begin = call.tasks * r / ranges, end = call.tasks * (r + 1) / ranges;
+      for (i64 t = begin; t < end; ++t) step->run(t, sums + r * plan.range_sums, t == begin);
     } catch (...) {
       std::lock_guard<std::mutex> lock(failure_mutex);
       failure = std::current_exception();
@@ -98,14 +102,13 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
     kernels.add(n, sums + start, nullptr, total + start);
     for (int r = 1; r < ranges; ++r) kernels.add(n, total + start, sums + r * plan.range_sums + start, total + start);
   });
-  S* workspace = static_cast<S*>(scratch(0, plan.at.total * sizeof(S)));
-  MetaStep<S> step(plan, kernels, call, shared, workspace);
+  const auto writer = std::find_if(steps.begin(), steps.end(), [](const auto& s) { return s != nullptr; })->get();
   for (size_t p = 0; p < plan.params.size(); ++p) {
     const Param& param = plan.params[p];
     if (!param.per_task && call.params[p].grad)
       unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
     if (plan.options.wants_rates && param.adapted && !param.rate_per_task)
-      step.write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
+      writer->write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
   }
 }
 

@@ -3,19 +3,10 @@
 
 #define FM_INLINE inline __attribute__((always_inline))
 
-template <class S>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(FM_VECTOR_BYTES)));
-  typedef float loose __attribute__((vector_size(FM_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int mask __attribute__((vector_size(FM_VECTOR_BYTES)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(FM_VECTOR_BYTES)));
-  typedef double loose __attribute__((vector_size(FM_VECTOR_BYTES), aligned(8), may_alias));
-  typedef long long mask __attribute__((vector_size(FM_VECTOR_BYTES)));
+template <class S, int BYTES = FM_VECTOR_BYTES>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(BYTES)));
+  typedef S loose __attribute__((vector_size(BYTES), aligned(sizeof(S)), may_alias));
 };
 template <class S>
 using Vec = typename VectorOf<S>::type;
@@ -35,9 +26,27 @@ template <class S>
 FM_INLINE Vec<S> broadcast(S x) {
   return x - Vec<S>{};
 }
+// Sum of all lanes, by halves.
+template <class S, int BYTES = FM_VECTOR_BYTES>
+FM_INLINE S sum(typename VectorOf<S, BYTES>::type v) {
+  if constexpr (BYTES == 16) {
+    S s = v[0];
+    for (int i = 1; i < int(16 / sizeof(S)); ++i) s += v[i];
+    return s;
+  } else {
+    typedef typename VectorOf<S, BYTES / 2>::type Half;
+    union {
+      typename VectorOf<S, BYTES>::type whole;
+      Half half[2];
+    } u = {v};
+    return sum<S, BYTES / 2>(u.half[0] + u.half[1]);
+  }
+}
+
+// Zeros in the columns [from, ld) of a padded row.
 template <class S>
-FM_INLINE S sum(Vec<S> v) {
-  S s = 0;
-  for (int i = 0; i < lanes<S>; ++i) s += v[i];
-  return s;
+FM_INLINE void zero_columns(S* row, i64 from, i64 ld) {
+  i64 c = from;
+  for (; c % lanes<S>; ++c) row[c] = 0;
+  for (; c < ld; c += lanes<S>) store(row + c, Vec<S>{});
 }

@@ -41,13 +41,13 @@ struct Dot {
   const S* bias = nullptr;
 };
 
-// dst[c, r] = src[r, c] for a rows x cols matrix; a padded side may be read and is written (zeros) up to its padding.
+// dst[c, r] = src[r, c] for a rows x cols matrix; a padded destination is written up to its padding (zeros).
 template <class S>
 struct Transpose {
   Matrix<const S> src;
   Matrix<S> dst;
   i64 rows, cols;
-  bool src_padded, dst_padded;
+  bool dst_padded;
 };
 
 template <class S>

@@ -47,9 +47,11 @@ class MetaStep {
     for (i64 i = 0; i < plan.lane; ++i) at_[plan.at.ones + i] = 1;
   }
 
-  // Runs task t; gradients that are sums over tasks are added to `sums` (plan.range_sums long).
-  void run(i64 t, S* sums) {
+  // Runs task t; gradients that are sums over tasks are added to `sums` (plan.range_sums long), or stored there by the
+  // first task of a range.
+  void run(i64 t, S* sums, bool first) {
     t_ = t;
+    first_ = first;
     load_params();
     const Options& o = plan_.options;
     for (i64 k = 0; k < o.steps; ++k) inner_step(k);
@@ -154,7 +156,7 @@ class MetaStep {
   }
   Slice query() const { return slice(call_.query, t_, options().query, options().query_loss); }
 
-  Pass<S> make_pass(const Geometry& geometry, bool input_gradient, S* x, S* d, const S* input) {
+  Pass<S> make_pass(const Geometry& geometry, bool input_gradient, S* x, S* d, const S* input, bool copied) {
     Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.ones, input_gradient};
     pass.x = x, pass.d = d;
     pass.rx = at_ + plan_.at.tangents, pass.rd = at_ + plan_.at.tangent_deltas;
@@ -162,25 +164,25 @@ class MetaStep {
     if (plan_.alias_input) {
       pass.input = input, pass.input_ld = in.cols;
     } else {
-      const i64 rows = geometry.examples * in.rows;
-      for (i64 r = 0; r < rows; ++r) {
+      const i64 rows = copied ? 0 : geometry.examples * in.rows;
+      if (rows > 0) zero(x, rows * in.ld);
+      for (i64 r = 0; r < rows; ++r)
         for (i64 c = 0; c < in.cols; ++c) x[r * in.ld + c] = input[r * in.cols + c];
-        for (i64 c = in.cols; c < in.ld; ++c) x[r * in.ld + c] = 0;
-      }
       pass.input = x, pass.input_ld = in.ld;
     }
     return pass;
   }
-  Pass<S> support_pass(i64 k, const Slice& batch) {
+  // `copied`: the input stands where this pass has it already.
+  Pass<S> support_pass(i64 k, const Slice& batch, bool copied) {
     S* x = at_ + plan_.at.values + k * plan_.at.step_stride;
     S* d = at_ + plan_.at.deltas + k * plan_.at.step_stride;
-    Pass<S> pass = make_pass(plan_.support, batch.grad_x != nullptr, x, d, batch.x);
+    Pass<S> pass = make_pass(plan_.support, batch.grad_x != nullptr, x, d, batch.x, copied);
     pass.theta = view(k);
     return pass;
   }
   Pass<S> query_pass(i64 k, const Slice& batch) {
     Pass<S> pass = make_pass(plan_.query, batch.grad_x != nullptr, at_ + plan_.at.query_values,
-                             at_ + plan_.at.query_deltas, batch.x);
+                             at_ + plan_.at.query_deltas, batch.x, false);
     pass.theta = view(k);
     return pass;
   }
@@ -226,7 +228,7 @@ class MetaStep {
   void inner_step(i64 k) {
     const Options& o = options();
     const Slice batch = support(k);
-    support_gradient(support_pass(k, batch), batch, true);
+    support_gradient(support_pass(k, batch, false), batch, true);
     const bool keep = o.wants_rates && plan_.keeps_updates() && o.gradient;
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
@@ -301,8 +303,9 @@ class MetaStep {
     } else {
       return 0.0;
     }
-    const auto lambda = target(at_ + plan_.at.lambda, true, all_);
+    const auto lambda = target(at_ + plan_.at.lambda, !fresh_, all_);
     backward(pass, &lambda);
+    fresh_ = false;
     if (batch.grad_x) add_input_gradient(pass, pass.d, batch.grad_x);
     return value;
   }
@@ -311,20 +314,23 @@ class MetaStep {
   void sweep_back(S* sums) {
     const Options& o = options();
     S* lambda = at_ + plan_.at.lambda;
+    fresh_ = true;  // lambda has not been written yet
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
-      const S* seed = call_.params[p].adapted_grad;
-      if (seed)
+      if (const S* seed = call_.params[p].adapted_grad) {
         pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda + param.offset);
-      else
-        zero(lambda + param.offset, param.size);
+        fresh_ = false;
+      }
       if (!param.adapted && o.second_order && o.steps > 0) {
         zero(at_ + plan_.at.direction + param.offset, param.size);
         zero(at_ + plan_.at.direction_mirror + param.mirror_offset, param.mirror_size);
       }
     }
     if (plan_.task_sums) zero(at_ + plan_.at.task_sums, plan_.task_sums);
+    if (first_) zero(sums + plan_.set_size, plan_.range_sums - plan_.set_size);
     double value = query_gradient(o.steps);
+    if (fresh_) zero(lambda, plan_.set_size);
+    fresh_ = false;
     for (i64 k = o.steps - 1; k >= 0; --k) {
       step_back(k, sums);
       value += query_gradient(k);
@@ -367,7 +373,7 @@ class MetaStep {
 
   // The support pass of step k with its values and deltas: as stored, or computed again.
   Pass<S> support_pass_again(i64 k, const Slice& batch, bool again) {
-    Pass<S> pass = support_pass(k, batch);
+    Pass<S> pass = support_pass(k, batch, !again);
     if (again) support_gradient(pass, batch, options().wants_rates && !plan_.keeps_updates());
     return pass;
   }
@@ -418,7 +424,7 @@ class MetaStep {
       const Param& param = plan_.params[p];
       const S* lambda = at_ + plan_.at.lambda + param.offset;
       if (!param.per_task)
-        kernels_.add(param.size, sums + param.offset, lambda, sums + param.offset);
+        kernels_.add(param.size, lambda, first_ ? nullptr : sums + param.offset, sums + param.offset);
       else if (call_.params[p].grad)
         unpack(kernels_, plan_, param, lambda, call_.params[p].grad + t_ * param.numel());
       if (options().wants_rates && param.adapted && param.rate_per_task)
@@ -452,6 +458,7 @@ class MetaStep {
   const Shared<S>& shared_;
   S* at_;
   i64 t_ = 0;
+  bool fresh_ = true, first_ = true;
   std::vector<const S*> primary_, mirror_, v_primary_, v_mirror_;
   std::vector<char> written_, adapted_, all_;
 };

@@ -94,7 +94,6 @@ i64 Plan::value_ld(i64 cols) const {
 
 void Plan::finish() {
   lane = is_double ? 8 : 16;
-  panel = 4 * lane;
   require(!values.empty() && output >= 0 && output < int(values.size()), "no values, or an output that is none");
   for (const Layer& layer : layers) {
     const int count = int(values.size());
@@ -154,10 +153,9 @@ void Plan::finish() {
     p.mirror_offset = mirror_size;
     p.mirror_size = p.mirrored ? p.rows * padded(p.cols) : 0;
     mirror_size += p.mirror_size;
-    if (!p.per_task) range_sums = std::max(range_sums, p.offset + p.size);
   }
-  if (options.wants_rates) {
-    range_sums = set_size;
+  range_sums = set_size;
+  if (options.wants_rates)
     for (Param& p : params)
       if (p.adapted) {
         p.rate_sum_size = (p.rate_per_step ? std::max<i64>(options.steps, 1) : 1) * (p.rate_element ? p.size : lane);
@@ -165,7 +163,6 @@ void Plan::finish() {
         p.rate_sum_offset = end;
         end += p.rate_sum_size;
       }
-  }
 
   support = geometry(*this, options.support);
   query = geometry(*this, options.query);

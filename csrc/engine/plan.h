@@ -62,7 +62,7 @@ struct Plan {
   int output = 0;
   Options options;
   bool is_double = false;
-  i64 lane = 16, panel = 64;
+  i64 lane = 16;  // elements in 64 bytes
 
   bool alias_input = false;      // the user's input serves as value 0 as it stands
   Geometry support, query;

@@ -36,35 +36,8 @@ struct LossSpec {
   i64 ignore_index = -100;
 };
 
-// A matrix of `rows` rows cut into column panels of `panel` columns (the last one narrower, cut from `padded`
-// columns), panel after panel; panel == 0 means plain rows `ld` apart.
-template <class S>
-struct Matrix {
-  S* data = nullptr;
-  i64 ld = 0;
-  i64 panel = 0;
-  i64 rows = 0;
-  i64 padded = 0;
-
-  static Matrix plain(S* data, i64 ld) { return {data, ld, 0, 0, 0}; }
-  static Matrix panels(S* data, i64 rows, i64 padded, i64 panel) {
-    return {data, 0, panel, rows, padded};
-  }
-  explicit operator bool() const { return data != nullptr; }
-  // Where column `j` begins; `stride` receives the distance between rows there.
-  S* column(i64 j, i64& stride) const {
-    if (panel == 0) {
-      stride = ld;
-      return data + j;
-    }
-    const i64 q = j / panel * panel;
-    stride = padded - q < panel ? padded - q : panel;
-    return data + q * rows + (j - q);
-  }
-};
-
-// Panels are 256 bytes wide, everything is padded to 64 bytes: independent of the instruction set, so that one plan
-// serves all of them.
+// Panels of matrices are 256 bytes wide, everything is padded to 64 bytes: independent of the instruction set, so that
+// one plan serves all of them.
 template <class S>
 constexpr i64 lane_pad = 64 / sizeof(S);
 template <class S>
@@ -74,5 +47,30 @@ template <class S>
 constexpr i64 pad(i64 n) {
   return (n + lane_pad<S> - 1) / lane_pad<S> * lane_pad<S>;
 }
+
+// A matrix of `rows` rows cut into column panels of 256 bytes (the last one narrower, cut from `padded` columns), panel
+// after panel; or, with padded == 0, plain rows `ld` apart.
+template <class S>
+struct Matrix {
+  S* data = nullptr;
+  i64 ld = 0;
+  i64 rows = 0;
+  i64 padded = 0;
+
+  static Matrix plain(S* data, i64 ld) { return {data, ld, 0, 0}; }
+  static Matrix panels(S* data, i64 rows, i64 padded) { return {data, 0, rows, padded}; }
+  explicit operator bool() const { return data != nullptr; }
+  // Where column `j` begins; `stride` receives the distance between rows there.
+  S* column(i64 j, i64& stride) const {
+    if (padded == 0) {
+      stride = ld;
+      return data + j;
+    }
+    constexpr i64 PANEL = panel_columns<S>;
+    const i64 start = j & ~(PANEL - 1), left = padded - start;
+    stride = left < PANEL ? left : PANEL;
+    return data + start * rows + (j - start);
+  }
+};
 
 }  // namespace fm

@@ -10,7 +10,7 @@ namespace fm::linear {
 
 template <class S>
 Matrix<const S> wide_matrix(const Plan& plan, const Param& p, const S* set) {
-  return Matrix<const S>::panels(set, p.cols, plan.padded(p.rows), plan.panel);
+  return Matrix<const S>::panels(set, p.cols, plan.padded(p.rows));
 }
 
 // y = epilogue(x0 A0^T [+ x1 A1^T] + bias)
@@ -52,7 +52,7 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
     const S* rows = p.narrow ? w[i]->primary[layer.weight] : w[i]->mirror[layer.weight];
     gemm.pair[i] = {dy[i], plan.values[layer.output].ld, 1,
                     p.narrow ? Matrix<const S>::plain(rows, plan.padded(p.cols))
-                             : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols), plan.panel)};
+                             : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols))};
   }
   gemm.c = Matrix<S>::plain(dx, ld_x);
   if (layer.adds[0]) gemm.src = Matrix<const S>::plain(dx, ld_x);
@@ -79,10 +79,10 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     } else {
       gemm.m = p.cols, gemm.n = plan.padded(p.rows);
       for (int i = 0; i < pairs; ++i) gemm.pair[i] = {x[i], 1, ld_x[i], Matrix<const S>::plain(dy[i], ld_y)};
-      gemm.c = Matrix<S>::panels(g, p.cols, gemm.n, plan.panel);
+      gemm.c = Matrix<S>::panels(g, p.cols, gemm.n);
     }
     if (target.written[layer.weight])
-      gemm.src = {gemm.c.data, gemm.c.ld, gemm.c.panel, gemm.c.rows, gemm.c.padded};
+      gemm.src = {gemm.c.data, gemm.c.ld, gemm.c.rows, gemm.c.padded};
     target.written[layer.weight] = true;
     pass.kernels.gemm(gemm);
   }
