@@ -92,7 +92,9 @@ def _refusals(rows: list[Row]) -> dict[str, dict[str, int]]:
 
 def _table(rows: list[Row]) -> Table:
     """The worst of each quantity."""
-    table = Table(title="relative error against the float64 reference, the worst of all cases", box=SIMPLE_HEAD)
+    table = Table(
+        title="relative error against the float64 reference, the worst of all cases", box=SIMPLE_HEAD, pad_edge=False
+    )
     for heading in ("backend", "dtype", "quantity"):
         table.add_column(heading)
     for heading in ("error", "PyTorch's\nown", "allowed"):
