@@ -80,6 +80,7 @@ class Problem:
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
+    prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
     scratch: dict[str, Any] = field(default_factory=dict)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
@@ -100,7 +101,7 @@ class Gradients:
     query_x: Tensor | None = None
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
-    flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector
+    flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
 
 
 @dataclass(slots=True)

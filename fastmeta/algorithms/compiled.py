@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from fastmeta.algorithms.flat_parameters import views
 from fastmeta.algorithms.meta_loss import answer, flat_gradient, leaves_of
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.plan import NOTHING
@@ -40,7 +41,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     for field, x in zip(tensors._fields, tensors, strict=True):
         if x is not None and x.requires_grad:
             raise ValueError(f"MAML: `{field}` requires grad, which is not supported under torch.compile")
-    leaves = leaves_of(maml).tensors
+    leaves = leaves_of(maml, dict(maml.net.named_parameters()), dict(maml.inner_lrs.named_parameters())).tensors
     with_gradients = torch.is_grad_enabled() and len(leaves) > 0
     loss, task_losses, output, _ = _operator(leaves, *tensors, support_per_step, with_gradients, maml.handle)
     return loss, task_losses.detach(), output.detach()
@@ -65,11 +66,31 @@ def _operator(
     if maml is None:
         raise RuntimeError("MAML: compiled code was called after the module it was compiled for is gone")
     tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
-    wrt = leaves_of(maml).wrt if with_gradients else NOTHING
-    call = maml.prepare(tensors, support_per_step, wrt)
+    params, rates = maml.meta_parameters()
+    wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
+    params, rates = _in_place_of(maml, params, rates, wrt, leaves)
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt)
     result = call.solve()
     gradient = flat_gradient(maml, call, result) if with_gradients else support_x.new_empty(0)
     return *answer(call, result), gradient
+
+
+def _in_place_of(
+    maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor], wrt: frozenset[str], leaves: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The meta-parameters with the values of `leaves`: compiled code may not have written them back yet."""
+    flat = maml.flat
+    if flat is not None:
+        names, keys = flat.names, flat.keys
+        leaves = list(views(leaves[0], flat.parts(params, rates))) if leaves else []
+    else:
+        names = tuple(params) if "params" in wrt else ()
+        keys = tuple(rates) if "lr" in wrt else ()
+    at = len(names)
+    return (
+        {**params, **dict(zip(names, leaves[:at], strict=False))},
+        {**rates, **dict(zip(keys, leaves[at:], strict=False))},
+    )
 
 
 @_operator.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,9 @@ class InnerRates(nn.ParameterDict):
         first = params[names[0]]
         tasks = 1 if learn_lr else _tasks(lr)
         start = plan_rates(who, lr, names, shapes, steps, tasks, first.device, first.dtype).spread(lr)
-        self._numbers: float | dict[str, float] | None = None
+        #: the rate, where it is one number for everything
+        self.number = float(cast(float, lr)) if learn_lr is None and not isinstance(lr, (Tensor, Mapping)) else None
+        self._numbers: dict[str, float] | None = None  # those in a dict
         self._keys_of = {name: name.replace(".", "__") for name in names}
         if len(set(self._keys_of.values())) != len(names):
             raise ValueError(f"{who}: two parameters have the same name once `.` is `__`: {', '.join(names)}")
@@ -75,12 +78,12 @@ class InnerRates(nn.ParameterDict):
             if self.learned == "scalar":
                 return learned["all"]
             return {name: learned[key] for name, key in self._keys_of.items()}
-        numbers = self._numbers
-        if numbers is None:
-            return self._buffers["all"]  # type: ignore[return-value]
-        if isinstance(numbers, dict):
-            return {**numbers, **{name: self._buffers[key] for name, key in self._keys_of.items() if key in self._buffers}}  # type: ignore[dict-item]
-        return numbers
+        if self.number is not None:
+            return self.number
+        if self._numbers is None:
+            return cast(Tensor, self._buffers["all"])
+        given = {name: self._buffers.get(key) for name, key in self._keys_of.items()}
+        return {name: self._numbers[name] if rate is None else rate for name, rate in given.items()}
 
     def by_key(self, grads: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the rates, in the structure that `as_given` returns, by the keys of this module."""
@@ -98,8 +101,6 @@ class InnerRates(nn.ParameterDict):
             self.register_buffer(self._keys_of.get(name, name), rate.detach().clone(), persistent=False)
         if isinstance(lr, Mapping):
             self._numbers = {name: float(rate) for name, rate in lr.items() if not isinstance(rate, Tensor)}
-        elif not isinstance(lr, Tensor):
-            self._numbers = float(lr)
 
     def _learn_one(self, what: str, lr: Rates, start: dict[str, Tensor], steps: int, per_step: bool) -> None:
         if isinstance(lr, Mapping):

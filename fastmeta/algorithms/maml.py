@@ -27,6 +27,10 @@ from fastmeta.update_rules import SGD
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
 
+_NO_RATES: dict[str, Tensor] = {}
+# Attributes that `_start` makes anew for every copy.
+_OWN = ("_params", "_rates", "_number", "handle")
+
 
 class MetaLoss(NamedTuple):
     """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
@@ -165,7 +169,7 @@ class MAML(nn.Module):
         """
         options = self._options("MAML.adapt")._replace(step_weights=None)
         params, rates = self._differentiable()
-        lr = self.inner_lrs.as_given(rates)
+        lr = self._lr(rates)
         if steps is not None:
             options = options._replace(steps=steps)
             check_options(options)
@@ -207,20 +211,39 @@ class MAML(nn.Module):
         from fastmeta.explain import explain
 
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
-        return explain(self.prepare(tensors, support_per_step, leaves_of(self).wrt))
-
-    def prepare(self, tensors: Tensors, support_per_step: bool = False, wrt: frozenset[str] = NOTHING) -> Call:
-        """A call of this module, checked and with its backend chosen; `fastmeta.ops.plan.prepare` does it."""
         params, rates = self.meta_parameters()
-        if self.flat is not None:
-            self.flat.check(params, rates)
-        lr = self.inner_lrs.as_given(rates)
-        options = self._options("MAML", support_per_step)
-        return prepare(options, self.net, params, tensors, self.loss, self.query_loss, lr, wrt)
+        wrt = leaves_of(self, params, rates).wrt
+        return explain(self.prepare(params, rates, tensors, support_per_step, wrt))
 
     def meta_parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(the network's parameters by name, the learned rates by key); not to be modified."""
-        return self._params.current(), self._rates.current()
+        """(the network's parameters by name, the learned rates by key); not to be modified.
+
+        Raises:
+            RuntimeError: the module was flattened, and they are no longer views of its vector.
+        """
+        params = self._params.current()
+        rates = _NO_RATES if self._rates is None else self._rates.current()
+        if self.flat is not None:
+            self.flat.check(params, rates)
+        return params, rates
+
+    def prepare(
+        self,
+        params: dict[str, Tensor],
+        rates: dict[str, Tensor],
+        tensors: Tensors,
+        support_per_step: bool = False,
+        wrt: frozenset[str] = NOTHING,
+    ) -> Call:
+        """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
+        options = self._options("MAML", support_per_step)
+        flat = self.flat is None or len(self.flat.names) == len(params)
+        losses = self.loss, self.query_loss
+        return prepare(options, self.net, params, tensors, *losses, self._lr(rates), wrt, prefer_flat=flat)
+
+    def _lr(self, rates: dict[str, Tensor]) -> Rates:
+        number = self._number
+        return self.inner_lrs.as_given(rates) if number is None else number
 
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         return Options(
@@ -242,7 +265,6 @@ class MAML(nn.Module):
         flat = self.flat
         if flat is None:
             return params, rates
-        flat.check(params, rates)
         pieces = views(flat.vector, flat.parts(params, rates))
         at = len(flat.names)
         return (
@@ -253,11 +275,12 @@ class MAML(nn.Module):
     def _start(self) -> None:
         """What neither a copy nor a checkpoint of this module can share with it."""
         self._params = ParameterTable(self.net)
-        self._rates = ParameterTable(self.inner_lrs)
+        self._rates = ParameterTable(self.inner_lrs) if self.inner_lrs.learned else None
+        self._number = self.inner_lrs.number
         self.handle = compiled.register(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_params", "_rates", "handle")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

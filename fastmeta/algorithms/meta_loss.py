@@ -31,45 +31,53 @@ class Leaves(NamedTuple):
 
 def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and wanted."""
+    params, rates = maml.meta_parameters()
     if not torch.is_grad_enabled():
-        call = maml.prepare(tensors, support_per_step)
+        call = maml.prepare(params, rates, tensors, support_per_step)
         return answer(call, call.solve())
-    leaves = leaves_of(maml)
-    inputs = [field for field, x in zip(tensors._fields, tensors, strict=True) if getattr(x, "requires_grad", False)]
-    wrt = leaves.wrt.union(inputs) - {"task_weights"} if inputs else leaves.wrt
-    call = maml.prepare(tensors, support_per_step, wrt)
+    leaves, wrt = leaves_of(maml, params, rates)
+    inputs = _inputs(tensors)
+    if inputs:
+        wrt = wrt.union(inputs) - {"task_weights"}
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt)
     result = call.solve()
     loss, task_losses, output = answer(call, result)
-    if leaves.tensors or inputs:
-        gradients = [flat_gradient(maml, call, result)] if leaves.tensors else []
+    if leaves or inputs:
+        gradients = [flat_gradient(maml, call, result)] if leaves else []
         gradients += [_input_gradient(field, result) for field in inputs]
         given = [getattr(tensors, field) for field in inputs]
-        loss = _Attach.apply((loss, gradients), leaves.tensors, *leaves.tensors, *given)
+        loss = _Attach.apply((loss, gradients), leaves, *leaves, *given)
     return loss, task_losses, output
 
 
-def leaves_of(maml: MAML) -> Leaves:
-    """What a backward pass fills the gradients of."""
+def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
+    """What a backward pass fills the gradients of.
+
+    Args:
+        maml: the module.
+        params, rates: its `meta_parameters`.
+    """
     flat = maml.flat
     if flat is not None:
         return Leaves([flat.vector], _WRT[bool(flat.names), bool(flat.keys)])
-    params, rates = maml.meta_parameters()
-    has_params = any([value.requires_grad for value in params.values()])
-    has_rates = any([value.requires_grad for value in rates.values()])
-    leaves = [*params.values()] if has_params else []
-    if has_rates:
-        leaves += rates.values()
-    return Leaves(leaves, _WRT[has_params, has_rates])
+    leaves = [*params.values()]
+    has_params = True in [value.requires_grad for value in leaves]
+    if not rates:
+        return Leaves(leaves if has_params else [], _WRT[has_params, False])
+    has_rates = True in [value.requires_grad for value in rates.values()]
+    return Leaves((leaves if has_params else []) + [*rates.values()] * has_rates, _WRT[has_params, has_rates])
 
 
 def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
     """The gradients of all leaves in one vector, in their order."""
     grads, flat = result.grads, maml.flat
-    if grads.lr is None and grads.flat_params is not None and (flat is None or len(flat.names) == len(call.problem.params)):
-        return grads.flat_params
+    whole = grads.flat_params if call.problem.prefer_flat else None
+    if grads.lr is None and whole is not None:
+        return whole
     params = grads.params or {}
     rates = {} if grads.lr is None else maml.inner_lrs.by_key(call.plan.rates.fold(grads.lr, call.lr))
-    parts = [*params.values(), *rates.values()] if flat is None else flat.parts(params, rates)
+    parts = [params[name] for name in (params if flat is None else flat.names)] if whole is None else [whole]
+    parts += [rates[key] for key in (rates if flat is None else flat.keys)]
     return torch.cat([part.reshape(-1) for part in parts])
 
 
@@ -77,6 +85,16 @@ def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
     return mean_loss(task_losses, call.problem.task_weights), task_losses, output
+
+
+def _inputs(tensors: Tensors) -> list[str]:
+    """The inputs that require grad."""
+    try:
+        if True not in [x is not None and x.requires_grad for x in tensors]:
+            return []
+    except AttributeError:  # not a tensor: the checks will name it
+        return []
+    return [field for field, x in zip(tensors._fields, tensors, strict=True) if x is not None and x.requires_grad]
 
 
 def _input_gradient(field: str, result: Result) -> Tensor:

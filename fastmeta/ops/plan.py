@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result
 
 NOTHING: frozenset[str] = frozenset()
+_sort = attrgetter("shape", "dtype", "device")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
 _MOST_PLANS = 256
 # These backends evaluate the module itself and need no program.
@@ -85,6 +87,7 @@ class _Given(NamedTuple):
     wrt: frozenset[str]
     adapted_grad: dict[str, Tensor] | None
     output_grad: Tensor | None
+    prefer_flat: bool
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
@@ -101,19 +104,21 @@ def prepare(
     wrt: frozenset[str] = NOTHING,
     adapted_grad: dict[str, Tensor] | None = None,
     output_grad: Tensor | None = None,
+    prefer_flat: bool = False,
 ) -> Call:
     """Check one call and choose its backend.
 
     Args:
         options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
         wrt: the gradients wanted.
+        prefer_flat: as in `Problem`.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
         BackendUnavailable: the backend asked for cannot run this.
     """
-    given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad)
+    given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
     try:
         key = (
             options,
@@ -123,13 +128,15 @@ def prepare(
             None if query_loss is None else query_loss.key,
             rates_key(lr),
             *params,
-            *[(value.shape, value.dtype, value.device) for value in params.values()],
-            *[None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
+            *map(_sort, params.values()),
+            *[None if tensor is None else _sort(tensor) for tensor in tensors],
             adapted_grad is None,
             output_grad is None,
+            prefer_flat,
         )
-        plan = _plans[net].get(key)
-    except (AttributeError, KeyError, TypeError):  # a first call, or something that the full check will name
+        plans = _plans.get(net)
+        plan = None if plans is None else plans.get(key)
+    except (AttributeError, TypeError):  # something that the full check will name
         return _first_call(given)
     if plan is None:
         return _first_call(given, key)
@@ -183,7 +190,7 @@ def _check_given(given: _Given) -> None:
 
 
 def _problem(plan: Plan, given: _Given) -> Problem:
-    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad = given
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given
     support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
     shapes = plan.shapes
     if plan.order is not None:
@@ -209,6 +216,7 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         output_grad,
         plan.program,
         plan.refused,
+        prefer_flat,
         plan.scratch,
     )
 

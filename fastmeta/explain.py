@@ -1,0 +1,100 @@
+"""What runs a call, what it costs, and why something faster does not: `MAML.explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastmeta import backends
+from fastmeta.ops.plan import Call
+from fastmeta.problem import Problem
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How one call runs; printing it gives all of this.
+
+    Args:
+        backend: its name.
+        what: the call in one line.
+        runs: what the backend says of itself.
+        cost: multiply-adds of one meta-step by memory mode; empty where the network was not captured.
+        refused: backend -> why it does not run this.
+        conventions: what a user may not expect.
+    """
+
+    backend: str
+    what: str
+    runs: tuple[str, ...]
+    cost: dict[str, int]
+    refused: dict[str, str]
+    conventions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [self.what, f"backend: {self.backend}", *self.runs]
+        lines += [f"cost, memory={mode!r}: {count:.3g} multiply-adds" for mode, count in self.cost.items()]
+        if not self.cost:
+            lines.append("cost: not known, the network is no layer program")
+        lines += [f"not on {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join([*lines, *self.conventions])
+
+
+def explain(call: Call) -> Explanation:
+    """How a checked call runs. Reads shapes and options, and may run two tasks once on the `torch` backend."""
+    problem, wrt = call.problem, call.wrt
+    chosen = call.plan.backend.__name__.rpartition(".")[2]
+    before = backends.NAMES[: backends.NAMES.index(chosen)]
+    refused = {name: backends.why_not(name, problem, wrt) or "another backend was named" for name in before}
+    runs: list[str] = []
+    if hasattr(call.plan.backend, "describe"):
+        runs = call.plan.backend.describe(problem, wrt)
+    elif hasattr(call.plan.backend, "notes"):
+        runs = call.plan.backend.notes(problem)
+    return Explanation(chosen, _what(problem), tuple(runs), meta_step_cost(problem), refused, _conventions(problem))
+
+
+def meta_step_cost(problem: Problem) -> dict[str, int]:
+    """Multiply-adds of one meta-step by memory mode, {} without a program.
+
+    Source: docs/architecture.md, "Cost".
+    """
+    if problem.program is None:
+        return {}
+    f, first = problem.program.multiply_adds()
+    query = 0 if problem.query is None else problem.query.x.shape[1] * (3 * f - first)
+    if problem.support is None or problem.steps == 0:
+        return {"store": problem.tasks * query}
+    examples = problem.support.x.shape[2 if problem.support.per_step else 1]
+    if problem.order == "first":
+        modes = {"store": 3 * f - first}
+    else:
+        modes = {"store": 9 * f - 5 * first, "recompute": 11 * f - 6 * first}
+        if problem.memory != "auto":
+            modes = {problem.memory: modes[problem.memory]}
+    return {mode: problem.tasks * (examples * problem.steps * each + query) for mode, each in modes.items()}
+
+
+def _what(problem: Problem) -> str:
+    parts = [f"T = {problem.tasks} tasks", f"K = {problem.steps} inner steps, {problem.order} order"]
+    if problem.support is not None:
+        parts.insert(1, f"N = {problem.support.x.shape[2 if problem.support.per_step else 1]}")
+    if problem.query is not None:
+        parts.insert(2, f"M = {problem.query.x.shape[1]}")
+    adapted = f"{len(problem.rates)} of {len(problem.params)} parameters adapted"
+    dtype = str(next(iter(problem.params.values())).dtype).removeprefix("torch.")
+    return ", ".join([*parts, adapted, dtype])
+
+
+def _conventions(problem: Problem) -> tuple[str, ...]:
+    lines = []
+    if problem.batch_stats == "task" and any(isinstance(module, _NORMS) for module in problem.net.modules()):
+        lines.append(
+            "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "
+            "are normalised together), and leaves the running statistics alone"
+        )
+    if problem.order == "first" and problem.steps:
+        lines.append("first order: derivatives of the inner gradients are dropped; the meta-gradient is not exact")
+    return tuple(lines)
