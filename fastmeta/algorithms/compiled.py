@@ -114,7 +114,12 @@ def _(
     example = torch.func.functional_call(maml.net, {**params, **buffers}, (query_x[0],))  # [M, *out]
     task_losses = example.new_empty(query_x.shape[0])
     size = sum(leaf.numel() for leaf in leaves) if with_gradients else 0
-    return task_losses.new_empty(()), task_losses, example.new_empty(query_x.shape[0], *example.shape), example.new_empty(size)
+    return (
+        task_losses.new_empty(()),
+        task_losses,
+        example.new_empty(query_x.shape[0], *example.shape),
+        example.new_empty(size),
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -53,7 +53,7 @@ class InnerRates(nn.ParameterDict):
         tasks = 1 if learn_lr else _tasks(lr)
         start = plan_rates(who, lr, names, shapes, steps, tasks, first.device, first.dtype).spread(lr)
         #: the rate, where it is one number for everything
-        self.number = float(cast(float, lr)) if learn_lr is None and not isinstance(lr, (Tensor, Mapping)) else None
+        self.number = float(lr) if learn_lr is None and not isinstance(lr, (Tensor, Mapping)) else None
         self._numbers: dict[str, float] | None = None  # those in a dict
         self._keys_of = {name: name.replace(".", "__") for name in names}
         if len(set(self._keys_of.values())) != len(names):

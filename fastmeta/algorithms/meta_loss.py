@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
-from torch.autograd.function import once_differentiable
 
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.meta_gradient import mean_loss
+from fastmeta.ops.once import once_differentiable
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Result
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML
 
 _WRT = {
-    (params, rates): frozenset(["params"] * params + ["lr"] * rates) for params in (False, True) for rates in (False, True)
+    (params, rates): frozenset(["params"] * params + ["lr"] * rates)
+    for params in (False, True)
+    for rates in (False, True)
 }
 
 
@@ -94,7 +96,7 @@ def _inputs(tensors: Tensors) -> list[str]:
             return []
     except AttributeError:  # not a tensor: the checks will name it
         return []
-    return [field for field, x in zip(tensors._fields, tensors, strict=True) if x is not None and x.requires_grad]
+    return [field for field, x in tensors._asdict().items() if x is not None and x.requires_grad]
 
 
 def _input_gradient(field: str, result: Result) -> Tensor:
@@ -116,7 +118,7 @@ class _Attach(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
         scaled = [saved * grad for saved in ctx.saved_tensors]

@@ -24,17 +24,17 @@ def adapted_names(who: str, net: nn.Module, adapt: str | tuple[str, ...]) -> tup
     if isinstance(adapt, str):
         if adapt not in ("head", "body"):
             raise ValueError(
-                f"{argument(who, 'adapt')} must be 'all', 'head', 'body' or a sequence of parameter names, got {adapt!r}"
+                f"{argument(who, 'adapt')} must be 'all', 'head', 'body' or names of parameters, got {adapt!r}"
             )
-        leaves = [leaf for leaf in net.modules() if not any(leaf.children()) and any(True for _ in leaf.parameters())]
-        head = {id(parameter) for parameter in leaves[-1].parameters()} if leaves else set()
+        leaves = [module for module in net.modules() if next(module.children(), None) is None]
+        last = [leaf for leaf in leaves if next(leaf.parameters(), None) is not None][-1:]
+        head = {id(parameter) for leaf in last for parameter in leaf.parameters()}
         names = tuple(name for name, value in parameters.items() if (id(value) in head) == (adapt == "head"))
     else:
         unknown = [name for name in adapt if name not in parameters]
         if unknown:
             raise ValueError(
-                f"{argument(who, 'adapt')}: the network has no parameter {unknown[0]!r}; "
-                f"it has {', '.join(parameters)}"
+                f"{argument(who, 'adapt')}: the network has no parameter {unknown[0]!r}; it has {', '.join(parameters)}"
             )
         names = tuple(name for name in parameters if name in adapt)
     if not names:

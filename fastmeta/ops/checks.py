@@ -109,9 +109,7 @@ def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tup
     return first.device, first.dtype
 
 
-def _per_task(
-    who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int
-) -> frozenset[str]:
+def _per_task(who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int) -> frozenset[str]:
     own = set()
     for name, shape in shapes.items():
         got = tuple(params[name].shape)
@@ -193,9 +191,7 @@ def _check_shape(who: str, field: str, weights: Tensor | None, dims: str, shape:
         raise ValueError(f"{argument(who, field)} must be {dims} = {shape}, got {tuple(weights.shape)}")
 
 
-def _check_inputs(
-    who: str, tensors: Tensors, support: tuple[int, ...], query: tuple[int, ...]
-) -> tuple[int, ...]:
+def _check_inputs(who: str, tensors: Tensors, support: tuple[int, ...], query: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one example, the same in both sets."""
     given = [
         (field, x, tuple(x.shape[len(lead) :]))
@@ -210,5 +206,6 @@ def _check_inputs(
                 f"got {tuple(x.shape)}"
             )
         if x.dtype != first.dtype:
-            raise TypeError(f"{argument(who, field)} must be {first.dtype}, as {argument(who, given[0][0])}, got {x.dtype}")
+            other_set = argument(who, given[0][0])
+            raise TypeError(f"{argument(who, field)} must be {first.dtype}, as {other_set}, got {x.dtype}")
     return shape

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastmeta.backends._random_state import RandomState, replayed
 from fastmeta.losses import Loss
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.once import once_differentiable
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
@@ -55,7 +55,7 @@ class Operation:
             pairs += [(("lr", name), rate) for name, rate in self.lr.items() if isinstance(rate, Tensor)]
         elif isinstance(self.lr, Tensor):
             pairs.append((("lr", ""), self.lr))
-        pairs += [((field, ""), x) for field, x in zip(self.tensors._fields, self.tensors, strict=True) if x is not None]
+        pairs += [((field, ""), x) for field, x in self.tensors._asdict().items() if x is not None]
         return [slot for slot, _ in pairs], [tensor for _, tensor in pairs]
 
     def with_leaves(self, slots: list[tuple[str, str]], leaves: tuple[Tensor, ...]) -> Operation:
@@ -92,7 +92,7 @@ class _Solve(torch.autograd.Function):
         return operation.answer(call)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         slots, needs = ctx.slots, ctx.needs_input_grad[2:]
         nothing = (None,) * (2 + len(slots))
@@ -113,7 +113,7 @@ class _Solve(torch.autograd.Function):
             if not need:
                 result.append(None)
                 continue
-            entry = rates if field == "lr" else getattr(found, field)
+            entry: Any = rates if field == "lr" else getattr(found, field)
             result.append(entry[name] if name else entry)
         return (None, None, *result)
 

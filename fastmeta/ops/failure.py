@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 
 import torch
@@ -39,7 +40,7 @@ def diagnose(
         what = argument(options.who, f"{part}_x")
         dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))
         example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
-        output = _forward(what, dims, net, lambda x=example: call(net, own, x, batch_stats=options.batch_stats), x)
+        output = _forward(what, dims, net, partial(call, net, own, example, batch_stats=options.batch_stats), x)
         if y is not None and loss is not None:
             label = argument(options.who, f"{part}_y")
             loss.check_target(label, y, lead, tuple(output.shape[1:]), output.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,14 +119,14 @@ def meta_gradient(
         support_loss,
         support_loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm),
         lr,
-        frozenset(wrt),
+        frozenset((wrt,) if isinstance(wrt, str) else wrt),
     )
     result = call.solve()
-    grads = result.grads
+    task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
     return MetaGradient(
-        mean_loss(result.task_losses, task_weights),
-        result.task_losses,  # type: ignore[arg-type]
-        result.output,  # type: ignore[arg-type]
+        mean_loss(task_losses, task_weights),
+        task_losses,
+        output,
         grads.params,
         None if grads.lr is None else call.plan.rates.fold(grads.lr, lr),
         grads.support_x,
@@ -149,8 +149,6 @@ def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     try:
         x, y = batch
     except (TypeError, ValueError):
-        raise TypeError(f"{argument('meta_gradient', field)} must be a pair (x, y), got {type(batch).__name__}") from None
-    for name, tensor in (("x", x), ("y", y)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument('meta_gradient', f'{field}_{name}')} must be a tensor, got {type(tensor).__name__}")
+        what = argument("meta_gradient", field)
+        raise TypeError(f"{what} must be a pair (x, y), got {type(batch).__name__}") from None
     return x, y

@@ -67,7 +67,7 @@ class Call:
         """
         problem = self.problem
         try:
-            return self.plan.backend.solve(problem, self.wrt, adapted)  # type: ignore[no-any-return]
+            return self.plan.backend.solve(problem, self.wrt, adapted)
         except Exception:
             losses = (problem.loss, problem.query_loss)
             diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses)
