@@ -14,10 +14,11 @@ struct Tile {
   i64 ldb, k;
   S* c;
   i64 ldc;
-  bool resume;  // start from c instead of zero
-  bool last;    // apply the epilogue
+  bool add_c;
   const S* src;
   i64 ld_src;
+  S scale;
+  // the epilogue of the last block
   const S* bias;
   bool relu;
   const S* mask;
@@ -32,7 +33,7 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = t.resume ? load(t.c + r * t.ldc + v * L) : V{};
+    for (int v = 0; v < NV; ++v) acc[r][v] = V{};
 
   const S* a = t.a;
   const S* b = t.b;
@@ -51,30 +52,40 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
     b += ldb;
   }
 
-  if (t.last) {
-    if (t.src)
+  if (t.scale != 1) {
+    const V scale = broadcast(t.scale);
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] += load(t.src + r * t.ld_src + v * L);
-    if (t.bias)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const V bias = load(t.bias + v * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][v] += bias;
-      }
-    if (t.relu)
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] < 0 ? V{} : acc[r][v];
-    if (t.mask)
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = load(t.mask + r * t.ld_mask + v * L) > 0 ? acc[r][v] : V{};
+      for (int v = 0; v < NV; ++v) acc[r][v] *= scale;
   }
+  if (t.src)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += load(t.src + r * t.ld_src + v * L);
+  if (t.add_c)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += load(t.c + r * t.ldc + v * L);
+  if (t.bias)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const V bias = load(t.bias + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) acc[r][v] += bias;
+    }
+  if (t.relu)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] < 0 ? V{} : acc[r][v];
+  if (t.mask)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = load(t.mask + r * t.ld_mask + v * L) > 0 ? acc[r][v] : V{};
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -134,30 +145,32 @@ FM_INLINE RowCut cut_rows(i64 m, int vectors) {
   return m < TABLED_ROWS ? ROW_CUTS.cut[vectors - 1][m] : divide_rows(m, vectors);
 }
 
-// One pair, one block of k, one panel of c.
+// One pair, one block of k, one panel of c: its columns [panel, end), padded to [.., padded_end).
 template <class S>
-FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 panel_end, i64 k0, i64 k, bool in_place) {
+FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 end, i64 padded_end, i64 k0, i64 k) {
   constexpr int L = lanes<S>;
   const auto& pair = g.pair[p];
   const auto* const tiles = pair.a_row == 1 && pair.a_k != 1 ? TILES<S, true> : TILES<S, false>;
+  const bool first = p == 0 && k0 == 0, last = p == g.pairs - 1 && k0 + k == g.k;
   Tile<S> t;
   t.a_row = pair.a_row;
   t.a_k = pair.a_k;
   t.k = k;
-  t.relu = g.relu;
-  t.last = p == g.pairs - 1 && k0 + k == g.k;
-  t.resume = p > 0 || k0 > 0 || in_place;
+  t.add_c = !first || g.add_c;
+  t.scale = g.scale;
+  t.relu = last && g.relu;
   t.src = t.mask = t.bias = nullptr;
   const S* const a = pair.a + k0 * pair.a_k;
-  for (i64 j = panel; j < panel_end;) {
-    const int vectors = tile_width((panel_end - j) / L);
+  i64 j = panel;
+  while (j < end) {
+    const int vectors = tile_width((end - j + L - 1) / L);
     const RowCut cut = cut_rows(g.m, vectors);
     t.a = a;
     t.b = pair.b.column(j, t.ldb) + k0 * t.ldb;
     t.c = g.c.column(j, t.ldc);
-    if (g.src && !in_place) t.src = g.src.column(j, t.ld_src);
-    if (g.mask) t.mask = g.mask.column(j, t.ld_mask);
-    if (g.bias) t.bias = g.bias + j;
+    if (first && g.src) t.src = g.src.column(j, t.ld_src);
+    if (last && g.mask) t.mask = g.mask.column(j, t.ld_mask);
+    if (last && g.bias) t.bias = g.bias + j;
     for (i64 i = 0; i < cut.tiles; ++i) {
       const i64 rows = cut.rows + (i < cut.larger);
       tiles[vectors - 1][rows - 1](t);
@@ -168,17 +181,20 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 panel_end, i64
     }
     j += vectors * L;
   }
+  if (last && j < padded_end) {
+    i64 ldc;
+    S* c = g.c.column(j, ldc);
+    for (i64 r = 0; r < g.m; ++r) zero_columns(c + r * ldc, 0, padded_end - j);
+  }
 }
 
 template <class S>
 void gemm(const Gemm<S>& g) {
-  // A source that is c itself would be lost under partial sums: the first block starts from it instead.
-  const bool in_place = g.src && g.src.data == g.c.data;
   for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
-    const i64 panel_end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>;
+    const i64 end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>, padded_end = panel + pad<S>(end - panel);
     for (int p = 0; p < g.pairs; ++p)
       for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK)
-        gemm_block(g, p, panel, panel_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK, in_place);
+        gemm_block(g, p, panel, end, padded_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK);
   }
 }
 

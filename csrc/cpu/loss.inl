@@ -65,7 +65,7 @@ FM_INLINE S class_share(const LossCall<S>& l, i64 n, i64 c) {
 
 // One example of cross_entropy; `r` is the tangent of z or null (then the primal is computed). Returns l_n or R l_n.
 template <class S, bool TANGENT>
-S cross_entropy_example(const LossCall<S>& l, i64 n, S factor) {
+S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
   const S* z = l.z + n * l.ld;
   const S* rz = TANGENT ? l.rz + n * l.ld : nullptr;
   S top = z[0];
@@ -84,7 +84,7 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor) {
     shares += q;
     if (q != 0) value -= q * (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
   }
-  const S target_factor = -factor * (S(1) - S(l.spec.label_smoothing));
+  const S target_factor = -side_factor * (S(1) - S(l.spec.label_smoothing));
   for (i64 c = 0; c < l.cols; ++c) {
     const S p = exp_(z[c] - top) / total;
     if (l.dz)
@@ -97,8 +97,7 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor) {
 }
 
 template <class S, bool TANGENT>
-S elementwise_example(const LossCall<S>& l, i64 n, S factor) {
-  const S share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
+S elementwise_example(const LossCall<S>& l, i64 n, S share, S factor, S side_factor) {
   S value = 0;
   for (i64 r = 0; r < l.rows; ++r) {
     const i64 row = (n * l.rows + r) * l.ld, at = (n * l.rows + r) * l.cols;
@@ -109,7 +108,7 @@ S elementwise_example(const LossCall<S>& l, i64 n, S factor) {
       const S rz = TANGENT ? l.rz[row + c] : S(0);
       value += share * (TANGENT ? t.dz * rz : t.value);
       if (l.dz) l.dz[row + c] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
-      if (l.dtarget) l.dtarget[at + c] += factor * share * (TANGENT ? t.dzy * rz : t.dy);
+      if (l.dtarget) l.dtarget[at + c] += side_factor * share * (TANGENT ? t.dzy * rz : t.dy);
     }
   }
   return value;
@@ -117,22 +116,23 @@ S elementwise_example(const LossCall<S>& l, i64 n, S factor) {
 
 template <class S, bool TANGENT>
 double loss_pass(const LossCall<S>& l) {
-  const double denominator = loss_denominator(l), share = l.scale / denominator;
+  const double denominator = loss_denominator(l), share = l.scale / denominator, side = l.side_scale / denominator;
+  const S element_share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
   if (l.dz)
     for (i64 r = 0; r < l.examples * l.rows; ++r) zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
   double value = 0;
   for (i64 n = 0; n < l.examples; ++n) {
     const double weight = l.weights ? double(l.weights[n]) : 1.0;
-    const S factor = S(share * weight);
-    const double term = l.spec.kind == LossKind::cross_entropy ? cross_entropy_example<S, TANGENT>(l, n, factor)
-                                                               : elementwise_example<S, TANGENT>(l, n, factor);
+    const S factor = S(share * weight), side_factor = S(side * weight);
+    const double term = l.spec.kind == LossKind::cross_entropy
+                            ? cross_entropy_example<S, TANGENT>(l, n, factor, side_factor)
+                            : elementwise_example<S, TANGENT>(l, n, element_share, factor, side_factor);
     value += weight * term;
-    if (l.dweights) l.dweights[n] += S(share * term);
+    if (l.dweights) l.dweights[n] += S(side * term);
   }
   value /= denominator;
   if (l.dweights && l.spec.normalise_sum && !l.spec.sum)
-    for (i64 n = 0; n < l.examples; ++n)
-      l.dweights[n] -= S(share * double(example_share(l, n)) * value);
+    for (i64 n = 0; n < l.examples; ++n) l.dweights[n] -= S(side * double(example_share(l, n)) * value);
   return value;
 }
 

@@ -7,25 +7,27 @@
 
 namespace fm {
 
-// c = mask(relu([src +] sum_p a_p b_p + bias)), c is [m, n] with n padded.
+// c = mask(relu([c +] [src +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become zero.
 template <class S>
 struct Gemm {
   i64 m, n;
   int pairs = 1;
   i64 k;
   struct Pair {
-    const S* a;       // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
+    const S* a;         // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
     i64 a_row, a_k;
     Matrix<const S> b;  // [k, n]
   } pair[2];
   Matrix<S> c;
-  Matrix<const S> src = {};   // added if present; may be c itself
+  bool add_c = false;         // add to what c holds
+  Matrix<const S> src = {};   // added if present; c itself only through add_c
+  S scale = 1;
   const S* bias = nullptr;    // [n] added to every row if present
   bool relu = false;
   Matrix<const S> mask = {};  // c is zeroed where mask <= 0, if present
 };
 
-// c[r, o] = sum_p <a_p[r, :], b_p[o, :]> + bias[o] for few outputs o; k padded.
+// c[r, o] = sum_p <a_p[r, :], b_p[o, :]> + bias[o] for few outputs o.
 template <class S>
 struct Dot {
   i64 m, n, k;
@@ -65,7 +67,8 @@ template <class S>
 struct LossCall {
   LossSpec spec;
   i64 examples, rows, cols, ld;  // an example is `rows` rows of `cols` columns
-  double scale;                  // of everything written, but for the value
+  double scale;                  // of dz
+  double side_scale;             // of dtarget and dweights
   const S* z;                    // [examples * rows, ld] network output
   const void* target;            // i64 [examples] or S [examples, rows * cols]
   const S* weights;              // [examples] or null

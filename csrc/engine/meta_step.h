@@ -36,11 +36,10 @@ class MetaStep {
         mirror_(plan.params.size()),
         v_primary_(plan.params.size()),
         v_mirror_(plan.params.size()),
-        written_(plan.params.size()),
-        adapted_(plan.params.size()),
-        all_(plan.params.size(), 1) {
+        lambda_(plan.params.size()),
+        sinks_(plan.params.size()) {
     for (size_t p = 0; p < plan.params.size(); ++p) {
-      adapted_[p] = plan.params[p].adapted;
+      lambda_[p] = at_ + plan.at.lambda + plan.params[p].offset;
       v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
       v_mirror_[p] = at_ + plan.at.direction_mirror + plan.params[p].mirror_offset;
     }
@@ -187,10 +186,11 @@ class MetaStep {
     return pass;
   }
 
-  LossCall<S> loss_call(const Pass<S>& pass, const LossSpec& spec, const Slice& batch, double scale) const {
+  LossCall<S> loss_call(const Pass<S>& pass, const LossSpec& spec, const Slice& batch, double scale,
+                        double side_scale) const {
     const Value& out = plan_.values[plan_.output];
     LossCall<S> l{};
-    l.spec = spec, l.scale = scale;
+    l.spec = spec, l.scale = scale, l.side_scale = side_scale;
     l.examples = pass.geometry.examples, l.rows = out.rows, l.cols = out.cols, l.ld = out.ld;
     l.z = pass.value(plan_.output), l.target = batch.y, l.weights = batch.weights;
     l.class_weights = batch.class_weights;
@@ -198,52 +198,84 @@ class MetaStep {
   }
 
   // Adds the gradient of value 0, taken from a block of deltas, to the user's tensor.
-  void add_input_gradient(const Pass<S>& pass, const S* block, S* grad) {
+  void add_input_gradient(const Pass<S>& pass, const S* block, S scale, S* grad) {
     const Value& in = plan_.values[0];
     const i64 rows = pass.rows(0);
     for (i64 r = 0; r < rows; ++r)
-      for (i64 c = 0; c < in.cols; ++c) grad[r * in.cols + c] += block[r * in.ld + c];
+      for (i64 c = 0; c < in.cols; ++c) grad[r * in.cols + c] += scale * block[r * in.ld + c];
   }
 
   // ---- the inner loop ---------------------------------------------------------------------------------------
-  GradientTarget<S> target(S* set, bool add, const std::vector<char>& wanted) {
-    for (char& w : written_) w = add;
-    return {set, written_.data(), wanted.data()};
-  }
-
-  // Forward, loss and backward of the support set at theta_k; the gradient g_k of the adapted parameters.
-  void support_gradient(const Pass<S>& pass, const Slice& batch, bool params) {
+  // Forward, loss and backward of the support set; the parameters' gradients go to `sinks`, if given.
+  void support_gradient(const Pass<S>& pass, const Slice& batch, Sink<S>* sinks) {
     forward(pass);
-    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0);
+    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0, 1.0);
     l.dz = pass.delta(plan_.output);
     kernels_.loss(l);
-    if (params) {
-      const auto g = target(at_ + plan_.at.gradient, false, adapted_);
-      backward(pass, &g);
-    } else {
-      backward<S>(pass, nullptr);
+    backward(pass, sinks);
+  }
+
+  // The adapted parameters' gradients as they are, to the scratch set.
+  Sink<S>* gradient_sinks() {
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      sinks_[p] = {};
+      if (plan_.params[p].adapted) sinks_[p].to = at_ + plan_.at.gradient + plan_.params[p].offset;
     }
+    return sinks_.data();
   }
 
   void inner_step(i64 k) {
-    const Options& o = options();
     const Slice batch = support(k);
-    support_gradient(support_pass(k, batch, false), batch, true);
-    const bool keep = o.wants_rates && plan_.keeps_updates() && o.gradient;
+    const Pass<S> pass = support_pass(k, batch, false);
+    if (plan_.plain_rule() && !(plan_.keeps_updates() && options().gradient)) {
+      update_in_epilogues(k, pass, batch);
+    } else {
+      support_gradient(pass, batch, gradient_sinks());
+      update(k);
+    }
+    mirror_step(k + 1);
+  }
+
+  // theta_{k+1} = theta_k - alpha g straight out of the products, but for element-wise rates.
+  void update_in_epilogues(i64 k, const Pass<S>& pass, const Slice& batch) {
+    bool elementwise = false;
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
+      sinks_[p] = {};
       if (!param.adapted) continue;
+      if (param.rate_element) {
+        elementwise = true;
+        sinks_[p].to = at_ + plan_.at.gradient + param.offset;
+        continue;
+      }
       S alpha;
       const S* alphas;
       rate(k, p, alpha, alphas);
-      S* m = o.momentum != 0 ? at_ + plan_.at.momentum + param.offset : nullptr;
-      S* kept = keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr;
-      kernels_.sgd_update(param.size, S(o.momentum), S(o.weight_decay), alpha, alphas, theta(k, p),
-                          at_ + plan_.at.gradient + param.offset, k > 0 ? m : nullptr, own_theta(k + 1, p),
-                          m ? m : kept);
-      if (m && kept) kernels_.add(param.size, m, nullptr, kept);
+      sinks_[p] = {own_theta(k + 1, p), theta(k, p), false, -alpha};
     }
-    mirror_step(k + 1);
+    support_gradient(pass, batch, sinks_.data());
+    if (!elementwise) return;
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (plan_.params[p].adapted && plan_.params[p].rate_element) update(k, p);
+  }
+
+  void update(i64 k) {
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (plan_.params[p].adapted) update(k, p);
+  }
+
+  void update(i64 k, size_t p) {
+    const Options& o = options();
+    const Param& param = plan_.params[p];
+    const bool keep = plan_.keeps_updates() && o.gradient;
+    S alpha;
+    const S* alphas;
+    rate(k, p, alpha, alphas);
+    S* m = o.momentum != 0 ? at_ + plan_.at.momentum + param.offset : nullptr;
+    S* kept = keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr;
+    kernels_.sgd_update(param.size, S(o.momentum), S(o.weight_decay), alpha, alphas, theta(k, p),
+                        at_ + plan_.at.gradient + param.offset, k > 0 ? m : nullptr, own_theta(k + 1, p), m ? m : kept);
+    if (m && kept) kernels_.add(param.size, m, nullptr, kept);
   }
 
   // ---- the query --------------------------------------------------------------------------------------------
@@ -271,7 +303,7 @@ class MetaStep {
       const Pass<S> pass = query_pass(k, batch);
       forward(pass);
       if (k == options().steps) write_output(pass);
-      if (has_query_loss()) total += s * weighted(s, loss_call(pass, options().query_loss, batch, 0.0));
+      if (has_query_loss()) total += s * weighted(s, loss_call(pass, options().query_loss, batch, 0.0, 0.0));
     }
     if (call_.task_losses) call_.task_losses[t_] = S(total);
   }
@@ -291,7 +323,7 @@ class MetaStep {
     if (last) write_output(pass);
     if (s != 0.0) {
       const double c = (call_.task_weights ? double(call_.task_weights[t_]) : 1.0) / double(call_.tasks);
-      LossCall<S> l = loss_call(pass, options().query_loss, batch, c * s);
+      LossCall<S> l = loss_call(pass, options().query_loss, batch, c * s, c * s);
       l.dz = dz, l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
       value = s * kernels_.loss(l);
     } else if (last && call_.output_grad) {
@@ -303,10 +335,9 @@ class MetaStep {
     } else {
       return 0.0;
     }
-    const auto lambda = target(at_ + plan_.at.lambda, !fresh_, all_);
-    backward(pass, &lambda);
+    backward(pass, lambda_sinks(S(1)));
     fresh_ = false;
-    if (batch.grad_x) add_input_gradient(pass, pass.d, batch.grad_x);
+    if (batch.grad_x) add_input_gradient(pass, pass.d, S(1), batch.grad_x);
     return value;
   }
 
@@ -314,7 +345,7 @@ class MetaStep {
   void sweep_back(S* sums) {
     const Options& o = options();
     S* lambda = at_ + plan_.at.lambda;
-    fresh_ = true;  // lambda has not been written yet
+    fresh_ = true, summed_ = false;
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (const S* seed = call_.params[p].adapted_grad) {
@@ -339,14 +370,65 @@ class MetaStep {
     write_gradients(sums);
   }
 
+  // lambda += scale * gradient, or = if it has not been written yet.
+  Sink<S>* lambda_sinks(S scale) {
+    for (size_t p = 0; p < plan_.params.size(); ++p) sinks_[p] = {lambda_[p], nullptr, !fresh_, scale};
+    return sinks_.data();
+  }
+
   void step_back(i64 k, S* sums) {
     const Options& o = options();
     const Slice batch = support(k);
-    const bool tangents = o.second_order && plan_.values[plan_.output].from_params;
-    const bool again = !o.store && (tangents || (o.wants_rates && !plan_.keeps_updates()));
+    const bool again = !o.store && (o.second_order || (o.wants_rates && !plan_.keeps_updates()));
     if (!o.store) mirror_step(k);
-    Pass<S> pass = support_pass_again(k, batch, again);
+    const Pass<S> pass = support_pass(k, batch, !again);
+    if (again) support_gradient(pass, batch, o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
     if (o.wants_rates) rate_gradients(k, sums);
+    // After the last product nothing is done to lambda_0 but to add it to the sums: the product can.
+    const bool into_sums = o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
+    S alpha;
+    if (one_rate(k, alpha)) {
+      if (o.second_order) along_lambda(pass, batch, alpha, into_sums ? sums : nullptr);
+      return;
+    }
+    direction(k);
+    if (o.second_order) {
+      hessian_vector(pass, batch, v_primary_.data(), S(1), into_sums ? sums : nullptr);
+    }
+    if (!plan_.plain_rule())
+      for (size_t p = 0; p < plan_.params.size(); ++p) {
+        const Param& param = plan_.params[p];
+        if (!param.adapted) continue;
+        kernels_.sgd_adjoint(param.size, S(o.momentum), S(o.weight_decay), at_ + plan_.at.direction + param.offset,
+                             lambda_[p], o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr);
+      }
+  }
+
+  // Whether v = -alpha lambda for a single alpha at step k: then nobody has to write v down.
+  bool one_rate(i64 k, S& alpha) {
+    if (!plan_.plain_rule() || plan_.tied) return false;
+    for (size_t p = 0; p < plan_.params.size(); ++p) {
+      const Param& param = plan_.params[p];
+      if (!param.adapted || param.rate_element) return false;
+      S own;
+      const S* none;
+      rate(k, p, own, none);
+      if (p > 0 && own != alpha) return false;
+      alpha = own;
+    }
+    return true;
+  }
+
+  // H (-alpha lambda) as -alpha (H lambda). Nothing reads a layer's lambda after its product has been added to it.
+  void along_lambda(Pass<S> pass, const Slice& batch, S alpha, S* sums) {
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (plan_.params[p].mirrored) make_v_mirror(p, lambda_[p]);
+    hessian_vector(pass, batch, lambda_.data(), -alpha, sums);
+  }
+
+  // v = mbar - alpha lambda; zero for parameters that are not adapted, since the sweep began.
+  void direction(i64 k) {
+    const Options& o = options();
     const bool first = k == o.steps - 1;  // mbar is still zero
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
@@ -355,40 +437,34 @@ class MetaStep {
       const S* alphas;
       rate(k, p, alpha, alphas);
       S* v = at_ + plan_.at.direction + param.offset;
-      S* mbar = o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr;
-      kernels_.sgd_direction(param.size, alpha, alphas, at_ + plan_.at.lambda + param.offset, first ? nullptr : mbar, v);
-      if (tangents && param.mirrored)
-        make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
+      const S* mbar = o.momentum != 0 && !first ? at_ + plan_.at.mbar + param.offset : nullptr;
+      kernels_.sgd_direction(param.size, alpha, alphas, lambda_[p], mbar, v);
+      if (o.second_order && param.mirrored) make_v_mirror(p, v);
     }
-    if (tangents) hessian_vector(pass, batch);
-    if (o.momentum != 0 || o.weight_decay != 0)
-      for (size_t p = 0; p < plan_.params.size(); ++p) {
-        const Param& param = plan_.params[p];
-        if (!param.adapted) continue;
-        kernels_.sgd_adjoint(param.size, S(o.momentum), S(o.weight_decay), at_ + plan_.at.direction + param.offset,
-                             at_ + plan_.at.lambda + param.offset,
-                             o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr);
-      }
   }
 
-  // The support pass of step k with its values and deltas: as stored, or computed again.
-  Pass<S> support_pass_again(i64 k, const Slice& batch, bool again) {
-    Pass<S> pass = support_pass(k, batch, !again);
-    if (again) support_gradient(pass, batch, options().wants_rates && !plan_.keeps_updates());
-    return pass;
+  void make_v_mirror(size_t p, const S* v) {
+    const Param& param = plan_.params[p];
+    make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
   }
 
-  // lambda += H v, and the mixed derivatives along v into the gradients of the support set.
-  void hessian_vector(Pass<S>& pass, const Slice& batch) {
-    pass.v = {v_primary_.data(), v_mirror_.data()};
+  // lambda += scale H v, or into the sums if given; the mixed derivatives likewise into the gradients of the support set.
+  void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S* sums) {
+    pass.v = {v, v_mirror_.data()};
     tangent(pass);
-    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0);
+    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0, double(scale));
     l.rz = pass.tangent(plan_.output);
     l.dz = pass.tangent_delta(plan_.output);
     l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
     kernels_.loss_tangent(l);
-    tangent_backward(pass, target(at_ + plan_.at.lambda, true, all_));
-    if (batch.grad_x) add_input_gradient(pass, pass.rd, batch.grad_x);
+    Sink<S>* sinks = lambda_sinks(scale);
+    if (sums) {
+      for (size_t p = 0; p < plan_.params.size(); ++p)
+        if (!plan_.params[p].per_task) sinks[p] = {sums + plan_.params[p].offset, lambda_[p], !first_, scale};
+      summed_ = true;
+    }
+    tangent_backward(pass, sinks);
+    if (batch.grad_x) add_input_gradient(pass, pass.rd, scale, batch.grad_x);
   }
 
   // d alpha_k -= lambda_{k+1} u_k
@@ -398,7 +474,7 @@ class MetaStep {
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted) continue;
-      const S* lambda = at_ + plan_.at.lambda + param.offset;
+      const S* lambda = lambda_[p];
       if (!plan_.keeps_updates())
         kernels_.sgd_update(param.size, S(0), S(o.weight_decay), S(0), nullptr, theta(k, p),
                             at_ + plan_.at.gradient + param.offset, nullptr, at_ + plan_.at.rates + param.offset,
@@ -422,11 +498,12 @@ class MetaStep {
   void write_gradients(S* sums) {
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
-      const S* lambda = at_ + plan_.at.lambda + param.offset;
-      if (!param.per_task)
-        kernels_.add(param.size, lambda, first_ ? nullptr : sums + param.offset, sums + param.offset);
-      else if (call_.params[p].grad)
-        unpack(kernels_, plan_, param, lambda, call_.params[p].grad + t_ * param.numel());
+      S* const sum = sums + param.offset;
+      if (param.per_task) {
+        if (S* to = call_.params[p].grad) unpack(kernels_, plan_, param, lambda_[p], to + t_ * param.numel());
+      } else if (!summed_) {
+        kernels_.add(param.size, lambda_[p], first_ ? nullptr : sum, sum);
+      }
       if (options().wants_rates && param.adapted && param.rate_per_task)
         write_rate_gradient(p, at_ + plan_.at.task_sums + param.rate_sum_offset, t_, call_.tasks);
     }
@@ -458,9 +535,12 @@ class MetaStep {
   const Shared<S>& shared_;
   S* at_;
   i64 t_ = 0;
-  bool fresh_ = true, first_ = true;
+  bool first_ = true;    // the first task of its range: sums are stored, not added to
+  bool fresh_ = true;    // lambda has not been written yet
+  bool summed_ = false;  // the shared parameters' gradients have gone into the sums
   std::vector<const S*> primary_, mirror_, v_primary_, v_mirror_;
-  std::vector<char> written_, adapted_, all_;
+  std::vector<S*> lambda_;
+  std::vector<Sink<S>> sinks_;
 };
 
 }  // namespace fm

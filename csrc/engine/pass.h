@@ -40,13 +40,15 @@ struct Pass {
   bool has_tangent(int i) const { return plan.values[i].from_params; }
 };
 
-// Where parameter gradients go: `set` has the layout of a parameter set. `written[p]` says that p's gradient is to be
-// added to; a parameter that is not in `wanted` is left alone.
+// Where the gradient of one parameter goes: to = [to +] [from +] scale * gradient. Unwanted if `to` is null.
 template <class S>
-struct GradientTarget {
-  S* set;
-  char* written;
-  const char* wanted;
+struct Sink {
+  S* to = nullptr;
+  const S* from = nullptr;
+  bool add = false;
+  S scale = 1;
+  // Said by whoever has written: another layer with the same parameter (tied weights) then adds.
+  void written() { add = true, from = nullptr; }
 };
 
 }  // namespace fm
@@ -68,12 +70,12 @@ void forward(const Pass<S>& pass) {
     }
 }
 
-// From the gradient of the output to those of all values, and of the parameters if `target` is given.
+// From the gradient of the output to those of all values, and of the parameters if `sinks` are given, one for each.
 template <class S>
-void backward(const Pass<S>& pass, const GradientTarget<S>* target) {
+void backward(const Pass<S>& pass, Sink<S>* sinks) {
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear: linear::backward(pass, *layer, target); break;
+      case Kind::linear: linear::backward(pass, *layer, sinks); break;
       case Kind::elementwise: elementwise::backward(pass, *layer); break;
       case Kind::reshape: reshape::backward(pass, *layer); break;
       case Kind::add: add::backward(pass, *layer); break;
@@ -94,12 +96,12 @@ void tangent(const Pass<S>& pass) {
   }
 }
 
-// From the tangent of the output's gradient to those of all values; the parameters' are added to `target`.
+// From the tangent of the output's gradient to those of all values, and of the parameters.
 template <class S>
-void tangent_backward(const Pass<S>& pass, const GradientTarget<S>& target) {
+void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear: linear::tangent_backward(pass, *layer, target); break;
+      case Kind::linear: linear::tangent_backward(pass, *layer, sinks); break;
       case Kind::elementwise: elementwise::tangent_backward(pass, *layer); break;
       case Kind::reshape: reshape::tangent_backward(pass, *layer); break;
       case Kind::add: add::tangent_backward(pass, *layer); break;

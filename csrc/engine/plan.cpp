@@ -118,6 +118,10 @@ void Plan::finish() {
                 "add reads values of different shapes");
     }
   }
+  std::vector<int> uses(params.size(), 0);
+  for (const Layer& layer : layers)
+    for (int p : {layer.weight, layer.bias})
+      if (p >= 0 && ++uses[p] > 1) tied = true;
   for (Param& p : params) p.narrow = p.matrix && p.rows <= NARROW_ROWS;
 
   fold_input_reshape(*this);

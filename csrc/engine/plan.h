@@ -80,10 +80,14 @@ struct Plan {
     i64 ones, total;
   } at;
 
+  bool tied = false;             // some parameter is used by several layers
+
   bool keeps_updates() const { return options.wants_rates && (options.store || options.momentum != 0); }
 
   i64 value_ld(i64 cols) const;
   i64 padded(i64 n) const { return (n + lane - 1) / lane * lane; }
+  // theta' = theta - alpha g, nothing more: updates can go into epilogues.
+  bool plain_rule() const { return options.momentum == 0 && options.weight_decay == 0; }
   // Fuses, lays out and measures; throws std::invalid_argument for an inconsistent program.
   void finish();
 };

@@ -4,6 +4,8 @@
 // outputs): kept as W [O, I], and y by inner products, since a padded vector of outputs would be mostly empty.
 #pragma once
 
+#include <type_traits>
+
 #include "../../engine/pass.h"
 
 namespace fm::linear {
@@ -22,14 +24,14 @@ void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const
   const i64 rows = pass.rows(layer.output), ld_y = plan.values[layer.output].ld;
   if (p.narrow) {
     Dot<S> dot;
-    dot.m = rows, dot.n = p.rows, dot.k = plan.padded(p.cols), dot.pairs = pairs;
+    dot.m = rows, dot.n = p.rows, dot.k = p.cols, dot.pairs = pairs;
     for (int i = 0; i < pairs; ++i) dot.pair[i] = {x[i], ld_x[i], w[i], plan.padded(p.cols)};
     dot.c = y, dot.ldc = ld_y, dot.bias = bias;
     pass.kernels.dot(dot);
     return;
   }
   Gemm<S> gemm;
-  gemm.m = rows, gemm.n = plan.padded(p.rows), gemm.k = p.cols, gemm.pairs = pairs;
+  gemm.m = rows, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = pairs;
   for (int i = 0; i < pairs; ++i) gemm.pair[i] = {x[i], ld_x[i], 1, wide_matrix(plan, p, w[i])};
   gemm.c = Matrix<S>::plain(y, ld_y);
   gemm.bias = bias;
@@ -47,7 +49,7 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
   const int in = layer.inputs[0];
   const i64 ld_x = plan.values[in].ld;
   Gemm<S> gemm;
-  gemm.m = pass.rows(in), gemm.n = plan.padded(p.cols), gemm.k = p.rows, gemm.pairs = pairs;
+  gemm.m = pass.rows(in), gemm.n = p.cols, gemm.k = p.rows, gemm.pairs = pairs;
   for (int i = 0; i < pairs; ++i) {
     const S* rows = p.narrow ? w[i]->primary[layer.weight] : w[i]->mirror[layer.weight];
     gemm.pair[i] = {dy[i], plan.values[layer.output].ld, 1,
@@ -55,44 +57,48 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
                              : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols))};
   }
   gemm.c = Matrix<S>::plain(dx, ld_x);
-  if (layer.adds[0]) gemm.src = Matrix<const S>::plain(dx, ld_x);
+  gemm.add_c = layer.adds[0];
   if (layer.relu_in) gemm.mask = Matrix<const S>::plain(pass.value(in), ld_x);
   pass.kernels.gemm(gemm);
 }
 
-// dW (+)= sum over pairs of (dy^T x) and db (+)= column sums of the first pair's dy
+// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b, into their sinks
 template <class S>
 void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
-                     const S* const* dy, const GradientTarget<S>& target) {
+                     const S* const* dy, Sink<S>* sinks) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight];
   const i64 ld_y = plan.values[layer.output].ld;
   Gemm<S> gemm;
   gemm.k = pass.rows(layer.output);
-  if (target.wanted[layer.weight]) {
+  Sink<S>& weight = sinks[layer.weight];
+  if (weight.to) {
     gemm.pairs = pairs;
-    S* g = target.set + p.offset;
-    if (p.narrow) {
-      gemm.m = p.rows, gemm.n = plan.padded(p.cols);
-      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {dy[i], 1, ld_y, Matrix<const S>::plain(x[i], ld_x[i])};
-      gemm.c = Matrix<S>::plain(g, gemm.n);
-    } else {
-      gemm.m = p.cols, gemm.n = plan.padded(p.rows);
-      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {x[i], 1, ld_x[i], Matrix<const S>::plain(dy[i], ld_y)};
-      gemm.c = Matrix<S>::panels(g, p.cols, gemm.n);
+    gemm.m = p.narrow ? p.rows : p.cols, gemm.n = p.narrow ? p.cols : p.rows;
+    const auto shaped = [&](auto* set) {
+      using T = std::remove_pointer_t<decltype(set)>;
+      return p.narrow ? Matrix<T>::plain(set, plan.padded(gemm.n)) : Matrix<T>::panels(set, gemm.m, plan.padded(gemm.n));
+    };
+    for (int i = 0; i < pairs; ++i) {
+      if (p.narrow)
+        gemm.pair[i] = {dy[i], 1, ld_y, Matrix<const S>::plain(x[i], ld_x[i])};
+      else
+        gemm.pair[i] = {x[i], 1, ld_x[i], Matrix<const S>::plain(dy[i], ld_y)};
     }
-    if (target.written[layer.weight])
-      gemm.src = {gemm.c.data, gemm.c.ld, gemm.c.rows, gemm.c.padded};
-    target.written[layer.weight] = true;
+    gemm.c = shaped(weight.to), gemm.add_c = weight.add, gemm.scale = weight.scale;
+    if (weight.from) gemm.src = shaped(weight.from);
+    weight.written();
     pass.kernels.gemm(gemm);
   }
-  if (layer.bias >= 0 && target.wanted[layer.bias]) {
-    S* g = target.set + plan.params[layer.bias].offset;
-    gemm.pairs = 1, gemm.m = 1, gemm.n = plan.padded(p.rows);
+  if (layer.bias < 0) return;
+  Sink<S>& bias = sinks[layer.bias];
+  if (bias.to) {
+    gemm.pairs = 1, gemm.m = 1, gemm.n = p.rows;
     gemm.pair[0] = {pass.ones, 1, 0, Matrix<const S>::plain(dy[0], ld_y)};
-    gemm.c = Matrix<S>::plain(g, gemm.n);
-    gemm.src = target.written[layer.bias] ? Matrix<const S>::plain(g, gemm.n) : Matrix<const S>{};
-    target.written[layer.bias] = true;
+    gemm.c = Matrix<S>::plain(bias.to, plan.padded(p.rows));
+    gemm.add_c = bias.add, gemm.scale = bias.scale;
+    gemm.src = bias.from ? Matrix<const S>::plain(bias.from, plan.padded(p.rows)) : Matrix<const S>{};
+    bias.written();
     pass.kernels.gemm(gemm);
   }
 }
@@ -107,13 +113,13 @@ void forward(const Pass<S>& pass, const Layer& layer) {
 }
 
 template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, const GradientTarget<S>* target) {
+void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
   const int in = layer.inputs[0];
   const S* dy[] = {pass.delta(layer.output)};
-  if (target) {
+  if (sinks) {
     const S* x[] = {pass.value(in)};
     const i64 ld_x[] = {pass.value_ld(in)};
-    weight_gradient<S>(pass, layer, 1, x, ld_x, dy, *target);
+    weight_gradient<S>(pass, layer, 1, x, ld_x, dy, sinks);
   }
   if (pass.wants_delta(in)) {
     const ParamView<S>* w[] = {&pass.theta};
@@ -136,17 +142,18 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
 
 // R(dW) = rdy^T x [+ dy^T rx];  rdx = rdy W + dy V
 template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, const GradientTarget<S>& target) {
+void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
   const int in = layer.inputs[0];
   const bool moves = pass.has_tangent(in);
   const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
   const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
   const S* dy[] = {pass.tangent_delta(layer.output), pass.delta(layer.output)};
-  weight_gradient<S>(pass, layer, moves ? 2 : 1, x, ld_x, dy, target);
+  // first, since the weight gradient may go to where v is read from
   if (pass.wants_delta(in)) {
     const ParamView<S>* w[] = {&pass.theta, &pass.v};
     input_gradient<S>(pass, layer, 2, dy, w, pass.tangent_delta(in));
   }
+  weight_gradient<S>(pass, layer, moves ? 2 : 1, x, ld_x, dy, sinks);
 }
 
 }  // namespace fm::linear
