@@ -18,7 +18,7 @@
 namespace fm {
 namespace {
 
-constexpr auto SPIN = std::chrono::microseconds(100);
+constexpr auto SPIN = std::chrono::microseconds(1000);
 
 void relax() {
 #if defined(__x86_64__)
