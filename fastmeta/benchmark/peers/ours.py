@@ -79,12 +79,12 @@ class MAMLPeer(MetaGradientPeer):
 class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *params: Tensor) -> Tensor:
-        ctx.gradients = [torch.zeros_like(param) for param in params]
+        ctx.params = params
         return params[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        return tuple(ctx.gradients)
+        return tuple(torch.empty_like(param) for param in ctx.params)
 
 
 class NoOpAutograd:
