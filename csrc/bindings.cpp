@@ -117,51 +117,74 @@ fm::Plan make_plan(bool is_double, const py::list& values, const py::list& layer
   return plan;
 }
 
-constexpr size_t PER_PARAM = 6, PER_BATCH = 7, OTHERS = 4;
+constexpr size_t PER_BATCH = 7, OTHERS = 5;
+using Addresses = std::vector<i64>;
 
 template <class S>
-S* pointer(i64 address) {
-  return reinterpret_cast<S*>(address);
+S* pointer(const Addresses& at, size_t i) {
+  return at.empty() ? nullptr : reinterpret_cast<S*>(at[i]);
 }
 
+// Addresses of one field of every parameter: all of them, or none.
+struct ParamAddresses {
+  const Addresses &data, &rate, &adapted_grad, &adapted, &grad, &rate_grad;
+};
+
 template <class S>
-fm::Call<S> make_call(const fm::Plan& plan, i64 tasks, const std::vector<i64>& at, std::vector<double> step_weights) {
+fm::Call<S> make_call(const fm::Plan& plan, i64 tasks, const ParamAddresses& params, const Addresses& support,
+                      const Addresses& query, const Addresses& others, const std::vector<double>& step_weights) {
   fm::Call<S> call;
   call.tasks = tasks;
-  size_t i = 0;
-  for (size_t p = 0; p < plan.params.size(); ++p, i += PER_PARAM)
-    call.params.push_back({pointer<const S>(at[i]), pointer<const S>(at[i + 1]), pointer<const S>(at[i + 2]),
-                           pointer<S>(at[i + 3]), pointer<S>(at[i + 4]), pointer<S>(at[i + 5])});
-  for (auto* batch : {&call.support, &call.query}) {
-    *batch = {pointer<const S>(at[i]),     pointer<const void>(at[i + 1]), pointer<const S>(at[i + 2]),
-              pointer<const S>(at[i + 3]), pointer<S>(at[i + 4]),          pointer<S>(at[i + 5]),
-              pointer<S>(at[i + 6])};
-    i += PER_BATCH;
-  }
-  call.step_weights = std::move(step_weights);
-  call.task_weights = pointer<const S>(at[i]), call.output_grad = pointer<const S>(at[i + 1]);
-  call.task_losses = pointer<S>(at[i + 2]), call.output = pointer<S>(at[i + 3]);
+  for (size_t p = 0; p < plan.params.size(); ++p)
+    call.params.push_back({pointer<const S>(params.data, p), pointer<const S>(params.rate, p),
+                           pointer<const S>(params.adapted_grad, p), pointer<S>(params.adapted, p),
+                           pointer<S>(params.grad, p), pointer<S>(params.rate_grad, p)});
+  const auto batch = [](const Addresses& at) {
+    return fm::BatchPointers<S>{pointer<const S>(at, 0), pointer<const void>(at, 1), pointer<const S>(at, 2),
+                                pointer<const S>(at, 3), pointer<S>(at, 4),          pointer<S>(at, 5),
+                                pointer<S>(at, 6)};
+  };
+  call.support = batch(support), call.query = batch(query);
+  call.step_weights = step_weights;
+  call.task_weights = pointer<const S>(others, 0), call.output_grad = pointer<const S>(others, 1);
+  call.task_losses = pointer<S>(others, 2), call.loss = pointer<S>(others, 3), call.output = pointer<S>(others, 4);
   return call;
 }
 
-// Addresses: for every parameter data, rate, adapted_grad, adapted, grad, rate_grad; for support and query x, y,
-// weights, class_weights, grad_x, grad_y, grad_weights; then task_weights, output_grad, task_losses, output. 0: none.
-int run_plan(const fm::Plan& plan, i64 tasks, int threads, const std::vector<i64>& addresses,
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("Plan.run: ") + what);
+}
+
+// Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights, output_grad,
+// task_losses, loss, output. 0 is nothing, and so is an empty list.
+int run_plan(const fm::Plan& plan, i64 tasks, int threads, const Addresses& data, const Addresses& rate,
+             const Addresses& adapted_grad, const Addresses& adapted, const Addresses& grad, const Addresses& rate_grad,
+             const Addresses& support, const Addresses& query, const Addresses& others,
              const std::vector<double>& step_weights, bool poison) {
-  if (addresses.size() != plan.params.size() * PER_PARAM + 2 * PER_BATCH + OTHERS || tasks < 1 || threads < 1)
-    throw std::invalid_argument("Plan.run: wrong number of addresses, tasks or threads");
-  if (!step_weights.empty() && i64(step_weights.size()) != plan.options.steps + 1)
-    throw std::invalid_argument("Plan.run: step_weights must hold steps + 1 numbers");
-  if ((plan.options.support > 0 && !addresses[plan.params.size() * PER_PARAM]) ||
-      (plan.options.query > 0 && !addresses[plan.params.size() * PER_PARAM + PER_BATCH]))
-    throw std::invalid_argument("Plan.run: an input is missing");
-  for (size_t p = 0; p < plan.params.size(); ++p)
-    if (!addresses[p * PER_PARAM] || (plan.params[p].adapted && !addresses[p * PER_PARAM + 1]))
-      throw std::invalid_argument("Plan.run: a parameter or its rate is missing");
+  const size_t count = plan.params.size();
+  require(tasks >= 1 && threads >= 1, "no tasks or no threads");
+  for (const Addresses* field : {&data, &rate, &adapted_grad, &adapted, &grad, &rate_grad})
+    require(field->empty() || field->size() == count, "wrong number of parameter addresses");
+  for (const Addresses* batch : {&support, &query})
+    require(batch->empty() || batch->size() == PER_BATCH, "wrong number of batch addresses");
+  require(others.size() == OTHERS, "wrong number of other addresses");
+  require(step_weights.empty() || i64(step_weights.size()) == plan.options.steps + 1, "step_weights are not steps + 1");
+  require(plan.options.support == 0 || (!support.empty() && support[0]), "the support inputs are missing");
+  require(plan.options.query == 0 || (!query.empty() && query[0]), "the query inputs are missing");
+  require(plan.options.loss.kind == fm::LossKind::none || support[1], "the support targets are missing");
+  require(plan.options.query_loss.kind == fm::LossKind::none || query[1], "the query targets are missing");
+  require(!others[3] || others[2], "the loss needs the task losses");
+  for (size_t p = 0; p < count; ++p) {
+    require(!data.empty() && data[p], "a parameter is missing");
+    require(!plan.params[p].adapted || (!rate.empty() && rate[p]), "a learning rate is missing");
+  }
+  const ParamAddresses params{data, rate, adapted_grad, adapted, grad, rate_grad};
   py::gil_scoped_release release;
   if (plan.is_double)
-    return int(fm::run(plan, make_call<double>(plan, tasks, addresses, step_weights), threads, poison));
-  return int(fm::run(plan, make_call<float>(plan, tasks, addresses, step_weights), threads, poison));
+    return int(fm::run(plan, make_call<double>(plan, tasks, params, support, query, others, step_weights), threads,
+                       poison));
+  return int(
+      fm::run(plan, make_call<float>(plan, tasks, params, support, query, others, step_weights), threads, poison));
 }
 
 std::vector<std::string> instruction_sets() {
@@ -180,8 +203,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fm::Plan>(m, "Plan")
       .def(py::init(&make_plan), py::arg("is_double"), py::arg("values"), py::arg("layers"), py::arg("params"),
            py::arg("output"), py::arg("options"))
-      .def("run", &run_plan, py::arg("tasks"), py::arg("threads"), py::arg("addresses"), py::arg("step_weights"),
-           py::arg("poison"))
+      .def("run", &run_plan, py::arg("tasks"), py::arg("threads"), py::arg("data"), py::arg("rate"),
+           py::arg("adapted_grad"), py::arg("adapted"), py::arg("grad"), py::arg("rate_grad"), py::arg("support"),
+           py::arg("query"), py::arg("others"), py::arg("step_weights"), py::arg("poison"))
       .def_property_readonly("workspace_bytes",
                              [](const fm::Plan& p) { return p.at.total * (p.is_double ? 8 : 4); })
       .def_property_readonly("parameter_set_bytes",

@@ -16,7 +16,20 @@ class Plan:
         options: Mapping[str, Any],
     ) -> None: ...
     def run(
-        self, tasks: int, threads: int, addresses: Sequence[int], step_weights: Sequence[float], poison: bool
+        self,
+        tasks: int,
+        threads: int,
+        data: Sequence[int],
+        rate: Sequence[int],
+        adapted_grad: Sequence[int],
+        adapted: Sequence[int],
+        grad: Sequence[int],
+        rate_grad: Sequence[int],
+        support: Sequence[int],
+        query: Sequence[int],
+        others: Sequence[int],
+        step_weights: Sequence[float],
+        poison: bool,
     ) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...

@@ -112,3 +112,4 @@ class Result:
     output: Tensor | None = None  # [T, M, *out] at theta_K; None without a query
     adapted: dict[str, Tensor] | None = None  # every name -> [T, *shape]; None unless asked for
     grads: Gradients = field(default_factory=Gradients)
+    loss: Tensor | None = None  # (): sum_t c_t task_losses[t], if the backend has it so

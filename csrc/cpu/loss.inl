@@ -7,26 +7,50 @@ struct LossTerms {
 };
 
 template <class S>
-FM_INLINE LossTerms<S> loss_terms(const LossSpec& spec, S z, S y, S pos_weight) {
-  if (spec.kind == LossKind::bce_with_logits) {
+struct SquaredError {
+  FM_INLINE LossTerms<S> operator()(S z, S y, S) const {
+    const S d = z - y;
+    return {d * d, S(2) * d, S(2), S(-2) * d, S(-2)};
+  }
+};
+template <class S>
+FM_INLINE S sign_(S d) {
+  return d > 0 ? S(1) : d < 0 ? S(-1) : d;
+}
+template <class S>
+struct AbsoluteError {
+  FM_INLINE LossTerms<S> operator()(S z, S y, S) const {
+    const S d = z - y, sign = sign_(d);
+    return {d < 0 ? -d : d, sign, S(0), -sign, S(0)};
+  }
+};
+template <class S>
+struct SmoothL1 {
+  S beta;
+  FM_INLINE LossTerms<S> operator()(S z, S y, S) const {
+    const S d = z - y, size = d < 0 ? -d : d, sign = sign_(d);
+    if (size < beta) return {S(0.5) * d * d / beta, d / beta, S(1) / beta, -d / beta, S(-1) / beta};
+    return {size - S(0.5) * beta, sign, S(0), -sign, S(0)};
+  }
+};
+template <class S>
+struct Huber {
+  S delta;
+  FM_INLINE LossTerms<S> operator()(S z, S y, S) const {
+    const S d = z - y, size = d < 0 ? -d : d, sign = sign_(d);
+    if (size < delta) return {S(0.5) * d * d, d, S(1), -d, S(-1)};
+    return {delta * (size - S(0.5) * delta), delta * sign, S(0), -delta * sign, S(0)};
+  }
+};
+template <class S>
+struct BinaryCrossEntropy {
+  FM_INLINE LossTerms<S> operator()(S z, S y, S pos_weight) const {
     const S s = sigmoid_(-z), weight = S(1) + (pos_weight - S(1)) * y;
     const S softplus = log1p_(exp_(z < 0 ? z : -z)) + (z < 0 ? -z : S(0));
     return {(S(1) - y) * z + weight * softplus, (S(1) - y) - weight * s, weight * s * (S(1) - s),
             (pos_weight - S(1)) * softplus - z, S(-1) - (pos_weight - S(1)) * s};
   }
-  const S d = z - y, sign = d > 0 ? S(1) : d < 0 ? S(-1) : d == 0 ? S(0) : d, beta = S(spec.beta);
-  const S size = d < 0 ? -d : d;
-  switch (spec.kind) {
-    case LossKind::mse: return {d * d, S(2) * d, S(2), S(-2) * d, S(-2)};
-    case LossKind::smooth_l1:
-      if (size < beta) return {S(0.5) * d * d / beta, d / beta, S(1) / beta, -d / beta, S(-1) / beta};
-      return {size - S(0.5) * beta, sign, S(0), -sign, S(0)};
-    case LossKind::huber:
-      if (size < beta) return {S(0.5) * d * d, d, S(1), -d, S(-1)};
-      return {beta * (size - S(0.5) * beta), beta * sign, S(0), -beta * sign, S(0)};
-    default: return {size, sign, S(0), -sign, S(0)};
-  }
-}
+};
 
 // What an example counts in the denominator of the mean: 1, the class weight of its index, or 0 if it is ignored.
 template <class S>
@@ -96,15 +120,15 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
   return value;
 }
 
-template <class S, bool TANGENT>
-S elementwise_example(const LossCall<S>& l, i64 n, S share, S factor, S side_factor) {
+template <class S, bool TANGENT, class Terms>
+FM_INLINE S elementwise_example(const LossCall<S>& l, const Terms& terms, i64 n, S share, S factor, S side_factor) {
+  const S* const target = static_cast<const S*>(l.target);
   S value = 0;
   for (i64 r = 0; r < l.rows; ++r) {
     const i64 row = (n * l.rows + r) * l.ld, at = (n * l.rows + r) * l.cols;
     for (i64 c = 0; c < l.cols; ++c) {
       const S pos_weight = l.class_weights ? l.class_weights[c] : S(1);
-      const LossTerms<S> t =
-          loss_terms<S>(l.spec, l.z[row + c], static_cast<const S*>(l.target)[at + c], pos_weight);
+      const LossTerms<S> t = terms(l.z[row + c], target[at + c], pos_weight);
       const S rz = TANGENT ? l.rz[row + c] : S(0);
       value += share * (TANGENT ? t.dz * rz : t.value);
       if (l.dz) l.dz[row + c] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
@@ -114,19 +138,16 @@ S elementwise_example(const LossCall<S>& l, i64 n, S share, S factor, S side_fac
   return value;
 }
 
-template <class S, bool TANGENT>
-double loss_pass(const LossCall<S>& l) {
+// Sums example(n, factor, side_factor), which returns l_n or its tangent, over the examples.
+template <class S, class Example>
+FM_INLINE double loss_sum(const LossCall<S>& l, const Example& example) {
   const double denominator = loss_denominator(l), share = l.scale / denominator, side = l.side_scale / denominator;
-  const S element_share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
   if (l.dz)
     for (i64 r = 0; r < l.examples * l.rows; ++r) zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
   double value = 0;
   for (i64 n = 0; n < l.examples; ++n) {
     const double weight = l.weights ? double(l.weights[n]) : 1.0;
-    const S factor = S(share * weight), side_factor = S(side * weight);
-    const double term = l.spec.kind == LossKind::cross_entropy
-                            ? cross_entropy_example<S, TANGENT>(l, n, factor, side_factor)
-                            : elementwise_example<S, TANGENT>(l, n, element_share, factor, side_factor);
+    const double term = example(n, S(share * weight), S(side * weight));
     value += weight * term;
     if (l.dweights) l.dweights[n] += S(side * term);
   }
@@ -134,6 +155,31 @@ double loss_pass(const LossCall<S>& l) {
   if (l.dweights && l.spec.normalise_sum && !l.spec.sum)
     for (i64 n = 0; n < l.examples; ++n) l.dweights[n] -= S(side * double(example_share(l, n)) * value);
   return value;
+}
+
+template <class S, bool TANGENT, class Terms>
+double elementwise_sum(const LossCall<S>& l, const Terms& terms) {
+  const S share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
+  return loss_sum(l, [&](i64 n, S factor, S side_factor) {
+    return elementwise_example<S, TANGENT>(l, terms, n, share, factor, side_factor);
+  });
+}
+
+template <class S, bool TANGENT>
+double loss_pass(const LossCall<S>& l) {
+  switch (l.spec.kind) {
+    case LossKind::mse: return elementwise_sum<S, TANGENT>(l, SquaredError<S>{});
+    case LossKind::l1: return elementwise_sum<S, TANGENT>(l, AbsoluteError<S>{});
+    case LossKind::smooth_l1: return elementwise_sum<S, TANGENT>(l, SmoothL1<S>{S(l.spec.beta)});
+    case LossKind::huber: return elementwise_sum<S, TANGENT>(l, Huber<S>{S(l.spec.beta)});
+    case LossKind::bce_with_logits: return elementwise_sum<S, TANGENT>(l, BinaryCrossEntropy<S>{});
+    case LossKind::cross_entropy:
+      return loss_sum(l, [&](i64 n, S factor, S side_factor) {
+        return cross_entropy_example<S, TANGENT>(l, n, factor, side_factor);
+      });
+    case LossKind::none: break;
+  }
+  return 0;
 }
 
 template <class S>

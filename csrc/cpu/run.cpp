@@ -92,6 +92,12 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   };
   parallel(threads, ranges, range);
   if (failure) std::rethrow_exception(failure);
+  if (call.loss) {
+    double total = 0;
+    for (i64 t = 0; t < call.tasks; ++t)
+      total += double(call.task_losses[t]) * (call.task_weights ? double(call.task_weights[t]) : 1.0);
+    *call.loss = S(total / double(call.tasks));
+  }
   if (!plan.options.gradient || plan.range_sums == 0) return;
 
   // Ranges are added in their order; the elements are shared out over the threads.

@@ -36,6 +36,7 @@ struct Call {
   const S* task_weights = nullptr;   // [T]
   const S* output_grad = nullptr;    // [T, M, *out]
   S* task_losses = nullptr;          // [T]
+  S* loss = nullptr;                 // (): sum_t c_t task_losses[t]
   S* output = nullptr;               // [T, M, *out]
 };
 

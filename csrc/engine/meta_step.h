@@ -386,7 +386,7 @@ class MetaStep {
     if (o.wants_rates) rate_gradients(k, sums);
     // After the last product nothing is done to lambda_0 but to add it to the sums: the product can.
     const bool into_sums = o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
-    S alpha;
+    S alpha = 0;
     if (one_rate(k, alpha)) {
       if (o.second_order) along_lambda(pass, batch, alpha, into_sums ? sums : nullptr);
       return;

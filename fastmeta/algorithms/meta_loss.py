@@ -86,7 +86,7 @@ def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
 def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
-    return mean_loss(task_losses, call.problem.task_weights), task_losses, output
+    return mean_loss(result, call.problem.task_weights), task_losses, output
 
 
 def _inputs(tensors: Tensors) -> list[str]:

@@ -41,63 +41,72 @@ class Job:
         self.offsets = [start[name] * self.itemsize for name in self.names]
         self.some_unused = len(self.names) < len(self.all_names)
         self.new = torch.zeros if self.some_unused else torch.empty
+        self.constant_rates: tuple[dict[str, Tensor] | None, list[int]] = (None, [])
+        self.input_gradients = bool(wrt - {"params", "lr"})
         self.adapted_shapes = {name: (problem.tasks, *shape) for name, shape in program.params}
         weights = problem.step_weights
         self.step_weights = list(weights) if weights is not None and problem.query_loss is not None else []
 
     def run(self, problem: Problem) -> Result:
         """The engine's answer."""
-        keep: list[Tensor] = []  # whatever the addresses below point to
-        address = _Addresses(keep)
-        tasks, wrt, params, rates = problem.tasks, self.wrt, problem.params, problem.rates
+        keep: list[Tensor] = []  # dense copies, alive until the engine is done
+        tasks, wrt, params, rates, query = problem.tasks, self.wrt, problem.params, problem.rates, problem.query
+        names, dtype = self.names, self.dtype
         result = Result()
         grads = result.grads
 
-        base = 0
+        grad: list[int] = []
         if "params" in wrt:
-            flat = self.new(self.flat_size, dtype=self.dtype)
+            flat = grads.flat_params = self.new(self.flat_size, dtype=dtype)
             if POISON and not self.some_unused:
                 flat.fill_(torch.nan)
             base = flat.data_ptr()
-            grads.flat_params = flat
-            pieces = _unflatten_dense_tensors(flat, self.templates)
-            grads.params = dict(zip(self.all_names, pieces, strict=True))
+            grad = [base + offset for offset in self.offsets]
+            if not problem.prefer_flat:
+                pieces = _unflatten_dense_tensors(flat, self.templates)
+                grads.params = dict(zip(self.all_names, pieces, strict=True))
+        rate_grad: list[int] = []
         if "lr" in wrt:
-            grads.lr = {name: torch.zeros(rate.shape, dtype=self.dtype) for name, rate in rates.items()}
+            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
+            rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names]
+        adapted: list[int] = []
         if self.adapted:
             result.adapted = self._adapted(problem)
-
-        addresses: list[int] = []
-        for name, offset in zip(self.names, self.offsets, strict=True):
-            rate = rates.get(name)
-            addresses += (
-                address(params[name]),
-                0 if rate is None else address(rate),
-                0 if problem.adapted_grad is None else address(problem.adapted_grad[name]),
-                0 if result.adapted is None else result.adapted[name].data_ptr(),
-                base + offset if base else 0,
-                0 if grads.lr is None or rate is None else grads.lr[name].data_ptr(),
-            )
-        addresses += self._batch("support", problem.support, problem.loss, grads, address)
-        addresses += self._batch("query", problem.query, problem.query_loss, grads, address)
-        query = problem.query
-        losses = output = 0
+            adapted = [result.adapted[name].data_ptr() for name in names]
+        seeds = problem.adapted_grad
+        output = losses = loss = 0
         if query is not None:
-            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=self.dtype)
+            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype)
             output = result.output.data_ptr()
             if query.y is not None:
-                result.task_losses = torch.empty(tasks, dtype=self.dtype)
-                losses = result.task_losses.data_ptr()
-        addresses += (
-            0 if problem.task_weights is None else address(problem.task_weights),
-            0 if problem.output_grad is None else address(problem.output_grad),
-            losses,
-            output,
+                result.task_losses, result.loss = torch.empty(tasks, dtype=dtype), torch.empty((), dtype=dtype)
+                losses, loss = result.task_losses.data_ptr(), result.loss.data_ptr()
+        verdict = self.plan.run(
+            tasks,
+            torch.get_num_threads(),
+            _addresses([params[name] for name in names], keep),
+            self._rate_addresses(rates, keep),
+            [] if seeds is None else _addresses([seeds[name] for name in names], keep),
+            adapted,
+            grad,
+            rate_grad,
+            self._batch("support", problem.support, problem.loss, grads, keep),
+            self._batch("query", query, problem.query_loss, grads, keep),
+            [*_addresses([problem.task_weights, problem.output_grad], keep), losses, loss, output],
+            self.step_weights,
+            POISON,
         )
-        verdict = self.plan.run(tasks, torch.get_num_threads(), addresses, self.step_weights, POISON)
         if verdict:
             self._refuse(verdict, problem)
         return result
+
+    def _rate_addresses(self, rates: dict[str, Tensor], keep: list[Tensor]) -> list[int]:
+        if rates is not self.constant_rates[0]:  # the same dict comes again and again where rates are numbers
+            addresses = _addresses([rates.get(name) for name in self.names], keep)
+            if keep:
+                return addresses
+            self.constant_rates = (rates, addresses)
+        return self.constant_rates[1]
 
     def _adapted(self, problem: Problem) -> dict[str, Tensor]:
         used = set(self.names)
@@ -110,29 +119,25 @@ class Job:
         return adapted
 
     def _batch(
-        self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients, address: _Addresses
-    ) -> tuple[int, ...]:
+        self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients, keep: list[Tensor]
+    ) -> list[int]:
         """x, y, weights, class weights and the gradients of the first three."""
         if batch is None:
-            return (0, 0, 0, 0, 0, 0, 0)
-        tensors = (batch.x, batch.y, batch.weights)
-        out = []
-        for field, tensor in zip(_BATCH_GRADIENTS, tensors, strict=True):
+            return []
+        y = None if loss is None else batch.y
+        class_weights = None if loss is None else self._class_weights(loss)
+        addresses = _addresses([batch.x, y, batch.weights, class_weights], keep)
+        if not self.input_gradients:
+            return [*addresses, 0, 0, 0]
+        for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
             if key in self.wrt and tensor is not None:
                 grad = torch.zeros(tensor.shape, dtype=self.dtype)
                 setattr(grads, key, grad)
-                out.append(grad.data_ptr())
+                addresses.append(grad.data_ptr())
             else:
-                out.append(0)
-        class_weights = None if loss is None else self._class_weights(loss)
-        return (
-            address(batch.x),
-            0 if batch.y is None or loss is None else address(batch.y),
-            0 if batch.weights is None else address(batch.weights),
-            0 if class_weights is None else address(class_weights),
-            *out,
-        )
+                addresses.append(0)
+        return addresses
 
     def _class_weights(self, loss: Loss) -> Tensor | None:
         """Class weights [C], or pos_weight spread over the last dimension."""
@@ -150,19 +155,18 @@ class Job:
         raise ValueError(f"`{which}_y` must hold class indices in [0, {self.output_shape[0]})")
 
 
-class _Addresses:
-    """Addresses of tensors, dense copies where they are not; all of them stay alive in `keep`."""
-
-    __slots__ = ("_keep",)
-
-    def __init__(self, keep: list[Tensor]) -> None:
-        self._keep = keep
-
-    def __call__(self, tensor: Tensor) -> int:
-        if not tensor.is_contiguous():
-            tensor = tensor.detach().contiguous()
-            self._keep.append(tensor)
-        return int(tensor.data_ptr())
+def _addresses(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
+    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense."""
+    addresses = []
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(0)
+        elif tensor.is_contiguous():
+            addresses.append(tensor.data_ptr())
+        else:
+            keep.append(tensor.detach().contiguous())
+            addresses.append(keep[-1].data_ptr())
+    return addresses
 
 
 def _running_total(sizes: Iterable[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, names_of, numbers_of, rule_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.problem import Result
 from fastmeta.update_rules import SGD
 
 
@@ -124,7 +125,7 @@ def meta_gradient(
     result = call.solve()
     task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
     return MetaGradient(
-        mean_loss(task_losses, task_weights),
+        mean_loss(result, task_weights),
         task_losses,
         output,
         grads.params,
@@ -138,8 +139,11 @@ def meta_gradient(
     )
 
 
-def mean_loss(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
+def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
     """sum_t w_t loss_t / T, (): the mean where there are no weights."""
+    if result.loss is not None:
+        return result.loss
+    task_losses = cast(Tensor, result.task_losses)
     if task_weights is None:
         return task_losses.mean()
     return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
