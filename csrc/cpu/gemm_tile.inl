@@ -1,10 +1,12 @@
 // Register-tiled matrix products: c = epilogue(sum over pairs of a b), see Gemm in engine/kernels.h.
 //
 // A tile keeps MR x NV vectors of c in registers and walks down k: NV loads of b, MR broadcasts of a, MR * NV
-// multiply-adds. b's panel block (at most K_BLOCK x 64 columns, 24 KiB) stays in the first-level cache over all row
-// tiles. The order of every sum is fixed by the shapes alone.
+// multiply-adds. b's panel block (at most K_BLOCK x 64 columns) stays in the first-level cache over all row tiles: 40 of
+// 48 KiB where there is AVX-512, else 24 of 32. The order of every sum is fixed by the shapes and the instruction set.
 
-constexpr i64 K_BLOCK = 96;
+constexpr i64 K_BLOCK = FM_REGISTERS == 32 ? 160 : 96;
+// A c larger than this comes from a slower cache: it is fetched while its products are summed.
+constexpr i64 FAR_BYTES = 64 << 10;
 
 template <class S>
 struct Tile {
@@ -18,6 +20,7 @@ struct Tile {
   const S* src;
   i64 ld_src;
   S scale;
+  bool far;  // c and src are too large to be in the first-level cache
   // the epilogue of the last block
   const S* bias;
   bool relu;
@@ -34,6 +37,13 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+
+  if (t.far)
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV * L; v += 64 / int(sizeof(S))) {
+        __builtin_prefetch(t.c + r * t.ldc + v, 1);
+        if (t.src) __builtin_prefetch(t.src + r * t.ld_src + v);
+      }
 
   const S* a = t.a;
   const S* b = t.b;
@@ -158,6 +168,7 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 end, i64 padde
   t.k = k;
   t.add_c = !first || g.add_c;
   t.scale = g.scale;
+  t.far = g.m * g.n * i64(sizeof(S)) > FAR_BYTES;
   t.relu = last && g.relu;
   t.src = t.mask = t.bias = nullptr;
   const S* const a = pair.a + k0 * pair.a_k;
