@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +96,18 @@ def test_blocks_take_turns_and_drop_their_first_calls() -> None:
 def test_flops_match_the_formula() -> None:
     f, f1 = 40 + 1600 + 40, 40
     assert flops(SINUSOID) == 2 * 4 * (10 * 5 * (9 * f - 5 * f1) + 10 * (3 * f - f1))
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_other_work_is_seen() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with machine.OtherWork() as work:
+            time.sleep(1.0)
+    finally:
+        other.kill()
+        other.wait()
+    assert work.cores > 0.2
 
 
 def test_rejects_a_workload_without_such_a_case() -> None:

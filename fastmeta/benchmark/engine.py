@@ -73,11 +73,13 @@ def run(
             if prepared is not None:
                 ready[name] = _Ready(prepared, row)
         say(f"{case.id}: timing")
-        measured = measure({name: entry.prepared for name, entry in ready.items()}, protocol or Protocol())
+        with machine.OtherWork() as others:
+            measured = measure({name: entry.prepared for name, entry in ready.items()}, protocol or Protocol())
         # The machine may be slower now than before: the better of two measurements is the peak.
         peak = max(peak, machine.fma_peak("float32", threads))
         for name, entry in ready.items():
             _fill(entry.row, case, measured, name, peak)
+            entry.row.others_busy = others.cores
         times[case.id] = measured
     _fill_bandwidth(rows, cases, times, threads)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,7 +77,6 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "fastmeta": __version__,
         "commit": commit(),
-        "load": f"{os.getloadavg()[0]:.2f}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -115,6 +115,34 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):
             self.growth = max(0.0, _status("VmHWM") - self._before)
+
+
+class OtherWork:
+    """Context: how many cores other programs kept busy meanwhile, on average; nan where the system tells not.
+
+    A library whose threads spin for each other loses a time slice whenever one of them is not running: with a core
+    taken away, times of PyTorch's CPU operators grow a hundredfold.
+    """
+
+    cores = float("nan")
+
+    def __enter__(self) -> OtherWork:
+        self._before = _clocks()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, own, wall = (after - before for after, before in zip(_clocks(), self._before, strict=True))
+        self.cores = max(0.0, (busy - own) / wall)
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Seconds that all cores have worked, that this process has, and of the clock on the wall."""
+    busy = float("nan")
+    with suppress(OSError, ValueError):
+        fields = [float(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+    return busy, time.process_time(), time.perf_counter()
 
 
 def _status(field: str) -> float:

@@ -14,8 +14,8 @@ from fastmeta.cases import WORKLOADS
 
 #: Columns of the tables where the output is no terminal.
 WIDTH = 120
-#: Cores that other programs may keep busy (load average before the start) without a warning.
-BUSY = 0.5
+#: Cores that other programs may keep busy without a warning.
+BUSY = 0.15
 
 
 @click.command()
@@ -79,10 +79,6 @@ def bench(
 def _report(console: Console, rows: list[Row]) -> None:
     facts = rows[0].facts
     console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value), highlight=False)
-    if float(facts.get("load", 0)) > BUSY:
-        console.print(
-            f"[yellow]other programs keep about {facts['load']} cores busy: these times are not to be trusted"
-        )
     for case in dict.fromkeys(row.case for row in rows):
         console.print(_table(case, [row for row in rows if row.case == case]))
 
@@ -106,7 +102,9 @@ def _table(case: str, rows: list[Row]) -> Table:
             _number(row.error, ".1e"),
             _number(row.first_call_s, ".2f"),
         )
-    notes = [f"{row.peer}: {row.status}, {row.reason}" for row in rows if row.status != "timed"]
+    busy = max((row.others_busy for row in timed), default=0.0)
+    notes = [f"other programs kept {busy:.1f} cores busy: do not trust these times"] if busy > BUSY else []
+    notes += [f"{row.peer}: {row.status}, {row.reason}" for row in rows if row.status != "timed"]
     for row in timed:
         if not math.isnan(row.beyond_noop_us):
             notes.append(f"{row.peer}: {row.beyond_noop_us:+.0f} us beyond kernel and no-op autograd Function")
