@@ -26,9 +26,9 @@ E named(const std::string& name, const std::vector<std::pair<const char*, E>>& t
 
 fm::Kind kind_named(const std::string& name) {
   using K = fm::Kind;
-  return named<K>(
-      name, {{"linear", K::linear}, {"elementwise", K::elementwise}, {"reshape", K::reshape}, {"add", K::add}},
-      "layer kind");
+  return named<K>(name,
+                  {{"linear", K::linear}, {"elementwise", K::elementwise}, {"reshape", K::reshape}, {"add", K::add}},
+                  "layer kind");
 }
 
 fm::Function function_named(const std::string& name) {
@@ -181,8 +181,8 @@ int run_plan(const fm::Plan& plan, i64 tasks, int threads, const Addresses& data
   const ParamAddresses params{data, rate, adapted_grad, adapted, grad, rate_grad};
   py::gil_scoped_release release;
   if (plan.is_double)
-    return int(fm::run(plan, make_call<double>(plan, tasks, params, support, query, others, step_weights), threads,
-                       poison));
+    return int(
+        fm::run(plan, make_call<double>(plan, tasks, params, support, query, others, step_weights), threads, poison));
   return int(
       fm::run(plan, make_call<float>(plan, tasks, params, support, query, others, step_weights), threads, poison));
 }
@@ -206,8 +206,7 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &run_plan, py::arg("tasks"), py::arg("threads"), py::arg("data"), py::arg("rate"),
            py::arg("adapted_grad"), py::arg("adapted"), py::arg("grad"), py::arg("rate_grad"), py::arg("support"),
            py::arg("query"), py::arg("others"), py::arg("step_weights"), py::arg("poison"))
-      .def_property_readonly("workspace_bytes",
-                             [](const fm::Plan& p) { return p.at.total * (p.is_double ? 8 : 4); })
+      .def_property_readonly("workspace_bytes", [](const fm::Plan& p) { return p.at.total * (p.is_double ? 8 : 4); })
       .def_property_readonly("parameter_set_bytes",
                              [](const fm::Plan& p) { return p.set_size * (p.is_double ? 8 : 4); });
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");

@@ -1,8 +1,9 @@
 // Register-tiled matrix products: c = epilogue(sum over pairs of a b), see Gemm in engine/kernels.h.
 //
 // A tile keeps MR x NV vectors of c in registers and walks down k: NV loads of b, MR broadcasts of a, MR * NV
-// multiply-adds. b's panel block (at most K_BLOCK x 64 columns) stays in the first-level cache over all row tiles: 40 of
-// 48 KiB where there is AVX-512, else 24 of 32. The order of every sum is fixed by the shapes and the instruction set.
+// multiply-adds. b's panel block (at most K_BLOCK x 64 columns) stays in the first-level cache over all row tiles: 40
+// of 48 KiB where there is AVX-512, else 24 of 32. The order of every sum is fixed by the shapes and the instruction
+// set.
 
 constexpr i64 K_BLOCK = FM_REGISTERS == 32 ? 160 : 96;
 // A c larger than this comes from a slower cache: it is fetched while its products are summed.
@@ -202,7 +203,8 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 end, i64 padde
 template <class S>
 void gemm(const Gemm<S>& g) {
   for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
-    const i64 end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>, padded_end = panel + pad<S>(end - panel);
+    const i64 end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>,
+              padded_end = panel + pad<S>(end - panel);
     for (int p = 0; p < g.pairs; ++p)
       for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK)
         gemm_block(g, p, panel, end, padded_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK);

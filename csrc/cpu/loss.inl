@@ -67,8 +67,7 @@ double loss_denominator(const LossCall<S>& l) {
   const bool weighted = l.spec.normalise_sum && l.weights;
   if (!l.spec.class_indices && !weighted) return double(l.examples);
   double d = 0;
-  for (i64 n = 0; n < l.examples; ++n)
-    d += double(example_share(l, n)) * (weighted ? double(l.weights[n]) : 1.0);
+  for (i64 n = 0; n < l.examples; ++n) d += double(example_share(l, n)) * (weighted ? double(l.weights[n]) : 1.0);
   return d;
 }
 
@@ -168,16 +167,22 @@ double elementwise_sum(const LossCall<S>& l, const Terms& terms) {
 template <class S, bool TANGENT>
 double loss_pass(const LossCall<S>& l) {
   switch (l.spec.kind) {
-    case LossKind::mse: return elementwise_sum<S, TANGENT>(l, SquaredError<S>{});
-    case LossKind::l1: return elementwise_sum<S, TANGENT>(l, AbsoluteError<S>{});
-    case LossKind::smooth_l1: return elementwise_sum<S, TANGENT>(l, SmoothL1<S>{S(l.spec.beta)});
-    case LossKind::huber: return elementwise_sum<S, TANGENT>(l, Huber<S>{S(l.spec.beta)});
-    case LossKind::bce_with_logits: return elementwise_sum<S, TANGENT>(l, BinaryCrossEntropy<S>{});
+    case LossKind::mse:
+      return elementwise_sum<S, TANGENT>(l, SquaredError<S>{});
+    case LossKind::l1:
+      return elementwise_sum<S, TANGENT>(l, AbsoluteError<S>{});
+    case LossKind::smooth_l1:
+      return elementwise_sum<S, TANGENT>(l, SmoothL1<S>{S(l.spec.beta)});
+    case LossKind::huber:
+      return elementwise_sum<S, TANGENT>(l, Huber<S>{S(l.spec.beta)});
+    case LossKind::bce_with_logits:
+      return elementwise_sum<S, TANGENT>(l, BinaryCrossEntropy<S>{});
     case LossKind::cross_entropy:
       return loss_sum(l, [&](i64 n, S factor, S side_factor) {
         return cross_entropy_example<S, TANGENT>(l, n, factor, side_factor);
       });
-    case LossKind::none: break;
+    case LossKind::none:
+      break;
   }
   return 0;
 }

@@ -111,8 +111,7 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   const auto writer = std::find_if(steps.begin(), steps.end(), [](const auto& s) { return s != nullptr; })->get();
   for (size_t p = 0; p < plan.params.size(); ++p) {
     const Param& param = plan.params[p];
-    if (!param.per_task && call.params[p].grad)
-      unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
+    if (!param.per_task && call.params[p].grad) unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
     if (plan.options.wants_rates && param.adapted && !param.rate_per_task)
       writer->write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
   }

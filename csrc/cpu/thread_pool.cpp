@@ -80,7 +80,9 @@ class Pool {
     open_.store(true);
     epoch_.fetch_add(1);
     if (sleeping_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
       wake_.notify_all();
     }
   }

@@ -19,8 +19,8 @@ struct BatchPointers {
 
 template <class S>
 struct ParamPointers {
-  const S* data = nullptr;  // [*shape] or [T, *shape]
-  const S* rate = nullptr;  // [K or 1, T or 1, 1 or *shape]
+  const S* data = nullptr;          // [*shape] or [T, *shape]
+  const S* rate = nullptr;          // [K or 1, T or 1, 1 or *shape]
   const S* adapted_grad = nullptr;  // [T, *shape]
   S* adapted = nullptr;             // [T, *shape]
   S* grad = nullptr;                // like data

@@ -7,22 +7,23 @@
 
 namespace fm {
 
-// c = mask(relu([c +] [src +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become zero.
+// c = mask(relu([c +] [src +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become
+// zero.
 template <class S>
 struct Gemm {
   i64 m, n;
   int pairs = 1;
   i64 k;
   struct Pair {
-    const S* a;         // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
+    const S* a;  // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
     i64 a_row, a_k;
     Matrix<const S> b;  // [k, n]
   } pair[2];
   Matrix<S> c;
-  bool add_c = false;         // add to what c holds
-  Matrix<const S> src = {};   // added if present; c itself only through add_c
+  bool add_c = false;        // add to what c holds
+  Matrix<const S> src = {};  // added if present; c itself only through add_c
   S scale = 1;
-  const S* bias = nullptr;    // [n] added to every row if present
+  const S* bias = nullptr;  // [n] added to every row if present
   bool relu = false;
   Matrix<const S> mask = {};  // c is zeroed where mask <= 0, if present
 };
@@ -57,10 +58,10 @@ struct Elementwise {
   Function function;
   S c0, c1;
   i64 rows, cols, ld, ld_x;
-  bool accumulate;       // add to dx / rdx instead of storing
-  const S *x, *y;        // [rows, cols] input (ld_x apart) and output
+  bool accumulate;  // add to dx / rdx instead of storing
+  const S *x, *y;   // [rows, cols] input (ld_x apart) and output
   const S *dy, *rx, *rdy;
-  S* out;                // y, dx, ry or rdx
+  S* out;  // y, dx, ry or rdx
 };
 
 template <class S>
@@ -90,8 +91,8 @@ struct Kernels {
   void (*elementwise_tangent)(const Elementwise<S>&);
   void (*elementwise_tangent_backward)(const Elementwise<S>&);
 
-  double (*loss)(const LossCall<S>&);          // value; dz, dtarget, dweights where asked for
-  void (*loss_tangent)(const LossCall<S>&);    // their tangents along rz
+  double (*loss)(const LossCall<S>&);        // value; dz, dtarget, dweights where asked for
+  void (*loss_tangent)(const LossCall<S>&);  // their tangents along rz
 
   // out = a [+ b], n padded
   void (*add)(i64 n, const S* a, const S* b, S* out);

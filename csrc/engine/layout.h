@@ -8,8 +8,7 @@ namespace fm {
 
 template <class S>
 Matrix<S> engine_matrix(const Plan& plan, const Param& p, S* data) {
-  return p.narrow ? Matrix<S>::plain(data, plan.padded(p.cols))
-                  : Matrix<S>::panels(data, p.cols, plan.padded(p.rows));
+  return p.narrow ? Matrix<S>::plain(data, plan.padded(p.cols)) : Matrix<S>::panels(data, p.cols, plan.padded(p.rows));
 }
 
 // torch [rows, cols] -> engine; padding becomes zero.
@@ -40,8 +39,8 @@ void unpack(const Kernels<S>& kernels, const Plan& plan, const Param& p, const S
 // W^T in panels -> W in panels, for the input gradient.
 template <class S>
 void make_mirror(const Kernels<S>& kernels, const Plan& plan, const Param& p, const S* engine, S* mirror) {
-  kernels.transpose({engine_matrix(plan, p, engine),
-                     Matrix<S>::panels(mirror, p.rows, plan.padded(p.cols)), p.cols, p.rows, true});
+  kernels.transpose(
+      {engine_matrix(plan, p, engine), Matrix<S>::panels(mirror, p.rows, plan.padded(p.cols)), p.cols, p.rows, true});
 }
 
 }  // namespace fm

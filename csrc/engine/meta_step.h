@@ -115,8 +115,8 @@ class MetaStep {
     const Param& param = plan_.params[p];
     const i64 length = param.rate_element ? param.numel() : 1;
     const i64 tasks = param.rate_per_task ? call_.tasks : 1;
-    const S* data = call_.params[p].rate +
-                    ((param.rate_per_step ? k : 0) * tasks + (param.rate_per_task ? t_ : 0)) * length;
+    const S* data =
+        call_.params[p].rate + ((param.rate_per_step ? k : 0) * tasks + (param.rate_per_task ? t_ : 0)) * length;
     alphas = nullptr;
     if (!param.rate_element) {
       alpha = *data;
@@ -136,7 +136,8 @@ class MetaStep {
   };
   Slice slice(const BatchPointers<S>& batch, i64 index, i64 examples, const LossSpec& loss) const {
     const Value &in = plan_.values[0], &out = plan_.values[plan_.output];
-    const i64 x = index * examples * in.rows * in.cols, y = index * examples * out.rows * out.cols, w = index * examples;
+    const i64 x = index * examples * in.rows * in.cols, y = index * examples * out.rows * out.cols,
+              w = index * examples;
     const void* target = nullptr;
     if (batch.y)
       target = loss.class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w)
@@ -385,7 +386,8 @@ class MetaStep {
     if (again) support_gradient(pass, batch, o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
     if (o.wants_rates) rate_gradients(k, sums);
     // After the last product nothing is done to lambda_0 but to add it to the sums: the product can.
-    const bool into_sums = o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
+    const bool into_sums =
+        o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
     S alpha = 0;
     if (one_rate(k, alpha)) {
       if (o.second_order) along_lambda(pass, batch, alpha, into_sums ? sums : nullptr);
@@ -448,7 +450,8 @@ class MetaStep {
     make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
   }
 
-  // lambda += scale H v, or into the sums if given; the mixed derivatives likewise into the gradients of the support set.
+  // lambda += scale H v, or into the sums if given; the mixed derivatives likewise into the gradients of the support
+  // set.
   void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S* sums) {
     pass.v = {v, v_mirror_.data()};
     tangent(pass);

@@ -22,8 +22,8 @@ struct Pass {
   const Kernels<S>& kernels;
   const Geometry& geometry;
   const S* ones;
-  bool input_gradient;        // the gradient of value 0 is wanted
-  const S* input = nullptr;   // value 0, rows input_ld apart
+  bool input_gradient;       // the gradient of value 0 is wanted
+  const S* input = nullptr;  // value 0, rows input_ld apart
   i64 input_ld = 0;
   S *x = nullptr, *d = nullptr;    // blocks of values and of their gradients
   S *rx = nullptr, *rd = nullptr;  // and of the tangents of both
@@ -63,10 +63,18 @@ namespace fm {
 template <class S>
 void forward(const Pass<S>& pass) {
   for (const Layer& layer : pass.plan.layers) switch (layer.kind) {
-      case Kind::linear: linear::forward(pass, layer); break;
-      case Kind::elementwise: elementwise::forward(pass, layer); break;
-      case Kind::reshape: reshape::forward(pass, layer); break;
-      case Kind::add: add::forward(pass, layer); break;
+      case Kind::linear:
+        linear::forward(pass, layer);
+        break;
+      case Kind::elementwise:
+        elementwise::forward(pass, layer);
+        break;
+      case Kind::reshape:
+        reshape::forward(pass, layer);
+        break;
+      case Kind::add:
+        add::forward(pass, layer);
+        break;
     }
 }
 
@@ -75,10 +83,18 @@ template <class S>
 void backward(const Pass<S>& pass, Sink<S>* sinks) {
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear: linear::backward(pass, *layer, sinks); break;
-      case Kind::elementwise: elementwise::backward(pass, *layer); break;
-      case Kind::reshape: reshape::backward(pass, *layer); break;
-      case Kind::add: add::backward(pass, *layer); break;
+      case Kind::linear:
+        linear::backward(pass, *layer, sinks);
+        break;
+      case Kind::elementwise:
+        elementwise::backward(pass, *layer);
+        break;
+      case Kind::reshape:
+        reshape::backward(pass, *layer);
+        break;
+      case Kind::add:
+        add::backward(pass, *layer);
+        break;
     }
 }
 
@@ -88,10 +104,18 @@ void tangent(const Pass<S>& pass) {
   for (const Layer& layer : pass.plan.layers) {
     if (!pass.has_tangent(layer.output)) continue;
     switch (layer.kind) {
-      case Kind::linear: linear::tangent(pass, layer); break;
-      case Kind::elementwise: elementwise::tangent(pass, layer); break;
-      case Kind::reshape: reshape::tangent(pass, layer); break;
-      case Kind::add: add::tangent(pass, layer); break;
+      case Kind::linear:
+        linear::tangent(pass, layer);
+        break;
+      case Kind::elementwise:
+        elementwise::tangent(pass, layer);
+        break;
+      case Kind::reshape:
+        reshape::tangent(pass, layer);
+        break;
+      case Kind::add:
+        add::tangent(pass, layer);
+        break;
     }
   }
 }
@@ -101,10 +125,18 @@ template <class S>
 void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear: linear::tangent_backward(pass, *layer, sinks); break;
-      case Kind::elementwise: elementwise::tangent_backward(pass, *layer); break;
-      case Kind::reshape: reshape::tangent_backward(pass, *layer); break;
-      case Kind::add: add::tangent_backward(pass, *layer); break;
+      case Kind::linear:
+        linear::tangent_backward(pass, *layer, sinks);
+        break;
+      case Kind::elementwise:
+        elementwise::tangent_backward(pass, *layer);
+        break;
+      case Kind::reshape:
+        reshape::tangent_backward(pass, *layer);
+        break;
+      case Kind::add:
+        add::tangent_backward(pass, *layer);
+        break;
     }
 }
 

@@ -42,8 +42,8 @@ void fold_input_reshape(Plan& plan) {
 void drop_trivial_reshapes(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size();) {
     const Layer layer = plan.layers[i];
-    const bool same = layer.kind == Kind::reshape &&
-                      plan.values[layer.inputs[0]].cols == plan.values[layer.output].cols;
+    const bool same =
+        layer.kind == Kind::reshape && plan.values[layer.inputs[0]].cols == plan.values[layer.output].cols;
     if (!same) {
       ++i;
       continue;
@@ -113,9 +113,9 @@ void Plan::finish() {
       require(numel_x == numel_y, "an element-wise layer, add or reshape changes the number of elements");
       if (layer.kind != Kind::reshape) require(x.cols == y.cols, "an element-wise layer changes the row length");
       if (layer.kind == Kind::add)
-        require(layer.inputs[1] >= 0 && values[layer.inputs[1]].cols == y.cols &&
-                    values[layer.inputs[1]].rows == y.rows,
-                "add reads values of different shapes");
+        require(
+            layer.inputs[1] >= 0 && values[layer.inputs[1]].cols == y.cols && values[layer.inputs[1]].rows == y.rows,
+            "add reads values of different shapes");
     }
   }
   std::vector<int> uses(params.size(), 0);

@@ -21,9 +21,9 @@ struct Layer {
   int inputs[2] = {-1, -1};
   int output = -1;
   int weight = -1, bias = -1;
-  bool relu_out = false;           // linear: the following relu is in its epilogue
-  bool relu_in = false;            // linear: its input is such a relu's output; dx is masked by it
-  bool adds[2] = {false, false};   // backward: another consumer has written the input's gradient before
+  bool relu_out = false;          // linear: the following relu is in its epilogue
+  bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
+  bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
 };
 
 // A parameter tensor as torch has it, [rows, cols] or [cols], and its place in a parameter set.
@@ -35,7 +35,7 @@ struct Param {
   bool matrix = false, narrow = false, mirrored = false;
   bool per_task = false, adapted = false;
   bool rate_element = false, rate_per_task = false, rate_per_step = false;
-  i64 size = 0, offset = 0;                // padded
+  i64 size = 0, offset = 0;  // padded
   i64 mirror_size = 0, mirror_offset = 0;
   i64 rate_sum_offset = 0, rate_sum_size = 0;  // gradient of the rate: [K or 1][size or one line]
   i64 numel() const { return rows * cols; }
@@ -64,10 +64,10 @@ struct Plan {
   bool is_double = false;
   i64 lane = 16;  // elements in 64 bytes
 
-  bool alias_input = false;      // the user's input serves as value 0 as it stands
+  bool alias_input = false;  // the user's input serves as value 0 as it stands
   Geometry support, query;
-  i64 set_size = 0;              // one parameter set
-  i64 mirror_size = 0;           // its mirrors
+  i64 set_size = 0;     // one parameter set
+  i64 mirror_size = 0;  // its mirrors
   i64 range_sums = 0, task_sums = 0;
 
   // Offsets into the workspace of one running task, in elements.
@@ -80,7 +80,7 @@ struct Plan {
     i64 ones, total;
   } at;
 
-  bool tied = false;             // some parameter is used by several layers
+  bool tied = false;  // some parameter is used by several layers
 
   bool keeps_updates() const { return options.wants_rates && (options.store || options.momentum != 0); }
 

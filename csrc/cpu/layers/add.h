@@ -10,8 +10,7 @@ template <class S>
 void sum(const Pass<S>& pass, int value, const S* a, i64 ld_a, const S* b, i64 ld_b, S* out) {
   const Value& v = pass.plan.values[value];
   for (i64 r = 0; r < pass.rows(value); ++r) {
-    for (i64 c = 0; c < v.cols; ++c)
-      out[r * v.ld + c] = (a ? a[r * ld_a + c] : S(0)) + (b ? b[r * ld_b + c] : S(0));
+    for (i64 c = 0; c < v.cols; ++c) out[r * v.ld + c] = (a ? a[r * ld_a + c] : S(0)) + (b ? b[r * ld_b + c] : S(0));
     for (i64 c = v.cols; c < v.ld; ++c) out[r * v.ld + c] = 0;
   }
 }
@@ -43,8 +42,8 @@ template <class S>
 void tangent(const Pass<S>& pass, const Layer& layer) {
   const int a = layer.inputs[0], b = layer.inputs[1], out = layer.output;
   const i64 ld = pass.plan.values[out].ld;
-  sum<S>(pass, out, pass.has_tangent(a) ? pass.tangent(a) : nullptr, ld, pass.has_tangent(b) ? pass.tangent(b) : nullptr,
-         ld, pass.tangent(out));
+  sum<S>(pass, out, pass.has_tangent(a) ? pass.tangent(a) : nullptr, ld,
+         pass.has_tangent(b) ? pass.tangent(b) : nullptr, ld, pass.tangent(out));
 }
 
 template <class S>

@@ -122,17 +122,28 @@ struct Affine {
 template <class S, class Body>
 FM_INLINE void with_function(const Elementwise<S>& e, const Body& body) {
   switch (e.function) {
-    case Function::relu: return body(Relu<S>{e.c0, e.c1});
-    case Function::leaky_relu: return body(LeakyRelu<S>{e.c0, e.c1});
-    case Function::elu: return body(Elu<S>{e.c0, e.c1});
-    case Function::gelu: return body(Gelu<S>{e.c0, e.c1});
-    case Function::gelu_tanh: return body(GeluTanh<S>{e.c0, e.c1});
-    case Function::silu: return body(Silu<S>{e.c0, e.c1});
-    case Function::tanh: return body(Tanh<S>{e.c0, e.c1});
-    case Function::sigmoid: return body(Sigmoid<S>{e.c0, e.c1});
-    case Function::softplus: return body(Softplus<S>{e.c0, e.c1});
-    case Function::sin: return body(Sin<S>{e.c0, e.c1});
-    case Function::affine: return body(Affine<S>{e.c0, e.c1});
+    case Function::relu:
+      return body(Relu<S>{e.c0, e.c1});
+    case Function::leaky_relu:
+      return body(LeakyRelu<S>{e.c0, e.c1});
+    case Function::elu:
+      return body(Elu<S>{e.c0, e.c1});
+    case Function::gelu:
+      return body(Gelu<S>{e.c0, e.c1});
+    case Function::gelu_tanh:
+      return body(GeluTanh<S>{e.c0, e.c1});
+    case Function::silu:
+      return body(Silu<S>{e.c0, e.c1});
+    case Function::tanh:
+      return body(Tanh<S>{e.c0, e.c1});
+    case Function::sigmoid:
+      return body(Sigmoid<S>{e.c0, e.c1});
+    case Function::softplus:
+      return body(Softplus<S>{e.c0, e.c1});
+    case Function::sin:
+      return body(Sin<S>{e.c0, e.c1});
+    case Function::affine:
+      return body(Affine<S>{e.c0, e.c1});
   }
 }
 

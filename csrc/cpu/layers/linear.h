@@ -42,8 +42,8 @@ void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const
 
 // dx (+)= dy0 W0 [+ dy1 W1], masked where the input is a fused relu's output
 template <class S>
-void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy, const ParamView<S>* const* w,
-                    S* dx) {
+void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy,
+                    const ParamView<S>* const* w, S* dx) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight];
   const int in = layer.inputs[0];
@@ -77,7 +77,8 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     gemm.m = p.narrow ? p.rows : p.cols, gemm.n = p.narrow ? p.cols : p.rows;
     const auto shaped = [&](auto* set) {
       using T = std::remove_pointer_t<decltype(set)>;
-      return p.narrow ? Matrix<T>::plain(set, plan.padded(gemm.n)) : Matrix<T>::panels(set, gemm.m, plan.padded(gemm.n));
+      return p.narrow ? Matrix<T>::plain(set, plan.padded(gemm.n))
+                      : Matrix<T>::panels(set, gemm.m, plan.padded(gemm.n));
     };
     for (int i = 0; i < pairs; ++i) {
       if (p.narrow)
