@@ -13,7 +13,7 @@ from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, wr
 from fastmeta.cases import WORKLOADS
 
 #: Columns of the tables where the output is no terminal.
-WIDTH = 120
+WIDTH = 128
 #: Cores that other programs may keep busy without a warning.
 BUSY = 0.15
 
