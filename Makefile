@@ -6,8 +6,9 @@
 #   make bench     the comparison with other libraries; CSV and chart in runs/
 #   make clean     remove what was built (not .venv and runs/)
 #
-# PYTHON is the interpreter of .venv, TORCH the requirement installed into it, TORCH_INDEX pip's extra option
-# for it. Without an NVIDIA driver Linux gets the CPU build of PyTorch, not gigabytes of CUDA.
+# PYTHON is the interpreter of .venv, TORCH the requirement installed into it, TORCH_INDEX pip's options for it. Without
+# an NVIDIA driver Linux asks for the CPU build by name, so that gigabytes of CUDA are never an answer; where pip does
+# not find it, set TORCH_INDEX to the index of CPU builds that https://pytorch.org names for pip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,11 +17,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH ?= torch==2.13.0+cpu
-TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 else
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?=
 endif
+TORCH_INDEX ?=
 
 .PHONY: demo test lint bench extension clean
 

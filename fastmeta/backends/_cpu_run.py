@@ -34,7 +34,9 @@ class Job:
         self.output_shape = program.output_shape
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
-        self.templates = [torch.empty(problem.params[name].shape, dtype=self.dtype, device="meta") for name in self.all_names]
+        self.templates = [
+            torch.empty(problem.params[name].shape, dtype=self.dtype, device="meta") for name in self.all_names
+        ]
         ends = _running_total(t.numel() for t in self.templates)
         self.flat_size = ends[-1]
         start = dict(zip(self.all_names, [0, *ends], strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
