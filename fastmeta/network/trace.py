@@ -12,6 +12,7 @@ import operator
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,10 @@ class Root(nn.Module):
         return self.net(x)
 
 
+# torch.fx patches nn.Module for the whole process while it traces: one capture at a time.
+_TRACING = threading.RLock()
+
+
 def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
     """What `net` does to one tensor.
 
@@ -47,7 +52,13 @@ def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
     """
     root = Root(_copied(net))
     guard = Guard(root)
-    with _random_draws_refused(), _autograd_functions_refused(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        _TRACING,
+        _random_draws_refused(),
+        _autograd_functions_refused(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         tracer = _Tracer()
         try:
             with _RealTensorsRefused():
@@ -110,6 +121,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.place = ""  # where in the network tracing failed
         self._ambient = _ambient()
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.partition(".")[0] == "torch" and type(m) is not nn.Sequential
@@ -118,11 +130,18 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:  # somebody else's module, called while we trace
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except BaseException:
             self.place = self.place or self.path_of_module(m)
             raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Stand(node, self)
