@@ -32,7 +32,7 @@ def flatten(maml: MAML) -> Tensor:
     """
     if not isinstance(maml, MAML):
         raise TypeError(f"flatten: `maml` must be a fastmeta.MAML, got {type(maml).__name__}")
-    params, rates = maml.meta_parameters()
+    params, rates = maml.meta_parameters(check=False)
     old = maml.flat
     if old is not None and old.holds(params, rates):
         return old.vector

@@ -215,15 +215,18 @@ class MAML(nn.Module):
         wrt = leaves_of(self, params, rates).wrt
         return explain(self.prepare(params, rates, tensors, support_per_step, wrt))
 
-    def meta_parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(the network's parameters by name, the learned rates by key); not to be modified.
+
+        Args:
+            check: whether a flattened module must still have its parameters in its vector.
 
         Raises:
             RuntimeError: the module was flattened, and they are no longer views of its vector.
         """
         params = self._params.current()
         rates = _NO_RATES if self._rates is None else self._rates.current()
-        if self.flat is not None:
+        if check and self.flat is not None:
             self.flat.check(params, rates)
         return params, rates
 
