@@ -1,4 +1,4 @@
-"""Meta-SGD: one learned inner learning rate for each weight and step: `python examples/learned_rates.py [iterations]`."""
+"""Meta-SGD: a learned inner learning rate for each weight and step: `python examples/learned_rates.py [iterations]`."""
 
 from __future__ import annotations
 

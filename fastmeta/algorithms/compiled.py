@@ -5,6 +5,8 @@ It costs several times what the autograd Function of `meta_loss` does, so it is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -16,6 +18,7 @@ from fastmeta.algorithms.flat_parameters import views
 from fastmeta.algorithms.meta_loss import answer, flat_gradient, leaves_of
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.plan import NOTHING
+from fastmeta.problem import Result
 
 if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML
@@ -70,9 +73,15 @@ def _operator(
     wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
     params, rates = _in_place_of(maml, params, rates, wrt, leaves)
     call = maml.prepare(params, rates, tensors, support_per_step, wrt)
-    result = call.solve()
+    result = call.solve() if call.plan.program is not None else _outside(call.solve)
     gradient = flat_gradient(maml, call, result) if with_gradients else support_x.new_empty(0)
     return *answer(call, result), gradient
+
+
+def _outside(solve: Callable[[], Result]) -> Result:
+    """`solve()` on a thread of its own: inside an operator PyTorch has vmap and autograd switched off for this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(solve).result()
 
 
 def _in_place_of(
