@@ -105,7 +105,7 @@ def test_rejects_a_target_that_would_be_broadcast(backend: str) -> None:
     net = nn.Sequential(nn.Linear(2, 13), nn.Tanh(), nn.Linear(13, 1))
     x, y = torch.randn(T, N, 2), torch.randn(T, N)
     maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1, backend=backend)
-    with pytest.raises(ValueError, match="support_y.*broadcast"):
+    with pytest.raises(ValueError, match=r"support_y.*broadcast"):
         maml(x, y, x, y)
 
 
