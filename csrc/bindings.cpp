@@ -25,10 +25,9 @@ E named(const std::string& name, const std::vector<std::pair<const char*, E>>& t
 }
 
 fm::Kind kind_named(const std::string& name) {
-  using K = fm::Kind;
-  return named<K>(name,
-                  {{"linear", K::linear}, {"elementwise", K::elementwise}, {"reshape", K::reshape}, {"add", K::add}},
-                  "layer kind");
+#define FM_ENTRY(kind) {#kind, fm::Kind::kind},
+  return named<fm::Kind>(name, {FM_LAYER_KINDS(FM_ENTRY)}, "layer kind");
+#undef FM_ENTRY
 }
 
 fm::Function function_named(const std::string& name) {
@@ -71,8 +70,18 @@ fm::LossSpec loss_spec(const py::object& given) {
   return spec;
 }
 
-// values: (rows, cols); layers: (kind, function, c0, c1, input0, input1, output, weight, bias), -1 for none;
-// params: (rows, cols, matrix, per_task, adapted, rate_element, rate_per_task, rate_per_step)
+// Copies a list of numbers, at most as many as there is room for.
+template <class Array>
+void fill(Array& to, const py::handle& from, const char* what) {
+  size_t i = 0;
+  for (const auto& item : from) {
+    if (i == std::size(to)) throw std::invalid_argument(std::string("Plan: a layer has too many ") + what);
+    to[i++] = item.cast<std::decay_t<decltype(to[0])>>();
+  }
+}
+
+// values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs, output, params), -1 for
+// none; params: (rows, cols, taps, matrix, constant, per_task, adapted, rate_element, rate_per_task, rate_per_step)
 fm::Plan make_plan(bool is_double, const py::list& values, const py::list& layers, const py::list& params, int output,
                    const py::dict& options) {
   fm::Plan plan;
@@ -82,6 +91,7 @@ fm::Plan make_plan(bool is_double, const py::list& values, const py::list& layer
     const auto v = item.cast<py::tuple>();
     fm::Value value;
     value.rows = v[0].cast<i64>(), value.cols = v[1].cast<i64>();
+    value.height = v[2].cast<i64>(), value.width = v[3].cast<i64>(), value.channels = v[4].cast<bool>();
     plan.values.push_back(value);
   }
   for (const auto& item : layers) {
@@ -89,18 +99,20 @@ fm::Plan make_plan(bool is_double, const py::list& values, const py::list& layer
     fm::Layer layer;
     layer.kind = kind_named(l[0].cast<std::string>());
     layer.function = function_named(l[1].cast<std::string>());
-    layer.c0 = l[2].cast<double>(), layer.c1 = l[3].cast<double>();
-    layer.inputs[0] = l[4].cast<int>(), layer.inputs[1] = l[5].cast<int>(), layer.output = l[6].cast<int>();
-    layer.weight = l[7].cast<int>(), layer.bias = l[8].cast<int>();
+    fill(layer.constants, l[2], "constants");
+    fill(layer.inputs, l[3], "inputs");
+    layer.output = l[4].cast<int>();
+    fill(layer.params, l[5], "parameters");
     plan.layers.push_back(layer);
   }
   for (const auto& item : params) {
     const auto p = item.cast<py::tuple>();
     fm::Param param;
-    param.rows = p[0].cast<i64>(), param.cols = p[1].cast<i64>(), param.matrix = p[2].cast<bool>();
-    param.per_task = p[3].cast<bool>(), param.adapted = p[4].cast<bool>();
-    param.rate_element = p[5].cast<bool>(), param.rate_per_task = p[6].cast<bool>();
-    param.rate_per_step = p[7].cast<bool>();
+    param.rows = p[0].cast<i64>(), param.cols = p[1].cast<i64>(), param.taps = p[2].cast<i64>();
+    param.matrix = p[3].cast<bool>(), param.constant = p[4].cast<bool>();
+    param.per_task = p[5].cast<bool>(), param.adapted = p[6].cast<bool>();
+    param.rate_element = p[7].cast<bool>(), param.rate_per_task = p[8].cast<bool>();
+    param.rate_per_step = p[9].cast<bool>();
     plan.params.push_back(param);
   }
   fm::Options& o = plan.options;

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "call.h"
+#include "layers.h"
 #include "layout.h"
-#include "pass.h"
 
 namespace fm {
 
@@ -157,25 +157,18 @@ class MetaStep {
   Slice query() const { return slice(call_.query, t_, options().query, options().query_loss); }
 
   Pass<S> make_pass(const Geometry& geometry, bool input_gradient, S* x, S* d, const S* input, bool copied) {
-    Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.ones, input_gradient};
+    Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.ones, at_ + plan_.at.temporary, input_gradient};
     pass.x = x, pass.d = d;
     pass.rx = at_ + plan_.at.tangents, pass.rd = at_ + plan_.at.tangent_deltas;
     const Value& in = plan_.values[0];
-    if (plan_.alias_input) {
-      pass.input = input, pass.input_ld = in.cols;
-    } else {
-      const i64 rows = copied ? 0 : geometry.examples * in.rows;
-      if (rows > 0) zero(x, rows * in.ld);
-      for (i64 r = 0; r < rows; ++r)
-        for (i64 c = 0; c < in.cols; ++c) x[r * in.ld + c] = input[r * in.cols + c];
-      pass.input = x, pass.input_ld = in.ld;
-    }
+    if (!plan_.alias_input && !copied) load_value(in, input, geometry.examples, x, plan_.input_ld);
+    pass.input = plan_.alias_input ? input : x, pass.input_ld = plan_.input_ld;
     return pass;
   }
   // `copied`: the input stands where this pass has it already.
   Pass<S> support_pass(i64 k, const Slice& batch, bool copied) {
-    S* x = at_ + plan_.at.values + k * plan_.at.step_stride;
-    S* d = at_ + plan_.at.deltas + k * plan_.at.step_stride;
+    S* x = at_ + plan_.at.values + k * plan_.at.value_stride;
+    S* d = at_ + plan_.at.deltas + k * plan_.at.delta_stride;
     Pass<S> pass = make_pass(plan_.support, batch.grad_x != nullptr, x, d, batch.x, copied);
     pass.theta = view(k);
     return pass;
@@ -201,9 +194,7 @@ class MetaStep {
   // Adds the gradient of value 0, taken from a block of deltas, to the user's tensor.
   void add_input_gradient(const Pass<S>& pass, const S* block, S scale, S* grad) {
     const Value& in = plan_.values[0];
-    const i64 rows = pass.rows(0);
-    for (i64 r = 0; r < rows; ++r)
-      for (i64 c = 0; c < in.cols; ++c) grad[r * in.cols + c] += scale * block[r * in.ld + c];
+    add_value(in, block, in.ld, pass.geometry.examples, scale, grad);
   }
 
   // ---- the inner loop ---------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-// One pass over the network for one task: where its buffers are, and the walk over the layers.
-//
-// Every layer kind is four functions: forward, backward, tangent (of forward) and tangent_backward. They live in
-// csrc/cpu/layers/<kind>.h; the walks below are all that knows the kinds.
+// One pass over the network for one task: where its buffers are.
 #pragma once
+
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 #include "plan.h"
@@ -22,6 +22,7 @@ struct Pass {
   const Kernels<S>& kernels;
   const Geometry& geometry;
   const S* ones;
+  S* temporary;              // Plan::temporary elements, for the layer that is running
   bool input_gradient;       // the gradient of value 0 is wanted
   const S* input = nullptr;  // value 0, rows input_ld apart
   i64 input_ld = 0;
@@ -36,6 +37,9 @@ struct Pass {
   S* delta(int i) const { return d + geometry.offset[i]; }
   S* tangent(int i) const { return rx + geometry.offset[i]; }
   S* tangent_delta(int i) const { return rd + geometry.offset[i]; }
+  // What a layer keeps beside its values, and the tangent of that.
+  S* state(const Layer& layer) const { return x + geometry.state[layer.index]; }
+  S* tangent_state(const Layer& layer) const { return rx + geometry.state[layer.index]; }
   bool wants_delta(int i) const { return plan.values[i].from_params || input_gradient; }
   bool has_tangent(int i) const { return plan.values[i].from_params; }
 };
@@ -51,93 +55,13 @@ struct Sink {
   void written() { add = true, from = nullptr; }
 };
 
-}  // namespace fm
+// What a layer needs besides its values: elements that it keeps from forward on, and scratch memory while it runs.
+struct Needs {
+  i64 state = 0, temporary = 0;
+};
 
-#include "../cpu/layers/add.h"
-#include "../cpu/layers/elementwise.h"
-#include "../cpu/layers/linear.h"
-#include "../cpu/layers/reshape.h"
-
-namespace fm {
-
-template <class S>
-void forward(const Pass<S>& pass) {
-  for (const Layer& layer : pass.plan.layers) switch (layer.kind) {
-      case Kind::linear:
-        linear::forward(pass, layer);
-        break;
-      case Kind::elementwise:
-        elementwise::forward(pass, layer);
-        break;
-      case Kind::reshape:
-        reshape::forward(pass, layer);
-        break;
-      case Kind::add:
-        add::forward(pass, layer);
-        break;
-    }
-}
-
-// From the gradient of the output to those of all values, and of the parameters if `sinks` are given, one for each.
-template <class S>
-void backward(const Pass<S>& pass, Sink<S>* sinks) {
-  const auto& layers = pass.plan.layers;
-  for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear:
-        linear::backward(pass, *layer, sinks);
-        break;
-      case Kind::elementwise:
-        elementwise::backward(pass, *layer);
-        break;
-      case Kind::reshape:
-        reshape::backward(pass, *layer);
-        break;
-      case Kind::add:
-        add::backward(pass, *layer);
-        break;
-    }
-}
-
-// Tangents of all values along v; the input has none.
-template <class S>
-void tangent(const Pass<S>& pass) {
-  for (const Layer& layer : pass.plan.layers) {
-    if (!pass.has_tangent(layer.output)) continue;
-    switch (layer.kind) {
-      case Kind::linear:
-        linear::tangent(pass, layer);
-        break;
-      case Kind::elementwise:
-        elementwise::tangent(pass, layer);
-        break;
-      case Kind::reshape:
-        reshape::tangent(pass, layer);
-        break;
-      case Kind::add:
-        add::tangent(pass, layer);
-        break;
-    }
-  }
-}
-
-// From the tangent of the output's gradient to those of all values, and of the parameters.
-template <class S>
-void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
-  const auto& layers = pass.plan.layers;
-  for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
-      case Kind::linear:
-        linear::tangent_backward(pass, *layer, sinks);
-        break;
-      case Kind::elementwise:
-        elementwise::tangent_backward(pass, *layer);
-        break;
-      case Kind::reshape:
-        reshape::tangent_backward(pass, *layer);
-        break;
-      case Kind::add:
-        add::tangent_backward(pass, *layer);
-        break;
-    }
+inline void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("layer program: ") + what);
 }
 
 }  // namespace fm

@@ -1,7 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <stdexcept>
+
+#include "layers.h"
 
 namespace fm {
 
@@ -9,10 +10,6 @@ namespace {
 
 // Matrices of at most this many rows are multiplied by inner products: a padded vector would be mostly empty.
 constexpr i64 NARROW_ROWS = 2;
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(std::string("layer program: ") + what);
-}
 
 int consumers(const Plan& plan, int value) {
   int n = value == plan.output;
@@ -39,12 +36,15 @@ void fold_input_reshape(Plan& plan) {
   }
 }
 
+// Whether two values lie in memory alike.
+bool same_layout(const Value& a, const Value& b) {
+  return a.rows == b.rows && a.cols == b.cols && (a.channels == b.channels || a.rows == 1 || a.cols == 1);
+}
+
 void drop_trivial_reshapes(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size();) {
     const Layer layer = plan.layers[i];
-    const bool same =
-        layer.kind == Kind::reshape && plan.values[layer.inputs[0]].cols == plan.values[layer.output].cols;
-    if (!same) {
+    if (layer.kind != Kind::reshape || !same_layout(plan.values[layer.inputs[0]], plan.values[layer.output])) {
       ++i;
       continue;
     }
@@ -57,7 +57,7 @@ void drop_trivial_reshapes(Plan& plan) {
 void fuse_relu(Plan& plan) {
   for (size_t i = 0; i + 1 < plan.layers.size(); ++i) {
     Layer& linear = plan.layers[i];
-    if (linear.kind != Kind::linear || plan.params[linear.weight].narrow || consumers(plan, linear.output) != 1)
+    if (linear.kind != Kind::linear || plan.params[linear.weight()].narrow || consumers(plan, linear.output) != 1)
       continue;
     auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
                              [&](const Layer& l) { return l.inputs[0] == linear.output; });
@@ -77,11 +77,23 @@ void fuse_relu(Plan& plan) {
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
   g.examples = examples;
-  for (size_t v = 0; v < plan.values.size(); ++v) {
+  for (const Value& value : plan.values) {
     g.offset.push_back(g.size);
-    if (examples > 0) g.size += examples * plan.values[v].rows * plan.values[v].ld;
+    g.size += examples * value.rows * value.ld;
+  }
+  g.size_with_state = g.size;
+  for (const Layer& layer : plan.layers) {
+    g.state.push_back(g.size_with_state);
+    if (examples > 0) g.size_with_state += plan.padded(needs(plan, layer, examples).state);
   }
   return g;
+}
+
+i64 largest_temporary(const Plan& plan, i64 examples) {
+  i64 most = 0;
+  if (examples > 0)
+    for (const Layer& layer : plan.layers) most = std::max(most, needs(plan, layer, examples).temporary);
+  return plan.padded(most);
 }
 
 }  // namespace
@@ -92,46 +104,46 @@ i64 Plan::value_ld(i64 cols) const {
   return (lines > 4 && lines % 2 == 0 ? lines + 1 : lines) * lane;
 }
 
+// Only convolutions read rows that are not padded.
+void Plan::lay_out_input() {
+  Value& in = values[0];
+  const bool dense = std::all_of(layers.begin(), layers.end(), [](const Layer& layer) {
+    return layer.kind == Kind::conv2d || (layer.inputs[0] != 0 && layer.inputs[1] != 0);
+  });
+  input_ld = dense && output != 0 ? in.cols : in.ld;
+  alias_input = (dense || in.cols % lane == 0) && (!in.channels || in.rows == 1 || in.cols == 1);
+  if (alias_input) input_ld = in.cols;
+}
+
 void Plan::finish() {
   lane = is_double ? 8 : 16;
   require(!values.empty() && output >= 0 && output < int(values.size()), "no values, or an output that is none");
+  const int count = int(values.size()), known = int(params.size());
   for (const Layer& layer : layers) {
-    const int count = int(values.size());
     require(layer.output > 0 && layer.output < count, "a layer writes no value");
     require(layer.inputs[0] >= 0 && layer.inputs[0] < layer.output, "a layer reads a value written later");
     require(layer.inputs[1] < layer.output, "a layer reads a value written later");
-    const Value &x = values[layer.inputs[0]], &y = values[layer.output];
-    const i64 numel_x = x.rows * x.cols, numel_y = y.rows * y.cols;
-    if (layer.kind == Kind::linear) {
-      require(layer.weight >= 0 && layer.weight < int(params.size()), "a linear layer has no weight");
-      const Param& w = params[layer.weight];
-      require(w.matrix && w.cols == x.cols && w.rows == y.cols && x.rows == y.rows, "a linear layer's shapes differ");
-      if (layer.bias >= 0)
-        require(layer.bias < int(params.size()) && !params[layer.bias].matrix && params[layer.bias].cols == y.cols,
-                "a bias has another shape than its layer");
-    } else {
-      require(numel_x == numel_y, "an element-wise layer, add or reshape changes the number of elements");
-      if (layer.kind != Kind::reshape) require(x.cols == y.cols, "an element-wise layer changes the row length");
-      if (layer.kind == Kind::add)
-        require(
-            layer.inputs[1] >= 0 && values[layer.inputs[1]].cols == y.cols && values[layer.inputs[1]].rows == y.rows,
-            "add reads values of different shapes");
-    }
+    for (int p : layer.params) require(p < known, "a layer reads a parameter that is none");
   }
+  for (Value& v : values) v.ld = value_ld(v.cols);
+  for (const Layer& layer : layers) needs(*this, layer, 1);
   std::vector<int> uses(params.size(), 0);
   for (const Layer& layer : layers)
-    for (int p : {layer.weight, layer.bias})
-      if (p >= 0 && ++uses[p] > 1) tied = true;
-  for (Param& p : params) p.narrow = p.matrix && p.rows <= NARROW_ROWS;
+    for (int p : layer.params)
+      if (p >= 0 && !params[p].constant && ++uses[p] > 1) tied = true;
+  for (const Layer& layer : layers)
+    if (layer.kind == Kind::linear) params[layer.weight()].narrow = params[layer.weight()].rows <= NARROW_ROWS;
 
   fold_input_reshape(*this);
   drop_trivial_reshapes(*this);
   fuse_relu(*this);
 
+  for (size_t i = 0; i < layers.size(); ++i) layers[i].index = int(i);
   for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;
-  alias_input = values[0].cols % lane == 0;
+  lay_out_input();
   for (Layer& layer : layers) {
-    bool from = layer.weight >= 0;
+    bool from = false;
+    for (int p : layer.params) from = from || (p >= 0 && !params[p].constant);
     for (int in : layer.inputs)
       if (in >= 0) from = from || values[in].from_params;
     values[layer.output].from_params = from;
@@ -147,15 +159,15 @@ void Plan::finish() {
 
   const bool input_gradient = options.wants_support_x || options.wants_query_x;
   for (const Layer& layer : layers)
-    if (layer.kind == Kind::linear && !params[layer.weight].narrow &&
+    if ((layer.kind == Kind::linear || layer.kind == Kind::conv2d) && !params[layer.weight()].narrow &&
         (input_gradient || values[layer.inputs[0]].from_params))
-      params[layer.weight].mirrored = true;
+      params[layer.weight()].mirrored = true;
   for (Param& p : params) {
     p.offset = set_size;
     p.size = !p.matrix ? padded(p.cols) : p.narrow ? p.rows * padded(p.cols) : p.cols * padded(p.rows);
     set_size += p.size;
     p.mirror_offset = mirror_size;
-    p.mirror_size = p.mirrored ? p.rows * padded(p.cols) : 0;
+    p.mirror_size = p.mirrored ? p.taps * p.rows * padded(p.cols / p.taps) : 0;
     mirror_size += p.mirror_size;
   }
   range_sums = set_size;
@@ -181,13 +193,14 @@ void Plan::finish() {
   at.mirror_stride = options.store ? mirror_size : 0;
   at.theta = take(set_size * (K + 1));
   at.theta_mirror = take(mirror_size * (options.store ? K + 1 : 2));
-  at.step_stride = kept > 1 ? support.size : 0;
-  at.values = take(kept * support.size);
+  at.value_stride = kept > 1 ? support.size_with_state : 0;
+  at.delta_stride = kept > 1 ? support.size : 0;
+  at.values = take(kept * support.size_with_state);
   at.deltas = take(kept * support.size);
-  at.query_values = take(query.size);
+  at.query_values = take(query.size_with_state);
   at.query_deltas = take(query.size);
   const bool tangent = options.gradient && options.second_order && K > 0;
-  at.tangents = take(tangent ? support.size : 0);
+  at.tangents = take(tangent ? support.size_with_state : 0);
   at.tangent_deltas = take(tangent ? support.size : 0);
   at.gradient = take(set_size);
   at.direction = take(options.gradient ? set_size : 0);
@@ -200,6 +213,8 @@ void Plan::finish() {
   at.rates = take(set_size);
   at.task_sums = take(task_sums);
   at.ones = take(lane);
+  temporary = std::max(largest_temporary(*this, options.support), largest_temporary(*this, options.query));
+  at.temporary = take(temporary);
   at.total = end;
 }
 

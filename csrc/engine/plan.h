@@ -1,6 +1,7 @@
 // The memory plan of one (network, shapes, options): made once, read by every call.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -9,42 +10,56 @@
 namespace fm {
 
 // A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in memory.
+//
+// Torch's order is [rows, cols], or for an image (`channels`) [cols, height, width] with rows = height * width pixels:
+// images are channels-last inside.
 struct Value {
   i64 rows = 1, cols = 1, ld = 0;
+  i64 height = 1, width = 1;
+  bool channels = false;
   bool from_params = false;  // depends on a parameter: has a tangent, and a gradient worth computing
 };
 
 struct Layer {
   Kind kind;
   Function function = Function::relu;
-  double c0 = 0, c1 = 0;
+  std::array<double, 8> constants = {};
   int inputs[2] = {-1, -1};
   int output = -1;
-  int weight = -1, bias = -1;
+  std::array<int, 4> params = {-1, -1, -1, -1};
+  int index = 0;                  // in Plan::layers
   bool relu_out = false;          // linear: the following relu is in its epilogue
   bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
   bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
+  int weight() const { return params[0]; }
+  int bias() const { return params[1]; }
 };
 
 // A parameter tensor as torch has it, [rows, cols] or [cols], and its place in a parameter set.
 //
 // A matrix W is kept transposed, in panels, as the forward pass reads it ("wide"); one of few rows as it is
 // ("narrow"). A wide matrix whose layer has an input gradient is also kept untransposed (`mirror`).
+//
+// A convolution's weight [O, C, taps] is a wide matrix [O, C] for each tap, one after the other, and so is its mirror.
 struct Param {
-  i64 rows = 1, cols = 1;
+  i64 rows = 1, cols = 1, taps = 1;
   bool matrix = false, narrow = false, mirrored = false;
+  bool constant = false;  // a buffer of the network: shared, and never differentiated by
   bool per_task = false, adapted = false;
   bool rate_element = false, rate_per_task = false, rate_per_step = false;
   i64 size = 0, offset = 0;  // padded
   i64 mirror_size = 0, mirror_offset = 0;
   i64 rate_sum_offset = 0, rate_sum_size = 0;  // gradient of the rate: [K or 1][size or one line]
   i64 numel() const { return rows * cols; }
+  i64 channels() const { return cols / taps; }
 };
 
-// Where the values of one batch lie inside a block.
+// Where the values of one batch lie inside a block, and behind them what layers keep beside their values (statistics,
+// positions of maxima). Blocks of gradients hold no state.
 struct Geometry {
-  i64 examples = 0, size = 0;
-  std::vector<i64> offset;
+  i64 examples = 0, size = 0, size_with_state = 0;
+  std::vector<i64> offset;  // of every value
+  std::vector<i64> state;   // of every layer
 };
 
 struct Options {
@@ -65,6 +80,8 @@ struct Plan {
   i64 lane = 16;  // elements in 64 bytes
 
   bool alias_input = false;  // the user's input serves as value 0 as it stands
+  i64 input_ld = 0;          // distance between the rows of value 0
+  i64 temporary = 0;         // elements of scratch memory that a layer may use while it runs
   Geometry support, query;
   i64 set_size = 0;     // one parameter set
   i64 mirror_size = 0;  // its mirrors
@@ -73,11 +90,11 @@ struct Plan {
   // Offsets into the workspace of one running task, in elements.
   struct {
     i64 theta, theta_stride, theta_mirror, mirror_stride;  // theta_0 (if any is per task), theta_1 .. theta_K
-    i64 values, deltas, step_stride;                       // support activations, one step or K steps
+    i64 values, value_stride, deltas, delta_stride;        // support activations, one step or K steps
     i64 query_values, query_deltas;
     i64 tangents, tangent_deltas;
     i64 gradient, direction, direction_mirror, lambda, mbar, momentum, updates, update_stride, rates, task_sums;
-    i64 ones, total;
+    i64 ones, temporary, total;
   } at;
 
   bool tied = false;  // some parameter is used by several layers
@@ -90,6 +107,9 @@ struct Plan {
   bool plain_rule() const { return options.momentum == 0 && options.weight_decay == 0; }
   // Fuses, lays out and measures; throws std::invalid_argument for an inconsistent program.
   void finish();
+
+ private:
+  void lay_out_input();
 };
 
 }  // namespace fm

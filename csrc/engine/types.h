@@ -7,7 +7,23 @@ namespace fm {
 
 using i64 = std::int64_t;
 
-enum class Kind : int { linear, elementwise, reshape, add };
+// Every layer kind; its four functions are those of namespace fm::<kind> in csrc/cpu/layers/<kind>.h.
+#define FM_LAYER_KINDS(X) \
+  X(linear)               \
+  X(elementwise)          \
+  X(reshape)              \
+  X(add)                  \
+  X(conv2d)               \
+  X(batch_norm)           \
+  X(layer_norm)           \
+  X(group_norm)           \
+  X(max_pool2d)           \
+  X(avg_pool2d)           \
+  X(concat)
+
+#define FM_ENUMERATOR(kind) kind,
+enum class Kind : int { FM_LAYER_KINDS(FM_ENUMERATOR) };
+#undef FM_ENUMERATOR
 
 enum class Function : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sin, affine };
 

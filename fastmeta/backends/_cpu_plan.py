@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastmeta.backends._cpu_layout import lay_out
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import Batch, Problem
@@ -18,6 +19,8 @@ except ImportError:  # the backend says so
 
 #: memory="auto" stores activations while the scratch memory of a running task stays below this.
 STORE_AT_MOST = 256 << 20
+#: Kinds whose first parameter is a weight [O, C, *taps].
+_MATRIX_FIRST = ("linear", "conv2d")
 
 
 def used_params(program: Program) -> list[str]:
@@ -26,9 +29,13 @@ def used_params(program: Program) -> list[str]:
     return [name for name, _ in program.params if name in used]
 
 
-def rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    """An example's shape as rows of its last dimension."""
-    return (prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+def used_buffers(problem: Problem) -> list[str]:
+    """The network's buffers that the engine reads: running statistics, if they are what it normalises by."""
+    program = problem.program
+    if program is None or problem.batch_stats == "task":
+        return []
+    used = {name for layer in program.layers for name in layer.params if name is not None}
+    return [name for name, _ in program.buffers if name in used]
 
 
 def memory_mode(problem: Problem, wrt: frozenset[str]) -> str:
@@ -44,25 +51,34 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     if program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
     shapes = dict(program.params)
-    names = used_params(program)
-    index = {name: i for i, name in enumerate(names)}
-    values = [rows_and_cols(program.value_shape(i)) for i in range(len(program.layers) + 1)]
-    layers = []
-    for i, layer in enumerate(program.layers):
-        c0, c1, *_ = (*layer.constants, 0.0, 0.0)
-        in0, in1, *_ = (*layer.inputs, -1)
-        weight, bias, *_ = (*(index.get(name or "", -1) for name in layer.params), -1, -1)
-        layers.append((layer.kind, layer.function, c0, c1, in0, in1, i + 1, weight, bias))
+    names, buffers = used_params(program), used_buffers(problem)
+    shapes |= dict(program.buffers)
+    index = {name: i for i, name in enumerate([*names, *buffers])}
+    engine = lay_out(program)
+    layers = [
+        (
+            layer.kind,
+            layer.function,
+            layer.constants,
+            inputs,
+            output,
+            [index.get(name or "", -1) for name in layer.params],
+        )
+        for layer, inputs, output in engine.layers
+    ]
+    matrices = {layer.params[0] for layer in program.layers if layer.kind in _MATRIX_FIRST}
     params = []
-    for name in names:
-        shape = shapes[name]
+    for name in [*names, *buffers]:
+        shape, matrix = shapes[name], name in matrices
         rate = problem.rates.get(name)
         element = rate is not None and rate.shape[2:].numel() > 1
         params.append(
             (
-                shape[0] if len(shape) == 2 else 1,
-                shape[-1],
-                len(shape) == 2,
+                shape[0] if matrix else 1,
+                prod(shape[1:]) if matrix else prod(shape),
+                prod(shape[2:]) if matrix else 1,
+                matrix,
+                name in buffers,
                 name in problem.per_task,
                 rate is not None,
                 element,
@@ -72,10 +88,10 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
         )
     return _C.Plan(
         problem.params[names[0]].dtype == torch.float64,
-        values,
+        engine.values,
         layers,
         params,
-        program.output,
+        engine.output,
         _options(problem, wrt, memory),
     )
 

@@ -28,7 +28,7 @@ class Job:
         self.wrt, self.adapted = wrt, adapted
         self.memory = plans.memory_mode(problem, wrt)
         self.plan = plans.make_plan(problem, wrt, self.memory)
-        self.names = plans.used_params(program)
+        self.names, self.buffers = plans.used_params(program), plans.used_buffers(problem)
         self.dtype = problem.params[self.names[0]].dtype
         self.itemsize = self.dtype.itemsize
         self.output_shape = program.output_shape
@@ -41,6 +41,7 @@ class Job:
         self.flat_size = ends[-1]
         start = dict(zip(self.all_names, [0, *ends], strict=False))
         self.offsets = [start[name] * self.itemsize for name in self.names]
+        self.no_gradients = [0] * len(self.buffers)
         self.some_unused = len(self.names) < len(self.all_names)
         self.new = torch.zeros if self.some_unused else torch.empty
         self.constant_rates: tuple[dict[str, Tensor] | None, list[int]] = (None, [])
@@ -52,7 +53,7 @@ class Job:
     def run(self, problem: Problem) -> Result:
         """The engine's answer."""
         keep: list[Tensor] = []  # dense copies, alive until the engine is done
-        tasks, wrt, params, rates, query = problem.tasks, self.wrt, problem.params, problem.rates, problem.query
+        tasks, wrt, rates, query = problem.tasks, self.wrt, problem.rates, problem.query
         names, dtype = self.names, self.dtype
         result = Result()
         grads = result.grads
@@ -63,18 +64,18 @@ class Job:
             if POISON and not self.some_unused:
                 flat.fill_(torch.nan)
             base = flat.data_ptr()
-            grad = [base + offset for offset in self.offsets]
+            grad = [base + offset for offset in self.offsets] + self.no_gradients
             if not problem.prefer_flat:
                 pieces = _unflatten_dense_tensors(flat, self.templates)
                 grads.params = dict(zip(self.all_names, pieces, strict=True))
         rate_grad: list[int] = []
         if "lr" in wrt:
             grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
-            rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names]
+            rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names] + self.no_gradients
         adapted: list[int] = []
         if self.adapted:
             result.adapted = self._adapted(problem)
-            adapted = [result.adapted[name].data_ptr() for name in names]
+            adapted = [result.adapted[name].data_ptr() for name in names] + self.no_gradients
         seeds = problem.adapted_grad
         output = losses = loss = 0
         if query is not None:
@@ -86,9 +87,9 @@ class Job:
         verdict = self.plan.run(
             tasks,
             torch.get_num_threads(),
-            _addresses([params[name] for name in names], keep),
+            _addresses(self._values(problem, keep), keep),
             self._rate_addresses(rates, keep),
-            [] if seeds is None else _addresses([seeds[name] for name in names], keep),
+            [] if seeds is None else _addresses([seeds[name] for name in names], keep) + self.no_gradients,
             adapted,
             grad,
             rate_grad,
@@ -102,9 +103,19 @@ class Job:
             self._refuse(verdict, problem)
         return result
 
+    def _values(self, problem: Problem, keep: list[Tensor]) -> list[Tensor | None]:
+        """The parameters, and behind them the buffers."""
+        params = problem.params
+        values: list[Tensor | None] = [params[name] for name in self.names]
+        if self.buffers:
+            buffers = [problem.net.get_buffer(name).to(self.dtype) for name in self.buffers]
+            keep += buffers  # some may be copies
+            values += buffers
+        return values
+
     def _rate_addresses(self, rates: dict[str, Tensor], keep: list[Tensor]) -> list[int]:
         if rates is not self.constant_rates[0]:  # the same dict comes again and again where rates are numbers
-            addresses = _addresses([rates.get(name) for name in self.names], keep)
+            addresses = _addresses([rates.get(name) for name in self.names], keep) + self.no_gradients
             if keep:
                 return addresses
             self.constant_rates = (rates, addresses)

@@ -16,6 +16,7 @@ except ImportError as error:  # said by missing()
     _IMPORT_ERROR = str(error)
 
 _DTYPES = (torch.float32, torch.float64)
+_KINDS = ("linear", "elementwise", "reshape", "add")
 
 
 def missing() -> str:
@@ -35,7 +36,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"tensors are on {first.device}"
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    if all(layer.kind != "linear" for layer in program.layers):
+    if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
+        return f"{unknown[0]} has no kernels"
+    if not plans.used_params(program):
         return "the output depends on no parameter"
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:

@@ -30,6 +30,7 @@ class Program:
     layers: tuple[Layer, ...]
     output: int  # the value returned
     params: tuple[tuple[str, tuple[int, ...]], ...]
+    buffers: tuple[tuple[str, tuple[int, ...]], ...] = ()  # those that some layer names: running statistics
 
     @property
     def output_shape(self) -> tuple[int, ...]:

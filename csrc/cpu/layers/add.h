@@ -5,6 +5,14 @@
 
 namespace fm::add {
 
+inline Needs needs(const Plan& plan, const Layer& layer, i64) {
+  const Value& y = plan.values[layer.output];
+  for (int in : layer.inputs)
+    require(in >= 0 && plan.values[in].rows == y.rows && plan.values[in].cols == y.cols,
+            "add reads values of different shapes");
+  return {};
+}
+
 // out = a + b, row by row; either may be absent. Padding columns become zero.
 template <class S>
 void sum(const Pass<S>& pass, int value, const S* a, i64 ld_a, const S* b, i64 ld_b, S* out) {
@@ -34,7 +42,7 @@ void spread(const Pass<S>& pass, const Layer& layer, const S* dy, S* block) {
 }
 
 template <class S>
-void backward(const Pass<S>& pass, const Layer& layer) {
+void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
   spread<S>(pass, layer, pass.delta(layer.output), pass.d);
 }
 
@@ -47,7 +55,7 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
 }
 
 template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer) {
+void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
   spread<S>(pass, layer, pass.tangent_delta(layer.output), pass.rd);
 }
 

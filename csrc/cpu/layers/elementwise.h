@@ -5,13 +5,20 @@
 
 namespace fm::elementwise {
 
+// Shapes are equal, element by element.
+inline Needs needs(const Plan& plan, const Layer& layer, i64) {
+  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  require(x.rows == y.rows && x.cols == y.cols, "an element-wise layer changes the shape");
+  return {};
+}
+
 template <class S>
 Elementwise<S> arguments(const Pass<S>& pass, const Layer& layer, bool backward, S* out) {
   const Value& y = pass.plan.values[layer.output];
   const int in = layer.inputs[0];
   Elementwise<S> e{};
   e.function = layer.function;
-  e.c0 = S(layer.c0), e.c1 = S(layer.c1);
+  e.c0 = S(layer.constants[0]), e.c1 = S(layer.constants[1]);
   e.rows = pass.rows(layer.output), e.cols = y.cols, e.ld = y.ld, e.ld_x = pass.value_ld(in);
   e.accumulate = backward && layer.adds[0];
   e.x = pass.value(in), e.y = pass.output(layer.output);
@@ -25,7 +32,7 @@ void forward(const Pass<S>& pass, const Layer& layer) {
 }
 
 template <class S>
-void backward(const Pass<S>& pass, const Layer& layer) {
+void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
   const int in = layer.inputs[0];
   if (!pass.wants_delta(in)) return;
   Elementwise<S> e = arguments(pass, layer, true, pass.delta(in));
@@ -41,7 +48,7 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
 }
 
 template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer) {
+void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
   const int in = layer.inputs[0];
   if (!pass.wants_delta(in)) return;
   Elementwise<S> e = arguments(pass, layer, true, pass.tangent_delta(in));

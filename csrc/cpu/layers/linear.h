@@ -10,6 +10,19 @@
 
 namespace fm::linear {
 
+inline Needs needs(const Plan& plan, const Layer& layer, i64) {
+  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  require(layer.weight() >= 0, "a linear layer has no weight");
+  const Param& w = plan.params[layer.weight()];
+  require(w.matrix && w.taps == 1 && w.cols == x.cols && w.rows == y.cols && x.rows == y.rows,
+          "a linear layer's shapes differ");
+  if (layer.bias() >= 0) {
+    const Param& b = plan.params[layer.bias()];
+    require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");
+  }
+  return {};
+}
+
 template <class S>
 Matrix<const S> wide_matrix(const Plan& plan, const Param& p, const S* set) {
   return Matrix<const S>::panels(set, p.cols, plan.padded(p.rows));
@@ -20,7 +33,7 @@ template <class S>
 void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
               const S* bias, S* y, const S* mask) {
   const Plan& plan = pass.plan;
-  const Param& p = plan.params[layer.weight];
+  const Param& p = plan.params[layer.weight()];
   const i64 rows = pass.rows(layer.output), ld_y = plan.values[layer.output].ld;
   if (p.narrow) {
     Dot<S> dot;
@@ -45,13 +58,13 @@ template <class S>
 void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy,
                     const ParamView<S>* const* w, S* dx) {
   const Plan& plan = pass.plan;
-  const Param& p = plan.params[layer.weight];
+  const Param& p = plan.params[layer.weight()];
   const int in = layer.inputs[0];
   const i64 ld_x = plan.values[in].ld;
   Gemm<S> gemm;
   gemm.m = pass.rows(in), gemm.n = p.cols, gemm.k = p.rows, gemm.pairs = pairs;
   for (int i = 0; i < pairs; ++i) {
-    const S* rows = p.narrow ? w[i]->primary[layer.weight] : w[i]->mirror[layer.weight];
+    const S* rows = p.narrow ? w[i]->primary[layer.weight()] : w[i]->mirror[layer.weight()];
     gemm.pair[i] = {dy[i], plan.values[layer.output].ld, 1,
                     p.narrow ? Matrix<const S>::plain(rows, plan.padded(p.cols))
                              : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols))};
@@ -67,11 +80,11 @@ template <class S>
 void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
                      const S* const* dy, Sink<S>* sinks) {
   const Plan& plan = pass.plan;
-  const Param& p = plan.params[layer.weight];
+  const Param& p = plan.params[layer.weight()];
   const i64 ld_y = plan.values[layer.output].ld;
   Gemm<S> gemm;
   gemm.k = pass.rows(layer.output);
-  Sink<S>& weight = sinks[layer.weight];
+  Sink<S>& weight = sinks[layer.weight()];
   if (weight.to) {
     gemm.pairs = pairs;
     gemm.m = p.narrow ? p.rows : p.cols, gemm.n = p.narrow ? p.cols : p.rows;
@@ -91,8 +104,8 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     weight.written();
     pass.kernels.gemm(gemm);
   }
-  if (layer.bias < 0) return;
-  Sink<S>& bias = sinks[layer.bias];
+  if (layer.bias() < 0) return;
+  Sink<S>& bias = sinks[layer.bias()];
   if (bias.to) {
     gemm.pairs = 1, gemm.m = 1, gemm.n = p.rows;
     gemm.pair[0] = {pass.ones, 1, 0, Matrix<const S>::plain(dy[0], ld_y)};
@@ -108,8 +121,8 @@ template <class S>
 void forward(const Pass<S>& pass, const Layer& layer) {
   const S* x[] = {pass.value(layer.inputs[0])};
   const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
-  const S* w[] = {pass.theta.primary[layer.weight]};
-  const S* bias = layer.bias >= 0 ? pass.theta.primary[layer.bias] : nullptr;
+  const S* w[] = {pass.theta.primary[layer.weight()]};
+  const S* bias = layer.bias() >= 0 ? pass.theta.primary[layer.bias()] : nullptr;
   multiply<S>(pass, layer, 1, x, ld_x, w, bias, pass.output(layer.output), nullptr);
 }
 
@@ -135,8 +148,8 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
   const bool moves = pass.has_tangent(in);
   const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
   const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
-  const S* w[] = {pass.v.primary[layer.weight], pass.theta.primary[layer.weight]};
-  const S* bias = layer.bias >= 0 ? pass.v.primary[layer.bias] : nullptr;
+  const S* w[] = {pass.v.primary[layer.weight()], pass.theta.primary[layer.weight()]};
+  const S* bias = layer.bias() >= 0 ? pass.v.primary[layer.bias()] : nullptr;
   multiply<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output),
               layer.relu_out ? pass.value(layer.output) : nullptr);
 }

@@ -1,0 +1,88 @@
+"""Where the engine keeps an image channels-last and where rows as torch has them, and the copies between the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from fastmeta.network.program import Layer, Program
+
+#: Kinds that read images [C, ...], channels-last in the engine, and kinds that read rows of the last dimension.
+CHANNELS = frozenset({"conv2d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d"})
+ROWS = frozenset({"linear", "layer_norm"})
+
+
+@dataclass(slots=True)
+class EngineProgram:
+    """A program with every value's layout, as lists of what `_C.Plan` takes; parameters still by name."""
+
+    program: Program
+    values: list[tuple[int, int, int, int, bool]] = field(default_factory=list)  # rows, cols, height, width, channels
+    layers: list[tuple[Layer, tuple[int, ...], int]] = field(default_factory=list)  # layer, inputs, output
+    output: int = 0
+
+    def add_value(self, shape: tuple[int, ...], channels: bool) -> int:
+        """Another value of this shape; its number."""
+        self.values.append(layout(shape, channels))
+        return len(self.values) - 1
+
+
+def layout(shape: tuple[int, ...], channels: bool) -> tuple[int, int, int, int, bool]:
+    """(rows, cols, height, width, channels) of one example."""
+    if not shape:
+        return (1, 1, 1, 1, False)
+    if not channels:
+        return (prod(shape[:-1]), shape[-1], prod(shape[:-1]), 1, False)
+    width = shape[-1] if len(shape) > 1 else 1
+    return (prod(shape[1:]), shape[0], prod(shape[1:-1]), width, True)
+
+
+def lay_out(program: Program) -> EngineProgram:
+    """Choose every value's layout, and convert by a reshape where a layer reads another one than was written."""
+    engine = EngineProgram(program)
+    # of each value of the program: layout -> its number in the engine
+    places: list[dict[bool, int]] = []
+
+    def place(value: int, channels: bool) -> None:
+        places.append({channels: engine.add_value(program.value_shape(value), channels)})
+
+    def read(value: int, channels: bool) -> int:
+        known = places[value]
+        if channels not in known:
+            (source,) = known.values()
+            shape = program.value_shape(value)
+            known[channels] = engine.add_value(shape, channels)
+            engine.layers.append((Layer("reshape", (), shape), (source,), known[channels]))
+        return known[channels]
+
+    place(0, _wanted(program, 0))
+    for output, layer in enumerate(program.layers, start=1):
+        if layer.kind in CHANNELS:
+            channels = True
+        elif layer.kind in ROWS or layer.kind == "reshape":
+            channels = False
+        else:
+            channels = next(iter(places[layer.inputs[0]]))
+        if layer.kind == "reshape":
+            inputs: tuple[int, ...] = tuple(next(iter(places[value].values())) for value in layer.inputs)
+            channels = _wanted(program, output)
+        else:
+            inputs = tuple(read(value, channels) for value in layer.inputs)
+        place(output, channels)
+        engine.layers.append((layer, inputs, next(iter(places[output].values()))))
+    engine.output = read(program.output, False)
+    return engine
+
+
+def _wanted(program: Program, value: int) -> bool:
+    """Whether the first layer that cares reads this value as an image."""
+    same = {value}
+    for output, layer in enumerate(program.layers, start=1):
+        if same.isdisjoint(layer.inputs):
+            continue
+        if layer.kind in CHANNELS:
+            return True
+        if layer.kind in ROWS or layer.kind == "reshape":
+            return False
+        same.add(output)
+    return False
