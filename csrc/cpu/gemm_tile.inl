@@ -11,17 +11,15 @@ constexpr i64 FAR_BYTES = 64 << 10;
 
 template <class S>
 struct Tile {
-  const S* a;
-  i64 a_row, a_k;
-  const S* b;
-  i64 ldb, k;
+  int pairs;
+  i64 k;
+  typename Gemm<S>::Operands pair[2];
   S* c;
   i64 ldc;
-  bool add_c;
-  const S* src;
-  i64 ld_src;
+  const S* base;  // added to scale * products, or null
+  i64 ld_base;
   S scale;
-  bool far;  // c and src are too large to be in the first-level cache
+  bool far;  // c and base are too large to be in the first-level cache
   // the epilogue of the last block
   const S* bias;
   bool relu;
@@ -43,43 +41,40 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
     for (int r = 0; r < MR; ++r)
       for (int v = 0; v < NV * L; v += 64 / int(sizeof(S))) {
         __builtin_prefetch(t.c + r * t.ldc + v, 1);
-        if (t.src) __builtin_prefetch(t.src + r * t.ld_src + v);
+        if (t.base) __builtin_prefetch(t.base + r * t.ld_base + v);
       }
 
-  const S* a = t.a;
-  const S* b = t.b;
-  const i64 a_row = A_ROW_ONE ? 1 : t.a_row, a_k = A_ROW_ONE ? t.a_k : 1, ldb = t.ldb;
-  for (i64 k = t.k; k > 0; --k) {
-    V bv[NV];
+  for (int p = 0; p < t.pairs; ++p) {
+    const S* a = t.pair[p].a;
+    const S* b = t.pair[p].b;
+    const i64 a_row = A_ROW_ONE ? 1 : t.pair[p].a_row, a_k = A_ROW_ONE ? t.pair[p].a_k : 1, ldb = t.pair[p].ldb;
+    for (i64 k = t.k; k > 0; --k) {
+      V bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+      for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const V av = broadcast(a[r * a_row]);
+      for (int r = 0; r < MR; ++r) {
+        const V av = broadcast(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+        for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+      }
+      a += a_k;
+      b += ldb;
     }
-    a += a_k;
-    b += ldb;
   }
 
-  if (t.scale != 1) {
-    const V scale = broadcast(t.scale);
+  const V scale = broadcast(t.scale);
+  if (t.base) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = load(t.base + r * t.ld_base + v * L) + acc[r][v] * scale;
+  } else if (t.scale != 1) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] *= scale;
   }
-  if (t.src)
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += load(t.src + r * t.ld_src + v * L);
-  if (t.add_c)
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += load(t.c + r * t.ldc + v * L);
   if (t.bias)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -156,39 +151,46 @@ FM_INLINE RowCut cut_rows(i64 m, int vectors) {
   return m < TABLED_ROWS ? ROW_CUTS.cut[vectors - 1][m] : divide_rows(m, vectors);
 }
 
-// One pair, one block of k, one panel of c: its columns [panel, end), padded to [.., padded_end).
+// Blocks [k0, k0 + k) of the pairs [p, p + pairs), one panel of c: its columns [panel, end), padded to [..,
+// padded_end).
 template <class S>
-FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 end, i64 padded_end, i64 k0, i64 k) {
+FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end, i64 padded_end, i64 k0, i64 k) {
   constexpr int L = lanes<S>;
-  const auto& pair = g.pair[p];
-  const auto* const tiles = pair.a_row == 1 && pair.a_k != 1 ? TILES<S, true> : TILES<S, false>;
-  const bool first = p == 0 && k0 == 0, last = p == g.pairs - 1 && k0 + k == g.k;
+  const auto* const tiles = g.pair[p].a_row == 1 && g.pair[p].a_k != 1 ? TILES<S, true> : TILES<S, false>;
+  const bool first = p == 0 && k0 == 0, last = p + pairs == g.pairs && k0 + k == g.k;
   Tile<S> t;
-  t.a_row = pair.a_row;
-  t.a_k = pair.a_k;
+  t.pairs = pairs;
   t.k = k;
-  t.add_c = !first || g.add_c;
   t.scale = g.scale;
   t.far = g.m * g.n * i64(sizeof(S)) > FAR_BYTES;
   t.relu = last && g.relu;
-  t.src = t.mask = t.bias = nullptr;
-  const S* const a = pair.a + k0 * pair.a_k;
+  t.base = t.mask = t.bias = nullptr;
   i64 j = panel;
   while (j < end) {
     const int vectors = tile_width((end - j + L - 1) / L);
     const RowCut cut = cut_rows(g.m, vectors);
-    t.a = a;
-    t.b = pair.b.column(j, t.ldb) + k0 * t.ldb;
+    for (int i = 0; i < pairs; ++i) {
+      const auto& pair = g.pair[p + i];
+      auto& to = t.pair[i];
+      to.a = pair.a + k0 * pair.a_k;
+      to.a_row = pair.a_row;
+      to.a_k = pair.a_k;
+      to.b = pair.b.column(j, to.ldb) + k0 * to.ldb;
+    }
     t.c = g.c.column(j, t.ldc);
-    if (first && g.src) t.src = g.src.column(j, t.ld_src);
+    if (!first)
+      t.base = t.c, t.ld_base = t.ldc;
+    else if (g.base)
+      t.base = g.base.column(j, t.ld_base);
     if (last && g.mask) t.mask = g.mask.column(j, t.ld_mask);
     if (last && g.bias) t.bias = g.bias + j;
     for (i64 i = 0; i < cut.tiles; ++i) {
       const i64 rows = cut.rows + (i < cut.larger);
       tiles[vectors - 1][rows - 1](t);
-      t.a += rows * pair.a_row;
+      t.pair[0].a += rows * t.pair[0].a_row;
+      if (pairs > 1) t.pair[1].a += rows * t.pair[1].a_row;
       t.c += rows * t.ldc;
-      if (t.src) t.src += rows * t.ld_src;
+      if (t.base) t.base += rows * t.ld_base;
       if (t.mask) t.mask += rows * t.ld_mask;
     }
     j += vectors * L;
@@ -202,12 +204,17 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, i64 panel, i64 end, i64 padde
 
 template <class S>
 void gemm(const Gemm<S>& g) {
+  const bool together = g.pairs * g.k <= K_BLOCK;  // all of b fits
   for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
     const i64 end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>,
               padded_end = panel + pad<S>(end - panel);
+    if (together) {
+      gemm_block(g, 0, g.pairs, panel, end, padded_end, 0, g.k);
+      continue;
+    }
     for (int p = 0; p < g.pairs; ++p)
       for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK)
-        gemm_block(g, p, panel, end, padded_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK);
+        gemm_block(g, p, 1, panel, end, padded_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK);
   }
 }
 

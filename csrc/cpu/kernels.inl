@@ -32,6 +32,7 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &loss_tangent<S>,
                                 &add<S>,
                                 &inner<S>,
+                                &column_sums<S>,
                                 &sgd_update<S>,
                                 &sgd_direction<S>,
                                 &sgd_adjoint<S>};

@@ -123,16 +123,19 @@ template <class S, bool TANGENT, class Terms>
 FM_INLINE S elementwise_example(const LossCall<S>& l, const Terms& terms, i64 n, S share, S factor, S side_factor) {
   const S* const target = static_cast<const S*>(l.target);
   S value = 0;
-  for (i64 r = 0; r < l.rows; ++r) {
-    const i64 row = (n * l.rows + r) * l.ld, at = (n * l.rows + r) * l.cols;
-    for (i64 c = 0; c < l.cols; ++c) {
-      const S pos_weight = l.class_weights ? l.class_weights[c] : S(1);
-      const LossTerms<S> t = terms(l.z[row + c], target[at + c], pos_weight);
-      const S rz = TANGENT ? l.rz[row + c] : S(0);
-      value += share * (TANGENT ? t.dz * rz : t.value);
-      if (l.dz) l.dz[row + c] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
-      if (l.dtarget) l.dtarget[at + c] += side_factor * share * (TANGENT ? t.dzy * rz : t.dy);
-    }
+  const auto element = [&](i64 in_z, i64 in_target, i64 c) FM_INLINE_LAMBDA {
+    const S pos_weight = l.class_weights ? l.class_weights[c] : S(1);
+    const LossTerms<S> t = terms(l.z[in_z], target[in_target], pos_weight);
+    const S rz = TANGENT ? l.rz[in_z] : S(0);
+    value += share * (TANGENT ? t.dz * rz : t.value);
+    if (l.dz) l.dz[in_z] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
+    if (l.dtarget) l.dtarget[in_target] += side_factor * share * (TANGENT ? t.dzy * rz : t.dy);
+  };
+  for (i64 row = n * l.rows; row < (n + 1) * l.rows; ++row) {
+    if (l.cols == 1)  // not worth the set-up of a vectorised loop
+      element(row * l.ld, row, 0);
+    else
+      for (i64 c = 0; c < l.cols; ++c) element(row * l.ld + c, row * l.cols + c, c);
   }
   return value;
 }
@@ -145,6 +148,10 @@ FM_INLINE double loss_sum(const LossCall<S>& l, const Example& example) {
     for (i64 r = 0; r < l.examples * l.rows; ++r) zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
   double value = 0;
   for (i64 n = 0; n < l.examples; ++n) {
+    if (!l.weights && !l.dweights) {
+      value += double(example(n, S(share), S(side)));
+      continue;
+    }
     const double weight = l.weights ? double(l.weights[n]) : 1.0;
     const double term = example(n, S(share * weight), S(side * weight));
     value += weight * term;

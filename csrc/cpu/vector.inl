@@ -2,6 +2,7 @@
 // inside an anonymous namespace: nothing here may be shared between those files.
 
 #define FM_INLINE inline __attribute__((always_inline))
+#define FM_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class S, int BYTES = FM_VECTOR_BYTES>
 struct VectorOf {

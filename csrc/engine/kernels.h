@@ -7,8 +7,7 @@
 
 namespace fm {
 
-// c = mask(relu([c +] [src +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become
-// zero.
+// c = mask(relu([base +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become zero.
 template <class S>
 struct Gemm {
   i64 m, n;
@@ -20,12 +19,30 @@ struct Gemm {
     Matrix<const S> b;  // [k, n]
   } pair[2];
   Matrix<S> c;
-  bool add_c = false;        // add to what c holds
-  Matrix<const S> src = {};  // added if present; c itself only through add_c
+  Matrix<const S> base = {};  // added if present; may be c
   S scale = 1;
   const S* bias = nullptr;  // [n] added to every row if present
   bool relu = false;
   Matrix<const S> mask = {};  // c is zeroed where mask <= 0, if present
+
+  // Where a tile of c reads its operands.
+  struct Operands {
+    const S* a;
+    i64 a_row, a_k;
+    const S* b;
+    i64 ldb;
+  };
+};
+
+// out = [base +] scale * the sum of `rows` rows, `ld` apart; n padded.
+template <class S>
+struct ColumnSums {
+  i64 rows, n;
+  const S* a;
+  i64 ld;
+  const S* base;
+  S scale;
+  S* out;
 };
 
 // c[r, o] = sum_p <a_p[r, :], b_p[o, :]> + bias[o] for few outputs o.
@@ -97,6 +114,7 @@ struct Kernels {
   // out = a [+ b], n padded
   void (*add)(i64 n, const S* a, const S* b, S* out);
   double (*inner)(i64 n, const S* a, const S* b);
+  void (*column_sums)(const ColumnSums<S>&);
 
   // One update rule: csrc/engine/update_rules/sgd.md says what each line computes.
   void (*sgd_update)(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,

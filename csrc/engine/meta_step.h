@@ -43,7 +43,6 @@ class MetaStep {
       v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
       v_mirror_[p] = at_ + plan.at.direction_mirror + plan.params[p].mirror_offset;
     }
-    for (i64 i = 0; i < plan.lane; ++i) at_[plan.at.ones + i] = 1;
   }
 
   // Runs task t; gradients that are sums over tasks are added to `sums` (plan.range_sums long), or stored there by the
@@ -157,7 +156,7 @@ class MetaStep {
   Slice query() const { return slice(call_.query, t_, options().query, options().query_loss); }
 
   Pass<S> make_pass(const Geometry& geometry, bool input_gradient, S* x, S* d, const S* input, bool copied) {
-    Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.ones, at_ + plan_.at.temporary, input_gradient};
+    Pass<S> pass{plan_, kernels_, geometry, at_ + plan_.at.temporary, input_gradient};
     pass.x = x, pass.d = d;
     pass.rx = at_ + plan_.at.tangents, pass.rd = at_ + plan_.at.tangent_deltas;
     const Value& in = plan_.values[0];

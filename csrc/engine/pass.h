@@ -21,7 +21,6 @@ struct Pass {
   const Plan& plan;
   const Kernels<S>& kernels;
   const Geometry& geometry;
-  const S* ones;
   S* temporary;              // Plan::temporary elements, for the layer that is running
   bool input_gradient;       // the gradient of value 0 is wanted
   const S* input = nullptr;  // value 0, rows input_ld apart
@@ -51,6 +50,7 @@ struct Sink {
   const S* from = nullptr;
   bool add = false;
   S scale = 1;
+  const S* base() const { return add ? to : from; }
   // Said by whoever has written: another layer with the same parameter (tied weights) then adds.
   void written() { add = true, from = nullptr; }
 };

@@ -212,7 +212,6 @@ void Plan::finish() {
   at.updates = take(options.wants_rates ? (keeps_updates() ? K * set_size : set_size) : 0);
   at.rates = take(set_size);
   at.task_sums = take(task_sums);
-  at.ones = take(lane);
   temporary = std::max(largest_temporary(*this, options.support), largest_temporary(*this, options.query));
   at.temporary = take(temporary);
   at.total = end;

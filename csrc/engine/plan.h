@@ -94,7 +94,7 @@ struct Plan {
     i64 query_values, query_deltas;
     i64 tangents, tangent_deltas;
     i64 gradient, direction, direction_mirror, lambda, mbar, momentum, updates, update_stride, rates, task_sums;
-    i64 ones, temporary, total;
+    i64 temporary, total;
   } at;
 
   bool tied = false;  // some parameter is used by several layers

@@ -70,7 +70,7 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
                              : Matrix<const S>::panels(rows, p.rows, plan.padded(p.cols))};
   }
   gemm.c = Matrix<S>::plain(dx, ld_x);
-  gemm.add_c = layer.adds[0];
+  if (layer.adds[0]) gemm.base = Matrix<const S>::plain(dx, ld_x);
   if (layer.relu_in) gemm.mask = Matrix<const S>::plain(pass.value(in), ld_x);
   pass.kernels.gemm(gemm);
 }
@@ -99,21 +99,17 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
       else
         gemm.pair[i] = {x[i], 1, ld_x[i], Matrix<const S>::plain(dy[i], ld_y)};
     }
-    gemm.c = shaped(weight.to), gemm.add_c = weight.add, gemm.scale = weight.scale;
-    if (weight.from) gemm.src = shaped(weight.from);
+    gemm.c = shaped(weight.to), gemm.scale = weight.scale;
+    if (weight.base()) gemm.base = shaped(weight.base());
     weight.written();
     pass.kernels.gemm(gemm);
   }
   if (layer.bias() < 0) return;
   Sink<S>& bias = sinks[layer.bias()];
   if (bias.to) {
-    gemm.pairs = 1, gemm.m = 1, gemm.n = p.rows;
-    gemm.pair[0] = {pass.ones, 1, 0, Matrix<const S>::plain(dy[0], ld_y)};
-    gemm.c = Matrix<S>::plain(bias.to, plan.padded(p.rows));
-    gemm.add_c = bias.add, gemm.scale = bias.scale;
-    gemm.src = bias.from ? Matrix<const S>::plain(bias.from, plan.padded(p.rows)) : Matrix<const S>{};
+    pass.kernels.column_sums(
+        {pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y, bias.base(), bias.scale, bias.to});
     bias.written();
-    pass.kernels.gemm(gemm);
   }
 }
 
