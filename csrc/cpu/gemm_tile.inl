@@ -16,8 +16,8 @@ struct Tile {
   typename Gemm<S>::Operands pair[2];
   S* c;
   i64 ldc;
-  const S* base;  // added to scale * products, or null
-  i64 ld_base;
+  const S *base, *also;  // added to scale * products, or null; `also` only beside `base`
+  i64 ld_base, ld_also;
   S scale;
   bool far;  // c and base are too large to be in the first-level cache
   // the epilogue of the last block
@@ -75,6 +75,11 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] *= scale;
   }
+  if (t.also)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += load(t.also + r * t.ld_also + v * L);
   if (t.bias)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -164,7 +169,7 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end
   t.scale = g.scale;
   t.far = g.m * g.n * i64(sizeof(S)) > FAR_BYTES;
   t.relu = last && g.relu;
-  t.base = t.mask = t.bias = nullptr;
+  t.base = t.also = t.mask = t.bias = nullptr;
   i64 j = panel;
   while (j < end) {
     const int vectors = tile_width((end - j + L - 1) / L);
@@ -182,6 +187,7 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end
       t.base = t.c, t.ld_base = t.ldc;
     else if (g.base)
       t.base = g.base.column(j, t.ld_base);
+    if (first && g.also) t.also = g.also.column(j, t.ld_also);
     if (last && g.mask) t.mask = g.mask.column(j, t.ld_mask);
     if (last && g.bias) t.bias = g.bias + j;
     for (i64 i = 0; i < cut.tiles; ++i) {
@@ -191,6 +197,7 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end
       if (pairs > 1) t.pair[1].a += rows * t.pair[1].a_row;
       t.c += rows * t.ldc;
       if (t.base) t.base += rows * t.ld_base;
+      if (t.also) t.also += rows * t.ld_also;
       if (t.mask) t.mask += rows * t.ld_mask;
     }
     j += vectors * L;

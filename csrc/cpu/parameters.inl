@@ -25,8 +25,10 @@ void column_sums(const ColumnSums<S>& s) {
     i64 r = 0;
     for (; r + 1 < s.rows; r += 2, a += 2 * s.ld) even += load(a), odd += load(a + s.ld);
     if (r < s.rows) even += load(a);
-    const Vec<S> sums = (even + odd) * broadcast(s.scale);
-    store(s.out + j, s.base ? load(s.base + j) + sums : sums);
+    Vec<S> sums = (even + odd) * broadcast(s.scale);
+    if (s.base) sums += load(s.base + j);
+    if (s.also) sums += load(s.also + j);
+    store(s.out + j, sums);
   }
 }
 

@@ -7,7 +7,8 @@
 
 namespace fm {
 
-// c = mask(relu([base +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become zero.
+// c = mask(relu([base +] [also +] scale * sum_p a_p b_p + bias)) for c of m rows and n columns; padding columns become
+// zero.
 template <class S>
 struct Gemm {
   i64 m, n;
@@ -20,6 +21,7 @@ struct Gemm {
   } pair[2];
   Matrix<S> c;
   Matrix<const S> base = {};  // added if present; may be c
+  Matrix<const S> also = {};  // likewise, beside base
   S scale = 1;
   const S* bias = nullptr;  // [n] added to every row if present
   bool relu = false;
@@ -34,13 +36,13 @@ struct Gemm {
   };
 };
 
-// out = [base +] scale * the sum of `rows` rows, `ld` apart; n padded.
+// out = [base +] [also +] scale * the sum of `rows` rows, `ld` apart; n padded.
 template <class S>
 struct ColumnSums {
   i64 rows, n;
   const S* a;
   i64 ld;
-  const S* base;
+  const S *base, *also;
   S scale;
   S* out;
 };

@@ -50,7 +50,9 @@ struct Sink {
   const S* from = nullptr;
   bool add = false;
   S scale = 1;
+  // What is added, and what else.
   const S* base() const { return add ? to : from; }
+  const S* also() const { return add ? from : nullptr; }
   // Said by whoever has written: another layer with the same parameter (tied weights) then adds.
   void written() { add = true, from = nullptr; }
 };

@@ -101,6 +101,7 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     }
     gemm.c = shaped(weight.to), gemm.scale = weight.scale;
     if (weight.base()) gemm.base = shaped(weight.base());
+    if (weight.also()) gemm.also = shaped(weight.also());
     weight.written();
     pass.kernels.gemm(gemm);
   }
@@ -108,7 +109,7 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   Sink<S>& bias = sinks[layer.bias()];
   if (bias.to) {
     pass.kernels.column_sums(
-        {pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y, bias.base(), bias.scale, bias.to});
+        {pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y, bias.base(), bias.also(), bias.scale, bias.to});
     bias.written();
   }
 }
