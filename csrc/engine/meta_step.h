@@ -11,6 +11,7 @@
 #pragma once
 
 #include "call.h"
+#include "input_layer.h"
 #include "layers.h"
 #include "layout.h"
 
@@ -37,7 +38,8 @@ class MetaStep {
         v_primary_(plan.params.size()),
         v_mirror_(plan.params.size()),
         lambda_(plan.params.size()),
-        sinks_(plan.params.size()) {
+        sinks_(plan.params.size()),
+        input_(plan, kernels, workspace) {
     for (size_t p = 0; p < plan.params.size(); ++p) {
       lambda_[p] = at_ + plan.at.lambda + plan.params[p].offset;
       v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
@@ -69,11 +71,12 @@ class MetaStep {
   // theta_k of parameter p: shared as long as it is everybody's, else in the workspace.
   const S* theta(i64 k, size_t p) const {
     const Param& param = plan_.params[p];
-    if (!param.adapted) k = 0;
+    if (!param.adapted || input_.is(p)) k = 0;
     if (k == 0 && !param.per_task) return shared_.theta + param.offset;
-    return at_ + plan_.at.theta + k * plan_.at.theta_stride + param.offset;
+    return at_ + theta_at(k) + param.offset;
   }
-  S* own_theta(i64 k, size_t p) { return at_ + plan_.at.theta + k * plan_.at.theta_stride + plan_.params[p].offset; }
+  i64 theta_at(i64 k) const { return plan_.at.theta + (k == 0 ? 0 : plan_.set_size + (k - 1) * plan_.at.theta_stride); }
+  S* own_theta(i64 k, size_t p) { return at_ + theta_at(k) + plan_.params[p].offset; }
   S* own_mirror(i64 k, size_t p) {
     const i64 slot = k == 0 ? 0 : options().store ? k * plan_.at.mirror_stride : plan_.mirror_size;
     return at_ + plan_.at.theta_mirror + slot + plan_.params[p].mirror_offset;
@@ -126,6 +129,13 @@ class MetaStep {
     alpha = 0, alphas = packed;
   }
 
+  S single_rate(i64 k, size_t p) {
+    S alpha;
+    const S* none;
+    rate(k, p, alpha, none);
+    return alpha;
+  }
+
   // ---- batches ----------------------------------------------------------------------------------------------
   struct Slice {
     const S* x;
@@ -170,12 +180,19 @@ class MetaStep {
     S* d = at_ + plan_.at.deltas + k * plan_.at.delta_stride;
     Pass<S> pass = make_pass(plan_.support, batch.grad_x != nullptr, x, d, batch.x, copied);
     pass.theta = view(k);
+    if (input_.active()) {
+      pass.low_rank = input_.support_forward(k);
+    }
     return pass;
   }
   Pass<S> query_pass(i64 k, const Slice& batch) {
     Pass<S> pass = make_pass(plan_.query, batch.grad_x != nullptr, at_ + plan_.at.query_values,
                              at_ + plan_.at.query_deltas, batch.x, false);
     pass.theta = view(k);
+    if (input_.active()) {
+      input_.query(pass.input, pass.input_ld);
+      pass.low_rank = input_.query_forward(k);
+    }
     return pass;
   }
 
@@ -210,7 +227,7 @@ class MetaStep {
   Sink<S>* gradient_sinks() {
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       sinks_[p] = {};
-      if (plan_.params[p].adapted) sinks_[p].to = at_ + plan_.at.gradient + plan_.params[p].offset;
+      if (plan_.params[p].adapted && !input_.is(p)) sinks_[p].to = at_ + plan_.at.gradient + plan_.params[p].offset;
     }
     return sinks_.data();
   }
@@ -218,12 +235,14 @@ class MetaStep {
   void inner_step(i64 k) {
     const Slice batch = support(k);
     const Pass<S> pass = support_pass(k, batch, false);
+    if (k == 0 && input_.active()) input_.begin(pass.input, pass.input_ld, theta(0, input_.param_index()));
     if (plan_.plain_rule() && !(plan_.keeps_updates() && options().gradient)) {
       update_in_epilogues(k, pass, batch);
     } else {
       support_gradient(pass, batch, gradient_sinks());
       update(k);
     }
+    if (input_.active()) input_.step(k, single_rate(k, input_.param_index()), pass);
     mirror_step(k + 1);
   }
 
@@ -233,7 +252,7 @@ class MetaStep {
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       sinks_[p] = {};
-      if (!param.adapted) continue;
+      if (!param.adapted || input_.is(p)) continue;
       if (param.rate_element) {
         elementwise = true;
         sinks_[p].to = at_ + plan_.at.gradient + param.offset;
@@ -252,7 +271,7 @@ class MetaStep {
 
   void update(i64 k) {
     for (size_t p = 0; p < plan_.params.size(); ++p)
-      if (plan_.params[p].adapted) update(k, p);
+      if (plan_.params[p].adapted && !input_.is(p)) update(k, p);
   }
 
   void update(i64 k, size_t p) {
@@ -326,7 +345,10 @@ class MetaStep {
     } else {
       return 0.0;
     }
-    backward(pass, lambda_sinks(S(1)));
+    Sink<S>* sinks = lambda_sinks(S(1));
+    if (input_.active()) sinks[input_.param_index()] = input_sink();
+    backward(pass, sinks);
+    if (input_.active()) input_.add_query(pass), input_fresh_ = false;
     fresh_ = false;
     if (batch.grad_x) add_input_gradient(pass, pass.d, S(1), batch.grad_x);
     return value;
@@ -337,10 +359,11 @@ class MetaStep {
     const Options& o = options();
     S* lambda = at_ + plan_.at.lambda;
     fresh_ = true, summed_ = false;
+    start_input_gradient(sums);
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (const S* seed = call_.params[p].adapted_grad) {
-        pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda + param.offset);
+        if (!input_.is(p)) pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda + param.offset);
         fresh_ = false;
       }
       if (!param.adapted && o.second_order && o.steps > 0) {
@@ -358,7 +381,29 @@ class MetaStep {
       value += query_gradient(k);
     }
     if (call_.task_losses) call_.task_losses[t_] = S(value);
+    finish_input_gradient();
     write_gradients(sums);
+  }
+
+  // ---- the gradient of the input layer's weight goes straight to where it is wanted ----------------------------
+  void start_input_gradient(S* sums) {
+    if (!input_.active()) return;
+    const size_t p = input_.param_index();
+    const Param& param = plan_.params[p];
+    input_gradient_ = param.per_task ? lambda_[p] : sums + param.offset;
+    input_fresh_ = param.per_task || first_;
+    if (const S* seed = call_.params[p].adapted_grad) {
+      pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda_[p]);
+      input_.seed(lambda_[p]);
+      if (!param.per_task)
+        kernels_.add(param.size, lambda_[p], input_fresh_ ? nullptr : input_gradient_, input_gradient_);
+      input_fresh_ = false;
+    }
+  }
+  Sink<S> input_sink() const { return {input_gradient_, nullptr, !input_fresh_, S(1)}; }
+  void finish_input_gradient() {
+    if (!input_.active()) return;
+    if (options().second_order || input_fresh_) input_.write_lambda(input_gradient_, !input_fresh_);
   }
 
   // lambda += scale * gradient, or = if it has not been written yet.
@@ -374,7 +419,7 @@ class MetaStep {
     if (!o.store) mirror_step(k);
     const Pass<S> pass = support_pass(k, batch, !again);
     if (again) support_gradient(pass, batch, o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
-    if (o.wants_rates) rate_gradients(k, sums);
+    if (o.wants_rates) rate_gradients(k, pass, sums);
     // After the last product nothing is done to lambda_0 but to add it to the sums: the product can.
     const bool into_sums =
         o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
@@ -385,7 +430,8 @@ class MetaStep {
     }
     direction(k);
     if (o.second_order) {
-      hessian_vector(pass, batch, v_primary_.data(), S(1), into_sums ? sums : nullptr);
+      const S input_scale = input_.active() ? -single_rate(k, input_.param_index()) : S(1);
+      hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums ? sums : nullptr);
     }
     if (!plan_.plain_rule())
       for (size_t p = 0; p < plan_.params.size(); ++p) {
@@ -415,7 +461,7 @@ class MetaStep {
   void along_lambda(Pass<S> pass, const Slice& batch, S alpha, S* sums) {
     for (size_t p = 0; p < plan_.params.size(); ++p)
       if (plan_.params[p].mirrored) make_v_mirror(p, lambda_[p]);
-    hessian_vector(pass, batch, lambda_.data(), -alpha, sums);
+    hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), sums);
   }
 
   // v = mbar - alpha lambda; zero for parameters that are not adapted, since the sweep began.
@@ -424,7 +470,7 @@ class MetaStep {
     const bool first = k == o.steps - 1;  // mbar is still zero
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
-      if (!param.adapted) continue;
+      if (!param.adapted || input_.is(p)) continue;
       S alpha;
       const S* alphas;
       rate(k, p, alpha, alphas);
@@ -441,9 +487,10 @@ class MetaStep {
   }
 
   // lambda += scale H v, or into the sums if given; the mixed derivatives likewise into the gradients of the support
-  // set.
-  void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S* sums) {
+  // set. The input layer's v is input_scale * lambda.
+  void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S input_scale, S* sums) {
     pass.v = {v, v_mirror_.data()};
+    if (input_.active()) pass.tangent_low_rank = input_.tangent(input_scale);
     tangent(pass);
     LossCall<S> l = loss_call(pass, options().loss, batch, 1.0, double(scale));
     l.rz = pass.tangent(plan_.output);
@@ -456,24 +503,30 @@ class MetaStep {
         if (!plan_.params[p].per_task) sinks[p] = {sums + plan_.params[p].offset, lambda_[p], !first_, scale};
       summed_ = true;
     }
+    if (input_.active()) sinks[input_.param_index()] = {};
     tangent_backward(pass, sinks);
+    if (input_.active()) input_.adjoint_step(scale, pass);
     if (batch.grad_x) add_input_gradient(pass, pass.rd, scale, batch.grad_x);
   }
 
   // d alpha_k -= lambda_{k+1} u_k
-  void rate_gradients(i64 k, S* sums) {
+  void rate_gradients(i64 k, const Pass<S>& pass, S* sums) {
     const Options& o = options();
     const S* u = at_ + plan_.at.updates + (plan_.keeps_updates() ? k * plan_.at.update_stride : 0);
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted) continue;
       const S* lambda = lambda_[p];
+      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums) + param.rate_sum_offset;
+      if (param.rate_per_step) to += k * (param.rate_element ? param.size : plan_.lane);
+      if (input_.is(p)) {
+        to[0] -= S(input_.rate_gradient(pass));
+        continue;
+      }
       if (!plan_.keeps_updates())
         kernels_.sgd_update(param.size, S(0), S(o.weight_decay), S(0), nullptr, theta(k, p),
                             at_ + plan_.at.gradient + param.offset, nullptr, at_ + plan_.at.rates + param.offset,
                             at_ + plan_.at.updates + param.offset);
-      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums) + param.rate_sum_offset;
-      if (param.rate_per_step) to += k * (param.rate_element ? param.size : plan_.lane);
       if (param.rate_element)
         for (i64 i = 0; i < param.size; ++i) to[i] -= lambda[i] * u[param.offset + i];
       else
@@ -484,8 +537,15 @@ class MetaStep {
   // ---- results ----------------------------------------------------------------------------------------------
   void write_adapted() {
     for (size_t p = 0; p < plan_.params.size(); ++p)
-      if (S* to = call_.params[p].adapted)
-        unpack(kernels_, plan_, plan_.params[p], theta(options().steps, p), to + t_ * plan_.params[p].numel());
+      if (S* to = call_.params[p].adapted) {
+        const S* adapted = theta(options().steps, p);
+        if (input_.is(p)) {
+          S* own = at_ + plan_.at.gradient + plan_.params[p].offset;
+          input_.write_theta(options().steps, adapted, own);
+          adapted = own;
+        }
+        unpack(kernels_, plan_, plan_.params[p], adapted, to + t_ * plan_.params[p].numel());
+      }
   }
 
   void write_gradients(S* sums) {
@@ -494,7 +554,7 @@ class MetaStep {
       S* const sum = sums + param.offset;
       if (param.per_task) {
         if (S* to = call_.params[p].grad) unpack(kernels_, plan_, param, lambda_[p], to + t_ * param.numel());
-      } else if (!summed_) {
+      } else if (!summed_ && !input_.is(p)) {
         kernels_.add(param.size, lambda_[p], first_ ? nullptr : sum, sum);
       }
       if (options().wants_rates && param.adapted && param.rate_per_task)
@@ -534,6 +594,9 @@ class MetaStep {
   std::vector<const S*> primary_, mirror_, v_primary_, v_mirror_;
   std::vector<S*> lambda_;
   std::vector<Sink<S>> sinks_;
+  InputLayer<S> input_;
+  S* input_gradient_ = nullptr;  // of its weight
+  bool input_fresh_ = true;      // which has not been written yet
 };
 
 }  // namespace fm

@@ -16,6 +16,17 @@ struct ParamView {
   const S* const* mirror = nullptr;
 };
 
+// A layer's products with its weights by a shorter way: x W^T = base + scale * gram * factor; see input_layer.h.
+template <class S>
+struct LowRank {
+  int layer = -1;           // the layer's index; -1: none
+  const S* base = nullptr;  // [rows, O]; null: the product with theta as it stands
+  const S* gram = nullptr;  // [rows, rank], rows ld_gram apart
+  i64 ld_gram = 0, rank = 0;
+  const S* factor = nullptr;  // [rank, O]
+  S scale = 1;
+};
+
 template <class S>
 struct Pass {
   const Plan& plan;
@@ -28,6 +39,7 @@ struct Pass {
   S *x = nullptr, *d = nullptr;    // blocks of values and of their gradients
   S *rx = nullptr, *rd = nullptr;  // and of the tangents of both
   ParamView<S> theta = {}, v = {};
+  LowRank<S> low_rank = {}, tangent_low_rank = {};
 
   i64 rows(int value) const { return geometry.examples * plan.values[value].rows; }
   const S* value(int i) const { return i == 0 ? input : x + geometry.offset[i]; }

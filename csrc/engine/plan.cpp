@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "layers.h"
 
@@ -10,6 +11,8 @@ namespace {
 
 // Matrices of at most this many rows are multiplied by inner products: a padded vector would be mostly empty.
 constexpr i64 NARROW_ROWS = 2;
+// Weights up to this size stay in the first-level cache from use to use.
+constexpr i64 NEAR_BYTES = 64 << 10;
 
 int consumers(const Plan& plan, int value) {
   int n = value == plan.output;
@@ -115,6 +118,30 @@ void Plan::lay_out_input() {
   if (alias_input) input_ld = in.cols;
 }
 
+// A wide linear layer of the support inputs, where these and the update rule are such that its changes have low rank.
+void Plan::choose_input_layer() {
+  const Options& o = options;
+  if (o.steps == 0 || o.support == 0 || o.support_per_step || tied || !plain_rule() || o.wants_support_x ||
+      o.wants_query_x)
+    return;
+  for (const Layer& layer : layers) {
+    if (layer.kind != Kind::linear || layer.inputs[0] != 0) continue;
+    const Param& w = params[layer.weight()];
+    const bool large = w.numel() * (is_double ? 8 : 4) > NEAR_BYTES, wide = 2 * o.support * values[0].rows <= w.cols;
+    if (w.adapted && !w.rate_element && !w.narrow && large && wide) {
+      input_layer = layer.index;
+      return;
+    }
+  }
+}
+
+i64 Plan::input_layer_size() const {
+  if (input_layer < 0) return 0;
+  const i64 rows = options.support * values[0].rows, queries = options.query * values[0].rows,
+            product = rows * values[layers[input_layer].output].ld;
+  return (rows + queries) * padded(rows) + (5 + options.steps) * product;
+}
+
 void Plan::finish() {
   lane = is_double ? 8 : 16;
   require(!values.empty() && output >= 0 && output < int(values.size()), "no values, or an output that is none");
@@ -162,14 +189,19 @@ void Plan::finish() {
     if ((layer.kind == Kind::linear || layer.kind == Kind::conv2d) && !params[layer.weight()].narrow &&
         (input_gradient || values[layer.inputs[0]].from_params))
       params[layer.weight()].mirrored = true;
+  choose_input_layer();
   for (Param& p : params) {
-    p.offset = set_size;
     p.size = !p.matrix ? padded(p.cols) : p.narrow ? p.rows * padded(p.cols) : p.cols * padded(p.rows);
-    set_size += p.size;
     p.mirror_offset = mirror_size;
-    p.mirror_size = p.mirrored ? p.taps * p.rows * padded(p.cols / p.taps) : 0;
+    p.mirror_size = p.mirrored ? p.taps * p.rows * padded(p.channels()) : 0;
     mirror_size += p.mirror_size;
   }
+  // The input layer's weight comes last: theta_1, theta_2, .. end before it.
+  const int last = input_layer < 0 ? -1 : layers[input_layer].weight();
+  for (int i = 0; i < known; ++i)
+    if (i != last) params[i].offset = std::exchange(set_size, set_size + params[i].size);
+  at.theta_stride = set_size;
+  if (last >= 0) params[last].offset = std::exchange(set_size, set_size + params[last].size);
   range_sums = set_size;
   if (options.wants_rates)
     for (Param& p : params)
@@ -189,9 +221,8 @@ void Plan::finish() {
     end += n;
     return start;
   };
-  at.theta_stride = set_size;
   at.mirror_stride = options.store ? mirror_size : 0;
-  at.theta = take(set_size * (K + 1));
+  at.theta = take(set_size + K * at.theta_stride);
   at.theta_mirror = take(mirror_size * (options.store ? K + 1 : 2));
   at.value_stride = kept > 1 ? support.size_with_state : 0;
   at.delta_stride = kept > 1 ? support.size : 0;
@@ -208,12 +239,13 @@ void Plan::finish() {
   at.lambda = take(options.gradient ? set_size : 0);
   at.mbar = take(options.momentum != 0 && options.gradient ? set_size : 0);
   at.momentum = take(options.momentum != 0 ? set_size : 0);
-  at.update_stride = keeps_updates() ? set_size : 0;
-  at.updates = take(options.wants_rates ? (keeps_updates() ? K * set_size : set_size) : 0);
+  at.update_stride = keeps_updates() ? at.theta_stride : 0;
+  at.updates = take(options.wants_rates ? (keeps_updates() ? K : 1) * at.theta_stride : 0);
   at.rates = take(set_size);
   at.task_sums = take(task_sums);
   temporary = std::max(largest_temporary(*this, options.support), largest_temporary(*this, options.query));
   at.temporary = take(temporary);
+  at.input_layer = take(input_layer_size());
   at.total = end;
 }
 

@@ -94,10 +94,11 @@ struct Plan {
     i64 query_values, query_deltas;
     i64 tangents, tangent_deltas;
     i64 gradient, direction, direction_mirror, lambda, mbar, momentum, updates, update_stride, rates, task_sums;
-    i64 temporary, total;
+    i64 temporary, input_layer, total;
   } at;
 
-  bool tied = false;  // some parameter is used by several layers
+  bool tied = false;     // some parameter is used by several layers
+  int input_layer = -1;  // the layer that runs without its adapted weights, see input_layer.h; -1: none
 
   bool keeps_updates() const { return options.wants_rates && (options.store || options.momentum != 0); }
 
@@ -110,6 +111,8 @@ struct Plan {
 
  private:
   void lay_out_input();
+  void choose_input_layer();
+  i64 input_layer_size() const;
 };
 
 }  // namespace fm

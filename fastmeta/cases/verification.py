@@ -50,6 +50,23 @@ def _shapes() -> Iterator[Case]:
     yield _SMOOTH(tasks=2, steps=50, lr=0.02, memory="recompute")
 
 
+def _wide() -> Iterator[Case]:
+    """A first layer wide enough for its weights' change to be kept as factors."""
+    wide = partial(_mlp, (300, 61, 13, 3), lr=0.003, wrt_inputs=False)
+    yield wide()
+    yield wide("relu", loss="ce", memory="recompute", steps=3)
+    yield wide(tasks=18, shots=3, queries=2)
+    yield wide(step_weights=True, weighted="sqt")
+    yield wide(order="first")
+    for own in ("all", "some"):
+        yield wide(per_task=own, step_weights=True)
+    for rates in ("tensor", "per_step", "zero"):
+        yield wide(rates=rates, steps=3)
+    for operator in ("inner_sgd", "task_forward"):
+        yield wide(operator=operator, steps=2 if operator == "inner_sgd" else 0)
+    yield Case("wide_rows", partial(mlp, (272, 64, 2), "tanh"), (3, 272), lr=0.003, wrt_inputs=False)
+
+
 def _losses() -> Iterator[Case]:
     for name, loss in LOSSES.items():
         lr = 0.02 if name.endswith("_sum") else 0.1
@@ -102,7 +119,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 def _all() -> Iterator[Case]:
-    for family in (_networks, _shapes, _losses, _options, _operators):
+    for family in (_networks, _shapes, _wide, _losses, _options, _operators):
         yield from family()
 
 

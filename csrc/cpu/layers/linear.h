@@ -114,12 +114,35 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   }
 }
 
+// The same where the layer's product is known as a low-rank change of another.
+template <class S>
+void multiply(const Pass<S>& pass, const Layer& layer, const LowRank<S>& low, const S* bias, S* y, const S* mask) {
+  const Param& p = pass.plan.params[layer.weight()];
+  const i64 ld_y = pass.plan.values[layer.output].ld;
+  Gemm<S> gemm;
+  gemm.m = pass.rows(layer.output), gemm.n = p.rows, gemm.c = Matrix<S>::plain(y, ld_y);
+  if (!low.base) {
+    gemm.k = p.cols;
+    gemm.pair[0] = {pass.value(layer.inputs[0]), pass.value_ld(layer.inputs[0]), 1,
+                    wide_matrix(pass.plan, p, pass.theta.primary[layer.weight()])};
+    pass.kernels.gemm(gemm);
+  }
+  gemm.k = low.rank;
+  gemm.pair[0] = {low.gram, low.ld_gram, 1, Matrix<const S>::plain(low.factor, ld_y)};
+  gemm.base = Matrix<const S>::plain(low.base ? low.base : y, ld_y);
+  gemm.scale = low.scale, gemm.bias = bias, gemm.relu = layer.relu_out && !mask;
+  if (mask) gemm.mask = Matrix<const S>::plain(mask, ld_y);
+  pass.kernels.gemm(gemm);
+}
+
 template <class S>
 void forward(const Pass<S>& pass, const Layer& layer) {
   const S* x[] = {pass.value(layer.inputs[0])};
   const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
   const S* w[] = {pass.theta.primary[layer.weight()]};
   const S* bias = layer.bias() >= 0 ? pass.theta.primary[layer.bias()] : nullptr;
+  if (layer.index == pass.low_rank.layer)
+    return multiply<S>(pass, layer, pass.low_rank, bias, pass.output(layer.output), nullptr);
   multiply<S>(pass, layer, 1, x, ld_x, w, bias, pass.output(layer.output), nullptr);
 }
 
@@ -147,8 +170,10 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
   const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
   const S* w[] = {pass.v.primary[layer.weight()], pass.theta.primary[layer.weight()]};
   const S* bias = layer.bias() >= 0 ? pass.v.primary[layer.bias()] : nullptr;
-  multiply<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output),
-              layer.relu_out ? pass.value(layer.output) : nullptr);
+  const S* mask = layer.relu_out ? pass.value(layer.output) : nullptr;
+  if (layer.index == pass.tangent_low_rank.layer)
+    return multiply<S>(pass, layer, pass.tangent_low_rank, bias, pass.tangent(layer.output), mask);
+  multiply<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output), mask);
 }
 
 // R(dW) = rdy^T x [+ dy^T rx];  rdx = rdy W + dy V
