@@ -60,14 +60,7 @@ class Job:
 
         grad: list[int] = []
         if "params" in wrt:
-            flat = grads.flat_params = self.new(self.flat_size, dtype=dtype)
-            if POISON and not self.some_unused:
-                flat.fill_(torch.nan)
-            base = flat.data_ptr()
-            grad = [base + offset for offset in self.offsets] + self.no_gradients
-            if not problem.prefer_flat:
-                pieces = _unflatten_dense_tensors(flat, self.templates)
-                grads.params = dict(zip(self.all_names, pieces, strict=True))
+            grad = self._parameter_gradients(problem, grads) + self.no_gradients
         rate_grad: list[int] = []
         if "lr" in wrt:
             grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
@@ -102,6 +95,26 @@ class Job:
         if verdict:
             self._refuse(verdict, problem)
         return result
+
+    def _parameter_gradients(self, problem: Problem, grads: Gradients) -> list[int]:
+        """Fresh memory for them, in one vector where that is preferred; its addresses."""
+        if not problem.prefer_flat and not self.some_unused:  # cheaper than views of a vector
+            own = grads.params = {
+                name: torch.empty_like(value, memory_format=torch.contiguous_format)
+                for name, value in problem.params.items()
+            }
+            if POISON:
+                for value in own.values():
+                    value.fill_(torch.nan)
+            return [own[name].data_ptr() for name in self.names]
+        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype)
+        if POISON and not self.some_unused:
+            flat.fill_(torch.nan)
+        if not problem.prefer_flat:
+            pieces = _unflatten_dense_tensors(flat, self.templates)
+            grads.params = dict(zip(self.all_names, pieces, strict=True))
+        base = flat.data_ptr()
+        return [base + offset for offset in self.offsets]
 
     def _values(self, problem: Problem, keep: list[Tensor]) -> list[Tensor | None]:
         """The parameters, and behind them the buffers."""
