@@ -12,7 +12,6 @@ constexpr i64 FAR_BYTES = 64 << 10;
 template <class S>
 struct Tile {
   int pairs;
-  i64 k;
   typename Gemm<S>::Operands pair[2];
   S* c;
   i64 ldc;
@@ -48,7 +47,7 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
     const S* a = t.pair[p].a;
     const S* b = t.pair[p].b;
     const i64 a_row = A_ROW_ONE ? 1 : t.pair[p].a_row, a_k = A_ROW_ONE ? t.pair[p].a_k : 1, ldb = t.pair[p].ldb;
-    for (i64 k = t.k; k > 0; --k) {
+    for (i64 k = t.pair[p].k; k > 0; --k) {
       V bv[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
@@ -162,10 +161,9 @@ template <class S>
 FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end, i64 padded_end, i64 k0, i64 k) {
   constexpr int L = lanes<S>;
   const auto* const tiles = g.pair[p].a_row == 1 && g.pair[p].a_k != 1 ? TILES<S, true> : TILES<S, false>;
-  const bool first = p == 0 && k0 == 0, last = p + pairs == g.pairs && k0 + k == g.k;
+  const bool first = p == 0 && k0 == 0, last = p + pairs == g.pairs && k0 + k >= g.depth(p);
   Tile<S> t;
   t.pairs = pairs;
-  t.k = k;
   t.scale = g.scale;
   t.far = g.m * g.n * i64(sizeof(S)) > FAR_BYTES;
   t.relu = last && g.relu;
@@ -180,6 +178,7 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end
       to.a = pair.a + k0 * pair.a_k;
       to.a_row = pair.a_row;
       to.a_k = pair.a_k;
+      to.k = pairs > 1 ? g.depth(i) : k;
       to.b = pair.b.column(j, to.ldb) + k0 * to.ldb;
     }
     t.c = g.c.column(j, t.ldc);
@@ -211,17 +210,18 @@ FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end
 
 template <class S>
 void gemm(const Gemm<S>& g) {
-  const bool together = g.pairs * g.k <= K_BLOCK;  // all of b fits
+  // Whether all of b fits.
+  const bool together = g.depth(0) + (g.pairs > 1 ? g.depth(1) : 0) <= K_BLOCK;
   for (i64 panel = 0; panel < g.n; panel += panel_columns<S>) {
     const i64 end = g.n - panel < panel_columns<S> ? g.n : panel + panel_columns<S>,
               padded_end = panel + pad<S>(end - panel);
     if (together) {
-      gemm_block(g, 0, g.pairs, panel, end, padded_end, 0, g.k);
+      gemm_block(g, 0, g.pairs, panel, end, padded_end, 0, g.depth(0));
       continue;
     }
     for (int p = 0; p < g.pairs; ++p)
-      for (i64 k0 = 0; k0 < g.k; k0 += K_BLOCK)
-        gemm_block(g, p, 1, panel, end, padded_end, k0, g.k - k0 < K_BLOCK ? g.k - k0 : K_BLOCK);
+      for (i64 k0 = 0, k = g.depth(p); k0 < k; k0 += K_BLOCK)
+        gemm_block(g, p, 1, panel, end, padded_end, k0, k - k0 < K_BLOCK ? k - k0 : K_BLOCK);
   }
 }
 

@@ -14,6 +14,7 @@ namespace {
 #include "vector.inl"
 // vector.inl comes first, the others build on it
 #include "gemm_tile.inl"
+
 #include "layers/elementwise.inl"
 #include "loss.inl"
 #include "parameters.inl"

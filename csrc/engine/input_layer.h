@@ -114,9 +114,13 @@ class InputLayer {
       total += kernels_.inner(plan_.padded(param().rows), scaled_ + r * ld_, pass.delta(output_) + r * ld_);
     return total;
   }
-  // to [+]= x^T B
-  void write_lambda(S* to, bool add) const {
+  // to [+]= x^T B [+ z^T dz of a query pass]
+  void write_lambda(S* to, bool add, const Pass<S>* query) const {
     Gemm<S> g = outer(x_, ld_x_, rows_, b_, to);
+    if (query) {
+      g.pairs = 2;
+      g.pair[1] = {query->input, 1, query->input_ld, Matrix<const S>::plain(query->delta(output_), ld_), query_rows_};
+    }
     if (add) g.base = engine_matrix(plan_, param(), static_cast<const S*>(to));
     kernels_.gemm(g);
   }

@@ -18,6 +18,7 @@ struct Gemm {
     const S* a;  // element (r, k) at a[r * a_row + k * a_k]; one of the strides is 1
     i64 a_row, a_k;
     Matrix<const S> b;  // [k, n]
+    i64 own_k = 0;      // if it is not the common k
   } pair[2];
   Matrix<S> c;
   Matrix<const S> base = {};  // added if present; may be c
@@ -32,8 +33,9 @@ struct Gemm {
     const S* a;
     i64 a_row, a_k;
     const S* b;
-    i64 ldb;
+    i64 ldb, k;
   };
+  i64 depth(int p) const { return pair[p].own_k ? pair[p].own_k : k; }
 };
 
 // out = [base +] [also +] scale * the sum of `rows` rows, `ld` apart; n padded.
@@ -97,6 +99,45 @@ struct LossCall {
   S* dz;                         // [examples * rows, ld] or null
   S* dtarget;                    // [examples, rows * cols], added to, or null
   S* dweights;                   // [examples], added to, or null
+};
+
+// c = [c +] sum_p conv(a_p, w_p) [+ bias] over images of channels-last pixels, or with the transposed convolution,
+// whose c has the shape of the other one's input.
+template <class S>
+struct Conv {
+  bool transposed = false;
+  i64 examples, c_h, c_w, a_h, a_w;
+  i64 kh, kw, sh, sw, ph, pw;  // of the convolution itself
+  i64 k, n;                    // channels of a and of c
+  int pairs = 1;
+  struct Pair {
+    const S* a;  // [examples * a_h * a_w, k], rows lda apart
+    i64 lda;
+    const S* w;  // for every tap a matrix [k, n] in panels
+  } pair[2];
+  S* c;  // [examples * c_h * c_w, n], rows ldc apart
+  i64 ldc;
+  bool add = false;
+  const S* bias = nullptr;  // [n]; not together with `add`
+  const S* zeros;           // [k]
+};
+
+// For every tap, c = [base +] [also +] scale * sum_p sum over pixels of a_p(pixel under the tap)^T b_p(pixel), [k, n].
+template <class S>
+struct ConvWeight {
+  i64 examples, a_h, a_w, b_h, b_w;
+  i64 kh, kw, sh, sw, ph, pw;
+  i64 k, n;  // channels of a and of b
+  int pairs = 1;
+  struct Pair {
+    const S* a;  // [examples * a_h * a_w, k], rows lda apart
+    i64 lda;
+    const S* b;  // [examples * b_h * b_w, n], rows ldb apart
+  } pair[2];
+  i64 ldb;
+  S* c;
+  const S *base, *also;
+  S scale;
 };
 
 template <class S>

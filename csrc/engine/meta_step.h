@@ -10,6 +10,9 @@
 // Source: docs/architecture.md, "The mathematics".
 #pragma once
 
+#include <memory>
+#include <utility>
+
 #include "task_state.h"
 
 namespace fm {
@@ -193,9 +196,9 @@ class MetaStep : private TaskState<S> {
       return 0.0;
     }
     Sink<S>* sinks = lambda_sinks(S(1));
-    if (input_.active()) sinks[input_.param_index()] = input_sink();
+    if (input_.active()) sinks[input_.param_index()] = input_sink(pass);
     backward(pass, sinks);
-    if (input_.active()) input_.add_query(pass), input_fresh_ = false;
+    if (input_.active()) input_.add_query(pass);
     fresh_ = false;
     if (batch.grad_x) add_input_gradient(pass, pass.d, S(1), batch.grad_x);
     return value;
@@ -235,6 +238,7 @@ class MetaStep : private TaskState<S> {
   // ---- the gradient of the input layer's weight goes straight to where it is wanted ----------------------------
   void start_input_gradient(S* sums) {
     if (!input_.active()) return;
+    kept_query_.reset();
     const size_t p = input_.param_index();
     const Param& param = plan_.params[p];
     input_gradient_ = param.per_task ? lambda_[p] : sums + param.offset;
@@ -247,10 +251,18 @@ class MetaStep : private TaskState<S> {
       input_fresh_ = false;
     }
   }
-  Sink<S> input_sink() const { return {input_gradient_, nullptr, !input_fresh_, S(1)}; }
+  // A single query pass is kept: its share is written together with the support's.
+  Sink<S> input_sink(const Pass<S>& pass) {
+    if (call_.step_weights.empty()) {
+      kept_query_ = std::make_unique<Pass<S>>(pass);
+      return {};
+    }
+    return {input_gradient_, nullptr, !std::exchange(input_fresh_, false), S(1)};
+  }
   void finish_input_gradient() {
     if (!input_.active()) return;
-    if (options().second_order || input_fresh_) input_.write_lambda(input_gradient_, !input_fresh_);
+    if (options().second_order || input_fresh_ || kept_query_)
+      input_.write_lambda(input_gradient_, !input_fresh_, kept_query_.get());
   }
 
   // lambda += scale * gradient, or = if it has not been written yet.
@@ -433,6 +445,7 @@ class MetaStep : private TaskState<S> {
   std::vector<Sink<S>> sinks_;
   S* input_gradient_ = nullptr;  // of its weight
   bool input_fresh_ = true;      // which has not been written yet
+  std::unique_ptr<Pass<S>> kept_query_;
 };
 
 }  // namespace fm
