@@ -15,6 +15,7 @@ namespace {
 // vector.inl comes first, the others build on it
 #include "gemm_tile.inl"
 
+#include "layers/conv2d.inl"
 #include "layers/elementwise.inl"
 #include "loss.inl"
 #include "parameters.inl"
@@ -34,6 +35,8 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &add<S>,
                                 &inner<S>,
                                 &column_sums<S>,
+                                &conv<S>,
+                                &conv_weight<S>,
                                 &sgd_update<S>,
                                 &sgd_direction<S>,
                                 &sgd_adjoint<S>};

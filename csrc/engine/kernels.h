@@ -159,6 +159,9 @@ struct Kernels {
   double (*inner)(i64 n, const S* a, const S* b);
   void (*column_sums)(const ColumnSums<S>&);
 
+  void (*conv)(const Conv<S>&);
+  void (*conv_weight)(const ConvWeight<S>&);
+
   // One update rule: csrc/engine/update_rules/sgd.md says what each line computes.
   void (*sgd_update)(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,
                      S* next_m);

@@ -55,9 +55,16 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A tensor that is no parameter (a buffer, a plain attribute): no layer can read it."""
+    """A tensor that is no parameter (a buffer, a plain attribute)."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer(Constant):
+    """A buffer of the network, under its first name in `named_buffers()`: only a norm's running statistics are read."""
+
+    shape: tuple[int, ...]
 
 
 class Builder:
@@ -68,11 +75,16 @@ class Builder:
     read again.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], parameters: Mapping[int, Parameter]) -> None:
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        parameters: Mapping[int, Parameter],
+        buffers: Mapping[int, Buffer],
+    ) -> None:
         self.layers: list[Layer] = []
         self.input = Value(0, input_shape, memory=0, version=0)
         self._versions = [0]
-        self._parameters = parameters
+        self._tensors: Mapping[int, Parameter | Buffer] = {**buffers, **parameters}
 
     def layer(
         self,
@@ -113,8 +125,8 @@ class Builder:
             raise Refused("it reads a tensor that an in-place operator has overwritten")
 
     def parameter(self, tensor: Tensor, name: str) -> Parameter | Constant:
-        """The parameter that a tensor of the network is, or a constant called `name`."""
-        return self._parameters.get(id(tensor), Constant(name))
+        """The parameter or buffer that a tensor of the network is, or a constant called `name`."""
+        return self._tensors.get(id(tensor), Constant(name))
 
     def _overwrite(self, value: Value) -> None:
         if value.memory == self.input.memory:

@@ -14,9 +14,9 @@ from weakref import ref
 import torch
 from torch import Tensor, fx, nn
 
-from fastmeta.network.build import BATCH, Builder, Constant, Parameter, Refused, Value, described
+from fastmeta.network.build import BATCH, Buffer, Builder, Constant, Parameter, Refused, Value, described
 from fastmeta.network.guards import HOOKS, Guard
-from fastmeta.network.kinds import CALLS, MODULES
+from fastmeta.network.kinds import CALLS, MODULES, READ_BUFFERS
 from fastmeta.network.program import Layer, Program
 from fastmeta.network.sizes import ARITHMETIC, AUGMENTED
 from fastmeta.network.trace import Root, function_name, traced
@@ -103,7 +103,8 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
 def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...]) -> Program:
     """Turn the traced operators into layers, one by one."""
     parameters = {id(p): Parameter(name, tuple(p.shape)) for name, p in root.net.named_parameters()}
-    build = Builder(input_shape, parameters)
+    buffers = {id(b): Buffer(name, tuple(b.shape)) for name, b in root.net.named_buffers()}
+    build = Builder(input_shape, parameters, buffers)
     results: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         try:
@@ -113,7 +114,14 @@ def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...]) -> Progr
             raise Refused(f"cannot capture {_described_node(root, node)}{why}") from None
     output = results[node]
     layers, index = _without_dead(build.layers, output.index)
-    return Program(input_shape, layers, index, tuple((p.name, p.shape) for p in parameters.values()))
+    named = {name for layer in layers for name in layer.params}
+    return Program(
+        input_shape,
+        layers,
+        index,
+        tuple((p.name, p.shape) for p in parameters.values()),
+        tuple((b.name, b.shape) for b in buffers.values() if b.name in named),
+    )
 
 
 def _result(build: Builder, root: Root, node: fx.Node, results: dict[fx.Node, Any]) -> Any:
@@ -124,7 +132,7 @@ def _result(build: Builder, root: Root, node: fx.Node, results: dict[fx.Node, An
     for argument in given:
         if isinstance(argument, Value):
             build.check_readable(argument)
-        if isinstance(argument, (Constant, Tensor)):
+        if isinstance(argument, (Constant, Tensor)) and node.target not in READ_BUFFERS:
             raise Refused(f"it reads {described(argument)}")
     if node.op == "placeholder":
         return build.input

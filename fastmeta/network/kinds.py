@@ -17,10 +17,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastmeta.network import add, elementwise, identity, linear, reshape, sizes
+from torch.nn import functional as F
+
+from fastmeta.network import (
+    add,
+    avg_pool2d,
+    batch_norm,
+    concat,
+    conv2d,
+    elementwise,
+    group_norm,
+    identity,
+    instance_norm,
+    layer_norm,
+    linear,
+    max_pool2d,
+    reshape,
+    sizes,
+)
 from fastmeta.network.build import Modules, Rule
 
-KINDS: tuple[Any, ...] = (linear, elementwise, add, reshape, identity, sizes)
+KINDS: tuple[Any, ...] = (
+    linear,
+    conv2d,
+    batch_norm,
+    layer_norm,
+    group_norm,
+    instance_norm,
+    max_pool2d,
+    avg_pool2d,
+    elementwise,
+    add,
+    concat,
+    reshape,
+    identity,
+    sizes,
+)
+#: Calls that may be given buffers; no layer reads one otherwise.
+READ_BUFFERS = (F.batch_norm,)
 
 #: Module type -> (rule, attributes).
 MODULES: Modules = {}

@@ -10,12 +10,12 @@ from math import prod
 class Layer:
     """One entry of a program. Value 0 is the network's input; value i + 1 is the output of layer i."""
 
-    kind: str  # "linear" | "elementwise" | "reshape" | "add": the stem of its files
+    kind: str  # the stem of its files
     inputs: tuple[int, ...]  # values read
     shape: tuple[int, ...]  # of the output of one example (no batch dimension)
-    params: tuple[str | None, ...] = ()  # linear: (weight, bias or None)
-    function: str = ""  # elementwise: which one
-    constants: tuple[float, ...] = ()  # elementwise: its constants
+    params: tuple[str | None, ...] = ()  # (weight, bias); batch_norm: and its running mean and variance
+    function: str = ""  # elementwise: which one; avg_pool2d: "adaptive"
+    constants: tuple[float, ...] = ()  # the kind's file says which
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Program:
         shapes = dict(self.params)
         total = first = 0
         for layer in self.layers:
-            if layer.kind != "linear" or layer.params[0] is None:
+            if layer.kind not in ("linear", "conv2d") or layer.params[0] is None:
                 continue
-            macs = prod(layer.shape) * shapes[layer.params[0]][1]
+            macs = prod(layer.shape) * prod(shapes[layer.params[0]][1:])
             total += macs
             first += macs if layer.inputs[0] == 0 else 0
         return total, first

@@ -41,7 +41,7 @@ def reshape(build: Builder, input: Any, shape: Any) -> Value:
         raise Refused(f"the first size must be the batch size or -1, got {described(first)}")
     if not fits or min(rest, default=0) < -1:
         raise Refused(f"the batch dimension does not stay first in {batched(input.shape)} -> {list(shape)}")
-    return _reshaped(build, input, tuple(elements // known if size == -1 else size for size in rest))
+    return reshaped(build, input, tuple(elements // known if size == -1 else size for size in rest))
 
 
 def flatten(build: Builder, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Value:
@@ -49,13 +49,13 @@ def flatten(build: Builder, input: Any, start_dim: Any = 0, end_dim: Any = -1) -
     _check_input(input)
     start, end = _dimension(input, start_dim), _dimension(input, end_dim)
     if start == end:
-        return _reshaped(build, input, input.shape)
+        return reshaped(build, input, input.shape)
     if start > end:
         raise Refused(f"start_dim {start_dim} comes after end_dim {end_dim}")
     if start == 0:
         raise Refused("it would flatten the batch dimension (use start_dim=1)")
     shape = input.shape
-    return _reshaped(build, input, (*shape[: start - 1], prod(shape[start - 1 : end]), *shape[end:]))
+    return reshaped(build, input, (*shape[: start - 1], prod(shape[start - 1 : end]), *shape[end:]))
 
 
 def unflatten(build: Builder, input: Any, dim: Any, sizes: Any) -> Value:
@@ -77,7 +77,7 @@ def squeeze(build: Builder, input: Any, dim: Any) -> Value:
     if at == 0:
         raise Refused("it would squeeze the batch dimension")
     shape = input.shape
-    return _reshaped(build, input, shape[: at - 1] + shape[at:] if shape[at - 1] == 1 else shape)
+    return reshaped(build, input, shape[: at - 1] + shape[at:] if shape[at - 1] == 1 else shape)
 
 
 def unsqueeze(build: Builder, input: Any, dim: Any) -> Value:
@@ -88,7 +88,7 @@ def unsqueeze(build: Builder, input: Any, dim: Any) -> Value:
         at += len(input.shape) + 2
     if not 0 < at <= len(input.shape) + 1:
         raise Refused(f"dim must leave the batch dimension first, got {dim}")
-    return _reshaped(build, input, (*input.shape[: at - 1], 1, *input.shape[at - 1 :]))
+    return reshaped(build, input, (*input.shape[: at - 1], 1, *input.shape[at - 1 :]))
 
 
 def _sizes(build: Builder, input: Any, *shape: Any) -> Value:
@@ -99,7 +99,8 @@ def _unflatten_module(build: Builder, input: Any, dim: Any, unflattened_size: An
     return unflatten(build, input, dim, unflattened_size)
 
 
-def _reshaped(build: Builder, input: Value, shape: tuple[int, ...]) -> Value:
+def reshaped(build: Builder, input: Value, shape: tuple[int, ...]) -> Value:
+    """The input under another shape, known to fit."""
     return input if shape == input.shape else build.layer("reshape", (input,), shape, view=True)
 
 

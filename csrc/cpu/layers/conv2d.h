@@ -1,24 +1,243 @@
-// conv2d: not written yet.
+// conv2d: y = conv(x, W) + b on channels-last images; W [O, C, kh, kw] is kept as one matrix W^T [C, O] for each tap.
+//
+// Images of very few channels are gathered tap by tap into rows [taps * C] instead, and multiplied like any matrix.
 #pragma once
 
+#include <algorithm>
+
+#include "../../engine/layout.h"
 #include "../../engine/pass.h"
 
 namespace fm::conv2d {
 
-inline Needs needs(const Plan&, const Layer&, i64) {
-  throw std::invalid_argument("layer program: conv2d is not supported");
+constexpr i64 FEW_CHANNELS = 4;
+constexpr i64 GATHERED_PIXELS = 256;  // at a time
+
+struct Window {
+  i64 kh, kw, sh, sw, ph, pw;
+};
+inline Window window(const Layer& layer) {
+  const auto at = [&](int i) { return i64(layer.constants[i]); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
+}
+
+// Whether the taps' matrices lie one below the other as a single one: then gathered rows can be multiplied with it.
+inline bool gathers(const Plan& plan, const Layer& layer) {
+  const Param& w = plan.params[layer.weight()];
+  return w.channels() == 1 || (w.channels() <= FEW_CHANNELS && plan.padded(w.rows) <= 4 * plan.lane);
+}
+
+inline Needs needs(const Plan& plan, const Layer& layer, i64) {
+  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  require(layer.weight() >= 0, "a convolution has no weight");
+  const Param& w = plan.params[layer.weight()];
+  const Window v = window(layer);
+  require(v.kh > 0 && v.kw > 0 && v.sh > 0 && v.sw > 0 && v.ph >= 0 && v.pw >= 0, "a convolution's window is none");
+  require(x.channels && y.channels && x.rows == x.height * x.width && y.rows == y.height * y.width,
+          "a convolution reads and writes images");
+  require(w.matrix && w.taps == v.kh * v.kw && w.channels() * w.taps == w.cols && w.channels() == x.cols &&
+              w.rows == y.cols,
+          "a convolution's shapes differ");
+  require(y.height == (x.height + 2 * v.ph - v.kh) / v.sh + 1 && y.width == (x.width + 2 * v.pw - v.kw) / v.sw + 1,
+          "a convolution's output has another size");
+  if (layer.bias() >= 0) {
+    const Param& b = plan.params[layer.bias()];
+    require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");
+  }
+  const i64 zeros = plan.padded(std::max(x.cols, y.cols));
+  return {0, zeros + (gathers(plan, layer) ? 2 * GATHERED_PIXELS * plan.padded(w.cols) : 0)};
 }
 
 template <class S>
-void forward(const Pass<S>&, const Layer&) {}
+const S* zeros(const Pass<S>& pass, const Layer& layer) {
+  const i64 n = pass.plan.padded(std::max(pass.plan.values[layer.inputs[0]].cols, pass.plan.values[layer.output].cols));
+  std::fill_n(pass.temporary, n, S(0));
+  return pass.temporary;
+}
+
+// Pixels [begin, end) of the output, each with what its taps read of x.
+template <class S>
+void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 begin, i64 end, S* to) {
+  const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
+  const Window v = window(layer);
+  const i64 ld = pass.plan.padded(v.kh * v.kw * in.cols);
+  for (i64 pixel = begin; pixel < end; ++pixel, to += ld) {
+    const i64 n = pixel / out.rows, oy = pixel % out.rows / out.width, ox = pixel % out.width;
+    S* at = to;
+    for (i64 i = 0; i < v.kh; ++i) {
+      const i64 y = oy * v.sh - v.ph + i;
+      const bool inside = y >= 0 && y < in.height;
+      for (i64 j = 0; j < v.kw; ++j, at += in.cols) {
+        const i64 x_at = ox * v.sw - v.pw + j;
+        if (inside && x_at >= 0 && x_at < in.width) {
+          const S* from = x + ((n * in.height + y) * in.width + x_at) * ld_x;
+          for (i64 c = 0; c < in.cols; ++c) at[c] = from[c];
+        } else {
+          for (i64 c = 0; c < in.cols; ++c) at[c] = 0;
+        }
+      }
+    }
+    for (; at < to + ld; ++at) *at = 0;
+  }
+}
+
+// Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels.
+template <class S, class Body>
+void for_gathered(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
+                  const Body& body) {
+  const i64 pixels = pass.rows(layer.output), ld = pass.plan.padded(pass.plan.params[layer.weight()].cols);
+  const i64 room = GATHERED_PIXELS * ld;
+  S* const memory = pass.temporary + pass.plan.padded(std::max(pass.plan.values[layer.inputs[0]].cols,
+                                                               pass.plan.values[layer.output].cols));
+  for (i64 begin = 0; begin < pixels; begin += GATHERED_PIXELS) {
+    const i64 end = std::min(begin + GATHERED_PIXELS, pixels);
+    for (int p = 0; p < pairs; ++p) gather(pass, layer, x[p], ld_x[p], begin, end, memory + p * room);
+    body(begin, end - begin, memory, room);
+  }
+}
+
+// A set's weight as one matrix [taps * C, O].
+template <class S>
+Matrix<S> gathered_weight(const Plan& plan, const Param& p, S* set) {
+  return Matrix<S>::plain(set, plan.padded(p.rows));
+}
+
+// y = sum over pairs conv(x, w) + bias
+template <class S>
+void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
+              const S* bias, S* y) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight()];
+  const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
+  if (gathers(plan, layer)) {
+    const i64 ld = plan.padded(p.cols);
+    for_gathered(pass, layer, pairs, x, ld_x, [&](i64 begin, i64 pixels, S* rows, i64 room) {
+      Gemm<S> gemm;
+      gemm.m = pixels, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = pairs;
+      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {rows + i * room, ld, 1, gathered_weight(plan, p, w[i])};
+      gemm.c = Matrix<S>::plain(y + begin * out.ld, out.ld), gemm.bias = bias;
+      pass.kernels.gemm(gemm);
+    });
+    return;
+  }
+  const Window v = window(layer);
+  Conv<S> conv;
+  conv.examples = pass.geometry.examples, conv.c_h = out.height, conv.c_w = out.width;
+  conv.a_h = in.height, conv.a_w = in.width;
+  conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
+  conv.k = in.cols, conv.n = out.cols, conv.pairs = pairs;
+  for (int i = 0; i < pairs; ++i) conv.pair[i] = {x[i], ld_x[i], w[i]};
+  conv.c = y, conv.ldc = out.ld, conv.bias = bias, conv.zeros = zeros(pass, layer);
+  pass.kernels.conv(conv);
+}
+
+// dx (+)= sum over pairs of the transposed convolution of dy with w
+template <class S>
+void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy,
+                    const ParamView<S>* const* w, S* dx) {
+  const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
+  const Window v = window(layer);
+  Conv<S> conv;
+  conv.transposed = true;
+  conv.examples = pass.geometry.examples, conv.c_h = in.height, conv.c_w = in.width;
+  conv.a_h = out.height, conv.a_w = out.width;
+  conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
+  conv.k = out.cols, conv.n = in.cols, conv.pairs = pairs;
+  for (int i = 0; i < pairs; ++i) conv.pair[i] = {dy[i], out.ld, w[i]->mirror[layer.weight()]};
+  conv.c = dx, conv.ldc = in.ld, conv.add = layer.adds[0], conv.zeros = zeros(pass, layer);
+  pass.kernels.conv(conv);
+}
+
+// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b, into their sinks
+template <class S>
+void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
+                     const S* const* dy, Sink<S>* sinks) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight()];
+  const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
+  Sink<S>& weight = sinks[layer.weight()];
+  if (weight.to && gathers(plan, layer)) {
+    const i64 ld = plan.padded(p.cols);
+    for_gathered(pass, layer, pairs, x, ld_x, [&](i64 begin, i64 pixels, S* rows, i64 room) {
+      Gemm<S> gemm;
+      gemm.m = p.cols, gemm.n = p.rows, gemm.k = pixels, gemm.pairs = pairs, gemm.scale = weight.scale;
+      for (int i = 0; i < pairs; ++i)
+        gemm.pair[i] = {rows + i * room, 1, ld, Matrix<const S>::plain(dy[i] + begin * out.ld, out.ld)};
+      gemm.c = gathered_weight(plan, p, weight.to);
+      if (weight.base()) gemm.base = gathered_weight(plan, p, weight.base());
+      if (weight.also()) gemm.also = gathered_weight(plan, p, weight.also());
+      pass.kernels.gemm(gemm);
+      weight.written();
+    });
+  } else if (weight.to) {
+    const Window v = window(layer);
+    ConvWeight<S> c;
+    c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height, c.b_w = out.width;
+    c.kh = v.kh, c.kw = v.kw, c.sh = v.sh, c.sw = v.sw, c.ph = v.ph, c.pw = v.pw;
+    c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld;
+    for (int i = 0; i < pairs; ++i) c.pair[i] = {x[i], ld_x[i], dy[i]};
+    c.c = weight.to, c.base = weight.base(), c.also = weight.also(), c.scale = weight.scale;
+    pass.kernels.conv_weight(c);
+    weight.written();
+  }
+  if (layer.bias() < 0) return;
+  Sink<S>& bias = sinks[layer.bias()];
+  if (!bias.to) return;
+  pass.kernels.column_sums(
+      {pass.rows(layer.output), plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
+  bias.written();
+}
 
 template <class S>
-void backward(const Pass<S>&, const Layer&, Sink<S>*) {}
+void forward(const Pass<S>& pass, const Layer& layer) {
+  const S* x[] = {pass.value(layer.inputs[0])};
+  const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
+  const S* w[] = {pass.theta.primary[layer.weight()]};
+  const S* bias = layer.bias() >= 0 ? pass.theta.primary[layer.bias()] : nullptr;
+  convolve<S>(pass, layer, 1, x, ld_x, w, bias, pass.output(layer.output));
+}
 
 template <class S>
-void tangent(const Pass<S>&, const Layer&) {}
+void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  const int in = layer.inputs[0];
+  const S* dy[] = {pass.delta(layer.output)};
+  if (sinks) {
+    const S* x[] = {pass.value(in)};
+    const i64 ld_x[] = {pass.value_ld(in)};
+    weight_gradient<S>(pass, layer, 1, x, ld_x, dy, sinks);
+  }
+  if (pass.wants_delta(in)) {
+    const ParamView<S>* w[] = {&pass.theta};
+    input_gradient<S>(pass, layer, 1, dy, w, pass.delta(in));
+  }
+}
 
+// ry = conv(x, V) + vb [+ conv(rx, W)]
 template <class S>
-void tangent_backward(const Pass<S>&, const Layer&, Sink<S>*) {}
+void tangent(const Pass<S>& pass, const Layer& layer) {
+  const int in = layer.inputs[0];
+  const bool moves = pass.has_tangent(in);
+  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
+  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
+  const S* w[] = {pass.v.primary[layer.weight()], pass.theta.primary[layer.weight()]};
+  const S* bias = layer.bias() >= 0 ? pass.v.primary[layer.bias()] : nullptr;
+  convolve<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output));
+}
+
+// R(dW) = rdy^T x [+ dy^T rx];  rdx = transposed convolutions of rdy with W and of dy with V
+template <class S>
+void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  const int in = layer.inputs[0];
+  const bool moves = pass.has_tangent(in);
+  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
+  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
+  const S* dy[] = {pass.tangent_delta(layer.output), pass.delta(layer.output)};
+  if (pass.wants_delta(in)) {
+    const ParamView<S>* w[] = {&pass.theta, &pass.v};
+    // first, since the weight gradient may go to where v is read from
+    input_gradient<S>(pass, layer, 2, dy, w, pass.tangent_delta(in));
+  }
+  weight_gradient<S>(pass, layer, moves ? 2 : 1, x, ld_x, dy, sinks);
+}
 
 }  // namespace fm::conv2d
