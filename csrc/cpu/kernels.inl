@@ -13,6 +13,7 @@ namespace {
 
 #include "vector.inl"
 // vector.inl comes first, the others build on it
+#include "columns.inl"
 #include "gemm_tile.inl"
 
 #include "layers/conv2d.inl"
@@ -35,6 +36,9 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &add<S>,
                                 &inner<S>,
                                 &column_sums<S>,
+                                &column_squares<S>,
+                                &column_products<S>,
+                                &column_combination<S>,
                                 &conv<S>,
                                 &conv_weight<S>,
                                 &sgd_update<S>,

@@ -16,22 +16,6 @@ double inner(i64 n, const S* a, const S* b) {
   return total;
 }
 
-template <class S>
-void column_sums(const ColumnSums<S>& s) {
-  constexpr int L = lanes<S>;
-  for (i64 j = 0; j < s.n; j += L) {
-    const S* a = s.a + j;
-    Vec<S> even{}, odd{};
-    i64 r = 0;
-    for (; r + 1 < s.rows; r += 2, a += 2 * s.ld) even += load(a), odd += load(a + s.ld);
-    if (r < s.rows) even += load(a);
-    Vec<S> sums = (even + odd) * broadcast(s.scale);
-    if (s.base) sums += load(s.base + j);
-    if (s.also) sums += load(s.also + j);
-    store(s.out + j, sums);
-  }
-}
-
 // m' = mu m + g + omega theta;  theta' = theta - alpha m'
 template <class S>
 void sgd_update(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,

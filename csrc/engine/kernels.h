@@ -101,6 +101,47 @@ struct LossCall {
   S* dweights;                   // [examples], added to, or null
 };
 
+// out[c] = sum over rows of (x[r, c] - center[c])^2; n padded.
+template <class S>
+struct ColumnSquares {
+  i64 rows, n;
+  const S* x;
+  i64 ld;
+  const S* center;
+  S* out;
+};
+
+// Over rows: sum = sum a, sum_x = sum a (x - center) and, if there is b, sum_b = sum b d; n padded.
+template <class S>
+struct ColumnProducts {
+  i64 rows, n;
+  const S* a;
+  i64 ld;  // of a and b
+  const S* x;
+  i64 ld_x;
+  const S* center;
+  const S *b, *d;
+  i64 ld_d;
+  S *sum, *sum_x, *sum_b;
+};
+
+// out[r, c] = [out +] constant[c] + sum over terms of coefficients[c] * from[r, c], the first term's rows less
+// center[c].
+template <class S>
+struct ColumnCombination {
+  i64 rows, n;  // n padded
+  int terms;
+  struct Term {
+    const S* from;
+    i64 ld;
+    const S* coefficients;
+  } term[4];
+  const S *center, *constant;
+  S* out;
+  i64 ld;
+  bool add;
+};
+
 // c = [c +] sum_p conv(a_p, w_p) [+ bias] over images of channels-last pixels, or with the transposed convolution,
 // whose c has the shape of the other one's input.
 template <class S>
@@ -158,6 +199,10 @@ struct Kernels {
   void (*add)(i64 n, const S* a, const S* b, S* out);
   double (*inner)(i64 n, const S* a, const S* b);
   void (*column_sums)(const ColumnSums<S>&);
+
+  void (*column_squares)(const ColumnSquares<S>&);
+  void (*column_products)(const ColumnProducts<S>&);
+  void (*column_combination)(const ColumnCombination<S>&);
 
   void (*conv)(const Conv<S>&);
   void (*conv_weight)(const ConvWeight<S>&);

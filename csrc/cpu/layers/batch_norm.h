@@ -1,24 +1,47 @@
-// batch_norm: not written yet.
+// batch_norm: every channel normalised over the task's own batch, or by running statistics if they are given.
 #pragma once
 
-#include "../../engine/pass.h"
+#include "../channel_norm.h"
 
 namespace fm::batch_norm {
 
-inline Needs needs(const Plan&, const Layer&, i64) {
-  throw std::invalid_argument("layer program: batch_norm is not supported");
+inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
+  return {1, examples * plan.values[layer.output].rows, 1};
+}
+
+inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
+  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  require(x.rows == y.rows && x.cols == y.cols, "a norm changes the shape");
+  for (int p : layer.params)
+    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
+  require((layer.params[2] < 0) == (layer.params[3] < 0), "running statistics are a mean and a variance");
+  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples)),
+          channel_norm::TEMPORARY_ROWS * plan.padded(y.cols)};
 }
 
 template <class S>
-void forward(const Pass<S>&, const Layer&) {}
+channel_norm::ChannelNorm<S> norm(const Pass<S>& pass, const Layer& layer) {
+  return {pass, layer, blocks(pass.plan, layer, pass.geometry.examples), S(layer.constants[0])};
+}
 
 template <class S>
-void backward(const Pass<S>&, const Layer&, Sink<S>*) {}
+void forward(const Pass<S>& pass, const Layer& layer) {
+  norm(pass, layer).forward();
+}
 
 template <class S>
-void tangent(const Pass<S>&, const Layer&) {}
+void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  norm(pass, layer).backward(sinks);
+}
 
 template <class S>
-void tangent_backward(const Pass<S>&, const Layer&, Sink<S>*) {}
+void tangent(const Pass<S>& pass, const Layer& layer) {
+  norm(pass, layer).tangent();
+}
+
+template <class S>
+void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  norm(pass, layer).tangent_backward(sinks);
+}
 
 }  // namespace fm::batch_norm

@@ -1,0 +1,260 @@
+// Norms of images by channel: batch_norm (one block of all rows, a group for each channel) and group_norm (a block for
+// each example, groups of channels). With m values a group, r = 1 / sqrt(var + eps) and x^ = (x - mean) r:
+//
+//   y      = w x^ + b
+//   dx     = r (g - <g> - x^ <g x^>),                         g = w dy, <> the mean over the group
+//   ry     = w rx^ + rw x^ + rb,                              rx^ = r (rx - <rx> - x^ <rx x^>)
+//   R(dx)  = -r <rx x^> dx + r (Rg - <Rg> - rx^ <g x^> - x^ (<Rg x^> + <g rx^>)),   Rg = w rdy + rw dy
+//
+// Every one is a sum of rows times coefficients that are constant in a block's column: see docs/norms.md.
+#pragma once
+
+#include <cmath>
+
+#include "../engine/pass.h"
+
+namespace fm::channel_norm {
+
+struct Blocks {
+  i64 count, rows, group;  // rows of a block, channels of a group
+};
+
+// Kept beside the values, a row each for every block; beside the tangents <rx> and <rx x^>.
+enum State { MEAN, RSTD, SUM_DY, SUM_DY_X, STATES };
+enum TangentState { MEAN_RX, MEAN_RX_X };
+
+inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks) {
+  return blocks.count * STATES * plan.padded(plan.values[layer.output].cols);
+}
+constexpr i64 TEMPORARY_ROWS = 10;
+
+template <class S>
+class ChannelNorm {
+ public:
+  ChannelNorm(const Pass<S>& pass, const Layer& layer, const Blocks& blocks, S eps)
+      : pass_(pass),
+        layer_(layer),
+        blocks_(blocks),
+        eps_(eps),
+        in_(layer.inputs[0]),
+        cols_(pass.plan.values[layer.output].cols),
+        ld_(pass.plan.values[layer.output].ld),
+        padded_(pass.plan.padded(cols_)),
+        values_(S(blocks.rows * blocks.group)),
+        fixed_(layer.params[2] >= 0) {}
+
+  void forward() {
+    for (block_ = 0; block_ < blocks_.count; ++block_) {
+      statistics();
+      S *scale = row(0), *shift = row(1);
+      for (i64 c = 0; c < padded_; ++c) scale[c] = shift[c] = 0;
+      for (i64 c = 0; c < cols_; ++c) scale[c] = w(c) * rstd()[c], shift[c] = b(c);
+      combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output), false);
+    }
+  }
+
+  void backward(Sink<S>* sinks) {
+    start_gradients(sinks);
+    for (block_ = 0; block_ < blocks_.count; ++block_) {
+      S *sum = state(SUM_DY), *sum_x = state(SUM_DY_X);
+      products(dy(), sum, sum_x, nullptr, nullptr);
+      if (sinks)
+        for (i64 c = 0; c < cols_; ++c) dw()[c] += sum_x[c] * rstd()[c], db()[c] += sum[c];
+      if (!pass_.wants_delta(in_)) continue;
+      S *from_dy = row(0), *from_x = row(1), *constant = row(2);
+      clear(from_dy, from_x, constant);
+      each_group([&](i64 begin, i64 end) {
+        S g = 0, g_x = 0;
+        group_gradient(begin, end, g, g_x);
+        for (i64 c = begin; c < end; ++c) {
+          const S r = rstd()[c];
+          from_dy[c] = w(c) * r, from_x[c] = -r * r * g_x, constant[c] = -r * g;
+        }
+      });
+      combine({{x(), ld_x(), from_x}, {dy(), ld_, from_dy}}, constant, pass_.delta(in_), layer_.adds[0]);
+    }
+    finish_gradients(sinks);
+  }
+
+  void tangent() {
+    const bool moves = pass_.has_tangent(in_);
+    for (block_ = 0; block_ < blocks_.count; ++block_) {
+      S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
+      S *from_rx = row(0), *from_x = row(1), *constant = row(2), *sum = row(3), *sum_x = row(4);
+      clear(from_rx, from_x, constant);
+      if (moves && !fixed_) products(rx(), sum, sum_x, nullptr, nullptr);
+      each_group([&](i64 begin, i64 end) {
+        S t = 0, t_x = 0;
+        if (moves && !fixed_)
+          for (i64 c = begin; c < end; ++c) t += sum[c] / values_, t_x += sum_x[c] * rstd()[c] / values_;
+        for (i64 c = begin; c < end; ++c) {
+          const S r = rstd()[c];
+          mean_rx[c] = t, mean_rx_x[c] = t_x;
+          from_rx[c] = w(c) * r, from_x[c] = vw(c) * r - w(c) * r * r * t_x, constant[c] = vb(c) - w(c) * r * t;
+        }
+      });
+      S* to = pass_.tangent(layer_.output);
+      if (moves)
+        combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false);
+      else
+        combine({{x(), ld_x(), from_x}}, constant, to, false);
+    }
+  }
+
+  void tangent_backward(Sink<S>* sinks) {
+    const bool moves = pass_.has_tangent(in_);
+    start_gradients(sinks);
+    for (block_ = 0; block_ < blocks_.count; ++block_) {
+      const S *sum = state(SUM_DY), *sum_x = state(SUM_DY_X);
+      const S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
+      S *rsum = row(3), *rsum_x = row(4), *dy_rx = row(5);
+      clear(rsum, rsum_x, dy_rx);
+      products(rdy(), rsum, rsum_x, moves ? dy() : nullptr, dy_rx);
+      // sum over the column of dy rx^
+      const auto dy_rx_hat = [&](i64 c) {
+        const S r = rstd()[c];
+        return r * (dy_rx[c] - mean_rx[c] * sum[c] - r * mean_rx_x[c] * sum_x[c]);
+      };
+      for (i64 c = 0; c < cols_; ++c) dw()[c] += rsum_x[c] * rstd()[c] + dy_rx_hat(c), db()[c] += rsum[c];
+      if (!pass_.wants_delta(in_)) continue;
+      S *from_rdy = row(0), *from_dy = row(1), *from_rx = row(2), *from_x = row(8), *constant = row(9);
+      clear(from_rdy, from_dy, from_rx, from_x, constant);
+      each_group([&](i64 begin, i64 end) {
+        S g = 0, g_x = 0, u = 0, u_x = 0;
+        group_gradient(begin, end, g, g_x);
+        if (!fixed_)
+          for (i64 c = begin; c < end; ++c) {
+            const S r = rstd()[c];
+            u += (w(c) * rsum[c] + vw(c) * sum[c]) / values_;
+            u_x += (w(c) * rsum_x[c] * r + vw(c) * sum_x[c] * r + w(c) * dy_rx_hat(c)) / values_;
+          }
+        for (i64 c = begin; c < end; ++c) {
+          const S r = rstd()[c], t = mean_rx[c], t_x = mean_rx_x[c];
+          from_rdy[c] = r * w(c);
+          from_dy[c] = r * vw(c) - r * r * t_x * w(c);
+          from_rx[c] = -r * r * g_x;
+          from_x[c] = 2 * r * r * r * t_x * g_x - r * r * u_x;
+          constant[c] = r * r * (t_x * g + t * g_x) - r * u;
+        }
+      });
+      S* to = pass_.tangent_delta(in_);
+      if (moves)
+        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy}, {dy(), ld_, from_dy}, {rx(), ld_rx(), from_rx}},
+                constant, to, layer_.adds[0]);
+      else
+        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy}, {dy(), ld_, from_dy}}, constant, to, layer_.adds[0]);
+    }
+    finish_gradients(sinks);
+  }
+
+ private:
+  struct Term {
+    const S* from;
+    i64 ld;
+    const S* coefficients;
+  };
+
+  // Two passes: the mean, then the mean square of what is left.
+  void statistics() {
+    S *mean = state(MEAN), *rstd = state(RSTD);
+    for (i64 c = 0; c < padded_; ++c) mean[c] = rstd[c] = 0;
+    if (fixed_) {
+      for (i64 c = 0; c < cols_; ++c) mean[c] = theta(2)[c], rstd[c] = S(1) / std::sqrt(theta(3)[c] + eps_);
+      return;
+    }
+    S* sum = row(0);
+    pass_.kernels.column_sums({blocks_.rows, padded_, x(), ld_x(), nullptr, nullptr, S(1), sum});
+    over_groups(sum, mean);
+    pass_.kernels.column_squares({blocks_.rows, padded_, x(), ld_x(), mean, sum});
+    over_groups(sum, rstd);
+    for (i64 c = 0; c < cols_; ++c) rstd[c] = S(1) / std::sqrt(rstd[c] + eps_);
+  }
+  // Column sums -> means over groups, one for each column.
+  void over_groups(const S* sums, S* means) {
+    each_group([&](i64 begin, i64 end) {
+      S total = 0;
+      for (i64 c = begin; c < end; ++c) total += sums[c];
+      for (i64 c = begin; c < end; ++c) means[c] = total / values_;
+    });
+  }
+  // <g> and <g x^> of a group.
+  void group_gradient(i64 begin, i64 end, S& g, S& g_x) const {
+    if (fixed_) return;
+    for (i64 c = begin; c < end; ++c) {
+      g += w(c) * state(SUM_DY)[c] / values_;
+      g_x += w(c) * state(SUM_DY_X)[c] * rstd()[c] / values_;
+    }
+  }
+
+  template <class Body>
+  void each_group(const Body& body) const {
+    for (i64 begin = 0; begin < cols_; begin += blocks_.group) body(begin, begin + blocks_.group);
+  }
+  template <class... Rows>
+  void clear(Rows*... rows) const {
+    for (S* row : {rows...})
+      for (i64 c = 0; c < padded_; ++c) row[c] = 0;
+  }
+
+  // sum a, sum a (x - mean) and, with b, sum b rx over the block's rows
+  void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b) {
+    pass_.kernels.column_products(
+        {blocks_.rows, padded_, a, ld_, x(), ld_x(), state(MEAN), b, b ? rx() : nullptr, ld_rx(), sum, sum_x, sum_b});
+  }
+  // The first term's rows are centred.
+  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add) {
+    ColumnCombination<S> c;
+    c.rows = blocks_.rows, c.n = padded_, c.terms = 0, c.center = state(MEAN), c.constant = constant, c.add = add;
+    for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients};
+    c.ld = pass_.plan.values[in_].ld;
+    c.out = to + first_row() * c.ld;
+    pass_.kernels.column_combination(c);
+  }
+
+  void start_gradients(Sink<S>* sinks) {
+    if (!sinks) return;
+    clear(row(6), row(7));
+  }
+  void finish_gradients(Sink<S>* sinks) {
+    if (!sinks) return;
+    for (int which : {0, 1}) {
+      if (layer_.params[which] < 0) continue;
+      Sink<S>& sink = sinks[layer_.params[which]];
+      if (!sink.to) continue;
+      pass_.kernels.column_sums({1, padded_, row(6 + which), padded_, sink.base(), sink.also(), sink.scale, sink.to});
+      sink.written();
+    }
+  }
+
+  i64 first_row() const { return block_ * blocks_.rows; }
+  const S* theta(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]]; }
+  const S* v(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.v.primary[layer_.params[i]]; }
+  S w(i64 c) const { return theta(0) ? theta(0)[c] : S(1); }
+  S b(i64 c) const { return theta(1) ? theta(1)[c] : S(0); }
+  S vw(i64 c) const { return v(0) ? v(0)[c] : S(0); }
+  S vb(i64 c) const { return v(1) ? v(1)[c] : S(0); }
+  i64 ld_x() const { return pass_.value_ld(in_); }
+  i64 ld_rx() const { return pass_.plan.values[in_].ld; }
+  const S* x() const { return pass_.value(in_) + first_row() * ld_x(); }
+  const S* rx() const { return pass_.tangent(in_) + first_row() * ld_rx(); }
+  const S* dy() const { return pass_.delta(layer_.output) + first_row() * ld_; }
+  const S* rdy() const { return pass_.tangent_delta(layer_.output) + first_row() * ld_; }
+  S* state(int which) const { return pass_.state(layer_) + (block_ * STATES + which) * padded_; }
+  S* tangent_state(int which) const { return pass_.tangent_state(layer_) + (block_ * STATES + which) * padded_; }
+  const S* rstd() const { return state(RSTD); }
+  S* row(int i) const { return pass_.temporary + i * padded_; }
+  S* dw() const { return row(6); }
+  S* db() const { return row(7); }
+
+  const Pass<S>& pass_;
+  const Layer& layer_;
+  const Blocks blocks_;
+  const S eps_;
+  const int in_;
+  const i64 cols_, ld_, padded_;
+  const S values_;    // of a group
+  const bool fixed_;  // by running statistics
+  i64 block_ = 0;
+};
+
+}  // namespace fm::channel_norm

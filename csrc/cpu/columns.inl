@@ -1,0 +1,93 @@
+// Passes over the columns of blocks of rows: sums, squares, products and linear combinations.
+//
+// Sums run over pieces of COLUMN_ROWS rows, each by two alternating accumulators, and over the pieces in their order:
+// the same for any number of threads, and short enough for single precision.
+
+constexpr i64 COLUMN_ROWS = 64;
+
+// total(j) = sum over rows of term(r, j) for every vector of columns j.
+template <class S, class Term>
+FM_INLINE Vec<S> column_total(i64 rows, const Term& term) {
+  Vec<S> total{};
+  for (i64 start = 0; start < rows; start += COLUMN_ROWS) {
+    const i64 stop = start + COLUMN_ROWS < rows ? start + COLUMN_ROWS : rows;
+    Vec<S> even{}, odd{};
+    i64 r = start;
+    for (; r + 1 < stop; r += 2) even += term(r), odd += term(r + 1);
+    if (r < stop) even += term(r);
+    total += even + odd;
+  }
+  return total;
+}
+
+template <class S>
+void column_sums(const ColumnSums<S>& s) {
+  for (i64 j = 0; j < s.n; j += lanes<S>) {
+    Vec<S> sums = column_total<S>(s.rows, [&](i64 r) { return load(s.a + r * s.ld + j); }) * broadcast(s.scale);
+    if (s.base) sums += load(s.base + j);
+    if (s.also) sums += load(s.also + j);
+    store(s.out + j, sums);
+  }
+}
+
+template <class S>
+void column_squares(const ColumnSquares<S>& s) {
+  for (i64 j = 0; j < s.n; j += lanes<S>) {
+    const Vec<S> center = load(s.center + j);
+    store(s.out + j, column_total<S>(s.rows, [&](i64 r) {
+            const Vec<S> x = load(s.x + r * s.ld + j) - center;
+            return x * x;
+          }));
+  }
+}
+
+template <class S>
+void column_products(const ColumnProducts<S>& s) {
+  for (i64 j = 0; j < s.n; j += lanes<S>) {
+    const Vec<S> center = load(s.center + j);
+    Vec<S> sum{}, sum_x{}, sum_b{};
+    for (i64 start = 0; start < s.rows; start += COLUMN_ROWS) {
+      const i64 stop = start + COLUMN_ROWS < s.rows ? start + COLUMN_ROWS : s.rows;
+      Vec<S> part{}, part_x{}, part_b{};
+      for (i64 r = start; r < stop; ++r) {
+        const Vec<S> a = load(s.a + r * s.ld + j);
+        part += a, part_x += a * (load(s.x + r * s.ld_x + j) - center);
+        if (s.b) part_b += load(s.b + r * s.ld + j) * load(s.d + r * s.ld_d + j);
+      }
+      sum += part, sum_x += part_x, sum_b += part_b;
+    }
+    store(s.sum + j, sum), store(s.sum_x + j, sum_x);
+    if (s.b) store(s.sum_b + j, sum_b);
+  }
+}
+
+template <class S, int TERMS>
+FM_INLINE void combination(const ColumnCombination<S>& s) {
+  for (i64 j = 0; j < s.n; j += lanes<S>) {
+    const Vec<S> center = load(s.center + j), constant = load(s.constant + j);
+    Vec<S> coefficients[TERMS];
+#pragma GCC unroll 4
+    for (int i = 0; i < TERMS; ++i) coefficients[i] = load(s.term[i].coefficients + j);
+    for (i64 r = 0; r < s.rows; ++r) {
+      Vec<S> sum = constant + coefficients[0] * (load(s.term[0].from + r * s.term[0].ld + j) - center);
+#pragma GCC unroll 4
+      for (int i = 1; i < TERMS; ++i) sum += coefficients[i] * load(s.term[i].from + r * s.term[i].ld + j);
+      S* out = s.out + r * s.ld + j;
+      store(out, s.add ? load(out) + sum : sum);
+    }
+  }
+}
+
+template <class S>
+void column_combination(const ColumnCombination<S>& s) {
+  switch (s.terms) {
+    case 1:
+      return combination<S, 1>(s);
+    case 2:
+      return combination<S, 2>(s);
+    case 3:
+      return combination<S, 3>(s);
+    default:
+      return combination<S, 4>(s);
+  }
+}
