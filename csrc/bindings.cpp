@@ -44,7 +44,8 @@ fm::Function function_named(const std::string& name) {
                    {"sigmoid", F::sigmoid},
                    {"softplus", F::softplus},
                    {"sin", F::sin},
-                   {"affine", F::affine}},
+                   {"affine", F::affine},
+                   {"adaptive", F::adaptive}},
                   "element-wise function");
 }
 

@@ -18,9 +18,11 @@ namespace {
 
 #include "layers/conv2d.inl"
 #include "layers/elementwise.inl"
+#include "layers/layer_norm.inl"
 #include "loss.inl"
 #include "parameters.inl"
 #include "peak.inl"
+#include "pool.inl"
 #include "transpose.inl"
 
 template <class S>
@@ -39,6 +41,15 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &column_squares<S>,
                                 &column_products<S>,
                                 &column_combination<S>,
+                                &layer_norm_forward<S>,
+                                &layer_norm_backward<S>,
+                                &layer_norm_tangent<S>,
+                                &layer_norm_tangent_backward<S>,
+                                &max_pool_forward<S>,
+                                &max_pool_gather<S>,
+                                &max_pool_scatter<S>,
+                                &avg_pool_gather<S>,
+                                &avg_pool_scatter<S>,
                                 &conv<S>,
                                 &conv_weight<S>,
                                 &sgd_update<S>,

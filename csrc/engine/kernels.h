@@ -142,6 +142,36 @@ struct ColumnCombination {
   bool add;
 };
 
+// Groups of `rows` rows of `cols` columns, each normalised as one, with weight and bias [rows * cols]; see
+// layer_norm.inl.
+template <class S>
+struct LayerNorm {
+  i64 groups, rows, cols, ld_x, ld, ld_rx, ld_out;  // ld: of the output and its gradients
+  S eps;
+  const S *x, *w, *b;                // w, b may be null
+  const S *dy, *rx, *rdy, *vw, *vb;  // null where the pass has none
+  S* state;                          // [groups, 2]: mean and 1 / sqrt(var + eps), written by forward
+  S* out;                            // y, dx, ry or rdx
+  bool add;
+  S *dw, *db;  // added to, or null
+};
+
+// Windows over images of n padded channels. Gathering goes from the image to the windows, scattering back.
+template <class S>
+struct Pool {
+  i64 examples, in_h, in_w, out_h, out_w;
+  i64 kh, kw, sh, sw, ph, pw;
+  bool adaptive, count_padding;
+  i64 divisor;  // 0: the window's size
+  i64 n;
+  const S* from;
+  i64 ld_from;
+  S* to;
+  i64 ld_to;
+  bool add;        // scattering only
+  int* positions;  // max_pool: [windows, n]
+};
+
 // c = [c +] sum_p conv(a_p, w_p) [+ bias] over images of channels-last pixels, or with the transposed convolution,
 // whose c has the shape of the other one's input.
 template <class S>
@@ -203,6 +233,17 @@ struct Kernels {
   void (*column_squares)(const ColumnSquares<S>&);
   void (*column_products)(const ColumnProducts<S>&);
   void (*column_combination)(const ColumnCombination<S>&);
+
+  void (*layer_norm_forward)(const LayerNorm<S>&);
+  void (*layer_norm_backward)(const LayerNorm<S>&);
+  void (*layer_norm_tangent)(const LayerNorm<S>&);
+  void (*layer_norm_tangent_backward)(const LayerNorm<S>&);
+
+  void (*max_pool_forward)(const Pool<S>&);
+  void (*max_pool_gather)(const Pool<S>&);
+  void (*max_pool_scatter)(const Pool<S>&);
+  void (*avg_pool_gather)(const Pool<S>&);
+  void (*avg_pool_scatter)(const Pool<S>&);
 
   void (*conv)(const Conv<S>&);
   void (*conv_weight)(const ConvWeight<S>&);

@@ -25,7 +25,20 @@ using i64 = std::int64_t;
 enum class Kind : int { FM_LAYER_KINDS(FM_ENUMERATOR) };
 #undef FM_ENUMERATOR
 
-enum class Function : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sin, affine };
+enum class Function : int {
+  relu,
+  leaky_relu,
+  elu,
+  gelu,
+  gelu_tanh,
+  silu,
+  tanh,
+  sigmoid,
+  softplus,
+  sin,
+  affine,
+  adaptive
+};
 
 enum class LossKind : int { none, mse, l1, smooth_l1, huber, cross_entropy, bce_with_logits };
 

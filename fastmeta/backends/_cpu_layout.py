@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from fastmeta.network.program import Layer, Program
@@ -63,6 +63,8 @@ def lay_out(program: Program) -> EngineProgram:
             channels = False
         else:
             channels = next(iter(places[layer.inputs[0]]))
+        if layer.kind == "concat":
+            layer, channels = _concat(layer, channels)
         if layer.kind == "reshape":
             inputs: tuple[int, ...] = tuple(next(iter(places[value].values())) for value in layer.inputs)
             channels = _wanted(program, output)
@@ -72,6 +74,15 @@ def lay_out(program: Program) -> EngineProgram:
         engine.layers.append((layer, inputs, next(iter(places[output].values()))))
     engine.output = read(program.output, False)
     return engine
+
+
+def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
+    """Which layout a concat reads, and with the constant that the engine takes: 0 where columns lie side by side, else
+    the number of times that its blocks of rows alternate."""
+    at = int(layer.constants[0])
+    channels = channels and at == 0 and len(layer.shape) > 1
+    side_by_side = channels or at == len(layer.shape) - 1
+    return replace(layer, constants=(0.0 if side_by_side else float(prod(layer.shape[:at])),)), channels
 
 
 def _wanted(program: Program, value: int) -> bool:

@@ -16,7 +16,7 @@ except ImportError as error:  # said by missing()
     _IMPORT_ERROR = str(error)
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = ("linear", "conv2d", "batch_norm", "group_norm", "elementwise", "reshape", "add")
+_KINDS = ("linear", "conv2d", "batch_norm", "layer_norm", "group_norm", "max_pool2d", "avg_pool2d", "concat", "elementwise", "reshape", "add")
 
 
 def missing() -> str:

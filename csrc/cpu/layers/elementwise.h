@@ -9,6 +9,7 @@ namespace fm::elementwise {
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(x.rows == y.rows && x.cols == y.cols, "an element-wise layer changes the shape");
+  require(layer.function != Function::adaptive, "an element-wise layer has no function");
   return {};
 }
 

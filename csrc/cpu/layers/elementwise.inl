@@ -21,6 +21,8 @@ FM_INLINE float erf_(float x) { return __builtin_erff(x); }
 FM_INLINE double erf_(double x) { return __builtin_erf(x); }
 FM_INLINE float sin_(float x) { return __builtin_sinf(x); }
 FM_INLINE double sin_(double x) { return __builtin_sin(x); }
+FM_INLINE float sqrt_(float x) { return __builtin_sqrtf(x); }
+FM_INLINE double sqrt_(double x) { return __builtin_sqrt(x); }
 FM_INLINE float cos_(float x) { return __builtin_cosf(x); }
 FM_INLINE double cos_(double x) { return __builtin_cos(x); }
 
@@ -144,6 +146,8 @@ FM_INLINE void with_function(const Elementwise<S>& e, const Body& body) {
       return body(Sin<S>{e.c0, e.c1});
     case Function::affine:
       return body(Affine<S>{e.c0, e.c1});
+    case Function::adaptive:  // of no element-wise layer
+      return;
   }
 }
 
