@@ -35,12 +35,12 @@ def test_backend_matches_reference(case: Case, dtype: str, backend: str) -> None
     assert [str(row) for row in rows if not row.passed] == []
 
 
-# With hundreds of inputs J is too curved in the rates for differences.
+# With hundreds of inputs, or a norm over a single example, J is too curved in the rates for differences.
 SMOOTH = [
     case
     for case in VERIFICATION
     if not case.kinks and case.order == "second" and case.steps < 20 and case.loss not in REFUSED["cpu"]
-    if case.input_shape[-1] < 100
+    if case.input_shape[-1] < 100 and not case.label.startswith("bn_one")
 ]
 
 #: Central differences of sixth order: the error is h^6 / 140 times the seventh derivative.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from fastmeta.backends import _cpu_plan as plans
@@ -16,7 +18,19 @@ except ImportError as error:  # said by missing()
     _IMPORT_ERROR = str(error)
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = ("linear", "conv2d", "batch_norm", "layer_norm", "group_norm", "max_pool2d", "avg_pool2d", "concat", "elementwise", "reshape", "add")
+_KINDS = (
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "max_pool2d",
+    "avg_pool2d",
+    "concat",
+    "elementwise",
+    "reshape",
+    "add",
+)
 
 
 def missing() -> str:
@@ -38,6 +52,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
         return f"{unknown[0]} has no kernels"
+    if problem.batch_stats == "task" and (reason := _refuses_batch(problem)):
+        return reason
     if not plans.used_params(program):
         return "the output depends on no parameter"
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
@@ -45,6 +61,18 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
             return f"the network's input is {batch.x.dtype}"
         if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
             return reason
+    return ""
+
+
+def _refuses_batch(problem: Problem) -> str:
+    """A batch norm over the task's own batch needs more than one value per channel."""
+    program = problem.program
+    if program is None:
+        return ""
+    pixels = [prod(layer.shape[1:]) for layer in program.layers if layer.kind == "batch_norm"]
+    for batch in (problem.support, problem.query):
+        if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
+            return "batch norm over one value per channel"
     return ""
 
 

@@ -112,7 +112,7 @@ class Case:
         tasks, steps = self.tasks, self.steps
         lead = (tasks, steps, self.shots) if self.per_step else (tasks, self.shots)
         with torch.no_grad():
-            output_shape = tuple(net(normal(1, *self.input_shape)).shape[1:])
+            output_shape = tuple(net(normal(1, *self.input_shape).expand(2, *self.input_shape)).shape[1:])
         params = {name: value.detach().clone() for name, value in net.named_parameters()}
         own = [name for i, name in enumerate(params) if self.per_task == "all" or (self.per_task == "some" and i % 2)]
         for name in own:

@@ -7,7 +7,18 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from fastmeta.network.build import Buffer, Builder, Functions, Methods, Modules, Refused, Value, batched, described, number
+from fastmeta.network.build import (
+    Buffer,
+    Builder,
+    Functions,
+    Methods,
+    Modules,
+    Refused,
+    Value,
+    batched,
+    described,
+    number,
+)
 from fastmeta.network.norms import affine, normalised
 
 

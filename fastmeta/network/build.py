@@ -161,6 +161,8 @@ def described(value: Any) -> str:
         return "a traced tensor"
     if isinstance(value, Parameter):
         return f"the parameter `{value.name}`"
+    if isinstance(value, Buffer):
+        return f"the tensor `net.{value.name}`, a buffer or constant"
     if isinstance(value, Constant):
         return f"the tensor `{value.name}`, a buffer or constant"
     if isinstance(value, Batch):

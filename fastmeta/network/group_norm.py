@@ -1,4 +1,4 @@
-"""The layer kind `group_norm`: each example normalised over groups of channels; `instance_norm` is one channel a group."""
+"""The layer kind `group_norm`: each example normalised over groups of channels; instance norm has one a group."""
 
 from __future__ import annotations
 

@@ -22,9 +22,7 @@ def layer_norm(
     if not shape or input.shape[-len(shape) :] != shape:
         raise Refused(f"it takes [N, ..., {', '.join(map(str, shape))}], got {batched(input.shape)}")
     size = float(prod(shape))
-    return build.layer(
-        "layer_norm", (input,), input.shape, affine(weight, bias, shape), constants=(size, number(eps))
-    )
+    return build.layer("layer_norm", (input,), input.shape, affine(weight, bias, shape), constants=(size, number(eps)))
 
 
 MODULES: Modules = {nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))}

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastmeta.losses import Loss
 
+_MAX_POOLS = (F.max_pool1d, F.max_pool2d, torch.max_pool1d, torch.max_pool2d)
 _KINKED = ("l1", "smooth_l1", "huber")
 _AT_ZERO = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_"})
 
@@ -18,8 +21,9 @@ _AT_ZERO = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_
 class KinkDistance(TorchFunctionMode):
     """Records, while active, the smallest distance of any argument of a kinked function from its kink.
 
-    For ReLU and its relatives that is the smallest |pre-activation|. The losses l1, huber and smooth_l1 are known
-    by their `abs` (of output - target), which no network of the case list uses.
+    For ReLU and its relatives that is the smallest |pre-activation|, for max-pooling the smallest distance between the
+    two largest values of a window. The losses l1, huber and smooth_l1 are known by their `abs` (of output - target),
+    which no network of the case list uses.
 
     Args:
         losses: those of the problem.
@@ -36,6 +40,8 @@ class KinkDistance(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _AT_ZERO:
             self._record(args[0], 0.0)
+        elif func in _MAX_POOLS:
+            self._record(_gaps(*args, **(kwargs or {})), 0.0)
         elif name == "abs":
             for kink in self._kinks:
                 self._record(args[0], kink)
@@ -45,3 +51,17 @@ class KinkDistance(TorchFunctionMode):
         if argument.numel():
             distance = (argument.detach().abs() - kink).abs().min()
             self.smallest = min(self.smallest, float(distance))
+
+
+def _gaps(x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Tensor:
+    """The distance of the two largest values of every window of a max-pool that rounds the number of windows down."""
+    dimensions = x.dim() - 2
+    kernel, step, pad = (
+        tuple(size) if isinstance(size, (tuple, list)) else (size,) * dimensions
+        for size in (kernel_size, stride or kernel_size, padding)
+    )
+    windows = F.pad(x.detach(), [p for size in reversed(pad) for p in (size, size)], value=-math.inf)
+    for at, (size, by) in enumerate(zip(kernel, step, strict=True)):
+        windows = windows.unfold(2 + at, size, by)
+    values = windows.flatten(2 + dimensions).topk(2, dim=-1).values
+    return values[..., 0] - values[..., 1]

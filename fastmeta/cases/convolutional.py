@@ -1,0 +1,136 @@
+"""Cases of convolutions, norms and pools: small images, odd sizes, every option of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.cases.case import Case
+
+
+def image_net(*layers: Callable[[], nn.Module], shape: tuple[int, ...], outputs: int = 3) -> nn.Sequential:
+    """The layers, and a linear head on what they make of an example of this shape."""
+    body = nn.Sequential(*[make() for make in layers])
+    with torch.no_grad():
+        features = body.eval()(torch.zeros(2, *shape)).flatten(1).shape[1]
+    return nn.Sequential(*body.train(), nn.Flatten(), nn.Linear(features, outputs))
+
+
+def _case(label: str, shape: tuple[int, ...], *layers: Callable[[], nn.Module], **options: object) -> Case:
+    options = {"tasks": 2, "shots": 4, "queries": 3, "loss": "ce", **options}
+    return Case(label, partial(image_net, *layers, shape=shape), shape, **options)  # type: ignore[arg-type]
+
+
+_conv = partial(partial, nn.Conv2d)
+_TANH = nn.Tanh
+
+
+class ResidualImage(nn.Module):
+    """A residual block with a shortcut of its own, the same convolution twice, means over the image, a concat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.shared = nn.Conv2d(6, 6, 3, padding=1)
+        self.shortcut = nn.Conv2d(2, 6, 1)
+        self.head = nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.norm(self.first(x)))
+        y = self.shared(torch.tanh(self.shared(y))) + self.shortcut(x)
+        y = torch.cat([torch.tanh(y), x], dim=1)
+        return self.head(torch.cat([y.mean((2, 3)), torch.tanh(self.shortcut(x)).mean((-2, -1))], 1))
+
+
+class Joined(nn.Module):
+    """Concats along every dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.second = nn.Conv2d(5, 2, 3)
+        self.head = nn.Linear(2 * 8 * 2 + 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([torch.tanh(self.conv(x)), x], 1)  # [N, 5, 5, 4]
+        z = torch.tanh(self.second(torch.cat([y, y], 2)))  # [N, 2, 8, 2]
+        wide = torch.cat((z, z, z), dim=3).mean(dim=(2, 3))  # [N, 2]
+        return self.head(torch.cat([z.flatten(1), wide, self.conv(x).mean((2, 3))], 1))
+
+
+def convolutions() -> Iterator[Case]:
+    """conv2d and conv1d."""
+    yield _case("conv", (2, 5, 5), _conv(2, 6, 3, padding=1), _TANH, _conv(6, 7, 3), _TANH)
+    yield _case("conv_gray", (1, 7, 6), _conv(1, 9, 3, padding=1), _TANH, _conv(9, 4, 3, stride=2, padding=1), _TANH)
+    yield _case("conv_rgb", (3, 6, 5), _conv(3, 5, (2, 3), stride=(2, 1), padding=(1, 2)), _TANH, loss="mse")
+    yield _case("conv_wide", (3, 6, 5), _conv(3, 70, 3, padding=1), _TANH, _conv(70, 17, 1, bias=False), _TANH)
+    yield _case("conv_large", (5, 7, 7), _conv(5, 33, 5, padding=2, stride=3), _TANH, _conv(33, 2, 3, padding=1), _TANH)
+    yield _case("conv_point", (3, 1, 1), _conv(3, 5, 3, padding=1), _TANH, _conv(5, 2, 1), _TANH, shots=1, queries=1)
+    yield _case("conv1d", (2, 9), partial(nn.Conv1d, 2, 4, 3), _TANH, partial(nn.Conv1d, 4, 3, 4, stride=2, padding=1))
+    conv = partial(_case, "conv", (2, 5, 5), _conv(2, 6, 3, padding=1), _TANH, _conv(6, 7, 3, stride=2), _TANH)
+    yield conv(memory="recompute", steps=3)
+    yield conv(rates="element_step_task", momentum=0.9, weight_decay=0.1)
+    yield conv(per_task="all", step_weights=True, weighted="sqt")
+    yield conv(per_task="some", order="first", rates="tensor")
+    yield conv(operator="inner_sgd", rates="head")
+    yield conv(operator="task_forward", steps=0, per_task="some")
+    yield conv(tasks=18, shots=2, queries=1, per_step=True)
+
+
+def norms() -> Iterator[Case]:
+    """batch_norm, layer_norm, group_norm and instance_norm."""
+    for name, norm in (
+        ("bn", partial(nn.BatchNorm2d, 6)),
+        ("bn_plain", partial(nn.BatchNorm2d, 6, affine=False)),
+        ("gn2", partial(nn.GroupNorm, 2, 6)),
+        ("gn1_plain", partial(nn.GroupNorm, 1, 6, affine=False)),
+        ("in", partial(nn.InstanceNorm2d, 6, affine=True)),
+        ("ln", partial(nn.LayerNorm, (6, 4, 9))),
+        ("ln_last", partial(nn.LayerNorm, 9)),
+    ):
+        net = partial(_case, name, (2, 4, 9), _conv(2, 6, 3, padding=1), norm, _TANH, _conv(6, 3, 3), _TANH)
+        yield net()
+        yield net(rates="element", momentum=0.5, memory="recompute", per_task="some")
+    yield _case(
+        "bn_input", (20,), partial(nn.BatchNorm1d, 20), partial(nn.Linear, 20, 17), partial(nn.BatchNorm1d, 17), _TANH
+    )
+    yield _case(
+        "ln_input", (2, 21), partial(nn.LayerNorm, (2, 21)), partial(nn.Linear, 21, 7), partial(nn.LayerNorm, 7)
+    )
+    bn = partial(_case, "bn_one", (2, 9, 8), _conv(2, 6, 3, padding=1, bias=False), partial(nn.BatchNorm2d, 6), _TANH)
+    yield bn(shots=1, queries=1, tasks=1)
+    yield bn(order="first", step_weights=True)
+    yield bn(operator="inner_sgd", weighted="s", loss="ce")
+    yield bn(operator="task_forward", steps=0)
+
+
+def pools() -> Iterator[Case]:
+    """max_pool2d, avg_pool2d, adaptive means and concat; the windows of a smooth network have no ties."""
+    yield _case("max_pool", (2, 6, 7), _conv(2, 5, 3, padding=1), _TANH, partial(nn.MaxPool2d, 2), kinks=True)
+    yield _case("max_pool_3_2", (2, 7, 7), _conv(2, 5, 3, padding=1), partial(nn.MaxPool2d, 3, 2, 1), _TANH, kinks=True)
+    yield _case(
+        "max_pool_ceil", (3, 5, 5), partial(nn.MaxPool2d, 2, 1), partial(nn.MaxPool2d, 2, 2, ceil_mode=True), kinks=True
+    )
+    yield _case("avg_pool", (2, 6, 7), _conv(2, 5, 3, padding=1), _TANH, partial(nn.AvgPool2d, 2))
+    yield _case("avg_pool_3_2", (2, 6, 7), partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True), _conv(2, 5, 2), _TANH)
+    yield _case(
+        "avg_pool_inside", (2, 5, 5), partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False), _conv(2, 5, 2), _TANH
+    )
+    yield _case("avg_pool_divisor", (2, 5, 5), _conv(2, 5, 2), _TANH, partial(nn.AvgPool2d, 3, 1, divisor_override=7))
+    yield _case("adaptive", (2, 7, 5), _conv(2, 5, 3, padding=1), _TANH, partial(nn.AdaptiveAvgPool2d, (3, 2)))
+    yield _case(
+        "pool1d",
+        (2, 11),
+        partial(nn.Conv1d, 2, 4, 3),
+        _TANH,
+        partial(nn.AvgPool1d, 3, 2),
+        partial(nn.MaxPool1d, 2),
+        kinks=True,
+    )
+    yield Case("residual_image", ResidualImage, (2, 5, 4), 2, 4, 3, loss="ce")
+    yield Case("residual_image", ResidualImage, (2, 5, 4), 2, 4, 3, loss="ce", memory="recompute", rates="element")
+    yield Case("joined", Joined, (2, 5, 4), 2, 4, 3, loss="ce")
