@@ -49,7 +49,7 @@ class ChannelNorm {
       S *scale = row(0), *shift = row(1);
       for (i64 c = 0; c < padded_; ++c) scale[c] = shift[c] = 0;
       for (i64 c = 0; c < cols_; ++c) scale[c] = w(c) * rstd()[c], shift[c] = b(c);
-      combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output), false);
+      combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output), false, layer_.relu_out ? RELU : NOTHING);
     }
   }
 
@@ -71,7 +71,7 @@ class ChannelNorm {
           from_dy[c] = w(c) * r, from_x[c] = -r * r * g_x, constant[c] = -r * g;
         }
       });
-      combine({{x(), ld_x(), from_x}, {dy(), ld_, from_dy}}, constant, pass_.delta(in_), layer_.adds[0]);
+      combine({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_), layer_.adds[0]);
     }
     finish_gradients(sinks);
   }
@@ -82,7 +82,7 @@ class ChannelNorm {
       S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
       S *from_rx = row(0), *from_x = row(1), *constant = row(2), *sum = row(3), *sum_x = row(4);
       clear(from_rx, from_x, constant);
-      if (moves && !fixed_) products(rx(), sum, sum_x, nullptr, nullptr);
+      if (moves && !fixed_) products(rx(), sum, sum_x, nullptr, nullptr, false);
       each_group([&](i64 begin, i64 end) {
         S t = 0, t_x = 0;
         if (moves && !fixed_)
@@ -95,9 +95,9 @@ class ChannelNorm {
       });
       S* to = pass_.tangent(layer_.output);
       if (moves)
-        combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false);
+        combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false, MASK_OUT);
       else
-        combine({{x(), ld_x(), from_x}}, constant, to, false);
+        combine({{x(), ld_x(), from_x}}, constant, to, false, MASK_OUT);
     }
   }
 
@@ -139,10 +139,12 @@ class ChannelNorm {
       });
       S* to = pass_.tangent_delta(in_);
       if (moves)
-        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy}, {dy(), ld_, from_dy}, {rx(), ld_rx(), from_rx}},
-                constant, to, layer_.adds[0]);
+        combine(
+            {{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}, {rx(), ld_rx(), from_rx}},
+            constant, to, layer_.adds[0]);
       else
-        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy}, {dy(), ld_, from_dy}}, constant, to, layer_.adds[0]);
+        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}}, constant, to,
+                layer_.adds[0]);
     }
     finish_gradients(sinks);
   }
@@ -152,6 +154,7 @@ class ChannelNorm {
     const S* from;
     i64 ld;
     const S* coefficients;
+    bool masked = false;
   };
 
   // Two passes: the mean, then the mean square of what is left.
@@ -196,20 +199,26 @@ class ChannelNorm {
       for (i64 c = 0; c < padded_; ++c) row[c] = 0;
   }
 
-  // sum a, sum a (x - mean) and, with b, sum b rx over the block's rows
-  void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b) {
-    pass_.kernels.column_products(
-        {blocks_.rows, padded_, a, ld_, x(), ld_x(), state(MEAN), b, b ? rx() : nullptr, ld_rx(), sum, sum_x, sum_b});
+  // sum a, sum a (x - mean) and, with b, sum b rx over the block's rows; a and b are gradients of the output, or not.
+  void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b, bool gradients = true) {
+    const S* mask = gradients ? relu_mask() : nullptr;
+    pass_.kernels.column_products({blocks_.rows, padded_, a, ld_, x(), ld_x(), state(MEAN), b, b ? rx() : nullptr,
+                                   ld_rx(), mask, ld_, sum, sum_x, sum_b});
   }
+  enum After { NOTHING, RELU, MASK_OUT };
   // The first term's rows are centred.
-  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add) {
-    ColumnCombination<S> c;
-    c.rows = blocks_.rows, c.n = padded_, c.terms = 0, c.center = state(MEAN), c.constant = constant, c.add = add;
-    for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients};
+  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = NOTHING) {
+    ColumnCombination<S> c{};
+    c.rows = blocks_.rows, c.n = padded_, c.center = state(MEAN), c.constant = constant, c.add = add;
+    for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients, term.masked};
+    c.relu = after == RELU, c.mask = after == RELU ? nullptr : relu_mask(), c.ld_mask = ld_;
+    c.mask_out = after == MASK_OUT;
     c.ld = pass_.plan.values[in_].ld;
     c.out = to + first_row() * c.ld;
     pass_.kernels.column_combination(c);
   }
+  // The output, if a relu in the epilogue has cut it off.
+  const S* relu_mask() const { return layer_.relu_out ? pass_.output(layer_.output) + first_row() * ld_ : nullptr; }
 
   void start_gradients(Sink<S>* sinks) {
     if (!sinks) return;

@@ -42,7 +42,12 @@ void column_squares(const ColumnSquares<S>& s) {
 }
 
 template <class S>
-void column_products(const ColumnProducts<S>& s) {
+FM_INLINE Vec<S> masked(Vec<S> x, Vec<S> mask) {
+  return mask > 0 ? x : Vec<S>{};
+}
+
+template <class S, bool MASK, bool SECOND>
+FM_INLINE void products(const ColumnProducts<S>& s) {
   for (i64 j = 0; j < s.n; j += lanes<S>) {
     const Vec<S> center = load(s.center + j);
     Vec<S> sum{}, sum_x{}, sum_b{};
@@ -50,18 +55,30 @@ void column_products(const ColumnProducts<S>& s) {
       const i64 stop = start + COLUMN_ROWS < s.rows ? start + COLUMN_ROWS : s.rows;
       Vec<S> part{}, part_x{}, part_b{};
       for (i64 r = start; r < stop; ++r) {
-        const Vec<S> a = load(s.a + r * s.ld + j);
+        const Vec<S> mask = MASK ? load(s.mask + r * s.ld_mask + j) : Vec<S>{};
+        const Vec<S> a = MASK ? masked<S>(load(s.a + r * s.ld + j), mask) : load(s.a + r * s.ld + j);
         part += a, part_x += a * (load(s.x + r * s.ld_x + j) - center);
-        if (s.b) part_b += load(s.b + r * s.ld + j) * load(s.d + r * s.ld_d + j);
+        if (SECOND) {
+          const Vec<S> b = MASK ? masked<S>(load(s.b + r * s.ld + j), mask) : load(s.b + r * s.ld + j);
+          part_b += b * load(s.d + r * s.ld_d + j);
+        }
       }
       sum += part, sum_x += part_x, sum_b += part_b;
     }
     store(s.sum + j, sum), store(s.sum_x + j, sum_x);
-    if (s.b) store(s.sum_b + j, sum_b);
+    if (SECOND) store(s.sum_b + j, sum_b);
   }
 }
 
-template <class S, int TERMS>
+template <class S>
+void column_products(const ColumnProducts<S>& s) {
+  if (s.mask)
+    s.b ? products<S, true, true>(s) : products<S, true, false>(s);
+  else
+    s.b ? products<S, false, true>(s) : products<S, false, false>(s);
+}
+
+template <class S, int TERMS, bool MASK>
 FM_INLINE void combination(const ColumnCombination<S>& s) {
   for (i64 j = 0; j < s.n; j += lanes<S>) {
     const Vec<S> center = load(s.center + j), constant = load(s.constant + j);
@@ -69,9 +86,18 @@ FM_INLINE void combination(const ColumnCombination<S>& s) {
 #pragma GCC unroll 4
     for (int i = 0; i < TERMS; ++i) coefficients[i] = load(s.term[i].coefficients + j);
     for (i64 r = 0; r < s.rows; ++r) {
-      Vec<S> sum = constant + coefficients[0] * (load(s.term[0].from + r * s.term[0].ld + j) - center);
+      const Vec<S> mask = MASK ? load(s.mask + r * s.ld_mask + j) : Vec<S>{};
+      Vec<S> sum = constant + coefficients[0] * (load(s.term[0].from + r * s.term[0].ld + j) - center), hidden{};
 #pragma GCC unroll 4
-      for (int i = 1; i < TERMS; ++i) sum += coefficients[i] * load(s.term[i].from + r * s.term[i].ld + j);
+      for (int i = 1; i < TERMS; ++i) {
+        const Vec<S> term = coefficients[i] * load(s.term[i].from + r * s.term[i].ld + j);
+        if (MASK && s.term[i].masked)
+          hidden += term;
+        else
+          sum += term;
+      }
+      if (MASK) sum = s.mask_out ? masked<S>(sum, mask) : sum + masked<S>(hidden, mask);
+      if (s.relu) sum = sum < 0 ? Vec<S>{} : sum;
       S* out = s.out + r * s.ld + j;
       store(out, s.add ? load(out) + sum : sum);
     }
@@ -82,12 +108,12 @@ template <class S>
 void column_combination(const ColumnCombination<S>& s) {
   switch (s.terms) {
     case 1:
-      return combination<S, 1>(s);
+      return s.mask ? combination<S, 1, true>(s) : combination<S, 1, false>(s);
     case 2:
-      return combination<S, 2>(s);
+      return s.mask ? combination<S, 2, true>(s) : combination<S, 2, false>(s);
     case 3:
-      return combination<S, 3>(s);
+      return s.mask ? combination<S, 3, true>(s) : combination<S, 3, false>(s);
     default:
-      return combination<S, 4>(s);
+      return s.mask ? combination<S, 4, true>(s) : combination<S, 4, false>(s);
   }
 }

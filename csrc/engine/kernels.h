@@ -111,7 +111,8 @@ struct ColumnSquares {
   S* out;
 };
 
-// Over rows: sum = sum a, sum_x = sum a (x - center) and, if there is b, sum_b = sum b d; n padded.
+// Over rows: sum = sum a, sum_x = sum a (x - center) and, if there is b, sum_b = sum b d; n padded. Where there is a
+// mask, a and b count as zero where it is not positive.
 template <class S>
 struct ColumnProducts {
   i64 rows, n;
@@ -122,11 +123,14 @@ struct ColumnProducts {
   const S* center;
   const S *b, *d;
   i64 ld_d;
+  const S* mask;
+  i64 ld_mask;
   S *sum, *sum_x, *sum_b;
 };
 
 // out[r, c] = [out +] constant[c] + sum over terms of coefficients[c] * from[r, c], the first term's rows less
-// center[c].
+// center[c]; then relu, if asked for. Where there is a mask, `masked` terms (or all of out) count as zero where it is
+// not positive.
 template <class S>
 struct ColumnCombination {
   i64 rows, n;  // n padded
@@ -135,8 +139,13 @@ struct ColumnCombination {
     const S* from;
     i64 ld;
     const S* coefficients;
+    bool masked;
   } term[4];
   const S *center, *constant;
+  bool relu;
+  const S* mask;
+  i64 ld_mask;
+  bool mask_out;
   S* out;
   i64 ld;
   bool add;

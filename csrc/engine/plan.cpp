@@ -77,6 +77,21 @@ void fuse_relu(Plan& plan) {
   }
 }
 
+// norm -> relu, where nobody else reads what lies between: the norm's passes do both.
+void fuse_norm_relu(Plan& plan) {
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    Layer& norm = plan.layers[i];
+    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
+    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
+                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
+    if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu) continue;
+    norm.relu_out = true;
+    const int dead = relu->output;
+    plan.layers.erase(relu);
+    replace(plan, dead, plan.layers[i].output);
+  }
+}
+
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
   g.examples = examples;
@@ -164,6 +179,7 @@ void Plan::finish() {
   fold_input_reshape(*this);
   drop_trivial_reshapes(*this);
   fuse_relu(*this);
+  fuse_norm_relu(*this);
 
   for (size_t i = 0; i < layers.size(); ++i) layers[i].index = int(i);
   for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;

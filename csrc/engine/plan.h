@@ -28,7 +28,7 @@ struct Layer {
   int output = -1;
   std::array<int, 4> params = {-1, -1, -1, -1};
   int index = 0;                  // in Plan::layers
-  bool relu_out = false;          // linear: the following relu is in its epilogue
+  bool relu_out = false;          // linear, norms: the following relu is in the epilogue
   bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
   bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
   int weight() const { return params[0]; }

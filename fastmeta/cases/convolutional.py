@@ -106,6 +106,13 @@ def norms() -> Iterator[Case]:
     yield bn(order="first", step_weights=True)
     yield bn(operator="inner_sgd", weighted="s", loss="ce")
     yield bn(operator="task_forward", steps=0)
+    for name, norm in (("bn", partial(nn.BatchNorm2d, 6)), ("gn", partial(nn.GroupNorm, 3, 6))):
+        relu = partial(
+            _case, f"{name}_relu", (2, 6, 5), _conv(2, 6, 3, padding=1), norm, nn.ReLU, _conv(6, 3, 3), kinks=True
+        )
+        yield relu()
+        yield relu(memory="recompute", rates="element")
+        yield relu(shots=3, steps=1, per_task="some", step_weights=True)
 
 
 def pools() -> Iterator[Case]:

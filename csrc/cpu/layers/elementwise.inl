@@ -189,12 +189,22 @@ void elementwise_tangent(const Elementwise<S>& e) {
     });
   });
 }
+template <class F>
+constexpr bool LINEAR_PIECES = false;
+template <class S>
+constexpr bool LINEAR_PIECES<Relu<S>> = true;
+template <class S>
+constexpr bool LINEAR_PIECES<LeakyRelu<S>> = true;
+template <class S>
+constexpr bool LINEAR_PIECES<Affine<S>> = true;
+
 template <class S>
 void elementwise_tangent_backward(const Elementwise<S>& e) {
   with_function(e, [&](auto f) {
     for_each(e, e.ld, [&](i64 i, i64 j) {
       S d1, d2;
       f.derivatives(e.x[i], e.y[j], d1, d2);
+      if constexpr (LINEAR_PIECES<decltype(f)>) return e.rdy[j] * d1;
       return e.rdy[j] * d1 + (e.rx ? e.dy[j] * d2 * e.rx[j] : S(0));
     });
   });
