@@ -1,6 +1,6 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
-from fastmeta import data
+from fastmeta import data, models
 from fastmeta.algorithms import MAML, MetaLoss
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
@@ -20,5 +20,6 @@ __all__ = [
     "flatten",
     "inner_sgd",
     "meta_gradient",
+    "models",
     "task_forward",
 ]
