@@ -51,6 +51,14 @@ def test_writes_metrics_result_and_plot(tmp_path, data):
     assert "5 episodes" in done.output
 
 
+@pytest.mark.parametrize("model", ["mlp-bn", "conv4", "conv4-strided"])
+def test_trains_every_model(tmp_path, data, model):
+    done = omniglot(data, tmp_path, "--model", model, "--width", "4")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "episode.png").exists()
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in rows(tmp_path / "result.csv"))
+
+
 def test_resumed_equals_uninterrupted(tmp_path, data):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert omniglot(data, whole).exit_code == 0

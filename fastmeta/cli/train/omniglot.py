@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,10 @@ from fastmeta.data import Episode
 
 #: Test tasks computed at once.
 EVAL_BATCH = 20
+#: What an MLP and what a network with batch norm, whose rates may be larger, are trained with where nothing is said.
+_MLP = {"inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5}
+_NORMED = {"inner_lr": 0.4, "inner_steps": 1, "eval_steps": 3}
+DEFAULTS = {"mlp": _MLP, "mlp-bn": _NORMED, "conv4": _NORMED, "conv4-strided": _NORMED}
 
 
 class Accuracy(NamedTuple):
@@ -41,17 +44,18 @@ class Accuracy(NamedTuple):
 
 
 @click.command()
-@click.option("--model", type=click.Choice(["mlp"]), default="mlp", help="784-256-128-64-64-ways with ReLU.")
+@click.option("--model", type=click.Choice([*DEFAULTS]), default="mlp", help="The network, see `fastmeta.models`.")
+@click.option("--width", type=click.IntRange(1), default=64, help="Filters of a convolutional network.")
 @click.option("--ways", type=click.IntRange(2), default=5, help="Classes of a task.")
 @click.option("--shots", type=click.IntRange(1), default=1, help="Support drawings of a class.")
 @click.option("--query", type=click.IntRange(1), default=5, help="Query drawings of a class in training.")
-@click.option("--inner-lr", type=float, default=0.1, help="Inner learning rate.")
-@click.option("--inner-steps", type=click.IntRange(0), default=5, help="Inner steps in training.")
+@click.option("--inner-lr", type=float, help="Inner learning rate [default: 0.4, and 0.1 for mlp].")
+@click.option("--inner-steps", type=click.IntRange(0), help="Inner steps in training [default: 1, and 5 for mlp].")
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=click.IntRange(1), default=16, help="Tasks of a meta-batch.")
 @click.option("--eval-episodes", type=click.IntRange(2), default=600, help="Test tasks.")
 @click.option("--eval-query", type=click.IntRange(1), default=15, help="Query drawings of a class in testing.")
-@click.option("--eval-steps", type=click.IntRange(1), default=5, help="Inner steps in testing.")
+@click.option("--eval-steps", type=click.IntRange(1), help="Inner steps in testing [default: 3, and 5 for mlp].")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
@@ -61,16 +65,17 @@ class Accuracy(NamedTuple):
 @run_options(iterations=3000, out="runs/omniglot")
 def omniglot(
     model: str,
+    width: int,
     ways: int,
     shots: int,
     query: int,
-    inner_lr: float,
-    inner_steps: int,
+    inner_lr: float | None,
+    inner_steps: int | None,
     first_order: bool,
     tasks: int,
     eval_episodes: int,
     eval_query: int,
-    eval_steps: int,
+    eval_steps: int | None,
     data: Path | None,
     data_download: bool,
     outer_lr: float,
@@ -80,15 +85,17 @@ def omniglot(
 ) -> None:
     """Few-shot Omniglot on the two small background sets, tested on alphabets never seen in training."""
     console = Console()
+    defaults = DEFAULTS[model]
+    eval_steps = int(defaults["eval_steps"]) if eval_steps is None else eval_steps
     try:
         train, test = fm.data.Omniglot.small_split(data, download=data_download)
     except (OSError, ImportError, ValueError) as error:
         raise click.ClickException(f"{error} (here: --data, --download)") from error
     maml = fm.MAML(
-        mlp(ways, seed),
+        network(model, ways, width, seed),
         loss="cross_entropy",
-        inner_lr=inner_lr,
-        inner_steps=inner_steps,
+        inner_lr=defaults["inner_lr"] if inner_lr is None else inner_lr,
+        inner_steps=int(defaults["inner_steps"]) if inner_steps is None else inner_steps,
         order="first" if first_order else "second",
         backend=backend,
     )
@@ -118,23 +125,27 @@ def omniglot(
     with (run.out / "metrics.csv").open(newline="") as file:
         logged = [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)]
     plots.accuracy(run.out / "adaptation.png", console, logged=logged, accuracies=accuracies, chance=1 / ways)
+    _plot_episode(run.out / "episode.png", console, maml, next(iter(testing)), eval_steps)
 
 
-def mlp(ways: int, seed: int) -> nn.Sequential:
-    """784-256-128-64-64-ways with ReLU; He's initialisation, zero biases.
-
-    Source: Finn et al. 2017, section 5.2. There batch norm keeps the signal's size from layer to layer, here the
-    initialisation does.
-    """
+def network(model: str, ways: int, width: int, seed: int) -> nn.Module:
+    """The network that `--model` names, on images [1, 28, 28]; `seed` is that of its weights."""
     torch.manual_seed(seed)
-    sizes = (784, 256, 128, 64, 64, ways)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in pairwise(sizes):
-        linear = nn.Linear(inputs, outputs)
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    if model.startswith("conv4"):
+        return fm.models.Conv4(ways, width=width, form="strided" if model == "conv4-strided" else "max_pool")
+    return fm.models.MLP((784, 256, 128, 64, 64, ways), batch_norm=model == "mlp-bn", flatten=True)
+
+
+@torch.no_grad()
+def _plot_episode(path: Path, console: Console, maml: fm.MAML, episode: Episode, steps: int) -> None:
+    """The first test task: its drawings, and what the network takes them for before and after adaptation."""
+    one = Episode(*(tensor[:1] for tensor in episode))
+    guesses = {}
+    for k in (0, steps):
+        adapted = maml.adapt(one.support_x, one.support_y, steps=k)
+        guesses[k] = maml.predict(adapted, one.query_x)[0].argmax(-1)
+    support = one.support_x[0], one.support_y[0]
+    plots.episode(path, console, support=support, query=(one.query_x[0], one.query_y[0]), guesses=guesses)
 
 
 def evaluate(maml: fm.MAML, episodes: fm.data.Episodes, count: int, steps: int) -> list[Accuracy]:

@@ -79,16 +79,54 @@ def accuracy(
     _save(figure, path, console)
 
 
-def _figure(panels: int, console: Console) -> Any:
-    """A figure with a row of panels, or None without matplotlib."""
+def episode(
+    path: Path,
+    console: Console,
+    *,
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    guesses: Mapping[int, Tensor],
+) -> None:
+    """A task's drawings, a class in each row: a support drawing, then query drawings with what they are taken for.
+
+    Args:
+        path: the PNG file.
+        console: gets the message.
+        support: drawings [N, 1, H, W] and classes [N].
+        query: drawings [M, 1, H, W] and classes [M].
+        guesses: inner steps -> predicted classes [M].
+    """
+    ways, most = int(support[1].max()) + 1, 6
+    figure = _figure(1 + most, console, rows=ways, size=1.3)
+    if figure is None:
+        return
+    panels = [figure.axes[way * (1 + most) : (way + 1) * (1 + most)] for way in range(ways)]
+    for axes in figure.axes:
+        axes.set_axis_off()
+    for way, row in enumerate(panels):
+        row[0].imshow(support[0][support[1] == way][0, 0], cmap="gray_r")
+        row[0].set_title(f"class {way}", fontsize="small")
+        chosen = (query[1] == way).nonzero().flatten()[:most].tolist()
+        for axes, at in zip(row[1:], chosen, strict=False):
+            axes.imshow(query[0][at, 0], cmap="gray_r")
+            taken = [int(guess[at]) for guess in guesses.values()]
+            right = taken[-1] == way
+            axes.set_title(" → ".join(map(str, taken)), fontsize="small", color="green" if right else "red")
+    steps = " and ".join(map(str, guesses))
+    figure.suptitle(f"support drawing, then query drawings: class found after {steps} inner steps", fontsize="small")
+    _save(figure, path, console)
+
+
+def _figure(panels: int, console: Console, rows: int = 1, size: float = 4) -> Any:
+    """A figure with rows of panels, or None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install 'fastmeta\\[plot]')")
         return None
     # Figure itself, not pyplot: no window system is asked for, whatever the user's backend is.
-    figure = Figure(figsize=(4 * panels, 3.6), layout="constrained")
-    figure.subplots(1, panels)
+    figure = Figure(figsize=(size * panels, 0.9 * size * rows), layout="constrained")
+    figure.subplots(rows, panels)
     return figure
 
 

@@ -38,7 +38,7 @@ class Run:
     log_every: int
     checkpoint_every: int
     tensorboard: bool
-    settings: Mapping[str, str | int | float | bool]
+    settings: Mapping[str, str | int | float | bool | None]
 
     @property
     def checkpoint(self) -> Path:
