@@ -61,23 +61,24 @@ void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 b
   const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
   const Window v = window(layer);
   const i64 ld = pass.plan.padded(v.kh * v.kw * in.cols);
-  for (i64 pixel = begin; pixel < end; ++pixel, to += ld) {
+  std::fill_n(to, (end - begin) * ld, S(0));
+  for (i64 pixel = begin; pixel < end;) {  // one row of an image, or what is wanted of it
     const i64 n = pixel / out.rows, oy = pixel % out.rows / out.width, ox = pixel % out.width;
-    S* at = to;
+    const i64 count = std::min(end - pixel, out.width - ox);
     for (i64 i = 0; i < v.kh; ++i) {
       const i64 y = oy * v.sh - v.ph + i;
-      const bool inside = y >= 0 && y < in.height;
-      for (i64 j = 0; j < v.kw; ++j, at += in.cols) {
-        const i64 x_at = ox * v.sw - v.pw + j;
-        if (inside && x_at >= 0 && x_at < in.width) {
-          const S* from = x + ((n * in.height + y) * in.width + x_at) * ld_x;
-          for (i64 c = 0; c < in.cols; ++c) at[c] = from[c];
-        } else {
-          for (i64 c = 0; c < in.cols; ++c) at[c] = 0;
+      if (y < 0 || y >= in.height) continue;
+      const S* row = x + (n * in.height + y) * in.width * ld_x;
+      for (i64 j = 0; j < v.kw; ++j) {
+        S* column = to + (i * v.kw + j) * in.cols;
+        for (i64 k = 0; k < count; ++k) {
+          const i64 x_at = (ox + k) * v.sw - v.pw + j;
+          if (x_at < 0 || x_at >= in.width) continue;
+          for (i64 c = 0; c < in.cols; ++c) column[k * ld + c] = row[x_at * ld_x + c];
         }
       }
     }
-    for (; at < to + ld; ++at) *at = 0;
+    pixel += count, to += count * ld;
   }
 }
 
