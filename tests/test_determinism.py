@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmeta import backends
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
 from fastmeta.cases.networks import mlp
+from fastmeta.models import Conv4
 from fastmeta.problem import Problem
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import Key, quantities, relative_error
@@ -27,6 +28,12 @@ SHAPES = [
     Case("wide", partial(mlp, (31, 100, 65, 5)), (31,), tasks, shots, 29, 2, "ce", kinks=True)
     for tasks in (1, 2, 5, 17, 33)
     for shots in (1, 10, 70)
+]
+#: Images whose layers are large enough to be shared out where there are more threads than tasks.
+IMAGES = [
+    Case(label, partial(Conv4, 5, width=24, image_size=20, form=form), (1, 20, 20), tasks, 3, 4, 2, "ce", kinks=True)
+    for label, form in (("pooled", "max_pool"), ("strided", "strided"))
+    for tasks in (1, 2)
 ]
 SINUSOID = WORKLOADS["sinusoid"][3]
 
@@ -53,7 +60,7 @@ def _same(a: dict[Key, Tensor], b: dict[Key, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("case", [*RUNNABLE, *SHAPES], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*RUNNABLE, *SHAPES, *IMAGES], ids=lambda case: case.id)
 def test_bits_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     results = []
     for threads in (1, 2, 3, 1):

@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "../engine/meta_step.h"
+#include "split.h"
 #include "thread_pool.h"
 
 namespace fm {
@@ -44,12 +45,14 @@ bool rates_finite(const Plan& plan, const Call<S>& call) {
 
 template <class S>
 void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) {
-  const Kernels<S>& kernels = *[] {
+  const Kernels<S>& whole = *[] {
     if constexpr (sizeof(S) == 4)
       return instruction_set().f32;
     else
       return instruction_set().f64;
   }();
+  const bool split = call.tasks < threads;
+  const Kernels<S>& kernels = split ? SplitKernels<S>::over(whole, threads) : whole;
   const int ranges = int(std::min(RANGES, call.tasks));
   // The caller's scratch, kept out of the workers' way: shared parameters, their mirrors, the ranges' sums.
   const i64 shared_size = plan.set_size + plan.mirror_size;
@@ -90,7 +93,12 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
       failure = std::current_exception();
     }
   };
-  parallel(threads, ranges, range);
+  if (split)  // one job, whose kernels are shared out
+    parallel(1, 1, [&](int, int) {
+      for (int r = 0; r < ranges; ++r) range(r, 0);
+    });
+  else
+    parallel(threads, ranges, range);
   if (failure) std::rethrow_exception(failure);
   if (call.loss) {
     double total = 0;

@@ -215,6 +215,7 @@ struct ConvWeight {
     const S* b;  // [examples * b_h * b_w, n], rows ldb apart
   } pair[2];
   i64 ldb;
+  i64 first_tap, last_tap;  // those that are asked for
   S* c;
   const S *base, *also;
   S scale;

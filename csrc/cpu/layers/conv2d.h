@@ -175,7 +175,7 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     ConvWeight<S> c;
     c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height, c.b_w = out.width;
     c.kh = v.kh, c.kw = v.kw, c.sh = v.sh, c.sw = v.sw, c.ph = v.ph, c.pw = v.pw;
-    c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld;
+    c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld, c.first_tap = 0, c.last_tap = v.kh * v.kw;
     for (int i = 0; i < pairs; ++i) c.pair[i] = {x[i], ld_x[i], dy[i]};
     c.c = weight.to, c.base = weight.base(), c.also = weight.also(), c.scale = weight.scale;
     pass.kernels.conv_weight(c);

@@ -302,7 +302,7 @@ void conv_weight(const ConvWeight<S>& v) {
   Run<S> runs[RUNS];
   for (i64 start = 0; start < rows; start += block) {
     const i64 stop = start + block < rows ? start + block : rows;
-    for (i64 tap = 0; tap < v.kh * v.kw; ++tap) {
+    for (i64 tap = v.first_tap; tap < v.last_tap; ++tap) {
       int count = 0;
       for (int p = 0; p < v.pairs; ++p)
         for (i64 r = start; r < stop; ++r)

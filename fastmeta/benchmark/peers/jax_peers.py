@@ -1,4 +1,4 @@
-"""JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. Networks are MLPs, written in plain jax.numpy."""
+"""JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. The network is its layer program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmeta.benchmark.peers import plain_torch
+from fastmeta.benchmark.peers import jax_network, plain_torch
 from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
 from fastmeta.cases import Case, Instance
 
@@ -21,6 +21,9 @@ class JaxVmap:
 
     name = "jax-vmap"
 
+    def __init__(self) -> None:
+        self._compiled: dict[Case, Any] = {}
+
     def missing(self) -> str:
         return not_installed("jax")
 
@@ -30,12 +33,14 @@ class JaxVmap:
     def prepare(self, case: Case, made: Instance) -> Prepared:
         import jax
 
-        task = _task(case, made.net)
+        if case not in self._compiled:  # another seed is the same function
+            task = _task(case, made.net)
 
-        def objective(params: Params, *episode: Any) -> Any:
-            return jax.vmap(task, in_axes=(None, 0, 0, 0, 0))(params, *episode).mean()
+            def objective(params: Params, *episode: Any) -> Any:
+                return jax.vmap(task, in_axes=(None, 0, 0, 0, 0))(params, *episode).mean()
 
-        function = jax.jit(jax.value_and_grad(objective))
+            self._compiled[case] = jax.jit(jax.value_and_grad(objective))
+        function = self._compiled[case]
         params, episode = _arrays(made)
         return Prepared(lambda: jax.block_until_ready(function(params, *episode)), lambda out: _tensors(out[1]))
 
@@ -48,7 +53,9 @@ class JaxLoop(JaxVmap):
     def prepare(self, case: Case, made: Instance) -> Prepared:
         import jax
 
-        one = jax.jit(jax.value_and_grad(_task(case, made.net)))
+        if case not in self._compiled:
+            self._compiled[case] = jax.jit(jax.value_and_grad(_task(case, made.net)))
+        one = self._compiled[case]
         add = jax.jit(lambda total, more: jax.tree.map(jax.numpy.add, total, more))
         scale = jax.jit(lambda total: jax.tree.map(lambda value: value / case.tasks, total))
         params, episode = _arrays(made)
@@ -66,7 +73,7 @@ class JaxLoop(JaxVmap):
 def _task(case: Case, net: nn.Module) -> Callable[..., Any]:
     import jax
 
-    forward = _forward(net)
+    forward = jax_network.forward(net, case.input_shape)
     loss = _loss(case)
 
     def on(params: Params, x: Any, y: Any) -> Any:
@@ -79,27 +86,6 @@ def _task(case: Case, net: nn.Module) -> Callable[..., Any]:
         return on(params, query_x, query_y)
 
     return task
-
-
-def _forward(net: nn.Module) -> Callable[[Params, Any], Any]:
-    import jax
-
-    functions = {nn.ReLU: jax.nn.relu, nn.Tanh: jax.numpy.tanh}
-    if not isinstance(net, nn.Sequential):
-        raise ValueError(f"benchmark: the JAX peers take an nn.Sequential, got {type(net).__name__}")
-    unknown = sorted({type(layer).__name__ for layer in net if type(layer) not in (nn.Linear, *functions)})
-    if unknown:
-        raise ValueError(f"benchmark: the JAX peers have no {', '.join(unknown)}")
-
-    def forward(params: Params, x: Any) -> Any:
-        for i, layer in enumerate(net):
-            if isinstance(layer, nn.Linear):
-                x = x @ params[f"{i}.weight"].T + params[f"{i}.bias"]
-            else:
-                x = functions[type(layer)](x)
-        return x
-
-    return forward
 
 
 def _loss(case: Case) -> Callable[[Any, Any], Any]:
