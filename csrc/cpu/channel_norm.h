@@ -23,8 +23,10 @@ struct Blocks {
 enum State { MEAN, RSTD, SUM_DY, SUM_DY_X, STATES };
 enum TangentState { MEAN_RX, MEAN_RX_X };
 
-inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks) {
-  return blocks.count * STATES * plan.padded(plan.values[layer.output].cols);
+// Behind them, where a max-pool is in the epilogue, the place of every window's maximum within the window.
+inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks, i64 examples) {
+  const Value& y = plan.values[layer.output];
+  return (blocks.count * STATES + (layer.pool_h ? examples * y.rows : 0)) * plan.padded(y.cols);
 }
 constexpr i64 TEMPORARY_ROWS = 10;
 
@@ -202,12 +204,19 @@ class ChannelNorm {
   // sum a, sum a (x - mean) and, with b, sum b rx over the block's rows; a and b are gradients of the output, or not.
   void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b, bool gradients = true) {
     const S* mask = gradients ? relu_mask() : nullptr;
+    if (gradients && layer_.pool_h) {
+      PooledColumns<S> p = pooled();
+      p.pooled[0].from = a, p.pooled[1].from = b, p.rx = b ? rx() : nullptr, p.ld_rx = ld_rx();
+      p.sum = sum, p.sum_x = sum_x, p.sum_b = sum_b;
+      return pass_.kernels.pooled_products(p);
+    }
     pass_.kernels.column_products({blocks_.rows, padded_, a, ld_, x(), ld_x(), state(MEAN), b, b ? rx() : nullptr,
                                    ld_rx(), mask, ld_, sum, sum_x, sum_b});
   }
   enum After { NOTHING, RELU, MASK_OUT };
   // The first term's rows are centred.
   void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = NOTHING) {
+    if (layer_.pool_h) return combine_pooled(terms, constant, to, add, after);
     ColumnCombination<S> c{};
     c.rows = blocks_.rows, c.n = padded_, c.center = state(MEAN), c.constant = constant, c.add = add;
     for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients, term.masked};
@@ -217,8 +226,41 @@ class ChannelNorm {
     c.out = to + first_row() * c.ld;
     pass_.kernels.column_combination(c);
   }
+  // The same where only windows' maxima are the output, and gradients come from there: those are the masked terms.
+  void combine_pooled(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after) {
+    PooledColumns<S> p = pooled();
+    p.constant = constant, p.add = add, p.relu = after == RELU;
+    int pooled_terms = 0;
+    for (const Term& term : terms) {
+      if (term.from == terms.begin()->from)
+        p.from_x = term.coefficients;
+      else if (term.masked)
+        p.pooled[pooled_terms++] = {term.from, term.coefficients};
+      else
+        p.rx = term.from, p.ld_rx = term.ld, p.from_rx = term.coefficients;
+    }
+    const bool to_output = to == pass_.output(layer_.output) || after == MASK_OUT;
+    p.ld_out = to_output ? ld_ : pass_.plan.values[in_].ld;
+    p.out = to + (to_output ? out_row() : first_row()) * p.ld_out;
+    if (after == MASK_OUT)
+      pass_.kernels.pooled_gather(p);
+    else if (to_output)
+      pass_.kernels.pooled_forward(p);
+    else
+      pass_.kernels.pooled_combination(p);
+  }
+  PooledColumns<S> pooled() const {
+    const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
+    PooledColumns<S> p{};
+    p.images = blocks_.rows / in.rows, p.in_h = in.height, p.in_w = in.width, p.out_h = out.height, p.out_w = out.width;
+    p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_, p.rows = blocks_.rows;
+    p.x = x(), p.ld_x = ld_x(), p.center = state(MEAN), p.mask = relu_mask(), p.ld_pooled = ld_,
+    p.ld_positions = padded_;
+    p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_;
+    return p;
+  }
   // The output, if a relu in the epilogue has cut it off.
-  const S* relu_mask() const { return layer_.relu_out ? pass_.output(layer_.output) + first_row() * ld_ : nullptr; }
+  const S* relu_mask() const { return layer_.relu_out ? pass_.output(layer_.output) + out_row() * ld_ : nullptr; }
 
   void start_gradients(Sink<S>* sinks) {
     if (!sinks) return;
@@ -236,6 +278,10 @@ class ChannelNorm {
   }
 
   i64 first_row() const { return block_ * blocks_.rows; }
+  i64 out_row() const {
+    const Plan& plan = pass_.plan;
+    return first_row() / plan.values[in_].rows * plan.values[layer_.output].rows;
+  }
   const S* theta(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]]; }
   const S* v(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.v.primary[layer_.params[i]]; }
   S w(i64 c) const { return theta(0) ? theta(0)[c] : S(1); }
@@ -246,8 +292,8 @@ class ChannelNorm {
   i64 ld_rx() const { return pass_.plan.values[in_].ld; }
   const S* x() const { return pass_.value(in_) + first_row() * ld_x(); }
   const S* rx() const { return pass_.tangent(in_) + first_row() * ld_rx(); }
-  const S* dy() const { return pass_.delta(layer_.output) + first_row() * ld_; }
-  const S* rdy() const { return pass_.tangent_delta(layer_.output) + first_row() * ld_; }
+  const S* dy() const { return pass_.delta(layer_.output) + out_row() * ld_; }
+  const S* rdy() const { return pass_.tangent_delta(layer_.output) + out_row() * ld_; }
   S* state(int which) const { return pass_.state(layer_) + (block_ * STATES + which) * padded_; }
   S* tangent_state(int which) const { return pass_.tangent_state(layer_) + (block_ * STATES + which) * padded_; }
   const S* rstd() const { return state(RSTD); }

@@ -23,6 +23,7 @@ namespace {
 #include "parameters.inl"
 #include "peak.inl"
 #include "pool.inl"
+#include "pooled_columns.inl"
 #include "transpose.inl"
 
 template <class S>
@@ -41,6 +42,10 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &column_squares<S>,
                                 &column_products<S>,
                                 &column_combination<S>,
+                                &pooled_forward<S>,
+                                &pooled_products<S>,
+                                &pooled_gather<S>,
+                                &pooled_combination<S>,
                                 &layer_norm_forward<S>,
                                 &layer_norm_backward<S>,
                                 &layer_norm_tangent<S>,

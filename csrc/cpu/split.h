@@ -23,6 +23,10 @@ class SplitKernels {
     table_.column_squares = columns<ColumnSquares<S>, &Kernels<S>::column_squares, shift_squares>;
     table_.column_products = columns<ColumnProducts<S>, &Kernels<S>::column_products, shift_products>;
     table_.column_combination = columns<ColumnCombination<S>, &Kernels<S>::column_combination, shift_combination>;
+    table_.pooled_forward = columns<PooledColumns<S>, &Kernels<S>::pooled_forward, shift_pooled>;
+    table_.pooled_products = columns<PooledColumns<S>, &Kernels<S>::pooled_products, shift_pooled>;
+    table_.pooled_gather = columns<PooledColumns<S>, &Kernels<S>::pooled_gather, shift_pooled>;
+    table_.pooled_combination = columns<PooledColumns<S>, &Kernels<S>::pooled_combination, shift_pooled>;
     table_.max_pool_forward = pool<&Kernels<S>::max_pool_forward, false>;
     table_.max_pool_gather = pool<&Kernels<S>::max_pool_gather, false>;
     table_.max_pool_scatter = pool<&Kernels<S>::max_pool_scatter, true>;
@@ -128,6 +132,11 @@ class SplitKernels {
   static void shift_combination(ColumnCombination<S>& s, i64 j) {
     for (int i = 0; i < s.terms; ++i) shift(j, s.term[i].from, s.term[i].coefficients);
     shift(j, s.center, s.constant, s.mask, s.out);
+  }
+
+  static void shift_pooled(PooledColumns<S>& p, i64 j) {
+    shift(j, p.x, p.center, p.from_x, p.rx, p.from_rx, p.positions, p.mask, p.constant, p.out, p.sum, p.sum_x, p.sum_b);
+    for (auto& term : p.pooled) shift(j, term.from, term.coefficients);
   }
 
   template <void (*Kernels<S>::*KERNEL)(const Pool<S>&), bool TO_IMAGE>

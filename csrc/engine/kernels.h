@@ -151,6 +151,32 @@ struct ColumnCombination {
   bool add;
 };
 
+// The same passes where only the maxima of windows side by side are kept: `pooled` rows belong to windows and stand at
+// the pixel that positions say, counted within the window. See pooled_columns.inl.
+template <class S>
+struct PooledColumns {
+  i64 images, in_h, in_w, out_h, out_w, kh, kw;
+  i64 rows, n;  // pixels of all images, padded columns
+  const S* x;
+  i64 ld_x;
+  const S *center, *from_x;  // x less center, times from_x
+  const S* rx;
+  i64 ld_rx;
+  const S* from_rx;
+  struct {
+    const S *from, *coefficients;
+  } pooled[2];
+  i64 ld_pooled;  // of pooled and mask
+  S* positions;
+  i64 ld_positions;
+  const S* mask;  // pooled rows count as zero where it is not positive, if present
+  const S* constant;
+  bool relu, add;
+  S* out;
+  i64 ld_out;
+  S *sum, *sum_x, *sum_b;
+};
+
 // Groups of `rows` rows of `cols` columns, each normalised as one, with weight and bias [rows * cols]; see
 // layer_norm.inl.
 template <class S>
@@ -243,6 +269,10 @@ struct Kernels {
   void (*column_squares)(const ColumnSquares<S>&);
   void (*column_products)(const ColumnProducts<S>&);
   void (*column_combination)(const ColumnCombination<S>&);
+  void (*pooled_forward)(const PooledColumns<S>&);
+  void (*pooled_products)(const PooledColumns<S>&);
+  void (*pooled_gather)(const PooledColumns<S>&);
+  void (*pooled_combination)(const PooledColumns<S>&);
 
   void (*layer_norm_forward)(const LayerNorm<S>&);
   void (*layer_norm_backward)(const LayerNorm<S>&);

@@ -92,6 +92,24 @@ void fuse_norm_relu(Plan& plan) {
   }
 }
 
+// norm [-> relu] -> max-pool over windows side by side: what is not pooled is never written down.
+void fuse_norm_pool(Plan& plan) {
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    Layer& norm = plan.layers[i];
+    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
+    auto pool = std::find_if(plan.layers.begin(), plan.layers.end(),
+                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
+    if (pool == plan.layers.end() || pool->kind != Kind::max_pool2d) continue;
+    const auto& c = pool->constants;
+    if (c[0] != c[2] || c[1] != c[3] || c[4] != 0 || c[5] != 0) continue;
+    const Value &x = plan.values[norm.output], &y = plan.values[pool->output];
+    if (y.height * i64(c[0]) > x.height || y.width * i64(c[1]) > x.width) continue;  // rounded up
+    norm.pool_h = i64(c[0]), norm.pool_w = i64(c[1]);
+    norm.output = pool->output;
+    plan.layers.erase(pool);
+  }
+}
+
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
   g.examples = examples;
@@ -180,6 +198,7 @@ void Plan::finish() {
   drop_trivial_reshapes(*this);
   fuse_relu(*this);
   fuse_norm_relu(*this);
+  fuse_norm_pool(*this);
 
   for (size_t i = 0; i < layers.size(); ++i) layers[i].index = int(i);
   for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;

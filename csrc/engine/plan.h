@@ -29,6 +29,7 @@ struct Layer {
   std::array<int, 4> params = {-1, -1, -1, -1};
   int index = 0;                  // in Plan::layers
   bool relu_out = false;          // linear, norms: the following relu is in the epilogue
+  i64 pool_h = 0, pool_w = 0;     // norms: the following max-pool, over windows side by side, is in the epilogue too
   bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
   bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
   int weight() const { return params[0]; }

@@ -115,6 +115,19 @@ def norms() -> Iterator[Case]:
         yield relu(shots=3, steps=1, per_task="some", step_weights=True)
 
 
+def pooled_norms() -> Iterator[Case]:
+    """A norm, a relu and a max-pool over windows side by side, which the engine runs as one."""
+    for name, norm in (("bn", partial(nn.BatchNorm2d, 6)), ("gn", partial(nn.GroupNorm, 3, 6))):
+        for tail, more in (("relu_pool", (nn.ReLU,)), ("pool", ())):
+            layers = (_conv(2, 6, 3, padding=1), norm, *more, partial(nn.MaxPool2d, 2), _conv(6, 4, 2), _TANH)
+            net = partial(_case, f"{name}_{tail}", (2, 7, 6), *layers, kinks=True)
+            yield net()
+            yield net(memory="recompute", rates="element", steps=3)
+            yield net(shots=3, steps=1, per_task="some", step_weights=True)
+    wide = (partial(nn.BatchNorm2d, 2), nn.ReLU, partial(nn.MaxPool2d, (3, 2)), _conv(2, 4, 2), _TANH)
+    yield _case("bn_relu_pool_input", (2, 8, 7), *wide, kinks=True)
+
+
 def pools() -> Iterator[Case]:
     """max_pool2d, avg_pool2d, adaptive means and concat; the windows of a smooth network have no ties."""
     yield _case("max_pool", (2, 6, 7), _conv(2, 5, 3, padding=1), _TANH, partial(nn.MaxPool2d, 2), kinks=True)

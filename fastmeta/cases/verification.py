@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from fastmeta.cases.case import RATES, Case
-from fastmeta.cases.convolutional import convolutions, norms, pools
+from fastmeta.cases.convolutional import convolutions, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
 from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp
 
@@ -120,7 +120,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 def _all() -> Iterator[Case]:
-    for family in (_networks, _shapes, _wide, convolutions, norms, pools, _losses, _options, _operators):
+    for family in (_networks, _shapes, _wide, convolutions, norms, pooled_norms, pools, _losses, _options, _operators):
         yield from family()
 
 

@@ -6,16 +6,16 @@
 namespace fm::batch_norm {
 
 inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
-  return {1, examples * plan.values[layer.output].rows, 1};
+  return {1, examples * plan.values[layer.inputs[0]].rows, 1};
 }
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
-  require(x.rows == y.rows && x.cols == y.cols, "a norm changes the shape");
+  require((layer.pool_h || x.rows == y.rows) && x.cols == y.cols, "a norm changes the shape");
   for (int p : layer.params)
     require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
   require((layer.params[2] < 0) == (layer.params[3] < 0), "running statistics are a mean and a variance");
-  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples)),
+  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
           channel_norm::TEMPORARY_ROWS * plan.padded(y.cols)};
 }
 

@@ -6,18 +6,18 @@
 namespace fm::group_norm {
 
 inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
-  const Value& y = plan.values[layer.output];
-  return {examples, y.rows, y.cols / i64(layer.constants[0])};
+  const Value& x = plan.values[layer.inputs[0]];
+  return {examples, x.rows, x.cols / i64(layer.constants[0])};
 }
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
-  require(x.rows == y.rows && x.cols == y.cols, "a norm changes the shape");
+  require((layer.pool_h || x.rows == y.rows) && x.cols == y.cols, "a norm changes the shape");
   for (int p : layer.params)
     require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
   const i64 groups = i64(layer.constants[0]);
   require(groups > 0 && y.cols % groups == 0, "a group norm's groups do not divide its channels");
-  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples)),
+  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
           channel_norm::TEMPORARY_ROWS * plan.padded(y.cols)};
 }
 
