@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "fuse.h"
 #include "layers.h"
 
 namespace fm {
@@ -13,102 +14,6 @@ namespace {
 constexpr i64 NARROW_ROWS = 2;
 // Weights up to this size stay in the first-level cache from use to use.
 constexpr i64 NEAR_BYTES = 64 << 10;
-
-int consumers(const Plan& plan, int value) {
-  int n = value == plan.output;
-  for (const Layer& layer : plan.layers)
-    for (int in : layer.inputs) n += in == value;
-  return n;
-}
-
-void replace(Plan& plan, int from, int to) {
-  for (Layer& layer : plan.layers)
-    for (int& in : layer.inputs)
-      if (in == from) in = to;
-  if (plan.output == from) plan.output = to;
-}
-
-// The user's input is dense: a reshape that is its only reader just says how to read it.
-void fold_input_reshape(Plan& plan) {
-  while (!plan.layers.empty() && plan.layers[0].kind == Kind::reshape && plan.layers[0].inputs[0] == 0 &&
-         consumers(plan, 0) == 1) {
-    const int out = plan.layers[0].output;
-    plan.values[0] = plan.values[out];
-    plan.layers.erase(plan.layers.begin());
-    replace(plan, out, 0);
-  }
-}
-
-// Whether two values lie in memory alike.
-bool same_layout(const Value& a, const Value& b) {
-  return a.rows == b.rows && a.cols == b.cols && (a.channels == b.channels || a.rows == 1 || a.cols == 1);
-}
-
-void drop_trivial_reshapes(Plan& plan) {
-  for (size_t i = 0; i < plan.layers.size();) {
-    const Layer layer = plan.layers[i];
-    if (layer.kind != Kind::reshape || !same_layout(plan.values[layer.inputs[0]], plan.values[layer.output])) {
-      ++i;
-      continue;
-    }
-    plan.layers.erase(plan.layers.begin() + i);
-    replace(plan, layer.output, layer.inputs[0]);
-  }
-}
-
-// linear -> relu -> linear, where nobody else reads what lies between: the relu moves into the epilogues.
-void fuse_relu(Plan& plan) {
-  for (size_t i = 0; i + 1 < plan.layers.size(); ++i) {
-    Layer& linear = plan.layers[i];
-    if (linear.kind != Kind::linear || plan.params[linear.weight()].narrow || consumers(plan, linear.output) != 1)
-      continue;
-    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == linear.output; });
-    if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu ||
-        consumers(plan, relu->output) != 1)
-      continue;
-    auto next = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == relu->output; });
-    if (next == plan.layers.end() || next->kind != Kind::linear) continue;
-    linear.relu_out = next->relu_in = true;
-    const int dead = relu->output;
-    plan.layers.erase(relu);
-    replace(plan, dead, plan.layers[i].output);
-  }
-}
-
-// norm -> relu, where nobody else reads what lies between: the norm's passes do both.
-void fuse_norm_relu(Plan& plan) {
-  for (size_t i = 0; i < plan.layers.size(); ++i) {
-    Layer& norm = plan.layers[i];
-    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
-    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
-    if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu) continue;
-    norm.relu_out = true;
-    const int dead = relu->output;
-    plan.layers.erase(relu);
-    replace(plan, dead, plan.layers[i].output);
-  }
-}
-
-// norm [-> relu] -> max-pool over windows side by side: what is not pooled is never written down.
-void fuse_norm_pool(Plan& plan) {
-  for (size_t i = 0; i < plan.layers.size(); ++i) {
-    Layer& norm = plan.layers[i];
-    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
-    auto pool = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
-    if (pool == plan.layers.end() || pool->kind != Kind::max_pool2d) continue;
-    const auto& c = pool->constants;
-    if (c[0] != c[2] || c[1] != c[3] || c[4] != 0 || c[5] != 0) continue;
-    const Value &x = plan.values[norm.output], &y = plan.values[pool->output];
-    if (y.height * i64(c[0]) > x.height || y.width * i64(c[1]) > x.width) continue;  // rounded up
-    norm.pool_h = i64(c[0]), norm.pool_w = i64(c[1]);
-    norm.output = pool->output;
-    plan.layers.erase(pool);
-  }
-}
 
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
@@ -194,11 +99,7 @@ void Plan::finish() {
   for (const Layer& layer : layers)
     if (layer.kind == Kind::linear) params[layer.weight()].narrow = params[layer.weight()].rows <= NARROW_ROWS;
 
-  fold_input_reshape(*this);
-  drop_trivial_reshapes(*this);
-  fuse_relu(*this);
-  fuse_norm_relu(*this);
-  fuse_norm_pool(*this);
+  fuse(*this);
 
   for (size_t i = 0; i < layers.size(); ++i) layers[i].index = int(i);
   for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;
