@@ -86,6 +86,66 @@ def test_rejects_pickles_that_run_code(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "attacked").exists()
 
 
+class Pointers:
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"A" * 8)
+
+
+@pytest.mark.parametrize("attack", [Pointers(), np.zeros(1, "V8"), np.array([object], dtype=object)])
+def test_rejects_pickles_that_make_pointers(tmp_path: Path, attack: object) -> None:
+    for held in ({"image_data": attack}, {"image_data": pixels(), "class_dict": {"n01": attack}}):
+        (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps(held))
+        with pytest.raises(ValueError, match="cannot be read"):
+            fm.data.MiniImageNet(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("numbers", [list, np.array, lambda numbers: list(np.array(numbers, ">i4"))])
+def test_reads_every_protocol(tmp_path: Path, protocol: int, numbers) -> None:
+    held = {"image_data": pixels(), "class_dict": {"n01": numbers([3, 1])}}
+    (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps(held, protocol=protocol))
+    data = fm.data.MiniImageNet(tmp_path, normalise=False)
+    want = torch.from_numpy(pixels()[[3, 1]]).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(torch.stack([image for image, _ in data]), want)
+
+
+def test_reads_strings_of_python_2(tmp_path: Path) -> None:
+    image = bytes(range(256))[-48:]
+    quoted = "".join(f"\\x{byte:02x}" for byte in image)
+    text = (
+        "(dS'image_data'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nI4\nI4\nI3\nt"
+        "cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'" + quoted + "'\ntb"
+        "sS'class_dict'\n(dS'n01'\n(lI0\nass."
+    )
+    (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(text.encode("ascii"))
+    data = fm.data.MiniImageNet(tmp_path, size=4, normalise=False)
+    want = torch.tensor(list(image)).reshape(4, 4, 3).permute(2, 0, 1).float() / 255
+    assert torch.equal(data[0][0], want)
+
+
+@pytest.mark.parametrize("layout", ["pickle", "folders"])
+def test_can_be_sent_to_workers(tmp_path: Path, layout: str) -> None:
+    data = fm.data.MiniImageNet(make(tmp_path, layout))
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[5][0], data[5][0])
+    assert copy.targets == data.targets
+
+
+def test_rejects_damaged_files(tmp_path: Path) -> None:
+    pickled = tmp_path / "mini-imagenet-cache-train.pkl"
+    for content in (b"", b"version https://example.org", b"I1x\n.", pickle.dumps(pixels())[:1000]):
+        pickled.write_bytes(content)
+        with pytest.raises(ValueError, match=r"mini-imagenet-cache-train\.pkl cannot be read"):
+            fm.data.MiniImageNet(tmp_path)
+    for number in (-1, 12):
+        pickled.write_bytes(pickle.dumps({"image_data": pixels(), "class_dict": {"n01": [0, number]}}))
+        with pytest.raises(ValueError, match=f"gives n01 image {number}, and has 12 images"):
+            fm.data.MiniImageNet(tmp_path)
+    (tmp_path / "val.csv").write_text("filename,label\na.png\n")
+    with pytest.raises(ValueError, match=r"row 1 of .*val\.csv must have a filename and a label"):
+        fm.data.MiniImageNet(tmp_path, split="val")
+
+
 def test_rejects_what_is_no_mini_imagenet(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"`root` must hold mini-imagenet-cache-train\.pkl, train/ or train\.csv"
