@@ -13,6 +13,13 @@ int consumers(const Plan& plan, int value) {
   return n;
 }
 
+// The first layer that reads `value` as its first input, or the end.
+std::vector<Layer>::iterator reader(Plan& plan, int value) {
+  return std::find_if(plan.layers.begin(), plan.layers.end(), [&](const Layer& l) { return l.inputs[0] == value; });
+}
+
+bool channel_norm(const Layer& layer) { return layer.kind == Kind::batch_norm || layer.kind == Kind::group_norm; }
+
 void replace(Plan& plan, int from, int to) {
   for (Layer& layer : plan.layers)
     for (int& in : layer.inputs)
@@ -54,13 +61,11 @@ void fuse_relu(Plan& plan) {
     Layer& linear = plan.layers[i];
     if (linear.kind != Kind::linear || plan.params[linear.weight()].narrow || consumers(plan, linear.output) != 1)
       continue;
-    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == linear.output; });
+    auto relu = reader(plan, linear.output);
     if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu ||
         consumers(plan, relu->output) != 1)
       continue;
-    auto next = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == relu->output; });
+    auto next = reader(plan, relu->output);
     if (next == plan.layers.end() || next->kind != Kind::linear) continue;
     linear.relu_out = next->relu_in = true;
     const int dead = relu->output;
@@ -73,9 +78,8 @@ void fuse_relu(Plan& plan) {
 void fuse_norm_relu(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size(); ++i) {
     Layer& norm = plan.layers[i];
-    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
-    auto relu = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
+    if (!channel_norm(norm) || consumers(plan, norm.output) != 1) continue;
+    auto relu = reader(plan, norm.output);
     if (relu == plan.layers.end() || relu->kind != Kind::elementwise || relu->function != Function::relu) continue;
     norm.relu_out = true;
     const int dead = relu->output;
@@ -88,9 +92,8 @@ void fuse_norm_relu(Plan& plan) {
 void fuse_norm_pool(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size(); ++i) {
     Layer& norm = plan.layers[i];
-    if ((norm.kind != Kind::batch_norm && norm.kind != Kind::group_norm) || consumers(plan, norm.output) != 1) continue;
-    auto pool = std::find_if(plan.layers.begin(), plan.layers.end(),
-                             [&](const Layer& l) { return l.inputs[0] == norm.output; });
+    if (!channel_norm(norm) || consumers(plan, norm.output) != 1) continue;
+    auto pool = reader(plan, norm.output);
     if (pool == plan.layers.end() || pool->kind != Kind::max_pool2d) continue;
     const auto& c = pool->constants;
     if (c[0] != c[2] || c[1] != c[3] || c[4] != 0 || c[5] != 0) continue;

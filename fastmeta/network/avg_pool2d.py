@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastmeta.network.build import Builder, Functions, Methods, Modules, Refused, Value, integer
 from fastmeta.network.reshape import reshaped
-from fastmeta.network.windows import constants, image, numbers, positions
+from fastmeta.network.windows import constants, image, pooling, positions
 
 
 def _avg_pool(
@@ -27,11 +27,7 @@ def _avg_pool(
 ) -> Value:
     """[N, C, H, W] -> [N, C, H', W']."""
     image(input, dimensions)
-    kernel = numbers("kernel_size", kernel_size, dimensions)
-    strides = kernel if stride in (None, (), []) else numbers("stride", stride, dimensions)
-    paddings = numbers("padding", padding, dimensions, least=0)
-    if any(2 * p > k for p, k in zip(paddings, kernel, strict=True)):
-        raise Refused(f"a padding of {padding} is more than half of the window {kernel_size}")
+    kernel, strides, paddings = pooling(kernel_size, stride, padding, dimensions)
     divisor = 0 if divisor_override is None else integer(divisor_override)
     if divisor_override is not None and divisor < 1:
         raise Refused(f"divisor_override must be positive, got {divisor}")

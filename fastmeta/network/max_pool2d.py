@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastmeta.network.build import Builder, Functions, Methods, Modules, Refused, Value
-from fastmeta.network.windows import constants, image, numbers, positions
+from fastmeta.network.windows import constants, image, numbers, pooling, positions
 
 
 def _max_pool(
@@ -26,15 +26,11 @@ def _max_pool(
 ) -> Value:
     """[N, C, H, W] -> [N, C, H', W']."""
     image(input, dimensions)
-    kernel = numbers("kernel_size", kernel_size, dimensions)
-    strides = kernel if stride in (None, (), []) else numbers("stride", stride, dimensions)
-    paddings = numbers("padding", padding, dimensions, least=0)
+    kernel, strides, paddings = pooling(kernel_size, stride, padding, dimensions)
     if set(numbers("dilation", dilation, dimensions)) != {1}:
         raise Refused(f"its dilation is {dilation}")
     if return_indices:
         raise Refused("it returns indices")
-    if any(2 * p > k for p, k in zip(paddings, kernel, strict=True)):
-        raise Refused(f"a padding of {padding} is more than half of the window {kernel_size}")
     shape = (input.shape[0], *positions(input.shape, kernel, strides, paddings, bool(ceil_mode)))
     return build.layer("max_pool2d", (input,), shape, constants=constants(kernel, strides, paddings))
 

@@ -27,6 +27,18 @@ def numbers(what: str, value: Any, dimensions: int, least: int = 1) -> tuple[int
     return given
 
 
+def pooling(
+    kernel_size: Any, stride: Any, padding: Any, dimensions: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """A pool's window, stride (by default the window) and padding, at most half of the window."""
+    kernel = numbers("kernel_size", kernel_size, dimensions)
+    strides = kernel if stride in (None, (), []) else numbers("stride", stride, dimensions)
+    paddings = numbers("padding", padding, dimensions, least=0)
+    if any(2 * p > k for p, k in zip(paddings, kernel, strict=True)):
+        raise Refused(f"a padding of {padding} is more than half of the window {kernel_size}")
+    return kernel, strides, paddings
+
+
 def two(sizes: tuple[int, ...], missing: int) -> tuple[int, int]:
     """Sizes along height and width: a signal is an image of height 1."""
     return (missing, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
