@@ -225,6 +225,11 @@ void gemm(const Gemm<S>& g) {
   }
 }
 
+template <class S>
+void gemms(const Gemm<S>* calls, i64 count) {
+  for (i64 i = 0; i < count; ++i) gemm(calls[i]);
+}
+
 // Sums four rows of products at a time, so that their additions overlap.
 template <class S, int ROWS>
 FM_INLINE void dot_rows(const Dot<S>& d, i64 r) {

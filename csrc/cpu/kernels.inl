@@ -25,9 +25,11 @@ namespace {
 #include "pool.inl"
 #include "pooled_columns.inl"
 #include "transpose.inl"
+#include "winograd.inl"
 
 template <class S>
 constexpr Kernels<S> KERNELS = {&gemm<S>,
+                                &gemms<S>,
                                 &dot<S>,
                                 &transpose<S>,
                                 &elementwise_forward<S>,
@@ -57,6 +59,11 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &avg_pool_scatter<S>,
                                 &conv<S>,
                                 &conv_weight<S>,
+                                &winograd_input<S>,
+                                &winograd_output<S>,
+                                &winograd_gradient<S>,
+                                &winograd_weight<S>,
+                                &winograd_weight_gradient<S>,
                                 &sgd_update<S>,
                                 &sgd_direction<S>,
                                 &sgd_adjoint<S>};

@@ -17,8 +17,14 @@ class SplitKernels {
     base_ = &base, threads_ = threads;
     table_ = base;
     table_.gemm = gemm;
+    table_.gemms = gemms;
     table_.conv = conv;
     table_.conv_weight = conv_weight;
+    table_.winograd_input = tiles<&Kernels<S>::winograd_input>;
+    table_.winograd_output = tiles<&Kernels<S>::winograd_output>;
+    table_.winograd_gradient = tiles<&Kernels<S>::winograd_gradient>;
+    table_.winograd_weight = winograd_weight<&Kernels<S>::winograd_weight>;
+    table_.winograd_weight_gradient = winograd_weight<&Kernels<S>::winograd_weight_gradient>;
     table_.column_sums = columns<ColumnSums<S>, &Kernels<S>::column_sums, shift_sums>;
     table_.column_squares = columns<ColumnSquares<S>, &Kernels<S>::column_squares, shift_squares>;
     table_.column_products = columns<ColumnProducts<S>, &Kernels<S>::column_products, shift_products>;
@@ -88,6 +94,30 @@ class SplitKernels {
       if (g.also) part.also.data += begin * g.also.ld;
       if (g.mask) part.mask.data += begin * g.mask.ld;
       base_->gemm(part);
+    });
+  }
+
+  static void gemms(const Gemm<S>* calls, i64 count) {
+    const i64 work = count * calls[0].m * calls[0].n * calls[0].depth(0) * calls[0].pairs;
+    share(count, 1, work, [&](i64 begin, i64 end) { base_->gemms(calls + begin, end - begin); });
+  }
+
+  template <void (*Kernels<S>::*KERNEL)(const WinogradTiles<S>&)>
+  static void tiles(const WinogradTiles<S>& t) {
+    share(t.n, lane_pad<S>, (t.end - t.begin) * 16 * t.n, [&](i64 begin, i64 end) {
+      WinogradTiles<S> part = t;
+      part.n = end - begin;
+      shift(begin, part.from, part.to, part.bias);
+      (base_->*KERNEL)(part);
+    });
+  }
+  template <void (*Kernels<S>::*KERNEL)(const WinogradWeight<S>&)>
+  static void winograd_weight(const WinogradWeight<S>& w) {
+    share(w.n, lane_pad<S>, 16 * w.n, [&](i64 begin, i64 end) {
+      WinogradWeight<S> part = w;
+      part.n = end - begin;
+      shift(begin, part.from, part.to, part.base, part.also);
+      (base_->*KERNEL)(part);
     });
   }
 

@@ -247,9 +247,37 @@ struct ConvWeight {
   S scale;
 };
 
+// Between images and the 16 matrices of Winograd's F(2x2, 3x3), a row of n padded channels for each tile: see
+// cpu/winograd.h. A tile is 2 x 2 pixels of one image and the 4 x 4 of the other that they depend on.
+template <class S>
+struct WinogradTiles {
+  i64 begin, end;                // tiles of all examples, row by row
+  i64 tiles_h, tiles_w;          // of an example
+  i64 height, width, top, left;  // of the image, and where its first tile begins
+  i64 n;
+  const S* from;
+  i64 ld_from;  // of the image, or of the matrices
+  S* to;
+  i64 ld_to, step;        // step: from one matrix to the next
+  bool add;               // to the image
+  const S *bias, *zeros;  // [n]; no bias if null
+};
+
+// Nine taps of n elements each -> 16 matrices, or 16 matrices -> taps = [base +] [also +] scale * gradient.
+template <class S>
+struct WinogradWeight {
+  i64 n, step_from, step_to;
+  const S* from;
+  S* to;
+  bool flip;  // the taps are read last to first
+  const S *base, *also;
+  S scale;
+};
+
 template <class S>
 struct Kernels {
   void (*gemm)(const Gemm<S>&);
+  void (*gemms)(const Gemm<S>*, i64 count);  // independent of each other
   void (*dot)(const Dot<S>&);
   void (*transpose)(const Transpose<S>&);
 
@@ -287,6 +315,11 @@ struct Kernels {
 
   void (*conv)(const Conv<S>&);
   void (*conv_weight)(const ConvWeight<S>&);
+  void (*winograd_input)(const WinogradTiles<S>&);             // B^T d B of 4 x 4 pixels
+  void (*winograd_output)(const WinogradTiles<S>&);            // A^T m A, to 2 x 2 pixels
+  void (*winograd_gradient)(const WinogradTiles<S>&);          // A d A^T of 2 x 2 pixels
+  void (*winograd_weight)(const WinogradWeight<S>&);           // G g G^T
+  void (*winograd_weight_gradient)(const WinogradWeight<S>&);  // G^T u G
 
   // One update rule: csrc/engine/update_rules/sgd.md says what each line computes.
   void (*sgd_update)(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,

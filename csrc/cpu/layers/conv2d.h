@@ -7,6 +7,7 @@
 
 #include "../../engine/layout.h"
 #include "../../engine/pass.h"
+#include "../winograd.h"
 
 namespace fm::conv2d {
 
@@ -27,7 +28,14 @@ inline bool gathers(const Plan& plan, const Layer& layer) {
   return w.channels() == 1 || (w.channels() <= FEW_CHANNELS && plan.padded(w.rows) <= 4 * plan.lane);
 }
 
-inline Needs needs(const Plan& plan, const Layer& layer, i64) {
+// Whether the layer's products go by way of Winograd's.
+inline bool transforms(const Plan& plan, const Layer& layer, i64 examples) {
+  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  const Window v = window(layer);
+  return winograd::pays(v.kh, v.kw, v.sh, v.sw, v.ph, v.pw, x.cols, y.cols, examples, y.height, y.width);
+}
+
+inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(layer.weight() >= 0, "a convolution has no weight");
   const Param& w = plan.params[layer.weight()];
@@ -44,14 +52,20 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64) {
     const Param& b = plan.params[layer.bias()];
     require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");
   }
-  const i64 zeros = plan.padded(std::max(x.cols, y.cols));
-  return {0, zeros + (gathers(plan, layer) ? 2 * GATHERED_PIXELS * plan.padded(w.cols) : 0)};
+  const i64 in = plan.padded(x.cols), out = plan.padded(y.cols), zeros = std::max(in, out);
+  if (gathers(plan, layer)) return {0, zeros + 2 * GATHERED_PIXELS * plan.padded(w.cols)};
+  return {0, zeros + (transforms(plan, layer, examples) ? winograd::temporary(in, out) : 0)};
 }
 
+// The scratch memory behind the row of zeros.
+template <class S>
+S* memory(const Pass<S>& pass, const Layer& layer) {
+  const auto& values = pass.plan.values;
+  return pass.temporary + pass.plan.padded(std::max(values[layer.inputs[0]].cols, values[layer.output].cols));
+}
 template <class S>
 const S* zeros(const Pass<S>& pass, const Layer& layer) {
-  const i64 n = pass.plan.padded(std::max(pass.plan.values[layer.inputs[0]].cols, pass.plan.values[layer.output].cols));
-  std::fill_n(pass.temporary, n, S(0));
+  std::fill(pass.temporary, memory(pass, layer), S(0));
   return pass.temporary;
 }
 
@@ -88,13 +102,21 @@ void for_gathered(const Pass<S>& pass, const Layer& layer, int pairs, const S* c
                   const Body& body) {
   const i64 pixels = pass.rows(layer.output), ld = pass.plan.padded(pass.plan.params[layer.weight()].cols);
   const i64 room = GATHERED_PIXELS * ld;
-  S* const memory = pass.temporary + pass.plan.padded(std::max(pass.plan.values[layer.inputs[0]].cols,
-                                                               pass.plan.values[layer.output].cols));
+  S* const gathered = memory(pass, layer);
   for (i64 begin = 0; begin < pixels; begin += GATHERED_PIXELS) {
     const i64 end = std::min(begin + GATHERED_PIXELS, pixels);
-    for (int p = 0; p < pairs; ++p) gather(pass, layer, x[p], ld_x[p], begin, end, memory + p * room);
-    body(begin, end - begin, memory, room);
+    for (int p = 0; p < pairs; ++p) gather(pass, layer, x[p], ld_x[p], begin, end, gathered + p * room);
+    body(begin, end - begin, gathered, room);
   }
+}
+
+template <class S>
+void run(const Pass<S>& pass, const Layer& layer, Conv<S>& conv) {
+  conv.zeros = zeros(pass, layer);
+  if (transforms(pass.plan, layer, pass.geometry.examples))
+    winograd::conv(pass.kernels, conv, memory(pass, layer));
+  else
+    pass.kernels.conv(conv);
 }
 
 // A set's weight as one matrix [taps * C, O].
@@ -128,8 +150,8 @@ void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const
   conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
   conv.k = in.cols, conv.n = out.cols, conv.pairs = pairs;
   for (int i = 0; i < pairs; ++i) conv.pair[i] = {x[i], ld_x[i], w[i]};
-  conv.c = y, conv.ldc = out.ld, conv.bias = bias, conv.zeros = zeros(pass, layer);
-  pass.kernels.conv(conv);
+  conv.c = y, conv.ldc = out.ld, conv.bias = bias;
+  run(pass, layer, conv);
 }
 
 // dx (+)= sum over pairs of the transposed convolution of dy with w
@@ -145,8 +167,8 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
   conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
   conv.k = out.cols, conv.n = in.cols, conv.pairs = pairs;
   for (int i = 0; i < pairs; ++i) conv.pair[i] = {dy[i], out.ld, w[i]->mirror[layer.weight()]};
-  conv.c = dx, conv.ldc = in.ld, conv.add = layer.adds[0], conv.zeros = zeros(pass, layer);
-  pass.kernels.conv(conv);
+  conv.c = dx, conv.ldc = in.ld, conv.add = layer.adds[0];
+  run(pass, layer, conv);
 }
 
 // The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b, into their sinks
@@ -178,7 +200,10 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
     c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld, c.first_tap = 0, c.last_tap = v.kh * v.kw;
     for (int i = 0; i < pairs; ++i) c.pair[i] = {x[i], ld_x[i], dy[i]};
     c.c = weight.to, c.base = weight.base(), c.also = weight.also(), c.scale = weight.scale;
-    pass.kernels.conv_weight(c);
+    if (transforms(plan, layer, pass.geometry.examples))
+      winograd::conv_weight(pass.kernels, c, zeros(pass, layer), memory(pass, layer));
+    else
+      pass.kernels.conv_weight(c);
     weight.written();
   }
   if (layer.bias() < 0) return;
