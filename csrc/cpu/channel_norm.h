@@ -9,9 +9,13 @@
 // Every one is a sum of rows times coefficients that are constant in a block's column: see docs/norms.md.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <optional>
 
 #include "../engine/pass.h"
+#include "recomputed_conv.h"
 
 namespace fm::channel_norm {
 
@@ -28,7 +32,12 @@ inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks
   const Value& y = plan.values[layer.output];
   return (blocks.count * STATES + (layer.pool_h ? examples * y.rows : 0)) * plan.padded(y.cols);
 }
+
 constexpr i64 TEMPORARY_ROWS = 10;
+inline i64 temporary_size(const Plan& plan, const Layer& layer) {
+  const i64 rows = TEMPORARY_ROWS * plan.padded(plan.values[layer.output].cols);
+  return rows + (layer.recomputes < 0 ? 0 : RecomputedConv<float>::temporary(plan, layer));
+}
 
 template <class S>
 class ChannelNorm {
@@ -43,15 +52,20 @@ class ChannelNorm {
         ld_(pass.plan.values[layer.output].ld),
         padded_(pass.plan.padded(cols_)),
         values_(S(blocks.rows * blocks.group)),
-        fixed_(layer.params[2] >= 0) {}
+        fixed_(layer.params[2] >= 0) {
+    if (!pass.geometry.keeps(in_)) conv_.emplace(pass, layer, pass.temporary + TEMPORARY_ROWS * padded_);
+  }
 
   void forward() {
     for (block_ = 0; block_ < blocks_.count; ++block_) {
       statistics();
       S *scale = row(0), *shift = row(1);
-      for (i64 c = 0; c < padded_; ++c) scale[c] = shift[c] = 0;
+      clear(scale, shift);
       for (i64 c = 0; c < cols_; ++c) scale[c] = w(c) * rstd()[c], shift[c] = b(c);
-      combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output), false, layer_.relu_out ? RELU : NOTHING);
+      each_piece(false, [&] {
+        combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output) + out_row() * ld_, false,
+                layer_.relu_out ? RELU : NOTHING);
+      });
     }
   }
 
@@ -59,10 +73,11 @@ class ChannelNorm {
     start_gradients(sinks);
     for (block_ = 0; block_ < blocks_.count; ++block_) {
       S *sum = state(SUM_DY), *sum_x = state(SUM_DY_X);
-      products(dy(), sum, sum_x, nullptr, nullptr);
+      clear(sum, sum_x);
+      each_piece(false, [&] { products(dy(), sum, sum_x, nullptr, nullptr); });
       if (sinks)
         for (i64 c = 0; c < cols_; ++c) dw()[c] += sum_x[c] * rstd()[c], db()[c] += sum[c];
-      if (!pass_.wants_delta(in_)) continue;
+      if (!pass_.wants_delta(in_) || (conv_ && !sinks)) continue;
       S *from_dy = row(0), *from_x = row(1), *constant = row(2);
       clear(from_dy, from_x, constant);
       each_group([&](i64 begin, i64 end) {
@@ -73,7 +88,8 @@ class ChannelNorm {
           from_dy[c] = w(c) * r, from_x[c] = -r * r * g_x, constant[c] = -r * g;
         }
       });
-      combine({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_), layer_.adds[0]);
+      each_piece(false,
+                 [&] { gradient({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_)); });
     }
     finish_gradients(sinks);
   }
@@ -83,8 +99,8 @@ class ChannelNorm {
     for (block_ = 0; block_ < blocks_.count; ++block_) {
       S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
       S *from_rx = row(0), *from_x = row(1), *constant = row(2), *sum = row(3), *sum_x = row(4);
-      clear(from_rx, from_x, constant);
-      if (moves && !fixed_) products(rx(), sum, sum_x, nullptr, nullptr, false);
+      clear(from_rx, from_x, constant, sum, sum_x);
+      if (moves && !fixed_) each_piece(true, [&] { products(rx(), sum, sum_x, nullptr, nullptr, false); });
       each_group([&](i64 begin, i64 end) {
         S t = 0, t_x = 0;
         if (moves && !fixed_)
@@ -95,11 +111,13 @@ class ChannelNorm {
           from_rx[c] = w(c) * r, from_x[c] = vw(c) * r - w(c) * r * r * t_x, constant[c] = vb(c) - w(c) * r * t;
         }
       });
-      S* to = pass_.tangent(layer_.output);
-      if (moves)
-        combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false, MASK_OUT);
-      else
-        combine({{x(), ld_x(), from_x}}, constant, to, false, MASK_OUT);
+      each_piece(moves, [&] {
+        S* to = pass_.tangent(layer_.output) + out_row() * ld_;
+        if (moves)
+          combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false, MASK_OUT);
+        else
+          combine({{x(), ld_x(), from_x}}, constant, to, false, MASK_OUT);
+      });
     }
   }
 
@@ -111,7 +129,7 @@ class ChannelNorm {
       const S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
       S *rsum = row(3), *rsum_x = row(4), *dy_rx = row(5);
       clear(rsum, rsum_x, dy_rx);
-      products(rdy(), rsum, rsum_x, moves ? dy() : nullptr, dy_rx);
+      each_piece(moves, [&] { products(rdy(), rsum, rsum_x, moves ? dy() : nullptr, dy_rx); });
       // sum over the column of dy rx^
       const auto dy_rx_hat = [&](i64 c) {
         const S r = rstd()[c];
@@ -139,14 +157,13 @@ class ChannelNorm {
           constant[c] = r * r * (t_x * g + t * g_x) - r * u;
         }
       });
-      S* to = pass_.tangent_delta(in_);
-      if (moves)
-        combine(
-            {{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}, {rx(), ld_rx(), from_rx}},
-            constant, to, layer_.adds[0]);
-      else
-        combine({{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}}, constant, to,
-                layer_.adds[0]);
+      each_piece(moves, [&] {
+        const Term from[] = {{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}};
+        if (moves)
+          gradient({from[0], from[1], from[2], {rx(), ld_rx(), from_rx}}, constant, pass_.tangent_delta(in_));
+        else
+          gradient({from[0], from[1], from[2]}, constant, pass_.tangent_delta(in_));
+      });
     }
     finish_gradients(sinks);
   }
@@ -168,9 +185,11 @@ class ChannelNorm {
       return;
     }
     S* sum = row(0);
-    pass_.kernels.column_sums({blocks_.rows, padded_, x(), ld_x(), nullptr, nullptr, S(1), sum});
+    clear(sum);
+    each_piece(false, [&] { pass_.kernels.column_sums({rows_, padded_, x(), ld_x(), sum, nullptr, S(1), sum}); });
     over_groups(sum, mean);
-    pass_.kernels.column_squares({blocks_.rows, padded_, x(), ld_x(), mean, sum});
+    clear(sum);
+    each_piece(false, [&] { pass_.kernels.column_squares({rows_, padded_, x(), ld_x(), mean, sum}); });
     over_groups(sum, rstd);
     for (i64 c = 0; c < cols_; ++c) rstd[c] = S(1) / std::sqrt(rstd[c] + eps_);
   }
@@ -201,7 +220,24 @@ class ChannelNorm {
       for (i64 c = 0; c < padded_; ++c) row[c] = 0;
   }
 
-  // sum a, sum a (x - mean) and, with b, sum b rx over the block's rows; a and b are gradients of the output, or not.
+  // Calls body for pieces of the block, small enough that several passes over them stay in a cache; where the input is
+  // not kept, a piece of it is computed first, and of its tangent if asked for.
+  template <class Body>
+  void each_piece(bool tangent, const Body& body) {
+    const Value& in = pass_.plan.values[in_];
+    const i64 window_rows = layer_.pool_h ? tall() ? layer_.pool_h * in.width : in.rows : 1;
+    const i64 most = std::max<i64>(PIECE_ELEMENTS / padded_ / window_rows, 1) * window_rows;
+    for (piece_ = 0; piece_ < blocks_.rows; piece_ += rows_) {
+      rows_ = std::min(most, blocks_.rows - piece_);
+      if (conv_) conv_->compute(first_row(), rows_, tangent);
+      body();
+    }
+    piece_ = 0;
+  }
+  // Whether windows never lie across images if all images are read as a single tall one.
+  bool tall() const { return pass_.plan.values[in_].height % layer_.pool_h == 0; }
+
+  // Adds to sum a, sum a (x - mean) and, with b, sum b rx of the piece; a and b are gradients of the output, or not.
   void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b, bool gradients = true) {
     const S* mask = gradients ? relu_mask() : nullptr;
     if (gradients && layer_.pool_h) {
@@ -210,20 +246,26 @@ class ChannelNorm {
       p.sum = sum, p.sum_x = sum_x, p.sum_b = sum_b;
       return pass_.kernels.pooled_products(p);
     }
-    pass_.kernels.column_products({blocks_.rows, padded_, a, ld_, x(), ld_x(), state(MEAN), b, b ? rx() : nullptr,
-                                   ld_rx(), mask, ld_, sum, sum_x, sum_b});
+    pass_.kernels.column_products({rows_, padded_, a, gradients ? ld_ : ld_rx(), x(), ld_x(), state(MEAN), b,
+                                   b ? rx() : nullptr, ld_rx(), mask, ld_, sum, sum_x, sum_b});
   }
-  enum After { NOTHING, RELU, MASK_OUT };
+  // The gradient of the input's piece: to its place in `all`, or handed on to the convolution that computed the input.
+  void gradient(std::initializer_list<Term> terms, const S* constant, S* all) {
+    S* to = conv_ ? conv_->delta() : all + first_row() * pass_.plan.values[in_].ld;
+    combine(terms, constant, to, !conv_ && layer_.adds[0]);
+    if (conv_) conv_->add_gradient();
+  }
+  enum After { GRADIENT, NOTHING, RELU, MASK_OUT };
   // The first term's rows are centred.
-  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = NOTHING) {
+  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = GRADIENT) {
     if (layer_.pool_h) return combine_pooled(terms, constant, to, add, after);
     ColumnCombination<S> c{};
-    c.rows = blocks_.rows, c.n = padded_, c.center = state(MEAN), c.constant = constant, c.add = add;
+    c.rows = rows_, c.n = padded_, c.center = state(MEAN), c.constant = constant, c.add = add;
     for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients, term.masked};
     c.relu = after == RELU, c.mask = after == RELU ? nullptr : relu_mask(), c.ld_mask = ld_;
     c.mask_out = after == MASK_OUT;
     c.ld = pass_.plan.values[in_].ld;
-    c.out = to + first_row() * c.ld;
+    c.out = to;
     pass_.kernels.column_combination(c);
   }
   // The same where only windows' maxima are the output, and gradients come from there: those are the masked terms.
@@ -239,21 +281,22 @@ class ChannelNorm {
       else
         p.rx = term.from, p.ld_rx = term.ld, p.from_rx = term.coefficients;
     }
-    const bool to_output = to == pass_.output(layer_.output) || after == MASK_OUT;
-    p.ld_out = to_output ? ld_ : pass_.plan.values[in_].ld;
-    p.out = to + (to_output ? out_row() : first_row()) * p.ld_out;
-    if (after == MASK_OUT)
-      pass_.kernels.pooled_gather(p);
-    else if (to_output)
-      pass_.kernels.pooled_forward(p);
-    else
+    p.ld_out = after == GRADIENT ? pass_.plan.values[in_].ld : ld_;
+    p.out = to;
+    if (after == GRADIENT)
       pass_.kernels.pooled_combination(p);
+    else if (after == MASK_OUT)
+      pass_.kernels.pooled_gather(p);
+    else
+      pass_.kernels.pooled_forward(p);
   }
   PooledColumns<S> pooled() const {
     const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
     PooledColumns<S> p{};
-    p.images = blocks_.rows / in.rows, p.in_h = in.height, p.in_w = in.width, p.out_h = out.height, p.out_w = out.width;
-    p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_, p.rows = blocks_.rows;
+    p.in_w = in.width, p.out_w = out.width;
+    p.images = tall() ? 1 : rows_ / in.rows, p.in_h = tall() ? rows_ / in.width : in.height;
+    p.out_h = tall() ? p.in_h / layer_.pool_h : out.height;
+    p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_, p.rows = rows_;
     p.x = x(), p.ld_x = ld_x(), p.center = state(MEAN), p.mask = relu_mask(), p.ld_pooled = ld_,
     p.ld_positions = padded_;
     p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_;
@@ -265,9 +308,11 @@ class ChannelNorm {
   void start_gradients(Sink<S>* sinks) {
     if (!sinks) return;
     clear(row(6), row(7));
+    if (conv_) conv_->start_gradient();
   }
   void finish_gradients(Sink<S>* sinks) {
     if (!sinks) return;
+    if (conv_) conv_->finish_gradient(sinks);
     for (int which : {0, 1}) {
       if (layer_.params[which] < 0) continue;
       Sink<S>& sink = sinks[layer_.params[which]];
@@ -277,10 +322,12 @@ class ChannelNorm {
     }
   }
 
-  i64 first_row() const { return block_ * blocks_.rows; }
+  // Where the piece begins: in the input, and in the output.
+  i64 first_row() const { return block_ * blocks_.rows + piece_; }
   i64 out_row() const {
-    const Plan& plan = pass_.plan;
-    return first_row() / plan.values[in_].rows * plan.values[layer_.output].rows;
+    if (!layer_.pool_h) return first_row();
+    const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
+    return tall() ? first_row() / (layer_.pool_h * in.width) * out.width : first_row() / in.rows * out.rows;
   }
   const S* theta(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]]; }
   const S* v(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.v.primary[layer_.params[i]]; }
@@ -290,8 +337,8 @@ class ChannelNorm {
   S vb(i64 c) const { return v(1) ? v(1)[c] : S(0); }
   i64 ld_x() const { return pass_.value_ld(in_); }
   i64 ld_rx() const { return pass_.plan.values[in_].ld; }
-  const S* x() const { return pass_.value(in_) + first_row() * ld_x(); }
-  const S* rx() const { return pass_.tangent(in_) + first_row() * ld_rx(); }
+  const S* x() const { return conv_ ? conv_->value() : pass_.value(in_) + first_row() * ld_x(); }
+  const S* rx() const { return conv_ ? conv_->tangent() : pass_.tangent(in_) + first_row() * ld_rx(); }
   const S* dy() const { return pass_.delta(layer_.output) + out_row() * ld_; }
   const S* rdy() const { return pass_.tangent_delta(layer_.output) + out_row() * ld_; }
   S* state(int which) const { return pass_.state(layer_) + (block_ * STATES + which) * padded_; }
@@ -307,9 +354,10 @@ class ChannelNorm {
   const S eps_;
   const int in_;
   const i64 cols_, ld_, padded_;
-  const S values_;    // of a group
-  const bool fixed_;  // by running statistics
-  i64 block_ = 0;
+  const S values_;                         // of a group
+  const bool fixed_;                       // by running statistics
+  std::optional<RecomputedConv<S>> conv_;  // what computes the input, if that is not kept
+  i64 block_ = 0, piece_ = 0, rows_ = 0;   // the piece's first row in the block, and how many
 };
 
 }  // namespace fm::channel_norm

@@ -34,10 +34,11 @@ template <class S>
 void column_squares(const ColumnSquares<S>& s) {
   for (i64 j = 0; j < s.n; j += lanes<S>) {
     const Vec<S> center = load(s.center + j);
-    store(s.out + j, column_total<S>(s.rows, [&](i64 r) {
-            const Vec<S> x = load(s.x + r * s.ld + j) - center;
-            return x * x;
-          }));
+    const Vec<S> squares = column_total<S>(s.rows, [&](i64 r) {
+      const Vec<S> x = load(s.x + r * s.ld + j) - center;
+      return x * x;
+    });
+    store(s.out + j, load(s.out + j) + squares);
   }
 }
 
@@ -50,7 +51,7 @@ template <class S, bool MASK, bool SECOND>
 FM_INLINE void products(const ColumnProducts<S>& s) {
   for (i64 j = 0; j < s.n; j += lanes<S>) {
     const Vec<S> center = load(s.center + j);
-    Vec<S> sum{}, sum_x{}, sum_b{};
+    Vec<S> sum = load(s.sum + j), sum_x = load(s.sum_x + j), sum_b = SECOND ? load(s.sum_b + j) : Vec<S>{};
     for (i64 start = 0; start < s.rows; start += COLUMN_ROWS) {
       const i64 stop = start + COLUMN_ROWS < s.rows ? start + COLUMN_ROWS : s.rows;
       Vec<S> part{}, part_x{}, part_b{};

@@ -1,7 +1,7 @@
 // Norm, relu and max-pool in one: passes over windows that lie side by side, of which only the maximum is kept.
 //
 //   pooled_forward      out = max of [relu] (constant + from_x (x - center)), positions = the first pixel that holds it
-//   pooled_products     sum = sum a, sum_x = sum a (x - center), sum_b = sum b rx at the positions
+//   pooled_products     sum += sum a, sum_x += sum a (x - center), sum_b += sum b rx at the positions
 //   pooled_gather       out = constant + from_x (x - center) [+ from_rx rx] at the positions
 //   pooled_combination  out [+]= constant + from_x (x - center) [+ from_rx rx] + pooled terms at the positions
 
@@ -65,7 +65,8 @@ FM_INLINE Vec<S> pooled_row(const PooledColumns<S>& p, const S* from, i64 window
 template <class S>
 void pooled_products(const PooledColumns<S>& p) {
   for (i64 j = 0; j < p.n; j += lanes<S>) {
-    Vec<S> sum{}, sum_x{}, sum_b{}, part{}, part_x{}, part_b{};
+    Vec<S> sum = load(p.sum + j), sum_x = load(p.sum_x + j), sum_b = p.rx ? load(p.sum_b + j) : Vec<S>{};
+    Vec<S> part{}, part_x{}, part_b{};
     each_pooled(p, [&](i64 pixel, i64 window) FM_INLINE_LAMBDA {
       const AtMaximum<S> top(p, pixel, window, j);
       const Vec<S> a = pooled_row(p, p.pooled[0].from, window, j);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "../cpu/layers/conv2d.h"
+
 namespace fm {
 
 namespace {
@@ -74,6 +76,18 @@ void fuse_relu(Plan& plan) {
   }
 }
 
+// linear or conv2d -> norm by the batch's own mean of each channel: a bias comes to nothing.
+void cancel_bias(Plan& plan) {
+  for (Layer& layer : plan.layers) {
+    if ((layer.kind != Kind::linear && layer.kind != Kind::conv2d) || consumers(plan, layer.output) != 1) continue;
+    const auto norm = reader(plan, layer.output);
+    if (norm == plan.layers.end()) continue;
+    layer.bias_cancels =
+        (norm->kind == Kind::batch_norm && norm->params[2] < 0) ||
+        (norm->kind == Kind::group_norm && i64(norm->constants[0]) == plan.values[norm->inputs[0]].cols);
+  }
+}
+
 // norm -> relu, where nobody else reads what lies between: the norm's passes do both.
 void fuse_norm_relu(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size(); ++i) {
@@ -111,8 +125,19 @@ void fuse(Plan& plan) {
   fold_input_reshape(plan);
   drop_trivial_reshapes(plan);
   fuse_relu(plan);
+  cancel_bias(plan);
   fuse_norm_relu(plan);
   fuse_norm_pool(plan);
+}
+
+void choose_recomputed(Plan& plan) {
+  if (plan.options.wants_support_x || plan.options.wants_query_x) return;
+  for (const Layer& conv : plan.layers) {
+    if (conv.kind != Kind::conv2d || conv.inputs[0] != 0 || !conv2d::gathers(plan, conv)) continue;
+    const auto norm = reader(plan, conv.output);
+    if (norm != plan.layers.end() && channel_norm(*norm) && consumers(plan, conv.output) == 1)
+      norm->recomputes = conv.index;
+  }
 }
 
 }  // namespace fm

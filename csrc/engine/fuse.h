@@ -8,4 +8,7 @@ namespace fm {
 
 void fuse(Plan& plan);
 
+// Marks convolutions of the input, cheap for its few channels, whose output the norm that reads it may recompute.
+void choose_recomputed(Plan& plan);
+
 }  // namespace fm

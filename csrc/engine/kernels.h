@@ -101,7 +101,7 @@ struct LossCall {
   S* dweights;                   // [examples], added to, or null
 };
 
-// out[c] = sum over rows of (x[r, c] - center[c])^2; n padded.
+// out[c] += sum over rows of (x[r, c] - center[c])^2; n padded.
 template <class S>
 struct ColumnSquares {
   i64 rows, n;
@@ -111,7 +111,7 @@ struct ColumnSquares {
   S* out;
 };
 
-// Over rows: sum = sum a, sum_x = sum a (x - center) and, if there is b, sum_b = sum b d; n padded. Where there is a
+// Over rows: sum += sum a, sum_x += sum a (x - center) and, if there is b, sum_b += sum b d; n padded. Where there is a
 // mask, a and b count as zero where it is not positive.
 template <class S>
 struct ColumnProducts {

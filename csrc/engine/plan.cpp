@@ -15,12 +15,23 @@ constexpr i64 NARROW_ROWS = 2;
 // Weights up to this size stay in the first-level cache from use to use.
 constexpr i64 NEAR_BYTES = 64 << 10;
 
+// Values up to this size stay in a core's second-level cache from use to use.
+constexpr i64 KEPT_BYTES = 1 << 20;
+
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
   g.examples = examples;
-  for (const Value& value : plan.values) {
+  std::vector<bool> recomputed(plan.values.size(), false);
+  for (const Layer& layer : plan.layers)
+    if (layer.recomputes >= 0) recomputed[layer.inputs[0]] = true;
+  for (size_t i = 0; i < plan.values.size(); ++i) {
+    const i64 size = examples * plan.values[i].rows * plan.values[i].ld;
+    if (recomputed[i] && size * (plan.is_double ? 8 : 4) > KEPT_BYTES) {
+      g.offset.push_back(-1);
+      continue;
+    }
     g.offset.push_back(g.size);
-    g.size += examples * value.rows * value.ld;
+    g.size += size;
   }
   g.size_with_state = g.size;
   for (const Layer& layer : plan.layers) {
@@ -126,6 +137,7 @@ void Plan::finish() {
         (input_gradient || values[layer.inputs[0]].from_params))
       params[layer.weight()].mirrored = true;
   choose_input_layer();
+  choose_recomputed(*this);
   for (Param& p : params) {
     p.size = !p.matrix ? padded(p.cols) : p.narrow ? p.rows * padded(p.cols) : p.cols * padded(p.rows);
     p.mirror_offset = mirror_size;

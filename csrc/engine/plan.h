@@ -30,6 +30,8 @@ struct Layer {
   int index = 0;                  // in Plan::layers
   bool relu_out = false;          // linear, norms: the following relu is in the epilogue
   i64 pool_h = 0, pool_w = 0;     // norms: the following max-pool, over windows side by side, is in the epilogue too
+  int recomputes = -1;            // norms: the convolution whose output need not be kept for this one to read
+  bool bias_cancels = false;      // a norm subtracts it again: its gradient is zero
   bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
   bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
   int weight() const { return params[0]; }
@@ -56,11 +58,12 @@ struct Param {
 };
 
 // Where the values of one batch lie inside a block, and behind them what layers keep beside their values (statistics,
-// positions of maxima). Blocks of gradients hold no state.
+// positions of maxima). Blocks of gradients hold no state. A large value that is cheap to recompute is not kept.
 struct Geometry {
   i64 examples = 0, size = 0, size_with_state = 0;
   std::vector<i64> offset;  // of every value
   std::vector<i64> state;   // of every layer
+  bool keeps(int value) const { return offset[value] >= 0; }
 };
 
 struct Options {

@@ -16,7 +16,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
     require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
   require((layer.params[2] < 0) == (layer.params[3] < 0), "running statistics are a mean and a variance");
   return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
-          channel_norm::TEMPORARY_ROWS * plan.padded(y.cols)};
+          channel_norm::temporary_size(plan, layer)};
 }
 
 template <class S>

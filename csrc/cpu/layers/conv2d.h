@@ -1,6 +1,7 @@
 // conv2d: y = conv(x, W) + b on channels-last images; W [O, C, kh, kw] is kept as one matrix W^T [C, O] for each tap.
 //
 // Images of very few channels are gathered tap by tap into rows [taps * C] instead, and multiplied like any matrix.
+// Where the output is not kept, nothing is done here: its reader does it, see ../recomputed_conv.h.
 #pragma once
 
 #include <algorithm>
@@ -69,45 +70,94 @@ const S* zeros(const Pass<S>& pass, const Layer& layer) {
   return pass.temporary;
 }
 
-// Pixels [begin, end) of the output, each with what its taps read of x.
+// What the taps of pixels [begin, end) of the output read of x: to[tap * C + c][pixel], rows GATHERED_PIXELS apart.
 template <class S>
 void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 begin, i64 end, S* to) {
   const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
   const Window v = window(layer);
-  const i64 ld = pass.plan.padded(v.kh * v.kw * in.cols);
-  std::fill_n(to, (end - begin) * ld, S(0));
   for (i64 pixel = begin; pixel < end;) {  // one row of an image, or what is wanted of it
     const i64 n = pixel / out.rows, oy = pixel % out.rows / out.width, ox = pixel % out.width;
     const i64 count = std::min(end - pixel, out.width - ox);
     for (i64 i = 0; i < v.kh; ++i) {
       const i64 y = oy * v.sh - v.ph + i;
-      if (y < 0 || y >= in.height) continue;
-      const S* row = x + (n * in.height + y) * in.width * ld_x;
+      const bool inside = y >= 0 && y < in.height;
       for (i64 j = 0; j < v.kw; ++j) {
-        S* column = to + (i * v.kw + j) * in.cols;
-        for (i64 k = 0; k < count; ++k) {
-          const i64 x_at = (ox + k) * v.sw - v.pw + j;
-          if (x_at < 0 || x_at >= in.width) continue;
-          for (i64 c = 0; c < in.cols; ++c) column[k * ld + c] = row[x_at * ld_x + c];
+        const i64 shift = j - v.pw;  // of the pixels low .. high - 1 that read from within the row
+        const i64 low = std::clamp((-shift + v.sw - 1) / v.sw - ox, i64(0), count);
+        const i64 high =
+            inside && in.width > shift ? std::clamp((in.width - shift - 1) / v.sw + 1 - ox, low, count) : low;
+        for (i64 c = 0; c < in.cols; ++c) {
+          S* row = to + ((i * v.kw + j) * in.cols + c) * GATHERED_PIXELS;
+          const S* from = x + ((n * in.height + y) * in.width + ox * v.sw + shift) * ld_x + c;
+          const i64 step = v.sw * ld_x;
+          std::fill(row, row + low, S(0));
+          if (step == 1)
+            std::copy(from + low, from + high, row + low);
+          else
+            for (i64 k = low; k < high; ++k) row[k] = from[k * step];
+          std::fill(row + high, row + count, S(0));
         }
       }
     }
-    pixel += count, to += count * ld;
+    pixel += count, to += count;
   }
 }
 
-// Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels.
+// Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels [first, first + count).
 template <class S, class Body>
-void for_gathered(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
-                  const Body& body) {
-  const i64 pixels = pass.rows(layer.output), ld = pass.plan.padded(pass.plan.params[layer.weight()].cols);
-  const i64 room = GATHERED_PIXELS * ld;
+void for_gathered(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs, const S* const* x,
+                  const i64* ld_x, const Body& body) {
+  const i64 room = GATHERED_PIXELS * pass.plan.params[layer.weight()].cols;
   S* const gathered = memory(pass, layer);
-  for (i64 begin = 0; begin < pixels; begin += GATHERED_PIXELS) {
-    const i64 end = std::min(begin + GATHERED_PIXELS, pixels);
-    for (int p = 0; p < pairs; ++p) gather(pass, layer, x[p], ld_x[p], begin, end, gathered + p * room);
-    body(begin, end - begin, gathered, room);
+  for (i64 at = 0; at < count; at += GATHERED_PIXELS) {
+    const i64 pixels = std::min(GATHERED_PIXELS, count - at);
+    for (int p = 0; p < pairs; ++p)
+      gather(pass, layer, x[p], ld_x[p], first + at, first + at + pixels, gathered + p * room);
+    body(at, pixels, gathered, room);
   }
+}
+
+// A set's weight as one matrix [taps * C, O].
+template <class S>
+Matrix<S> gathered_weight(const Plan& plan, const Param& p, S* set) {
+  return Matrix<S>::plain(set, plan.padded(p.rows));
+}
+
+// y = sum over pairs conv(x, w) + bias for `count` pixels of the output, the first of them at y.
+template <class S>
+void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs, const S* const* x,
+                       const i64* ld_x, const S* const* w, const S* bias, S* y) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight()];
+  const i64 ld_y = plan.values[layer.output].ld;
+  for_gathered(pass, layer, first, count, pairs, x, ld_x, [&](i64 at, i64 pixels, S* rows, i64 room) {
+    Gemm<S> gemm;
+    gemm.m = pixels, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = pairs;
+    for (int i = 0; i < pairs; ++i)
+      gemm.pair[i] = {rows + i * room, 1, GATHERED_PIXELS, gathered_weight(plan, p, w[i])};
+    gemm.c = Matrix<S>::plain(y + at * ld_y, ld_y), gemm.bias = bias;
+    pass.kernels.gemm(gemm);
+  });
+}
+
+// The weight's gradient from `count` pixels of the output, whose gradient begins at dy.
+template <class S>
+void gathered_weight_gradient(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs,
+                              const S* const* x, const i64* ld_x, const S* const* dy, Sink<S>& sink) {
+  const Plan& plan = pass.plan;
+  const Param& p = plan.params[layer.weight()];
+  const i64 ld_y = plan.values[layer.output].ld;
+  for_gathered(pass, layer, first, count, pairs, x, ld_x, [&](i64 at, i64 pixels, S* rows, i64 room) {
+    Gemm<S> gemm;
+    gemm.m = p.cols, gemm.n = p.rows, gemm.k = pixels, gemm.pairs = pairs, gemm.scale = sink.scale;
+    for (int i = 0; i < pairs; ++i)
+      gemm.pair[i] = {rows + i * room, GATHERED_PIXELS, 1, Matrix<const S>::plain(dy[i] + at * ld_y, ld_y)};
+    gemm.c = gathered_weight(plan, p, sink.to);
+    if (sink.base()) gemm.base = gathered_weight(plan, p, sink.base());
+    if (sink.also()) gemm.also = gathered_weight(plan, p, sink.also());
+    pass.kernels.gemm(gemm);
+    sink.written();
+  });
 }
 
 template <class S>
@@ -119,30 +169,14 @@ void run(const Pass<S>& pass, const Layer& layer, Conv<S>& conv) {
     pass.kernels.conv(conv);
 }
 
-// A set's weight as one matrix [taps * C, O].
-template <class S>
-Matrix<S> gathered_weight(const Plan& plan, const Param& p, S* set) {
-  return Matrix<S>::plain(set, plan.padded(p.rows));
-}
-
 // y = sum over pairs conv(x, w) + bias
 template <class S>
 void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
               const S* bias, S* y) {
   const Plan& plan = pass.plan;
-  const Param& p = plan.params[layer.weight()];
   const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
-  if (gathers(plan, layer)) {
-    const i64 ld = plan.padded(p.cols);
-    for_gathered(pass, layer, pairs, x, ld_x, [&](i64 begin, i64 pixels, S* rows, i64 room) {
-      Gemm<S> gemm;
-      gemm.m = pixels, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = pairs;
-      for (int i = 0; i < pairs; ++i) gemm.pair[i] = {rows + i * room, ld, 1, gathered_weight(plan, p, w[i])};
-      gemm.c = Matrix<S>::plain(y + begin * out.ld, out.ld), gemm.bias = bias;
-      pass.kernels.gemm(gemm);
-    });
-    return;
-  }
+  if (gathers(plan, layer))
+    return gathered_convolve(pass, layer, 0, pass.rows(layer.output), pairs, x, ld_x, w, bias, y);
   const Window v = window(layer);
   Conv<S> conv;
   conv.examples = pass.geometry.examples, conv.c_h = out.height, conv.c_w = out.width;
@@ -180,18 +214,7 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
   Sink<S>& weight = sinks[layer.weight()];
   if (weight.to && gathers(plan, layer)) {
-    const i64 ld = plan.padded(p.cols);
-    for_gathered(pass, layer, pairs, x, ld_x, [&](i64 begin, i64 pixels, S* rows, i64 room) {
-      Gemm<S> gemm;
-      gemm.m = p.cols, gemm.n = p.rows, gemm.k = pixels, gemm.pairs = pairs, gemm.scale = weight.scale;
-      for (int i = 0; i < pairs; ++i)
-        gemm.pair[i] = {rows + i * room, 1, ld, Matrix<const S>::plain(dy[i] + begin * out.ld, out.ld)};
-      gemm.c = gathered_weight(plan, p, weight.to);
-      if (weight.base()) gemm.base = gathered_weight(plan, p, weight.base());
-      if (weight.also()) gemm.also = gathered_weight(plan, p, weight.also());
-      pass.kernels.gemm(gemm);
-      weight.written();
-    });
+    gathered_weight_gradient(pass, layer, 0, pass.rows(layer.output), pairs, x, ld_x, dy, weight);
   } else if (weight.to) {
     const Window v = window(layer);
     ConvWeight<S> c;
@@ -209,13 +232,14 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   if (layer.bias() < 0) return;
   Sink<S>& bias = sinks[layer.bias()];
   if (!bias.to) return;
-  pass.kernels.column_sums(
-      {pass.rows(layer.output), plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
+  const i64 rows = layer.bias_cancels ? 0 : pass.rows(layer.output);
+  pass.kernels.column_sums({rows, plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
   bias.written();
 }
 
 template <class S>
 void forward(const Pass<S>& pass, const Layer& layer) {
+  if (!pass.geometry.keeps(layer.output)) return;
   const S* x[] = {pass.value(layer.inputs[0])};
   const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
   const S* w[] = {pass.theta.primary[layer.weight()]};
@@ -225,6 +249,7 @@ void forward(const Pass<S>& pass, const Layer& layer) {
 
 template <class S>
 void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  if (!pass.geometry.keeps(layer.output)) return;
   const int in = layer.inputs[0];
   const S* dy[] = {pass.delta(layer.output)};
   if (sinks) {
@@ -241,6 +266,7 @@ void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
 // ry = conv(x, V) + vb [+ conv(rx, W)]
 template <class S>
 void tangent(const Pass<S>& pass, const Layer& layer) {
+  if (!pass.geometry.keeps(layer.output)) return;
   const int in = layer.inputs[0];
   const bool moves = pass.has_tangent(in);
   const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
@@ -253,6 +279,7 @@ void tangent(const Pass<S>& pass, const Layer& layer) {
 // R(dW) = rdy^T x [+ dy^T rx];  rdx = transposed convolutions of rdy with W and of dy with V
 template <class S>
 void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+  if (!pass.geometry.keeps(layer.output)) return;
   const int in = layer.inputs[0];
   const bool moves = pass.has_tangent(in);
   const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};

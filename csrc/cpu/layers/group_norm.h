@@ -18,7 +18,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const i64 groups = i64(layer.constants[0]);
   require(groups > 0 && y.cols % groups == 0, "a group norm's groups do not divide its channels");
   return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
-          channel_norm::TEMPORARY_ROWS * plan.padded(y.cols)};
+          channel_norm::temporary_size(plan, layer)};
 }
 
 template <class S>

@@ -108,8 +108,8 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   if (layer.bias() < 0) return;
   Sink<S>& bias = sinks[layer.bias()];
   if (bias.to) {
-    pass.kernels.column_sums(
-        {pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y, bias.base(), bias.also(), bias.scale, bias.to});
+    pass.kernels.column_sums({layer.bias_cancels ? 0 : pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y,
+                              bias.base(), bias.also(), bias.scale, bias.to});
     bias.written();
   }
 }
