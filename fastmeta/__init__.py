@@ -1,7 +1,7 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
 from fastmeta import data, models
-from fastmeta.algorithms import MAML, MetaLoss
+from fastmeta.algorithms import MAML, MetaLoss, Reptile, ReptileLoss
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
@@ -15,6 +15,8 @@ __all__ = [
     "CaptureError",
     "MetaGradient",
     "MetaLoss",
+    "Reptile",
+    "ReptileLoss",
     "__version__",
     "data",
     "flatten",
