@@ -1,7 +1,7 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
 from fastmeta import data, models
-from fastmeta.algorithms import MAML, MetaLoss, Reptile, ReptileLoss
+from fastmeta.algorithms import CAVIA, MAML, Context, MetaLoss, Reptile, ReptileLoss
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
@@ -9,10 +9,12 @@ from fastmeta.update_rules import SGD
 from fastmeta.version import __version__
 
 __all__ = [
+    "CAVIA",
     "MAML",
     "SGD",
     "BackendUnavailable",
     "CaptureError",
+    "Context",
     "MetaGradient",
     "MetaLoss",
     "Reptile",
