@@ -1,7 +1,7 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
 from fastmeta import data, models
-from fastmeta.algorithms import MAML, MetaLoss
+from fastmeta.algorithms import CAVIA, IMAML, MAML, Context, IMAMLLoss, MetaLoss, Reptile, ReptileLoss
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
@@ -9,12 +9,18 @@ from fastmeta.update_rules import SGD
 from fastmeta.version import __version__
 
 __all__ = [
+    "CAVIA",
+    "IMAML",
     "MAML",
     "SGD",
     "BackendUnavailable",
     "CaptureError",
+    "Context",
+    "IMAMLLoss",
     "MetaGradient",
     "MetaLoss",
+    "Reptile",
+    "ReptileLoss",
     "__version__",
     "data",
     "flatten",

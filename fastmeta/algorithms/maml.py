@@ -73,6 +73,9 @@ class MAML(nn.Module):
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017); Li et al., "Meta-SGD" (2017).
     """
 
+    #: The algorithm, as messages name it.
+    who = "MAML"
+
     def __init__(
         self,
         net: nn.Module,
@@ -94,24 +97,24 @@ class MAML(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
-            raise TypeError(f"{argument('MAML', 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+            raise TypeError(f"{argument(self.who, 'net')} must be a torch.nn.Module, got {type(net).__name__}")
         self.net = net
         self.loss = resolve(loss, weight_norm=weight_norm)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_steps = inner_steps
         self.order = order
-        self.adapts = names_of("MAML", adapt)
-        self.step_weights = numbers_of("MAML", step_weights)
+        self.adapts = names_of(self.who, adapt)
+        self.step_weights = numbers_of(self.who, step_weights)
         self.update_rule = rule_of(update_rule)
         self.memory = memory
         self.batch_stats = batch_stats
         self.backend = backend
-        check_options(self._options("MAML"))
+        check_options(self._options(self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
         if not params:
-            raise ValueError(f"{argument('MAML', 'net')} must have parameters, {type(net).__name__} has none")
-        names = adapted_names("MAML", net, self.adapts)
-        self.inner_lrs = InnerRates("MAML", inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
+            raise ValueError(f"{argument(self.who, 'net')} must have parameters, {type(net).__name__} has none")
+        names = adapted_names(self.who, net, self.adapts)
+        self.inner_lrs = InnerRates(self.who, inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
         self.flat: FlatParameters | None = None
         self._start()
 
@@ -167,7 +170,7 @@ class MAML(nn.Module):
 
         Derivatives: as `fastmeta.inner_sgd`, where gradients are on.
         """
-        options = self._options("MAML.adapt")._replace(step_weights=None)
+        options = self._options(f"{self.who}.adapt")._replace(step_weights=None)
         params, rates = self._differentiable()
         lr = self._lr(rates)
         if steps is not None:
@@ -189,7 +192,7 @@ class MAML(nn.Module):
 
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
-        return task_forward("MAML.predict", self.net, adapted, x, self.batch_stats, self.backend)
+        return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
 
     def explain(
         self,
@@ -239,7 +242,7 @@ class MAML(nn.Module):
         wrt: frozenset[str] = NOTHING,
     ) -> Call:
         """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
-        options = self._options("MAML", support_per_step)
+        options = self._options(self.who, support_per_step)
         flat = self.flat is None or len(self.flat.names) == len(params)
         losses = self.loss, self.query_loss
         return prepare(options, self.net, params, tensors, *losses, self._lr(rates), wrt, prefer_flat=flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -87,6 +88,13 @@ def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
     return mean_loss(result, call.problem.task_weights), task_losses, output
+
+
+def attached(loss: Tensor, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor:
+    """A loss as a function of parameters that its gradients are known for, those of the same names."""
+    leaves = [*params.values()]
+    gradient = torch.cat([gradients[name].reshape(-1) for name in params])
+    return cast(Tensor, _Attach.apply((loss, [gradient]), leaves, *leaves))
 
 
 def _inputs(tensors: Tensors) -> list[str]:

@@ -16,13 +16,18 @@ _PLAIN_SGD = SGD()
 
 # What an operator calls a field of `Problem`, where that is not its own name.
 _ONE_SET = {"support_x": "x", "support_y": "y", "support_weights": "weights"}
+_INNER_LOOP = {"lr": "inner_lr", "steps": "inner_steps"}
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "task_forward": {"query_x": "x"},
     "inner_sgd": _ONE_SET,
-    "MAML": {"lr": "inner_lr", "steps": "inner_steps"},
-    "MAML.adapt": {**_ONE_SET, "lr": "inner_lr"},
-    "MAML.predict": {"query_x": "x", "params": "adapted"},
+    "MAML": _INNER_LOOP,
+    "CAVIA": {**_INNER_LOOP, "adapt": "context"},
+    "IMAML": _INNER_LOOP,
+    "Reptile": _INNER_LOOP,
 }
+for _algorithm in ("MAML", "CAVIA", "IMAML", "Reptile"):
+    _ARGUMENTS[f"{_algorithm}.adapt"] = {**_ONE_SET, "lr": "inner_lr"}
+    _ARGUMENTS[f"{_algorithm}.predict"] = {"query_x": "x", "params": "adapted"}
 
 _CHOICES = {
     "order": ("second", "first"),

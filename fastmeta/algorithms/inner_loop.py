@@ -1,0 +1,153 @@
+"""What algorithms that do not differentiate through their inner loop have in common: its options, adapt, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.losses import resolve
+from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.eager import eager
+from fastmeta.ops.inner_sgd import inner_loop
+from fastmeta.ops.options import Options, argument, check_options, names_of, rule_of
+from fastmeta.ops.rates import Rates
+from fastmeta.ops.task_forward import forward as task_forward
+from fastmeta.update_rules import SGD
+
+
+class InnerLoop(nn.Module):
+    """A network, a loss and K inner steps; a base class, whose subclasses add `forward`.
+
+    Args:
+        net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in
+            `fastmeta.MAML`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    #: The algorithm, as messages name it.
+    who = ""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: object,
+        inner_lr: Rates,
+        inner_steps: int,
+        adapt: str | Iterable[str],
+        weight_norm: str,
+        update_rule: SGD | None,
+        batch_stats: str,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"{argument(self.who, 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+        self.net = net
+        self.loss = resolve(loss, weight_norm=weight_norm)
+        self.inner_steps = inner_steps
+        self.adapts = names_of(self.who, adapt)
+        self.update_rule = rule_of(update_rule)
+        self.batch_stats = batch_stats
+        self.backend = backend
+        check_options(self._options(self.who))
+        params = self.parameters_by_name()
+        if not params:
+            raise ValueError(f"{argument(self.who, 'net')} must have parameters, {type(net).__name__} has none")
+        self.names = adapted_names(self.who, net, self.adapts)
+        self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, self.names, params)
+
+    @eager
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+        """The parameters of every task after the inner loop.
+
+        Args:
+            x: support inputs [T, N, *in].
+            y: support targets.
+            steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
+
+        Returns:
+            name -> [T, *shape], every parameter, also those that are not adapted; detached.
+        """
+        steps = self.inner_steps if steps is None else steps
+        return self.adapted(f"{self.who}.adapt", Tensors(x, y), steps)
+
+    @eager
+    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The network's output with adapted parameters.
+
+        Args:
+            adapted: what `adapt` returns.
+            x: inputs [T, M, *in].
+
+        Returns:
+            [T, M, *out].
+
+        Derivatives: as `fastmeta.task_forward`, where gradients are on.
+        """
+        return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
+
+    def adapted(
+        self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False
+    ) -> dict[str, Tensor]:  # name -> [T, *shape], detached
+        """The inner loop on the support sets in `tensors`; `who` is for messages."""
+        options = self._options(who)._replace(steps=steps, support_per_step=support_per_step)
+        check_options(options)
+        lr = repeated(self.inner_lrs.as_given({}), steps)
+        with torch.no_grad():
+            return inner_loop(options, self.net, self.parameters_by_name(), tensors, lr, self.loss)
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """The meta-parameters."""
+        return dict(self.net.named_parameters())
+
+    def _options(self, who: str) -> Options:
+        return Options(
+            who,
+            self.inner_steps,
+            adapt=self.adapts,
+            rule=self.update_rule,
+            batch_stats=self.batch_stats,
+            backend=self.backend,
+        )
+
+
+def check_no_gradients(who: str, tensors: Tensors) -> None:
+    """Refuse inputs that would be left without their gradient.
+
+    Raises:
+        ValueError: an input requires grad.
+    """
+    for field, tensor in tensors._asdict().items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{argument(who, field)} must not require grad: {who} has no gradients of its inputs")
+
+
+def check_diverged(who: str, what: str, values: Iterable[Tensor]) -> None:
+    """Refuse tasks whose values are not finite; reads them.
+
+    Args:
+        who: the algorithm, for messages.
+        what: the values, for messages.
+        values: tensors [T, ...].
+
+    Raises:
+        FloatingPointError: counts and names the tasks.
+    """
+    finite = torch.stack([value.reshape(len(value), -1).isfinite().all(1) for value in values]).all(0)  # [T]
+    if not finite.all():
+        tasks = (~finite).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"{who}: {len(tasks)} of {len(finite)} tasks diverged, their {what} not finite: {named(tasks)}"
+        )
+
+
+def named(tasks: list[int]) -> str:
+    """Tasks by their numbers, those beyond sixteen as their count."""
+    rest = f" and {len(tasks) - 16} more" if len(tasks) > 16 else ""
+    return f"task{'s' * (len(tasks) > 1)} {', '.join(map(str, tasks[:16]))}{rest}"

@@ -1,0 +1,124 @@
+"""Reptile: a first-order algorithm without query sets, whose gradient is how far the inner loop went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.algorithms.inner_loop import InnerLoop, check_diverged, check_no_gradients
+from fastmeta.algorithms.meta_loss import attached
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.eager import eager
+from fastmeta.ops.options import argument
+from fastmeta.ops.rates import Rates
+from fastmeta.update_rules import SGD
+
+
+class ReptileLoss(NamedTuple):
+    """What a `Reptile` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
+
+    loss: Tensor  # (): half the squared distance to the adapted parameters, mean over tasks
+    task_losses: Tensor  # [T]
+    adapted: dict[str, Tensor]  # name -> [T, *shape], for `predict`
+
+
+class Reptile(InnerLoop):
+    """Reptile: moves the initialisation towards the parameters that an inner loop finds for each task.
+
+        reptile = fm.Reptile(net, loss="mse", inner_lr=0.02, inner_steps=5)
+        opt = torch.optim.SGD(reptile.parameters(), lr=0.1)
+        reptile(support_x, support_y).loss.backward()  # .grad is mean_T(theta - theta_K)
+        opt.step()  # theta + 0.1 mean_T(theta_K - theta)
+
+    Args:
+        net: the network; its parameters are the meta-parameters.
+        loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in `fastmeta.MAML`.
+        normalise: divide the gradient by inner_lr * inner_steps, which gives it the size of a loss's gradient; with
+            inner_steps=1 it is that of the mean support loss. `inner_lr` must then be a number other than zero.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms" (2018), algorithms 1 and 2; the loss
+    whose gradient this is: section 5.2.
+    """
+
+    who = "Reptile"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        loss: object,
+        inner_lr: Rates,
+        inner_steps: int,
+        normalise: bool = False,
+        adapt: str | Iterable[str] = "all",
+        weight_norm: str = "count",
+        update_rule: SGD | None = None,
+        batch_stats: str = "task",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend)
+        self.normalise = normalise
+        self._scale()
+
+    @eager
+    def forward(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        task_weights: Tensor | None = None,
+        support_weights: Tensor | None = None,
+        support_per_step: bool = False,
+    ) -> ReptileLoss:
+        """The inner loop, and how far it went.
+
+        Args:
+            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+            support_y: as the loss wants it.
+            task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+            support_weights: [T, N] or [T, K, N].
+            support_per_step: there is a minibatch of its own for every inner step.
+
+        Returns:
+            `ReptileLoss`.
+
+        Derivatives: `loss` is once differentiable in the parameters, at constant adapted parameters: `backward` puts
+            mean_T(theta - theta_K) into `.grad`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
+            FloatingPointError: tasks diverged, where gradients are on; without them their losses are not finite.
+            BackendUnavailable: the backend named cannot run this call.
+        """
+        tensors = Tensors(support_x, support_y, support_weights, task_weights=task_weights)
+        check_no_gradients(self.who, tensors)
+        scale = self._scale()
+        adapted = self.adapted(self.who, tensors, self.inner_steps, support_per_step)
+        params = self.parameters_by_name()
+        with torch.no_grad():
+            way = {name: scale * (value - adapted[name]) for name, value in params.items()}  # [T, *shape]
+            squares = [d.reshape(len(d), -1).square().sum(1) for d in way.values()]
+            task_losses = torch.stack(squares).sum(0) / (2 * scale)
+            weights = torch.ones_like(task_losses) if task_weights is None else task_weights
+            weights = weights / len(weights)
+            loss = torch.dot(weights, task_losses)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in params.values()):
+            check_diverged(self.who, "adapted parameters are", adapted.values())
+            loss = attached(loss, {name: torch.tensordot(weights, d, 1) for name, d in way.items()}, params)
+        return ReptileLoss(loss, task_losses, adapted)
+
+    def _scale(self) -> float:
+        """1, or 1 / (inner_lr * inner_steps)."""
+        if not self.normalise:
+            return 1.0
+        rate = self.inner_lrs.number
+        if not rate or not self.inner_steps:
+            given = self.inner_steps if rate else "zero" if rate is not None else "tensors"
+            which = argument(self.who, "steps" if rate else "lr")
+            raise ValueError(f"{which} must be a number other than zero with `normalise`, got {given}")
+        return 1 / (rate * self.inner_steps)
