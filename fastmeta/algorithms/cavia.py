@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ class CAVIA(MAML):
 
     Args:
         net: the network, with a `Context` in it.
-        context: names of the context parameters, which must be zero and require no grad; None: those of all `Context`
-            layers. Named ones may stand anywhere, such as in a layer of one's own that scales and shifts feature maps
-            by linear functions of them (FiLM), which runs on the `torch` backend.
+        context: names of the context parameters, glob patterns of them or a predicate, as `adapt` of `fastmeta.MAML`;
+            they must be zero and require no grad. None: those of all `Context` layers. Named ones may stand anywhere,
+            such as in a layer of one's own that scales and shifts feature maps by linear functions of them (FiLM),
+            which runs on the `torch` backend.
         loss, query_loss, inner_lr, inner_steps, order, learn_lr, lr_per_step, step_weights, weight_norm, update_rule,
             memory, batch_stats, backend: as in `fastmeta.MAML`.
 
@@ -74,7 +75,7 @@ class CAVIA(MAML):
         loss: object,
         inner_lr: Rates,
         inner_steps: int,
-        context: Iterable[str] | None = None,
+        context: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         **options: Any,
     ) -> None:
         if "adapt" in options:

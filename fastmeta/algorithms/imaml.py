@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from math import isfinite
 from typing import NamedTuple, cast
 
@@ -17,6 +16,7 @@ from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop, inner_sgd
+from fastmeta.ops.options import Adapt
 from fastmeta.ops.plan import prepare
 from fastmeta.update_rules import SGD
 
@@ -73,7 +73,7 @@ class IMAML(InnerLoop):
         proximal: float,
         cg_steps: int = 50,
         cg_tolerance: float = 1e-5,
-        adapt: str | Iterable[str] = "all",
+        adapt: Adapt = "all",
         weight_norm: str = "count",
         batch_stats: str = "task",
         backend: str = "auto",

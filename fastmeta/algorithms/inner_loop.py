@@ -13,7 +13,7 @@ from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Options, argument, check_options, names_of, rule_of
+from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
 from fastmeta.update_rules import SGD
@@ -39,7 +39,7 @@ class InnerLoop(nn.Module):
         loss: object,
         inner_lr: Rates,
         inner_steps: int,
-        adapt: str | Iterable[str],
+        adapt: Adapt,
         weight_norm: str,
         update_rule: SGD | None,
         batch_stats: str,
@@ -51,7 +51,7 @@ class InnerLoop(nn.Module):
         self.net = net
         self.loss = resolve(loss, weight_norm=weight_norm)
         self.inner_steps = inner_steps
-        self.adapts = names_of(self.who, adapt)
+        self.adapts = names_of(self.who, net, adapt)
         self.update_rule = rule_of(update_rule)
         self.batch_stats = batch_stats
         self.backend = backend

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.ops.options import argument
+from fastmeta.ops.patterns import keys_by_name
 from fastmeta.ops.rates import Rates, plan_rates
 
 _SORTS = ("scalar", "tensor", "element")
@@ -43,6 +44,8 @@ class InnerRates(nn.ParameterDict):
         params: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
+        if isinstance(lr, Mapping):
+            lr = {name: lr[key] for name, key in keys_by_name(argument(who, "lr"), lr, names).items()}
         if learn_lr is not None and learn_lr not in _SORTS:
             raise ValueError(f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}")
         if learn_lr is None and per_step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Options, argument, check_options, names_of, numbers_of, rule_of
+from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, numbers_of, rule_of
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
@@ -52,11 +52,13 @@ class MAML(nn.Module):
         loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar; see
             `fastmeta.losses.resolve`. A module is read once, here.
         query_loss: the same for the query sets; None: `loss`.
-        inner_lr: a number, a tensor () or [K], or a dict by parameter name of numbers and tensors () or
-            [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start.
+        inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
+            [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start. A name goes before a
+            pattern, and the first pattern that matches before later ones.
         inner_steps: K, at least 0.
         order: "second", exact, or "first" (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others) or names of parameters.
+        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
+            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which is asked here and now.
         learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor", one for each
             parameter tensor; "element", one for each scalar weight (Meta-SGD).
         lr_per_step: learned rates differ from step to step.
@@ -85,7 +87,7 @@ class MAML(nn.Module):
         inner_lr: Rates,
         inner_steps: int,
         order: str = "second",
-        adapt: str | Iterable[str] = "all",
+        adapt: Adapt = "all",
         learn_lr: str | None = None,
         lr_per_step: bool = False,
         step_weights: Sequence[float] | None = None,
@@ -103,7 +105,7 @@ class MAML(nn.Module):
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_steps = inner_steps
         self.order = order
-        self.adapts = names_of(self.who, adapt)
+        self.adapts = names_of(self.who, net, adapt)
         self.step_weights = numbers_of(self.who, step_weights)
         self.update_rule = rule_of(update_rule)
         self.memory = memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from fastmeta.algorithms.inner_loop import InnerLoop, check_diverged, check_no_g
 from fastmeta.algorithms.meta_loss import attached
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import argument
+from fastmeta.ops.options import Adapt, argument
 from fastmeta.ops.rates import Rates
 from fastmeta.update_rules import SGD
 
@@ -56,7 +55,7 @@ class Reptile(InnerLoop):
         inner_lr: Rates,
         inner_steps: int,
         normalise: bool = False,
-        adapt: str | Iterable[str] = "all",
+        adapt: Adapt = "all",
         weight_norm: str = "count",
         update_rule: SGD | None = None,
         batch_stats: str = "task",

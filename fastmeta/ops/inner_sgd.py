@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.differentiable import Operation, run
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Options, names_of, rule_of
+from fastmeta.ops.options import Adapt, Options, names_of, rule_of
 from fastmeta.ops.rates import Rates
 from fastmeta.update_rules import SGD
 
@@ -26,7 +26,7 @@ def inner_sgd(
     lr: Rates,
     steps: int,
     order: str = "second",
-    adapt: str | Iterable[str] = "all",
+    adapt: Adapt = "all",
     weights: Tensor | None = None,
     weight_norm: str = "count",
     update_rule: SGD | None = None,
@@ -63,7 +63,7 @@ def inner_sgd(
         "inner_sgd",
         steps,
         order,
-        names_of("inner_sgd", adapt),
+        names_of("inner_sgd", net, adapt),
         None,
         support_per_step,
         rule_of(update_rule),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Options, argument, names_of, numbers_of, rule_of
+from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.problem import Result
@@ -46,7 +46,7 @@ def meta_gradient(
     lr: Rates,
     steps: int,
     order: str = "second",
-    adapt: str | Iterable[str] = "all",
+    adapt: Adapt = "all",
     step_weights: Sequence[float] | None = None,
     task_weights: Tensor | None = None,
     support_weights: Tensor | None = None,
@@ -70,11 +70,13 @@ def meta_gradient(
         loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar;
             see `fastmeta.losses.resolve`.
         query_loss: the same for the query sets; None: `loss`.
-        lr: inner learning rates: a number, a tensor () or [K], or a dict by parameter name of numbers and tensors
-            () or [K or 1, T or 1, *(S or 1s)].
+        lr: inner learning rates: a number, a tensor () or [K], or a dict of numbers and tensors () or
+            [K or 1, T or 1, *(S or 1s)] by parameter name or glob pattern: a name goes before a pattern, and the first
+            pattern that matches before later ones.
         steps: K, at least 0.
         order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others) or names of parameters.
+        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
+            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
         task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M].
@@ -104,7 +106,7 @@ def meta_gradient(
         "meta_gradient",
         steps,
         order,
-        names_of("meta_gradient", adapt),
+        names_of("meta_gradient", net, adapt),
         numbers_of("meta_gradient", step_weights),
         support_per_step,
         rule_of(update_rule),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from numbers import Real
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta import backends
 from fastmeta.update_rules import SGD
+
+#: `adapt=` as a user gives it.
+Adapt = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
 _PLAIN_SGD = SGD()
 
@@ -87,20 +90,27 @@ def rule_of(update_rule: SGD | None) -> SGD:
     return _PLAIN_SGD if update_rule is None else update_rule
 
 
-def names_of(who: str, adapt: str | Iterable[str]) -> str | tuple[str, ...]:
-    """`adapt=` in a form that can be a key.
+def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
+    """`adapt=` in a form that can be a key; a predicate is asked here, about every parameter of `net`.
 
     Raises:
-        TypeError: neither a string nor names.
+        TypeError: neither a string nor names nor a function.
     """
     if isinstance(adapt, str):
         return adapt
+    if callable(adapt):
+        own = net.named_parameters() if isinstance(net, nn.Module) else ()
+        return tuple(name for name, value in own if adapt(name, value))
     try:
-        return tuple(adapt)
+        names = tuple(adapt)
     except TypeError:
+        names = (adapt,)  # type: ignore[assignment]
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"{argument(who, 'adapt')} must be 'all', 'head', 'body' or names of parameters, got {adapt!r}"
-        ) from None
+            f"{argument(who, 'adapt')} must be 'all', 'head', 'body', names or glob patterns of parameters or a "
+            f"predicate (name, parameter) -> bool, got {adapt!r}"
+        )
+    return names
 
 
 def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, ...] | None:

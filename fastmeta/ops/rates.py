@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.ops.options import argument
+from fastmeta.ops.patterns import keys_by_name
 
 Rate = float | Tensor
 Rates = Rate | Mapping[str, Rate]
@@ -33,11 +34,13 @@ class RatePlan:
     Args:
         shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *(S or 1s)].
         constants: the rates given as numbers; they cost nothing per call.
+        keys: adapted parameter -> the key of its rate, where the rates are a dict.
         device, dtype: of the parameters.
     """
 
     shapes: dict[str, tuple[int, ...]]
     constants: dict[str, Tensor]
+    keys: dict[str, str]
     device: torch.device
     dtype: torch.dtype
 
@@ -47,7 +50,9 @@ class RatePlan:
             return self.constants
         if isinstance(lr, Mapping):
             return {
-                name: self.constants[name] if name in self.constants else cast(Tensor, lr[name]).detach().reshape(shape)
+                name: self.constants[name]
+                if name in self.constants
+                else cast(Tensor, lr[self.keys[name]]).detach().reshape(shape)
                 for name, shape in self.shapes.items()
             }
         rate = cast(Tensor, lr).detach()
@@ -59,10 +64,13 @@ class RatePlan:
     def fold(self, grads: dict[str, Tensor], lr: Rates) -> Tensor | dict[str, Tensor]:
         """The gradient in the structure of `lr`: a number gets a tensor of shape ()."""
         if isinstance(lr, Mapping):
-            return {
-                name: grad.reshape(_shape(lr[name])) if isinstance(lr[name], Tensor) else grad.sum()
-                for name, grad in grads.items()
-            }
+            totals: dict[str, Tensor] = {}
+            for name, grad in grads.items():
+                key = self.keys[name]
+                given = lr[key]
+                grad = grad.reshape(given.shape) if isinstance(given, Tensor) else grad.sum()
+                totals[key] = totals[key] + grad if key in totals else grad
+            return totals
         steps = lr.numel() if isinstance(lr, Tensor) and lr.dim() else 1
         if steps == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.device)
@@ -84,8 +92,8 @@ def plan_rates(
 
     Args:
         who: the operator, for messages.
-        lr: a finite number, a tensor () or [K], or a dict by parameter name of numbers, tensors () and tensors
-            [K or 1, T or 1, *(S or 1s)]. Values of tensors are not read.
+        lr: a finite number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers, tensors ()
+            and tensors [K or 1, T or 1, *(S or 1s)]. Values of tensors are not read.
         names: the adapted parameters.
         shapes: name -> S, the shape of one task's parameter.
         steps, tasks: K and T.
@@ -98,33 +106,24 @@ def plan_rates(
     layout: dict[str, tuple[int, ...]] = {}
     constants: dict[str, Tensor] = {}
     if isinstance(lr, Mapping):
-        _check_names(what, lr, names)
-        for name in names:
-            rate, label = lr[name], f"{what}[{name!r}]"
+        keys = keys_by_name(what, lr, names)
+        for name, key in keys.items():
+            rate, label = lr[key], f"{what}[{key!r}]"
             layout[name] = _shape_of_entry(label, rate, shapes[name], steps, tasks)
             if isinstance(rate, Tensor):
                 _check_sort(label, rate, device, dtype)
             else:
                 constants[name] = torch.full(layout[name], _number(label, rate), dtype=dtype, device=device)
-        return RatePlan(layout, constants, device, dtype)
+        return RatePlan(layout, constants, keys, device, dtype)
     if isinstance(lr, Tensor):
         _check_sort(what, lr, device, dtype)
         if lr.shape not in ((), (steps,)) and not (steps == 0 and lr.shape == (1,)):
             raise ValueError(f"{what} must be a number, () or [K] = ({steps},), got {tuple(lr.shape)}")
         rows = max(lr.numel(), 1)
-        return RatePlan({name: (rows, 1, *[1] * len(shapes[name])) for name in names}, {}, device, dtype)
+        return RatePlan({name: (rows, 1, *[1] * len(shapes[name])) for name in names}, {}, {}, device, dtype)
     value = torch.full((), _number(what, lr), dtype=dtype, device=device)
     layout = {name: (1, 1, *[1] * len(shapes[name])) for name in names}
-    return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, device, dtype)
-
-
-def _check_names(what: str, lr: Mapping[str, Rate], names: tuple[str, ...]) -> None:
-    missing = [name for name in names if name not in lr]
-    unexpected = [name for name in lr if name not in names]
-    if missing:
-        raise ValueError(f"{what} must have a rate for every adapted parameter, none for {missing[0]!r}")
-    if unexpected:
-        raise ValueError(f"{what} has a rate for {unexpected[0]!r}, which is not adapted; adapted: {', '.join(names)}")
+    return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, {}, device, dtype)
 
 
 def _shape_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> tuple[int, ...]:
