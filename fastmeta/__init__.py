@@ -1,7 +1,20 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
 from fastmeta import data, models
-from fastmeta.algorithms import CAVIA, IMAML, MAML, Context, IMAMLLoss, MetaLoss, Reptile, ReptileLoss
+from fastmeta.algorithms import (
+    ANIL,
+    BOIL,
+    CAVIA,
+    FOMAML,
+    IMAML,
+    MAML,
+    Context,
+    IMAMLLoss,
+    MetaLoss,
+    MetaSGD,
+    Reptile,
+    ReptileLoss,
+)
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
@@ -9,7 +22,10 @@ from fastmeta.update_rules import SGD
 from fastmeta.version import __version__
 
 __all__ = [
+    "ANIL",
+    "BOIL",
     "CAVIA",
+    "FOMAML",
     "IMAML",
     "MAML",
     "SGD",
@@ -19,6 +35,7 @@ __all__ = [
     "IMAMLLoss",
     "MetaGradient",
     "MetaLoss",
+    "MetaSGD",
     "Reptile",
     "ReptileLoss",
     "__version__",

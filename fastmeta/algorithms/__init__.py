@@ -3,6 +3,20 @@
 from fastmeta.algorithms.cavia import CAVIA, Context
 from fastmeta.algorithms.imaml import IMAML, IMAMLLoss
 from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.relatives import ANIL, BOIL, FOMAML, MetaSGD
 from fastmeta.algorithms.reptile import Reptile, ReptileLoss
 
-__all__ = ["CAVIA", "IMAML", "MAML", "Context", "IMAMLLoss", "MetaLoss", "Reptile", "ReptileLoss"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "CAVIA",
+    "FOMAML",
+    "IMAML",
+    "MAML",
+    "Context",
+    "IMAMLLoss",
+    "MetaLoss",
+    "MetaSGD",
+    "Reptile",
+    "ReptileLoss",
+]

@@ -23,14 +23,12 @@ _INNER_LOOP = {"lr": "inner_lr", "steps": "inner_steps"}
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "task_forward": {"query_x": "x"},
     "inner_sgd": _ONE_SET,
-    "MAML": _INNER_LOOP,
-    "CAVIA": {**_INNER_LOOP, "adapt": "context"},
-    "IMAML": _INNER_LOOP,
-    "Reptile": _INNER_LOOP,
 }
-for _algorithm in ("MAML", "CAVIA", "IMAML", "Reptile"):
+for _algorithm in ("MAML", "FOMAML", "ANIL", "BOIL", "MetaSGD", "CAVIA", "IMAML", "Reptile"):
+    _ARGUMENTS[_algorithm] = _INNER_LOOP
     _ARGUMENTS[f"{_algorithm}.adapt"] = {**_ONE_SET, "lr": "inner_lr"}
     _ARGUMENTS[f"{_algorithm}.predict"] = {"query_x": "x", "params": "adapted"}
+_ARGUMENTS["CAVIA"] = {**_INNER_LOOP, "adapt": "context"}
 
 _CHOICES = {
     "order": ("second", "first"),
