@@ -17,7 +17,7 @@ from fastmeta.algorithms import (
 )
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
-from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward
+from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward, task_gradient
 from fastmeta.update_rules import SGD
 from fastmeta.version import __version__
 
@@ -45,4 +45,5 @@ __all__ = [
     "meta_gradient",
     "models",
     "task_forward",
+    "task_gradient",
 ]

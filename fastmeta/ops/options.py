@@ -23,6 +23,7 @@ _INNER_LOOP = {"lr": "inner_lr", "steps": "inner_steps"}
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "task_forward": {"query_x": "x"},
     "inner_sgd": _ONE_SET,
+    "task_gradient": _ONE_SET,
 }
 for _algorithm in ("MAML", "FOMAML", "ANIL", "BOIL", "MetaSGD", "CAVIA", "IMAML", "Reptile"):
     _ARGUMENTS[_algorithm] = _INNER_LOOP
