@@ -3,6 +3,7 @@
 from fastmeta.algorithms.cavia import CAVIA, Context
 from fastmeta.algorithms.imaml import IMAML, IMAMLLoss
 from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus
 from fastmeta.algorithms.relatives import ANIL, BOIL, FOMAML, MetaSGD
 from fastmeta.algorithms.reptile import Reptile, ReptileLoss
 
@@ -15,6 +16,7 @@ __all__ = [
     "MAML",
     "Context",
     "IMAMLLoss",
+    "MAMLPlusPlus",
     "MetaLoss",
     "MetaSGD",
     "Reptile",

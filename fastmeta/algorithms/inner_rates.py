@@ -126,6 +126,23 @@ def repeated(lr: Rates, steps: int) -> Rates:
     return _rows(lr, steps) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
 
 
+def at_step(lr: Rates, k: int) -> Rates:
+    """The rates of inner step k alone: beyond the last one its rates repeat.
+
+    Derivatives: those of indexing.
+    """
+    if isinstance(lr, Mapping):
+        return {
+            name: _row(rate, k).unsqueeze(0) if isinstance(rate, Tensor) and rate.dim() > 1 else rate
+            for name, rate in lr.items()
+        }
+    return _row(lr, k) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
+
+
+def _row(rate: Tensor, k: int) -> Tensor:
+    return rate[min(k, rate.shape[0] - 1)]
+
+
 def _rows(rate: Tensor, steps: int) -> Tensor:
     """`steps` rows of [K, ...]; of one full-rank row there is no need for more."""
     have = rate.shape[0]

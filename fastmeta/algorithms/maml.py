@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _NO_RATES: dict[str, Tensor] = {}
 # Attributes that `_start` makes anew for every copy.
-_OWN = ("_params", "_rates", "_number", "handle")
+_OWN = ("_params", "_rates", "_extra", "_number", "handle")
 
 
 class MetaLoss(NamedTuple):

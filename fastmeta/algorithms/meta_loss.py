@@ -39,7 +39,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
         call = maml.prepare(params, rates, tensors, support_per_step)
         return answer(call, call.solve())
     leaves, wrt = leaves_of(maml, params, rates)
-    inputs = _inputs(tensors)
+    inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
     call = maml.prepare(params, rates, tensors, support_per_step, wrt)
@@ -47,7 +47,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     loss, task_losses, output = answer(call, result)
     if leaves or inputs:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
-        gradients += [_input_gradient(field, result) for field in inputs]
+        gradients += [input_gradient(field, result) for field in inputs]
         given = [getattr(tensors, field) for field in inputs]
         loss = _Attach.apply((loss, gradients), leaves, *leaves, *given)
     return loss, task_losses, output
@@ -97,7 +97,7 @@ def attached(loss: Tensor, gradients: Mapping[str, Tensor], params: Mapping[str,
     return cast(Tensor, _Attach.apply((loss, [gradient]), leaves, *leaves))
 
 
-def _inputs(tensors: Tensors) -> list[str]:
+def inputs_of(tensors: Tensors) -> list[str]:
     """The inputs that require grad."""
     try:
         if True not in [x is not None and x.requires_grad for x in tensors]:
@@ -107,7 +107,8 @@ def _inputs(tensors: Tensors) -> list[str]:
     return [field for field, x in tensors._asdict().items() if x is not None and x.requires_grad]
 
 
-def _input_gradient(field: str, result: Result) -> Tensor:
+def input_gradient(field: str, result: Result) -> Tensor:
+    """The gradient of the mean loss by an input."""
     if field == "task_weights":
         task_losses = cast(Tensor, result.task_losses)
         return task_losses / task_losses.shape[0]

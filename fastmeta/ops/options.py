@@ -25,7 +25,18 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
     "inner_sgd": _ONE_SET,
     "task_gradient": _ONE_SET,
 }
-for _algorithm in ("MAML", "FOMAML", "ANIL", "BOIL", "MetaSGD", "CAVIA", "IMAML", "Reptile"):
+for _algorithm in (
+    "MAML",
+    "FOMAML",
+    "ANIL",
+    "BOIL",
+    "MetaSGD",
+    "MAMLPlusPlus",
+    "MetaCurvature",
+    "CAVIA",
+    "IMAML",
+    "Reptile",
+):
     _ARGUMENTS[_algorithm] = _INNER_LOOP
     _ARGUMENTS[f"{_algorithm}.adapt"] = {**_ONE_SET, "lr": "inner_lr"}
     _ARGUMENTS[f"{_algorithm}.predict"] = {"query_x": "x", "params": "adapted"}

@@ -1,0 +1,132 @@
+"""Inner loops that are a chain of engine calls, one for each step, because something happens between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.meta_loss import answer, attached, input_gradient, inputs_of
+from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.eager import eager
+from fastmeta.ops.options import Options, argument, check_options
+from fastmeta.ops.plan import prepare
+
+
+class Stepwise(MAML):
+    """A base class: `MAML` whose subclass says in `path` how theta_0 becomes theta_K.
+
+    Autograd links the steps. It keeps every theta_k, not what is inside a step, which its backward pass runs again.
+
+    Meta-parameters besides those of the network and the rates are in `extra`.
+
+    Args:
+        net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one call to the next.
+    """
+
+    def __init__(self, net: nn.Module, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.names = adapted_names(self.who, net, self.adapts)
+        self.extra = nn.ParameterDict()
+        self._extra = ParameterTable(self.extra)
+        if self.update_rule.momentum:
+            raise ValueError(f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}")
+
+    def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
+        """theta_0 .. theta_K, with their graph where gradients are on.
+
+        Args:
+            options: of one inner step.
+            support: x, y and weights.
+            steps: K.
+            per_step: there is a support set of its own for every step.
+        """
+        raise NotImplementedError
+
+    @eager
+    def forward(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        task_weights: Tensor | None = None,
+        support_weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
+        support_per_step: bool = False,
+    ) -> MetaLoss:
+        """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`."""
+        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        self.prepare(*self.meta_parameters(), tensors, support_per_step)  # checks everything before the first step
+        support = Tensors(support_x, support_y, support_weights)
+        last = self.inner_steps
+        weights = self.step_weights or (0.0,) * last + (1.0,)
+        parts = [
+            (weight, self._query(theta, tensors))
+            for k, (weight, theta) in enumerate(
+                zip(weights, self.path(self._step(), support, last, support_per_step), strict=True)
+            )
+            if weight or k == last
+        ]
+        loss = torch.stack([weight * part.loss for weight, part in parts]).sum(0)
+        task_losses = torch.stack([weight * part.task_losses for weight, part in parts]).sum(0)
+        return MetaLoss(loss, task_losses, parts[-1][1].output)
+
+    @eager
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+        """The parameters of every task after the inner loop; as `MAML.adapt`."""
+        who = f"{self.who}.adapt"
+        steps = self.inner_steps if steps is None else steps
+        options = self._options(who)._replace(steps=steps, step_weights=None)
+        check_options(options)
+        support = Tensors(x, y)
+        prepare(options, self.net, self.meta_parameters()[0], support, self.loss, None, 0.0)
+        *_, theta = self.path(self._step(), support, steps, False)
+        shapes = {name: value.shape for name, value in self.net.named_parameters()}
+        return {n: v.expand(len(x), *v.shape) if v.shape == shapes[n] else v for n, v in theta.items()}
+
+    def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `MAML.meta_parameters`; the extra ones are among the rates, under keys that no rate has."""
+        rates = {} if self._rates is None else self._rates.current()
+        extra = {f"extra.{key}": value for key, value in self._extra.current().items()}
+        params, rates = self._params.current(), {**rates, **extra}
+        if check and self.flat is not None:
+            self.flat.check(params, rates)
+        return params, rates
+
+    def _step(self) -> Options:
+        """The options of one inner step."""
+        return self._options(self.who)._replace(steps=1, step_weights=None)
+
+    def _query(self, theta: dict[str, Tensor], tensors: Tensors) -> MetaLoss:
+        """The query losses at theta, `loss` with its graph."""
+        query = tensors._replace(support_x=None, support_y=None, support_weights=None)
+        grad = torch.is_grad_enabled()
+        fields = inputs_of(query) if grad else []
+        wanted = grad and any(value.requires_grad for value in theta.values())
+        wrt = frozenset(["params"] * wanted + fields) - {"task_weights"}
+        options = self._step()._replace(steps=0)
+        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt)
+        result = call.solve()
+        loss, task_losses, output = answer(call, result)
+        leaves = {**theta} if wanted else {}
+        gradients = {**(result.grads.params or {})}
+        for field in fields:
+            leaves[f"{field}="] = getattr(query, field)  # the key is no parameter's name
+            gradients[f"{field}="] = input_gradient(field, result)
+        return MetaLoss(attached(loss, gradients, leaves) if leaves else loss, task_losses, output)
+
+    def _start(self) -> None:
+        super()._start()
+        if hasattr(self, "extra"):  # in a copy; __init__ makes it after the base class has started
+            self._extra = ParameterTable(self.extra)
+
+
+def support_of(support: Tensors, k: int, per_step: bool) -> Tensors:
+    """The support set of inner step k."""
+    return Tensors(*[None if x is None else x[:, k] for x in support]) if per_step else support
