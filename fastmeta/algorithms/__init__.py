@@ -4,6 +4,7 @@ from fastmeta.algorithms.cavia import CAVIA, Context
 from fastmeta.algorithms.imaml import IMAML, IMAMLLoss
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus
+from fastmeta.algorithms.meta_curvature import MetaCurvature
 from fastmeta.algorithms.relatives import ANIL, BOIL, FOMAML, MetaSGD
 from fastmeta.algorithms.reptile import Reptile, ReptileLoss
 
@@ -17,6 +18,7 @@ __all__ = [
     "Context",
     "IMAMLLoss",
     "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaLoss",
     "MetaSGD",
     "Reptile",
