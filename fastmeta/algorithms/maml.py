@@ -139,8 +139,9 @@ class MAML(nn.Module):
             query_x: [T, M, *in].
             query_y: as the query loss wants it.
             task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
-            support_weights: [T, N] or [T, K, N].
-            query_weights: [T, M].
+            support_weights: [T, N] or [T, K, N]; of booleans: a mask, for tasks of different sizes. The mean is over
+                the examples that it keeps; the others may hold anything finite.
+            query_weights: [T, M]; of booleans: a mask.
             support_per_step: there is a support set of its own for every inner step.
 
         Returns:

@@ -45,7 +45,7 @@ def inner_sgd(
         y: support targets, as the loss wants them.
         loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory, batch_stats, backend: as in
             `fastmeta.meta_gradient`.
-        weights: of the support examples, [T, N] or [T, K, N].
+        weights: of the support examples, [T, N] or [T, K, N]; of booleans: a mask.
 
     Returns:
         name -> [T, *shape], every parameter, also those that are not adapted.

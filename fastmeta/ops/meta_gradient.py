@@ -79,7 +79,9 @@ def meta_gradient(
             patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
         task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
-        support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M].
+        support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
+            for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
+            finite.
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.

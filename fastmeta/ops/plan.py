@@ -20,6 +20,7 @@ from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
 from fastmeta.ops.failure import diagnose
+from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result
@@ -118,6 +119,9 @@ def prepare(
         TypeError, ValueError: names the argument, what was expected and what came.
         BackendUnavailable: the backend asked for cannot run this.
     """
+    masks = masked(tensors)
+    if masks:
+        tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
     given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
     try:
         key = (
@@ -133,22 +137,23 @@ def prepare(
             adapted_grad is None,
             output_grad is None,
             prefer_flat,
+            *masks,
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
     except (AttributeError, TypeError):  # something that the full check will name
-        return _first_call(given)
+        return _first_call(given, masks)
     if plan is None:
-        return _first_call(given, key)
+        return _first_call(given, masks, key)
     program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
     if program is not plan.program:  # the network has changed
-        return _first_call(given, key)
+        return _first_call(given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
 
 
-def _first_call(given: _Given, key: object = None) -> Call:
+def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     """The full check. The plan is kept under `key`, where there is one and the network is captured."""
     options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
     check_options(options)
@@ -161,6 +166,7 @@ def _first_call(given: _Given, key: object = None) -> Call:
         options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
     )
     program, refused = _capture(options, net, tensors, shapes)
+    check_layers(options, masks, program)
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)

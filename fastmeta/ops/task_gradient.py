@@ -47,7 +47,7 @@ def task_gradient(
         y: targets, as the loss wants them.
         loss, weight_norm, batch_stats, backend: as in `fastmeta.meta_gradient`.
         adapt: the parameters to differentiate by, as in `fastmeta.meta_gradient`.
-        weights: of the examples, [T, N].
+        weights: of the examples, [T, N]; of booleans: a mask.
 
     Returns:
         name -> [T, *shape], the parameters in `adapt`.

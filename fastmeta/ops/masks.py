@@ -1,0 +1,72 @@
+"""Tasks of different sizes: example weights that are a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.losses import Loss
+from fastmeta.network.program import Program
+from fastmeta.ops.checks import Tensors
+from fastmeta.ops.options import Options, argument
+
+_FIELDS = ("support_weights", "query_weights")
+
+
+def masked(tensors: Tensors) -> list[str]:
+    """The example weights that are masks."""
+    return [field for field in _FIELDS if getattr(getattr(tensors, field), "dtype", None) is torch.bool]
+
+
+def without_masks(
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    loss: Loss | None,
+    query_loss: Loss | None,
+) -> tuple[Tensors, Loss | None, Loss | None]:
+    """The same call with weights of 0 and 1, and the mean over those of 1.
+
+    Raises:
+        ValueError: a layer would normalise by masked examples too, or a mask leaves nothing of a task; reads the masks.
+    """
+    for field in masked(tensors):
+        mask = getattr(tensors, field)
+        if options.batch_stats == "task":
+            for name, module in net.named_modules() if isinstance(net, nn.Module) else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    _refuse(options.who, field, f"{name or 'the network itself'} ({type(module).__name__})")
+        if mask.dim() and not (some := mask.any(-1)).all():
+            tasks = sorted({place[0] for place in (~some).nonzero().tolist()}) if some.dim() else []
+            raise ValueError(f"{argument(options.who, field)} leaves no example of tasks {tasks}")
+        first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
+        if isinstance(first, Tensor) and first.is_floating_point():
+            tensors = tensors._replace(**{field: mask.to(first.dtype)})
+        if field == "support_weights" and loss is not None:
+            loss = replace(loss, weight_norm="sum")
+        if field == "query_weights" and query_loss is not None:
+            query_loss = replace(query_loss, weight_norm="sum")
+    return tensors, loss, query_loss
+
+
+def check_layers(options: Options, fields: list[str], program: Program | None) -> None:
+    """Refuse masks where a captured network normalises by the batch without a module for it.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not fields or program is None or options.batch_stats != "task":
+        return
+    if any(layer.kind == "batch_norm" for layer in program.layers):
+        _refuse(options.who, fields[0], "batch_norm")
+
+
+def _refuse(who: str, field: str, layer: str) -> None:
+    raise ValueError(
+        f"{argument(who, field)} is a mask, but {layer} normalises by the whole batch, masked examples included; use "
+        "another norm or batch_stats='running'"
+    )
