@@ -157,6 +157,7 @@ def test_rejects_a_loss_that_diverges(tmp_path):
     done = sinusoid(tmp_path, "--iterations", "4", "--inner-lr", "1e30", "--inner-steps", "3", "--outer-lr", "10")
     assert done.exit_code == 1
     assert "try a smaller --inner-lr" in done.output
+    assert "tasks diverged" in " ".join(done.output.split())
 
 
 def test_tensorboard_writes_events(tmp_path):

@@ -259,3 +259,24 @@ def test_explain_names_the_backend_the_cost_and_the_reasons() -> None:
     named = _maml(backend="torch").explain(*episode)
     assert named.backend == "torch"
     assert named.refused.keys() == {"cpu"}
+
+
+@pytest.mark.parametrize("algorithm", [fm.MAML, fm.FOMAML, fm.MetaCurvature, fm.MAMLPlusPlus])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_diverged_tasks_are_counted_and_named(backend: str, algorithm: type[fm.MAML]) -> None:
+    annealing = {"multi_step_epochs": 1, "first_order_epochs": 0} if algorithm is fm.MAMLPlusPlus else {}
+    net = nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 1)).double()
+    maml = algorithm(net, loss="mse", inner_lr=LR, inner_steps=STEPS, backend=backend, **annealing)
+    episode = episodes()
+    episode[1][0], episode[3][2] = torch.inf, torch.nan
+    with pytest.raises(FloatingPointError, match=rf"{algorithm.__name__}: 2 of 3 tasks diverged.*: tasks 0, 2$"):
+        maml(*episode)
+    assert all(value.grad is None for value in maml.parameters())
+    with torch.no_grad():
+        assert maml(*episode).task_losses.isfinite().tolist() == [False, True, False]
+
+
+def test_a_learning_rate_that_diverges_is_reported() -> None:
+    maml, episode = _maml(inner_lr=1e200, inner_steps=4), episodes()
+    with pytest.raises(FloatingPointError, match=r"MAML: 3 of 3 tasks diverged"):
+        maml(*episode)

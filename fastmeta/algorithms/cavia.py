@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.algorithms.inner_loop import check_diverged
-from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.maml import MAML
 from fastmeta.models.check import positive
 from fastmeta.ops.options import argument
 from fastmeta.ops.rates import Rates
@@ -92,19 +91,6 @@ class CAVIA(MAML):
                     f"{argument(self.who, 'adapt')}: {name!r} must be zero and require no grad, since every task "
                     "starts from zero: nn.Parameter(torch.zeros(...), requires_grad=False)"
                 )
-
-    def forward(self, *args: Any, **kwargs: Any) -> MetaLoss:
-        """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`.
-
-        Raises:
-            TypeError, ValueError, BackendUnavailable: as there.
-            FloatingPointError: tasks diverged, where gradients are on; without them their losses are not finite. Not
-                looked for under torch.compile.
-        """
-        out = super().forward(*args, **kwargs)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            check_diverged(self.who, "query losses are", [out.task_losses])
-        return out
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As `MAML.meta_parameters`; the context is zero whatever became of it, and requires no grad."""

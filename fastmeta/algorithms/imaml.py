@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
-from fastmeta.algorithms.inner_loop import InnerLoop, check_diverged, check_no_gradients, named
+from fastmeta.algorithms.diverged import check_diverged, named
+from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors

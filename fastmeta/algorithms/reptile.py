@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_loop import InnerLoop, check_diverged, check_no_gradients
+from fastmeta.algorithms.diverged import check_diverged
+from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import attached
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager

@@ -75,7 +75,7 @@ class Stepwise(MAML):
         ]
         loss = torch.stack([weight * part.loss for weight, part in parts]).sum(0)
         task_losses = torch.stack([weight * part.task_losses for weight, part in parts]).sum(0)
-        return MetaLoss(loss, task_losses, parts[-1][1].output)
+        return self.checked(MetaLoss(loss, task_losses, parts[-1][1].output))
 
     @eager
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:

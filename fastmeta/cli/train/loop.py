@@ -58,7 +58,7 @@ def fit(
         while state.iteration < run.iterations and not interrupt.requested:
             episode = data[state.iteration]
             optimizer.zero_grad()
-            out = maml(*episode)
+            out = _forward(maml, episode, state)
             out.loss.backward()
             _update(optimizer)
             state.iteration += 1
@@ -78,6 +78,18 @@ def fit(
         console.print(f"interrupted: iteration {state.iteration} is saved in {run.checkpoint}; go on with --resume")
         raise click.exceptions.Exit(INTERRUPTED)
     return state
+
+
+def _forward(maml: fm.MAML, episode: Episode, state: State) -> fm.MetaLoss:
+    """`maml(*episode)`.
+
+    Raises:
+        click.ClickException: tasks diverged.
+    """
+    try:
+        return maml(*episode)
+    except FloatingPointError as error:
+        raise click.ClickException(f"at iteration {state.iteration + 1} {error}; try a smaller --inner-lr") from error
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
