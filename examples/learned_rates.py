@@ -14,7 +14,7 @@ def main(iterations: int = 2_000) -> tuple[float, float]:
     """Train, and return the mean loss over the first and the last hundred meta-batches."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
-    maml = fm.MAML(net, loss="mse", inner_lr=0.01, inner_steps=2, learn_lr="element", lr_per_step=True)
+    maml = fm.MetaSGD(net, loss="mse", inner_lr=0.01, inner_steps=2, lr_per_step=True)
     optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
     losses = []
     for episode in fm.data.Sinusoid(tasks=25, shots=10, iterations=iterations):

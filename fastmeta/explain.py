@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -37,7 +37,7 @@ class Explanation:
         lines = [self.what, f"backend: {self.backend}", *self.runs]
         lines += [f"cost, memory={mode!r}: {count:.3g} multiply-adds" for mode, count in self.cost.items()]
         if not self.cost:
-            lines.append("cost: not known, the network is no layer program")
+            lines.append("cost: not known")
         lines += [f"not on {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join([*lines, *self.conventions])
 
@@ -54,6 +54,20 @@ def explain(call: Call) -> Explanation:
     elif hasattr(call.plan.backend, "notes"):
         runs = call.plan.backend.notes(problem)
     return Explanation(chosen, _what(problem), tuple(runs), meta_step_cost(problem), refused, _conventions(problem))
+
+
+def in_steps(whole: Explanation, queries: int) -> Explanation:
+    """The explanation of a chain of inner steps, each a call of its own, from that of the whole in one call.
+
+    Args:
+        whole: its cost is not that of the chain, which is left out.
+        queries: how many query losses there are.
+    """
+    line = (
+        "each inner step is a call of its own and is run again on the way back: one more gradient of every step than "
+        f'in one call with memory="store"; query losses are computed {queries} times'
+    )
+    return replace(whole, cost={}, conventions=(line, *whole.conventions))
 
 
 def meta_step_cost(problem: Problem) -> dict[str, int]:

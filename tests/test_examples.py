@@ -25,7 +25,7 @@ def _example(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "iterations"),
-    [("sinusoid", 400), ("learned_rates", 400), ("features", 300), ("learned_l2", 300), ("distillation", 100)],
+    [("sinusoid", 400), ("learned_rates", 400), ("features", 150), ("learned_l2", 150), ("distillation", 60)],
 )
 def test_example_lowers_its_loss(name: str, iterations: int) -> None:
     first, last = _example(name)["main"](iterations)

@@ -139,3 +139,14 @@ def test_rejects_masks() -> None:
     module = _make(loss=lambda output, target: (output - target).square().mean())
     with pytest.raises(ValueError, match="example weights need a loss with a name"):
         module(*sets, support_weights=SUPPORT)
+
+
+@pytest.mark.parametrize("algorithm", [fm.MAML, fm.MetaCurvature, fm.Reptile])
+def test_adaptation_takes_a_mask(algorithm: type[nn.Module]) -> None:
+    module, (x, y, _, _) = _make(algorithm), episodes()
+    got = module.adapt(x, y, weights=SUPPORT)
+    for t, n in enumerate(SIZES):
+        want = module.adapt(x[t : t + 1, :n], y[t : t + 1, :n])
+        assert all(error(got[name][t].detach(), value[0].detach()) < TOLERANCE for name, value in want.items())
+    with pytest.raises(ValueError, match=rf"{algorithm.__name__}\.adapt: `weights` must be"):
+        module.adapt(x, y, weights=SUPPORT[:2])

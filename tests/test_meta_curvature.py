@@ -176,3 +176,12 @@ def test_rejects() -> None:
     x, y, query_x, query_y = vectors()
     with pytest.raises(ValueError, match="MetaCurvature: `support_y` must be"):
         _make(network())(x, y[:2], query_x, query_y)
+
+
+def test_explain_and_compile() -> None:
+    maml = _make(network(), step_weights=(0.5, 0.0, 1.0))
+    told = maml.explain(*vectors())
+    assert told.backend == "cpu"
+    assert "query losses are computed 2 times" in str(told)
+    want = maml(*vectors()).loss
+    assert torch.equal(torch.compile(lambda *episode: maml(*episode).loss)(*vectors()), want)

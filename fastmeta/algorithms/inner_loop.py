@@ -63,19 +63,20 @@ class InnerLoop(nn.Module):
         self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, self.names, params)
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
             x: support inputs [T, N, *in].
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
+            weights: of the support examples, [T, N]; of booleans: a mask.
 
         Returns:
             name -> [T, *shape], every parameter, also those that are not adapted; detached.
         """
         steps = self.inner_steps if steps is None else steps
-        return self.adapted(f"{self.who}.adapt", Tensors(x, y), steps)
+        return self.adapted(f"{self.who}.adapt", Tensors(x, y, weights), steps)
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:

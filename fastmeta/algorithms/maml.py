@@ -164,13 +164,14 @@ class MAML(nn.Module):
         return self.checked(MetaLoss(*meta_loss(self, tensors, support_per_step)))
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
             x: support inputs [T, N, *in].
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
+            weights: of the support examples, [T, N]; of booleans: a mask.
 
         Returns:
             name -> [T, *shape], every parameter, also those that are not adapted.
@@ -184,7 +185,7 @@ class MAML(nn.Module):
             options = options._replace(steps=steps)
             check_options(options)
             lr = repeated(lr, steps)
-        return inner_loop(options, self.net, params, Tensors(x, y), lr, self.loss)
+        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss)
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, names_of
 from fastmeta.ops.rates import Rates
+
+if TYPE_CHECKING:
+    from fastmeta.explain import Explanation
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -125,6 +128,10 @@ class MAMLPlusPlus(Stepwise):
     def forward(self, *args: Any, **kwargs: Any) -> MetaLoss:
         """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`."""
         return super().forward(*args, **kwargs) if len(self.extra) else MAML.forward(self, *args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """As `MAML.explain`."""
+        return super().explain(*args, **kwargs) if len(self.extra) else MAML.explain(self, *args, **kwargs)
 
     def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.plan import prepare
+
+if TYPE_CHECKING:
+    from fastmeta.explain import Explanation
 
 
 class Stepwise(MAML):
@@ -78,17 +81,24 @@ class Stepwise(MAML):
         return self.checked(MetaLoss(loss, task_losses, parts[-1][1].output))
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> dict[str, Tensor]:
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop; as `MAML.adapt`."""
         who = f"{self.who}.adapt"
         steps = self.inner_steps if steps is None else steps
         options = self._options(who)._replace(steps=steps, step_weights=None)
         check_options(options)
-        support = Tensors(x, y)
+        support = Tensors(x, y, weights)
         prepare(options, self.net, self.meta_parameters()[0], support, self.loss, None, 0.0)
         *_, theta = self.path(self._step(), support, steps, False)
         shapes = {name: value.shape for name, value in self.net.named_parameters()}
         return {n: v.expand(len(x), *v.shape) if v.shape == shapes[n] else v for n, v in theta.items()}
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """As `MAML.explain`; the backend is that of every step."""
+        from fastmeta.explain import in_steps
+
+        weights = self.step_weights or (1.0,)
+        return in_steps(super().explain(*args, **kwargs), sum(weight != 0 for weight in weights[:-1]) + 1)
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As `MAML.meta_parameters`; the extra ones are among the rates, under keys that no rate has."""
