@@ -1,0 +1,5 @@
+"""Heads that are solved, not trained: from features of a support set to the logits of a query set, for all tasks."""
+
+from fastmeta.heads.prototypes import Prototypes, prototypes
+
+__all__ = ["Prototypes", "prototypes"]
