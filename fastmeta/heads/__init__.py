@@ -1,5 +1,6 @@
 """Heads that are solved, not trained: from features of a support set to the logits of a query set, for all tasks."""
 
 from fastmeta.heads.prototypes import Prototypes, prototypes
+from fastmeta.heads.ridge import Ridge, ridge
 
-__all__ = ["Prototypes", "prototypes"]
+__all__ = ["Prototypes", "Ridge", "prototypes", "ridge"]
