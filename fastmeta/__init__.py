@@ -1,6 +1,6 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
-from fastmeta import data, models
+from fastmeta import data, heads, models
 from fastmeta.algorithms import (
     ANIL,
     BOIL,
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "data",
     "flatten",
+    "heads",
     "inner_sgd",
     "meta_gradient",
     "models",

@@ -32,6 +32,12 @@ def test_example_lowers_its_loss(name: str, iterations: int) -> None:
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize("head", ["ridge", "logistic", "prototypes"])
+def test_closed_form_heads_lower_their_loss(head: str) -> None:
+    first, last = _example("closed_form_heads")["main"](head, 200)
+    assert last < 0.9 * first
+
+
 def test_reweighting_finds_the_wrong_labels() -> None:
     wrong, right = _example("reweighting")["main"](60)
     assert wrong < 0.7 * right
