@@ -32,6 +32,7 @@ def run(
     workload: str,
     *,
     tasks: Sequence[int] = (),
+    shots: Sequence[int] = (),
     steps: Sequence[int] = (),
     threads: int = 2,
     peers: Sequence[str] = tuple(PEERS),
@@ -42,7 +43,7 @@ def run(
 
     Args:
         workload: a name in `fastmeta.cases.WORKLOADS`.
-        tasks, steps: only cases with these numbers of tasks and inner steps; empty: all.
+        tasks, shots, steps: only cases with these numbers of tasks, support examples and inner steps; empty: all.
         threads: cores that this process keeps to, from now on; set it before JAX is imported.
         peers: names in `PEERS`.
         protocol: of the clock; None: the usual one.
@@ -56,9 +57,11 @@ def run(
     """
     machine.limit(threads)
     cases = [case for case in WORKLOADS[workload] if not tasks or case.tasks in tasks]
-    cases = [case for case in cases if not steps or case.steps in steps]
+    cases = [case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)]
     if not cases:
-        raise ValueError(f"bench: {workload} has no case with tasks {list(tasks)} and steps {list(steps)}")
+        raise ValueError(
+            f"bench: {workload} has no case with tasks {list(tasks)}, shots {list(shots)} and steps {list(steps)}"
+        )
     facts = machine.facts()
     rows = []
     times: dict[str, dict[str, Times]] = {}

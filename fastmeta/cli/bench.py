@@ -21,6 +21,7 @@ BUSY = 0.15
 @click.command()
 @click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="Repeatable.")
 @click.option("--tasks", type=int, multiple=True, help="Only cases with this many tasks; repeatable.")
+@click.option("--shots", type=int, multiple=True, help="Only cases with this many support examples; repeatable.")
 @click.option("--steps", type=int, multiple=True, help="Only cases with this many inner steps; repeatable.")
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
 @click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
@@ -29,6 +30,7 @@ BUSY = 0.15
 def bench(
     workloads: tuple[str, ...],
     tasks: tuple[int, ...],
+    shots: tuple[int, ...],
     steps: tuple[int, ...],
     threads: int,
     peers: str,
@@ -55,6 +57,7 @@ def bench(
                 rows += run(
                     workload,
                     tasks=counts,
+                    shots=shots,
                     steps=steps,
                     threads=threads,
                     peers=names,
