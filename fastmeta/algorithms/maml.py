@@ -64,6 +64,7 @@ class MAML(nn.Module):
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
+        task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
         backend: "auto", or the name of one.
 
@@ -92,6 +93,7 @@ class MAML(nn.Module):
         weight_norm: str = "count",
         update_rule: SGD | None = None,
         memory: str = "auto",
+        task_chunk: int | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
     ) -> None:
@@ -107,6 +109,7 @@ class MAML(nn.Module):
         self.step_weights = numbers_of(self.who, step_weights)
         self.update_rule = rule_of(update_rule)
         self.memory = memory
+        self.task_chunk = task_chunk
         self.batch_stats = batch_stats
         self.backend = backend
         check_options(self._options(self.who))
@@ -192,7 +195,9 @@ class MAML(nn.Module):
 
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
-        return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
+        return task_forward(
+            f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend, self.task_chunk
+        )
 
     def explain(
         self,
@@ -263,6 +268,7 @@ class MAML(nn.Module):
             self.memory,
             self.batch_stats,
             self.backend,
+            self.task_chunk,
         )
 
     def _differentiable(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
