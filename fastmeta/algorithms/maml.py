@@ -238,6 +238,14 @@ class MAML(nn.Module):
             self.flat.check(params, rates)
         return params, rates
 
+    def traced_parameters(self) -> dict[str, Tensor]:
+        """The network's parameters by name, while torch.compile traces."""
+        return self._params.without_modules() if self._params.recurrent else dict(self.net.named_parameters())
+
+    def modules_replaced(self) -> bool:
+        """Whether compiled code that was traced by `traced_parameters` may run with parameters that are gone."""
+        return self._params.recurrent and self._params.modules_replaced()
+
     def prepare(
         self,
         params: dict[str, Tensor],
