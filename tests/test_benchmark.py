@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmeta.benchmark import PEERS, Protocol, Row, engine, machine, memory, orders, run, write_csv
+from fastmeta.benchmark import PEERS, Protocol, Row, engine, inner_memory, machine, orders, run, write_csv
 from fastmeta.benchmark.check import Verdict, judge
 from fastmeta.benchmark.cost import flops
 from fastmeta.benchmark.peers import NOOP, OURS, Prepared
@@ -154,7 +154,7 @@ def test_command_writes_table_csv_and_chart(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 def test_memory_of_the_torch_backend_grows_by_checkpoints_alone() -> None:
-    rows = memory.run(("recompute",), steps=(2, 6)) + memory.run(("autograd loop",), steps=(6,))
+    rows = inner_memory.run(("recompute",), steps=(2, 6)) + inner_memory.run(("autograd loop",), steps=(6,))
     assert [row.reason for row in rows] == [""] * 3
     few, many, loop = (row.peak_mib for row in rows)
     checkpoints = rows[1].checkpoints_mib - rows[0].checkpoints_mib
@@ -165,11 +165,11 @@ def test_memory_of_the_torch_backend_grows_by_checkpoints_alone() -> None:
 
 def test_memory_of_a_wrong_result_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([(0, "1e6 0.5 1e-6", ""), (1, "", "Traceback\nMemoryError: all of it")])
-    monkeypatch.setattr(memory.machine, "facts", dict)
+    monkeypatch.setattr(inner_memory.machine, "facts", dict)
     monkeypatch.setattr(
-        memory.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, *next(answers))
+        inner_memory.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, *next(answers))
     )
-    wrong, broken = memory.run(("store",), steps=(1, 5))
+    wrong, broken = inner_memory.run(("store",), steps=(1, 5))
     assert wrong.reason == "error 5.0e-01 against the float64 reference, allowed 1.0e-06"
     assert broken.reason == "MemoryError: all of it"
     assert math.isnan(wrong.peak_mib)
@@ -192,8 +192,8 @@ def test_orders_are_timed_if_right(monkeypatch: pytest.MonkeyPatch) -> None:
 @NO_EXTENSION
 @pytest.mark.parametrize("reason", ["", "wrong"])
 def test_cost_writes_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    peaks = [memory.MemoryRow("a case", "recompute", steps, 10.5 + steps, 1.0, reason=reason) for steps in (1, 5)]
-    monkeypatch.setattr(memory, "run", lambda **_: peaks)
+    peaks = [inner_memory.MemoryRow("a case", "recompute", steps, 10.5 + steps, 1.0, reason=reason) for steps in (1, 5)]
+    monkeypatch.setattr(inner_memory, "run", lambda **_: peaks)
     monkeypatch.setattr(sys.modules["fastmeta.cli.cost"], "QUICK", FAST)
     result = CliRunner().invoke(main, ["cost", "--workload", "sinusoid", "--quick", "--out", str(tmp_path)])
     assert result.exit_code == (1 if reason else 0), result.output

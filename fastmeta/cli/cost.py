@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmeta import backends
-from fastmeta.benchmark import QUICK, Protocol, memory, orders, write_csv
+from fastmeta.benchmark import QUICK, Protocol, inner_memory, orders, write_csv
 from fastmeta.cases import WORKLOADS
 
-_CAPTURED = [name for name in WORKLOADS if name != memory.WORKLOAD]
+_CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 
 
 @click.command()
@@ -36,7 +36,7 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
     out.mkdir(parents=True, exist_ok=True)
     times: list[orders.OrderRow] = []
     with console.status("") as status:
-        peaks = memory.run(steps=steps or memory.STEPS, say=status.update)
+        peaks = inner_memory.run(steps=steps or inner_memory.STEPS, say=status.update)
         if missing := backends.get("cpu").missing():
             console.print(f"no times: the cpu backend cannot run here: {missing}")
         else:
@@ -77,7 +77,7 @@ def _times(rows: list[orders.OrderRow]) -> Table:
     return table
 
 
-def _peaks(rows: list[memory.MemoryRow]) -> Table:
+def _peaks(rows: list[inner_memory.MemoryRow]) -> Table:
     """One line a way, one column a number of inner steps."""
     counts = list(dict.fromkeys(row.steps for row in rows))
     table = Table(title=f"peak MiB of a meta-gradient, {rows[0].case}, float32")

@@ -1,6 +1,6 @@
 """Peak memory over the number of inner steps: the `torch` backend beside the loop that keeps one graph of everything.
 
-Each cell is measured in a process of its own, `python -m fastmeta.benchmark.memory <steps> <way>`: what another cell
+Each cell is measured in a process of its own, `python -m fastmeta.benchmark.inner_memory <steps> <way>`: what another cell
 left in the allocator would hide what this one needs.
 """
 
@@ -72,7 +72,7 @@ def run(
             checkpoints = (count + 1) * case.tasks * parameter_bytes(case.make())
             row = MemoryRow(case.id, way, count, math.nan, checkpoints / 2**20, facts=facts)
             rows.append(row)
-            command = [sys.executable, "-m", "fastmeta.benchmark.memory", str(count), way]
+            command = [sys.executable, "-m", "fastmeta.benchmark.inner_memory", str(count), way]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, env={**os.environ, **_ALLOCATOR}
             )
