@@ -1,6 +1,6 @@
 """Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
 
-from fastmeta import data, models
+from fastmeta import data, heads, models
 from fastmeta.algorithms import CAVIA, IMAML, MAML, Context, IMAMLLoss, MetaLoss, Reptile, ReptileLoss
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "data",
     "flatten",
+    "heads",
     "inner_sgd",
     "meta_gradient",
     "models",

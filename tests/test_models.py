@@ -81,14 +81,18 @@ def test_initialisation() -> None:
 
 
 REJECTED = {
-    "MLP: `widths` must hold": lambda: fm.models.MLP((3,)),
+    "MLP: `widths` must be a sequence": lambda: fm.models.MLP(5),
+    "MLP: `widths` must be inputs and outputs at least, got": lambda: fm.models.MLP((3,)),
     "MLP: `widths` must be positive": lambda: fm.models.MLP((3, 0, 2)),
     "Conv4: `ways` must be an int": lambda: fm.models.Conv4(2.5),
     "Conv4: `image_size` must be at least 16": lambda: fm.models.Conv4(5, image_size=12),
     "Conv4: `form` must be one of": lambda: fm.models.Conv4(5, form="pooled"),
     "ResNet12: `widths` must be four": lambda: fm.models.ResNet12(5, widths=(1, 2)),
-    "Siren: `widths` must hold": lambda: fm.models.Siren((2, 3)),
-    "Siren: `omega_0` must be positive": lambda: fm.models.Siren((2, 3, 1), omega_0=0.0),
+    "ResNet12: `widths` must be a sequence": lambda: fm.models.ResNet12(5, widths=64),
+    "Siren: `widths` must be inputs, hidden": lambda: fm.models.Siren((2, 3)),
+    "Siren: `omega_0` must be a number": lambda: fm.models.Siren((2, 3, 1), omega_0="30"),
+    "Siren: `omega_0` must be finite and positive, got inf": lambda: fm.models.Siren((2, 3, 1), omega_0=float("inf")),
+    "Siren: `omega_0` must be finite and positive, got 0": lambda: fm.models.Siren((2, 3, 1), omega_0=0.0),
 }
 
 

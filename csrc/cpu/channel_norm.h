@@ -27,10 +27,11 @@ struct Blocks {
 enum State { MEAN, RSTD, SUM_DY, SUM_DY_X, STATES };
 enum TangentState { MEAN_RX, MEAN_RX_X };
 
-// Behind them, where a max-pool is in the epilogue, the place of every window's maximum within the window.
+// Behind them, where a max-pool is in the epilogue, for every window the place of its maximum within it, and x there
+// (beside the tangents rx there).
 inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks, i64 examples) {
   const Value& y = plan.values[layer.output];
-  return (blocks.count * STATES + (layer.pool_h ? examples * y.rows : 0)) * plan.padded(y.cols);
+  return (blocks.count * STATES + (layer.pool_h ? 2 * examples * y.rows : 0)) * plan.padded(y.cols);
 }
 
 constexpr i64 TEMPORARY_ROWS = 10;
@@ -62,7 +63,7 @@ class ChannelNorm {
       S *scale = row(0), *shift = row(1);
       clear(scale, shift);
       for (i64 c = 0; c < cols_; ++c) scale[c] = w(c) * rstd()[c], shift[c] = b(c);
-      each_piece(false, [&] {
+      each_piece(VALUE, [&] {
         combine({{x(), ld_x(), scale}}, shift, pass_.output(layer_.output) + out_row() * ld_, false,
                 layer_.relu_out ? RELU : NOTHING);
       });
@@ -74,7 +75,7 @@ class ChannelNorm {
     for (block_ = 0; block_ < blocks_.count; ++block_) {
       S *sum = state(SUM_DY), *sum_x = state(SUM_DY_X);
       clear(sum, sum_x);
-      each_piece(false, [&] { products(dy(), sum, sum_x, nullptr, nullptr); });
+      each_piece(top(VALUE), [&] { products(dy(), sum, sum_x, nullptr, nullptr); });
       if (sinks)
         for (i64 c = 0; c < cols_; ++c) dw()[c] += sum_x[c] * rstd()[c], db()[c] += sum[c];
       if (!pass_.wants_delta(in_) || (conv_ && !sinks)) continue;
@@ -88,7 +89,7 @@ class ChannelNorm {
           from_dy[c] = w(c) * r, from_x[c] = -r * r * g_x, constant[c] = -r * g;
         }
       });
-      each_piece(false,
+      each_piece(VALUE,
                  [&] { gradient({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_)); });
     }
     finish_gradients(sinks);
@@ -100,7 +101,13 @@ class ChannelNorm {
       S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
       S *from_rx = row(0), *from_x = row(1), *constant = row(2), *sum = row(3), *sum_x = row(4);
       clear(from_rx, from_x, constant, sum, sum_x);
-      if (moves && !fixed_) each_piece(true, [&] { products(rx(), sum, sum_x, nullptr, nullptr, false); });
+      if (moves && (!fixed_ || layer_.pool_h))
+        each_piece(TANGENT, [&] {
+          if (!fixed_)
+            pass_.kernels.column_products({rows_, padded_, rx(), ld_rx(), x(), ld_x(), state(MEAN), nullptr, nullptr, 0,
+                                           nullptr, 0, sum, sum_x, nullptr});
+          if (layer_.pool_h) pick();
+        });
       each_group([&](i64 begin, i64 end) {
         S t = 0, t_x = 0;
         if (moves && !fixed_)
@@ -111,12 +118,12 @@ class ChannelNorm {
           from_rx[c] = w(c) * r, from_x[c] = vw(c) * r - w(c) * r * r * t_x, constant[c] = vb(c) - w(c) * r * t;
         }
       });
-      each_piece(moves, [&] {
+      each_piece(top(moves ? TANGENT : VALUE), [&] {
         S* to = pass_.tangent(layer_.output) + out_row() * ld_;
         if (moves)
-          combine({{x(), ld_x(), from_x}, {rx(), ld_rx(), from_rx}}, constant, to, false, MASK_OUT);
+          combine({{top_x(), ld_top_x(), from_x}, {top_rx(), ld_top_rx(), from_rx}}, constant, to, false, MASK_OUT);
         else
-          combine({{x(), ld_x(), from_x}}, constant, to, false, MASK_OUT);
+          combine({{top_x(), ld_top_x(), from_x}}, constant, to, false, MASK_OUT);
       });
     }
   }
@@ -129,7 +136,8 @@ class ChannelNorm {
       const S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
       S *rsum = row(3), *rsum_x = row(4), *dy_rx = row(5);
       clear(rsum, rsum_x, dy_rx);
-      each_piece(moves, [&] { products(rdy(), rsum, rsum_x, moves ? dy() : nullptr, dy_rx); });
+      const Needed needed = moves ? TANGENT : VALUE;
+      each_piece(top(needed), [&] { products(rdy(), rsum, rsum_x, moves ? dy() : nullptr, dy_rx); });
       // sum over the column of dy rx^
       const auto dy_rx_hat = [&](i64 c) {
         const S r = rstd()[c];
@@ -157,7 +165,7 @@ class ChannelNorm {
           constant[c] = r * r * (t_x * g + t * g_x) - r * u;
         }
       });
-      each_piece(moves, [&] {
+      each_piece(needed, [&] {
         const Term from[] = {{x(), ld_x(), from_x}, {rdy(), ld_, from_rdy, true}, {dy(), ld_, from_dy, true}};
         if (moves)
           gradient({from[0], from[1], from[2], {rx(), ld_rx(), from_rx}}, constant, pass_.tangent_delta(in_));
@@ -176,29 +184,32 @@ class ChannelNorm {
     bool masked = false;
   };
 
-  // Two passes: the mean, then the mean square of what is left.
+  // Two passes over each piece, the mean and the squares of what is left, put together as by Chan, Golub, LeVeque,
+  // "Algorithms for Computing the Sample Variance" (1983).
   void statistics() {
     S *mean = state(MEAN), *rstd = state(RSTD);
-    for (i64 c = 0; c < padded_; ++c) mean[c] = rstd[c] = 0;
+    clear(mean, rstd);
     if (fixed_) {
       for (i64 c = 0; c < cols_; ++c) mean[c] = theta(2)[c], rstd[c] = S(1) / std::sqrt(theta(3)[c] + eps_);
       return;
     }
-    S* sum = row(0);
-    clear(sum);
-    each_piece(false, [&] { pass_.kernels.column_sums({rows_, padded_, x(), ld_x(), sum, nullptr, S(1), sum}); });
-    over_groups(sum, mean);
-    clear(sum);
-    each_piece(false, [&] { pass_.kernels.column_squares({rows_, padded_, x(), ld_x(), mean, sum}); });
-    over_groups(sum, rstd);
-    for (i64 c = 0; c < cols_; ++c) rstd[c] = S(1) / std::sqrt(rstd[c] + eps_);
-  }
-  // Column sums -> means over groups, one for each column.
-  void over_groups(const S* sums, S* means) {
+    S *center = row(0), *squares = row(1);
+    each_piece(VALUE, [&] {
+      const S n = S(rows_), share = n / S(piece_ + rows_);  // of all rows so far
+      pass_.kernels.column_sums({rows_, padded_, x(), ld_x(), nullptr, nullptr, S(1) / n, center});
+      clear(squares);
+      pass_.kernels.column_squares({rows_, padded_, x(), ld_x(), center, squares});
+      for (i64 c = 0; c < cols_; ++c) {
+        const S step = center[c] - mean[c];
+        mean[c] += share * step, rstd[c] += squares[c] + step * step * (S(piece_) * share);
+      }
+    });
     each_group([&](i64 begin, i64 end) {
-      S total = 0;
-      for (i64 c = begin; c < end; ++c) total += sums[c];
-      for (i64 c = begin; c < end; ++c) means[c] = total / values_;
+      S total = 0, square = 0;
+      for (i64 c = begin; c < end; ++c) total += mean[c];
+      total /= S(blocks_.group);
+      for (i64 c = begin; c < end; ++c) square += rstd[c] + S(blocks_.rows) * (mean[c] - total) * (mean[c] - total);
+      for (i64 c = begin; c < end; ++c) mean[c] = total, rstd[c] = S(1) / std::sqrt(square / values_ + eps_);
     });
   }
   // <g> and <g x^> of a group.
@@ -220,16 +231,20 @@ class ChannelNorm {
       for (i64 c = 0; c < padded_; ++c) row[c] = 0;
   }
 
+  enum Needed { NOTHING_OF_IT, VALUE, TANGENT };
+  // Of the input, for what is done to the output: nothing, if maxima are all that the output is.
+  Needed top(Needed needed) const { return layer_.pool_h ? NOTHING_OF_IT : needed; }
+
   // Calls body for pieces of the block, small enough that several passes over them stay in a cache; where the input is
-  // not kept, a piece of it is computed first, and of its tangent if asked for.
+  // not kept, what is needed of the piece is computed first.
   template <class Body>
-  void each_piece(bool tangent, const Body& body) {
+  void each_piece(Needed needed, const Body& body) {
     const Value& in = pass_.plan.values[in_];
     const i64 window_rows = layer_.pool_h ? tall() ? layer_.pool_h * in.width : in.rows : 1;
     const i64 most = std::max<i64>(PIECE_ELEMENTS / padded_ / window_rows, 1) * window_rows;
     for (piece_ = 0; piece_ < blocks_.rows; piece_ += rows_) {
       rows_ = std::min(most, blocks_.rows - piece_);
-      if (conv_) conv_->compute(first_row(), rows_, tangent);
+      if (conv_ && needed != NOTHING_OF_IT) conv_->compute(first_row(), rows_, needed == TANGENT);
       body();
     }
     piece_ = 0;
@@ -237,17 +252,10 @@ class ChannelNorm {
   // Whether windows never lie across images if all images are read as a single tall one.
   bool tall() const { return pass_.plan.values[in_].height % layer_.pool_h == 0; }
 
-  // Adds to sum a, sum a (x - mean) and, with b, sum b rx of the piece; a and b are gradients of the output, or not.
-  void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b, bool gradients = true) {
-    const S* mask = gradients ? relu_mask() : nullptr;
-    if (gradients && layer_.pool_h) {
-      PooledColumns<S> p = pooled();
-      p.pooled[0].from = a, p.pooled[1].from = b, p.rx = b ? rx() : nullptr, p.ld_rx = ld_rx();
-      p.sum = sum, p.sum_x = sum_x, p.sum_b = sum_b;
-      return pass_.kernels.pooled_products(p);
-    }
-    pass_.kernels.column_products({rows_, padded_, a, gradients ? ld_ : ld_rx(), x(), ld_x(), state(MEAN), b,
-                                   b ? rx() : nullptr, ld_rx(), mask, ld_, sum, sum_x, sum_b});
+  // Adds to sum a, sum a (x - mean) and, with b, sum b rx of the piece, for gradients a and b of the output.
+  void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b) {
+    pass_.kernels.column_products({out_rows(), padded_, a, ld_, top_x(), ld_top_x(), state(MEAN), b,
+                                   b ? top_rx() : nullptr, ld_top_rx(), relu_mask(), ld_, sum, sum_x, sum_b});
   }
   // The gradient of the input's piece: to its place in `all`, or handed on to the convolution that computed the input.
   void gradient(std::initializer_list<Term> terms, const S* constant, S* all) {
@@ -258,13 +266,14 @@ class ChannelNorm {
   enum After { GRADIENT, NOTHING, RELU, MASK_OUT };
   // The first term's rows are centred.
   void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = GRADIENT) {
-    if (layer_.pool_h) return combine_pooled(terms, constant, to, add, after);
+    if (layer_.pool_h && after != MASK_OUT) return combine_pooled(terms, constant, to, add, after);
     ColumnCombination<S> c{};
-    c.rows = rows_, c.n = padded_, c.center = state(MEAN), c.constant = constant, c.add = add;
+    c.rows = after == MASK_OUT ? out_rows() : rows_, c.n = padded_, c.center = state(MEAN), c.constant = constant,
+    c.add = add;
     for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients, term.masked};
     c.relu = after == RELU, c.mask = after == RELU ? nullptr : relu_mask(), c.ld_mask = ld_;
     c.mask_out = after == MASK_OUT;
-    c.ld = pass_.plan.values[in_].ld;
+    c.ld = after == GRADIENT ? pass_.plan.values[in_].ld : ld_;
     c.out = to;
     pass_.kernels.column_combination(c);
   }
@@ -285,10 +294,14 @@ class ChannelNorm {
     p.out = to;
     if (after == GRADIENT)
       pass_.kernels.pooled_combination(p);
-    else if (after == MASK_OUT)
-      pass_.kernels.pooled_gather(p);
     else
       pass_.kernels.pooled_forward(p);
+  }
+  // rx at the maxima of windows.
+  void pick() {
+    PooledColumns<S> p = pooled();
+    p.rx = rx(), p.ld_rx = ld_rx(), p.maxima = tangent_maxima();
+    pass_.kernels.pooled_pick(p);
   }
   PooledColumns<S> pooled() const {
     const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
@@ -296,10 +309,10 @@ class ChannelNorm {
     p.in_w = in.width, p.out_w = out.width;
     p.images = tall() ? 1 : rows_ / in.rows, p.in_h = tall() ? rows_ / in.width : in.height;
     p.out_h = tall() ? p.in_h / layer_.pool_h : out.height;
-    p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_, p.rows = rows_;
-    p.x = x(), p.ld_x = ld_x(), p.center = state(MEAN), p.mask = relu_mask(), p.ld_pooled = ld_,
-    p.ld_positions = padded_;
-    p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_;
+    p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_;
+    p.x = x(), p.ld_x = ld_x(), p.center = state(MEAN), p.mask = relu_mask(), p.ld_pooled = ld_;
+    p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_, p.ld_positions = padded_;
+    p.maxima = maxima();
     return p;
   }
   // The output, if a relu in the epilogue has cut it off.
@@ -329,6 +342,11 @@ class ChannelNorm {
     const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
     return tall() ? first_row() / (layer_.pool_h * in.width) * out.width : first_row() / in.rows * out.rows;
   }
+  i64 out_rows() const {
+    if (!layer_.pool_h) return rows_;
+    const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
+    return tall() ? rows_ / (layer_.pool_h * in.width) * out.width : rows_ / in.rows * out.rows;
+  }
   const S* theta(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]]; }
   const S* v(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.v.primary[layer_.params[i]]; }
   S w(i64 c) const { return theta(0) ? theta(0)[c] : S(1); }
@@ -339,6 +357,14 @@ class ChannelNorm {
   i64 ld_rx() const { return pass_.plan.values[in_].ld; }
   const S* x() const { return conv_ ? conv_->value() : pass_.value(in_) + first_row() * ld_x(); }
   const S* rx() const { return conv_ ? conv_->tangent() : pass_.tangent(in_) + first_row() * ld_rx(); }
+  // What of the input the output stands for: all of it, or the maxima of windows.
+  i64 maxima_at() const { return (blocks_.count * STATES + pass_.rows(layer_.output) + out_row()) * padded_; }
+  S* maxima() const { return pass_.state(layer_) + maxima_at(); }
+  S* tangent_maxima() const { return pass_.tangent_state(layer_) + maxima_at(); }
+  const S* top_x() const { return layer_.pool_h ? maxima() : x(); }
+  const S* top_rx() const { return layer_.pool_h ? tangent_maxima() : rx(); }
+  i64 ld_top_x() const { return layer_.pool_h ? padded_ : ld_x(); }
+  i64 ld_top_rx() const { return layer_.pool_h ? padded_ : ld_rx(); }
   const S* dy() const { return pass_.delta(layer_.output) + out_row() * ld_; }
   const S* rdy() const { return pass_.tangent_delta(layer_.output) + out_row() * ld_; }
   S* state(int which) const { return pass_.state(layer_) + (block_ * STATES + which) * padded_; }

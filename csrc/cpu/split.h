@@ -30,8 +30,7 @@ class SplitKernels {
     table_.column_products = columns<ColumnProducts<S>, &Kernels<S>::column_products, shift_products>;
     table_.column_combination = columns<ColumnCombination<S>, &Kernels<S>::column_combination, shift_combination>;
     table_.pooled_forward = columns<PooledColumns<S>, &Kernels<S>::pooled_forward, shift_pooled>;
-    table_.pooled_products = columns<PooledColumns<S>, &Kernels<S>::pooled_products, shift_pooled>;
-    table_.pooled_gather = columns<PooledColumns<S>, &Kernels<S>::pooled_gather, shift_pooled>;
+    table_.pooled_pick = columns<PooledColumns<S>, &Kernels<S>::pooled_pick, shift_pooled>;
     table_.pooled_combination = columns<PooledColumns<S>, &Kernels<S>::pooled_combination, shift_pooled>;
     table_.max_pool_forward = pool<&Kernels<S>::max_pool_forward, false>;
     table_.max_pool_gather = pool<&Kernels<S>::max_pool_gather, false>;
@@ -143,13 +142,18 @@ class SplitKernels {
 
   template <class Call, void (*Kernels<S>::*KERNEL)(const Call&), void (*SHIFT)(Call&, i64)>
   static void columns(const Call& call) {
-    share(call.n, lane_pad<S>, call.rows * call.n, [&](i64 begin, i64 end) {
+    share(call.n, lane_pad<S>, rows(call) * call.n, [&](i64 begin, i64 end) {
       Call part = call;
       part.n = end - begin;
       SHIFT(part, begin);
       (base_->*KERNEL)(part);
     });
   }
+  template <class Call>
+  static i64 rows(const Call& call) {
+    return call.rows;
+  }
+  static i64 rows(const PooledColumns<S>& p) { return p.images * p.in_h * p.in_w; }
   template <class... Pointers>
   static void shift(i64 j, Pointers&... pointers) {
     ((pointers = pointers ? pointers + j : nullptr), ...);
@@ -165,7 +169,7 @@ class SplitKernels {
   }
 
   static void shift_pooled(PooledColumns<S>& p, i64 j) {
-    shift(j, p.x, p.center, p.from_x, p.rx, p.from_rx, p.positions, p.mask, p.constant, p.out, p.sum, p.sum_x, p.sum_b);
+    shift(j, p.x, p.center, p.from_x, p.rx, p.from_rx, p.positions, p.maxima, p.mask, p.constant, p.out);
     for (auto& term : p.pooled) shift(j, term.from, term.coefficients);
   }
 

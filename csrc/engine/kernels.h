@@ -151,12 +151,12 @@ struct ColumnCombination {
   bool add;
 };
 
-// The same passes where only the maxima of windows side by side are kept: `pooled` rows belong to windows and stand at
-// the pixel that positions say, counted within the window. See pooled_columns.inl.
+// Passes over windows side by side of which only the maximum is kept, at the pixel of the window that positions say.
+// See pooled_columns.inl.
 template <class S>
 struct PooledColumns {
   i64 images, in_h, in_w, out_h, out_w, kh, kw;
-  i64 rows, n;  // pixels of all images, padded columns
+  i64 n;  // padded columns
   const S* x;
   i64 ld_x;
   const S *center, *from_x;  // x less center, times from_x
@@ -167,14 +167,13 @@ struct PooledColumns {
     const S *from, *coefficients;
   } pooled[2];
   i64 ld_pooled;  // of pooled and mask
-  S* positions;
-  i64 ld_positions;
-  const S* mask;  // pooled rows count as zero where it is not positive, if present
+  S *positions, *maxima;
+  i64 ld_positions;  // of both
+  const S* mask;     // pooled rows count as zero where it is not positive, if present
   const S* constant;
   bool relu, add;
   S* out;
   i64 ld_out;
-  S *sum, *sum_x, *sum_b;
 };
 
 // Groups of `rows` rows of `cols` columns, each normalised as one, with weight and bias [rows * cols]; see
@@ -298,8 +297,7 @@ struct Kernels {
   void (*column_products)(const ColumnProducts<S>&);
   void (*column_combination)(const ColumnCombination<S>&);
   void (*pooled_forward)(const PooledColumns<S>&);
-  void (*pooled_products)(const PooledColumns<S>&);
-  void (*pooled_gather)(const PooledColumns<S>&);
+  void (*pooled_pick)(const PooledColumns<S>&);
   void (*pooled_combination)(const PooledColumns<S>&);
 
   void (*layer_norm_forward)(const LayerNorm<S>&);

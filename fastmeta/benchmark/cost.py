@@ -37,12 +37,15 @@ def parameter_bytes(net: nn.Module) -> int:
 
 
 def streamed_bytes(case: Case) -> float:
-    """Bytes of parameters that one inner step of all tasks streams; those of the first layer's unused input
-    gradients are left out."""
-    net = case.make()
-    first = next(layer for layer in net.modules() if isinstance(layer, nn.Linear))
-    # Neither backward nor tangent backward (which reads two) goes on to the network's input.
-    return case.tasks * (STREAMED * float(parameter_bytes(net)) - 3 * 4.0 * first.weight.numel())
+    """Bytes of parameters that one inner step of all tasks streams; nan for networks other than MLPs.
+
+    The first layer's weights are left out: the engine keeps how a wide one changes as factors, and small ones do not
+    count.
+    """
+    layers = [layer for layer in case.make().modules() if next(layer.parameters(recurse=False), None) is not None]
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        return float("nan")
+    return case.tasks * STREAMED * float(sum(map(parameter_bytes, layers[1:])))
 
 
 def working_set(case: Case) -> int:

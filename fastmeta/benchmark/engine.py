@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmeta.benchmark import check, cost, machine
+from fastmeta.benchmark import check, cost, machine, memory
 from fastmeta.benchmark.peers import NOOP, OURS, PEERS, Prepared
 from fastmeta.benchmark.rows import Row
 from fastmeta.benchmark.timing import Protocol, Times, measure
@@ -99,15 +99,14 @@ def _check(workload: str, case: Case, name: str, threads: int) -> tuple[Row, Pre
     prepared: dict[int, Prepared] = {}
     outs: dict[int, Any] = {}
     try:
-        with machine.PeakMemory() as memory:
-            for seed in (0,) if name == NOOP else check.seeds(case):
-                prepared[seed] = peer.prepare(case, case.build(torch.float32, seed))
-                start = time.perf_counter()
-                outs[seed] = prepared[seed].step()
-                if math.isnan(row.first_call_s):
-                    row.first_call_s = time.perf_counter() - start
-        row.peak_mib = memory.growth / 2**20
+        for seed in (0,) if name == NOOP else check.seeds(case):
+            prepared[seed] = peer.prepare(case, case.build(torch.float32, seed))
+            start = time.perf_counter()
+            outs[seed] = prepared[seed].step()
+            if math.isnan(row.first_call_s):
+                row.first_call_s = time.perf_counter() - start
         if name != NOOP:
+            row.peak_mib = memory.peak_bytes(workload, case.id, name, threads) / 2**20
             verdict = check.judge(case, prepared, outs)
             row.error, row.allowed = verdict.error, verdict.allowed
             if not verdict.right:

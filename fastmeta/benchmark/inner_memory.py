@@ -1,7 +1,7 @@
 """Peak memory over the number of inner steps: the `torch` backend beside the loop that keeps one graph of everything.
 
-Each cell is measured in a process of its own, `python -m fastmeta.benchmark.inner_memory <steps> <way>`: what another cell
-left in the allocator would hide what this one needs.
+Each cell is measured in a process of its own, `python -m fastmeta.benchmark.inner_memory <steps> <way>`: what another
+cell left in the allocator would hide what this one needs.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _git(root: Path, *arguments: str) -> str:
 class PeakMemory:
     """Context: the high water of the resident set above its level before, in bytes; nan where the system tells not.
 
-    Memory that the process already holds and a peer only uses again is not seen.
+    Memory that the process already holds and only uses again is not seen.
     """
 
     growth = float("nan")

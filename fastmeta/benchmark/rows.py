@@ -39,7 +39,7 @@ class Row:
     beyond_us: float = math.nan  # median time outside of the kernel
     beyond_noop_us: float = math.nan  # the same less a no-op autograd Function, for MAML
     bandwidth_share: float = math.nan  # of the cache bandwidth measured in the same run, for inner steps
-    peak_mib: float = math.nan  # high water of memory over the first calls
+    peak_mib: float = math.nan  # high water of memory over the first calls, in a process of its own
     others_busy: float = math.nan  # cores that other programs kept busy while the case was timed
     peer_version: str = ""
     facts: dict[str, str] = field(default_factory=dict)

@@ -86,7 +86,18 @@ def _report(console: Console, rows: list[Row]) -> None:
 def _table(case: str, rows: list[Row]) -> Table:
     table = Table(title=f"{case}, {rows[0].precision}, {rows[0].threads} threads")
     table.add_column("peer", no_wrap=True)
-    for heading in ("median ms", "min", "p20 - p80", "ratio", "GFLOP/s", "of peak", "beyond us", "error", "first s"):
+    for heading in (
+        "median ms",
+        "min",
+        "p20 - p80",
+        "ratio",
+        "GFLOP/s",
+        "of peak",
+        "beyond us",
+        "error",
+        "first s",
+        "MiB",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     timed = sorted((row for row in rows if row.status == "timed"), key=lambda row: row.median_ms)
     for row in timed:
@@ -101,6 +112,7 @@ def _table(case: str, rows: list[Row]) -> Table:
             _number(row.beyond_us, ".0f"),
             _number(row.error, ".1e"),
             _number(row.first_call_s, ".2f"),
+            _number(row.peak_mib, ".0f"),
         )
     busy = max((row.others_busy for row in timed), default=0.0)
     notes = [f"other programs kept {busy:.1f} cores busy: do not trust these times"] if busy > BUSY else []

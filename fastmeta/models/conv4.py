@@ -19,7 +19,8 @@ class Conv4(nn.Module):
         width: filters of every block: 64 for Omniglot, 32 for mini-ImageNet's MAML.
         image_size: H = W of the images, at least 16.
         form: "max_pool" halves by a 2x2 max-pool behind each block and flattens what is left; "strided" by convolutions
-            of stride 2, and takes the mean over what is left, as MAML does on Omniglot.
+            of stride 2, and takes the mean over what is left, as MAML does on Omniglot (whose code pads as TensorFlow
+            does: images of even size on the right and below only, here on all sides).
 
     Shapes: [N, C, H, W] -> [N, ways].
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastmeta.models.check import positive
+from fastmeta.models.check import positives
 
 
 class MLP(nn.Module):
@@ -23,7 +23,7 @@ class MLP(nn.Module):
     Initialisation: He's normal weights and zero biases, so that a network without batch norm keeps its signal's size.
 
     Raises:
-        ValueError: fewer than two widths, or one that is not positive.
+        TypeError, ValueError: fewer than two widths, or one that is not a positive int.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 5.2: (784, 256, 128, 64, 64, ways) with
     batch norm for Omniglot; He et al., "Delving Deep into Rectifiers" (2015), section 2.2.
@@ -31,10 +31,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], *, batch_norm: bool = False, flatten: bool = False) -> None:
         super().__init__()
-        if len(widths) < 2:
-            raise ValueError(f"MLP: `widths` must hold inputs and outputs at least, got {tuple(widths)}")
-        for width in widths:
-            positive("MLP", "widths", width)
+        widths = positives("MLP", "widths", widths, "inputs and outputs at least", 2)
         layers: list[nn.Module] = [nn.Flatten()] if flatten else []
         for inputs, outputs in pairwise(widths[:-1]):
             layers.append(_linear(inputs, outputs))

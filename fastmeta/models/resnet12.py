@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastmeta.models.check import positive
+from fastmeta.models.check import positive, positives
 
 
 class ResidualBlock(nn.Module):
@@ -58,10 +58,7 @@ class ResNet12(nn.Module):
         super().__init__()
         positive("ResNet12", "ways", ways)
         positive("ResNet12", "in_channels", in_channels)
-        if len(widths) != 4:
-            raise ValueError(f"ResNet12: `widths` must be four, got {tuple(widths)}")
-        for width in widths:
-            positive("ResNet12", "widths", width)
+        widths = positives("ResNet12", "widths", widths, "four", 4, 4)
         self.blocks = nn.Sequential(*[ResidualBlock(a, b) for a, b in pairwise((in_channels, *widths))])
         self.head = nn.Linear(widths[-1], ways)
         for module in self.modules():

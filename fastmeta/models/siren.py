@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fastmeta.models.check import positive
+from fastmeta.models.check import positive_number, positives
 
 
 class SineLayer(nn.Module):
@@ -40,19 +40,15 @@ class Siren(nn.Module):
 
     Raises:
         TypeError, ValueError: fewer than three widths, one that is not a positive int, or a frequency that is not
-            positive.
+            finite and positive.
 
     Source: Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions" (2020), section 3.2.
     """
 
     def __init__(self, widths: Sequence[int], *, omega_0: float = 30.0) -> None:
         super().__init__()
-        if len(widths) < 3:
-            raise ValueError(f"Siren: `widths` must hold inputs, a hidden width and outputs, got {tuple(widths)}")
-        for width in widths:
-            positive("Siren", "widths", width)
-        if not omega_0 > 0:
-            raise ValueError(f"Siren: `omega_0` must be positive, got {omega_0}")
+        widths = positives("Siren", "widths", widths, "inputs, hidden widths and outputs", 3)
+        positive_number("Siren", "omega_0", omega_0)
         hidden = [SineLayer(a, b, omega_0) for a, b in pairwise(widths[:-1])]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
         for at, module in enumerate(module for module in self.modules() if isinstance(module, nn.Linear)):
