@@ -53,7 +53,9 @@ def explain(call: Call) -> Explanation:
         runs = call.plan.backend.describe(problem, wrt)
     elif hasattr(call.plan.backend, "notes"):
         runs = call.plan.backend.notes(problem)
-    return Explanation(chosen, _what(problem), tuple(runs), meta_step_cost(problem), refused, _conventions(problem))
+    return Explanation(
+        chosen, _what(problem), tuple(runs), meta_step_cost(problem), refused, _conventions(problem, chosen)
+    )
 
 
 def in_steps(whole: Explanation, queries: int) -> Explanation:
@@ -102,13 +104,15 @@ def _what(problem: Problem) -> str:
     return ", ".join([*parts, adapted, dtype])
 
 
-def _conventions(problem: Problem) -> tuple[str, ...]:
+def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
     lines = []
     if problem.batch_stats == "task" and any(isinstance(module, _NORMS) for module in problem.net.modules()):
         lines.append(
             "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "
             "are normalised together), and leaves the running statistics alone"
         )
+    if problem.task_chunk is not None and chosen != "torch":
+        lines.append(f"task_chunk={problem.task_chunk} has no use here: only the torch backend runs tasks side by side")
     if problem.order == "first" and problem.steps:
         lines.append("first order: derivatives of the inner gradients are dropped; the meta-gradient is not exact")
     return tuple(lines)

@@ -36,6 +36,10 @@ DIFFERENTIABLE = (
 )
 
 
+#: memory="auto" stores activations while what they take (see `Problem.memory`) stays below this many bytes.
+STORE_AT_MOST = 256 << 20
+
+
 @dataclass(slots=True)
 class Batch:
     """The support or the query sets of all tasks.
@@ -74,7 +78,8 @@ class Problem:
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
     task_weights: Tensor | None = None  # [T]
-    memory: str = "auto"  # "auto" | "store" | "recompute"
+    memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
+    task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
     batch_stats: str = "task"  # "task" | "running"
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]

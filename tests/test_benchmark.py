@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmeta.benchmark import PEERS, Protocol, Row, engine, machine, run, write_csv
-from fastmeta.benchmark.check import judge
+from fastmeta.benchmark import PEERS, Protocol, Row, engine, inner_memory, machine, orders, run, write_csv
+from fastmeta.benchmark.check import Verdict, judge
 from fastmeta.benchmark.cost import flops
 from fastmeta.benchmark.peers import NOOP, OURS, Prepared
 from fastmeta.benchmark.timing import measure
@@ -24,6 +26,7 @@ from fastmeta.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+NO_EXTENSION = pytest.mark.skipif(os.environ.get("FASTMETA_NO_EXT") == "1", reason="FASTMETA_NO_EXT=1: no extension")
 FAST = Protocol(rounds=1, block=1e-4, most=3)
 SINUSOID = WORKLOADS["sinusoid"][1]
 #: Compiling takes minutes; `fastmeta bench` itself checks these.
@@ -31,9 +34,11 @@ SLOW = {"torch.compile", "jax-vmap", "jax-loop"}
 
 
 @pytest.fixture(autouse=True)
-def _all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit would hold for the rest of the test process."""
+def _own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The limit, and the choice of attention, would hold for the rest of the test process."""
     monkeypatch.setattr(machine, "limit", lambda threads: None)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.mark.parametrize("case", [SINUSOID, WORKLOADS["mlp"][0], WORKLOADS["recommender"][0]], ids=lambda case: case.id)
@@ -145,6 +150,67 @@ def test_command_writes_table_csv_and_chart(tmp_path: Path, monkeypatch: pytest.
     assert len((tmp_path / "bench.csv").read_text().splitlines()) == 1 + 2 * 2
     pytest.importorskip("matplotlib")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+def test_memory_of_the_torch_backend_grows_by_checkpoints_alone() -> None:
+    rows = inner_memory.run(("recompute",), steps=(2, 6)) + inner_memory.run(("autograd loop",), steps=(6,))
+    assert [row.reason for row in rows] == [""] * 3
+    few, many, loop = (row.peak_mib for row in rows)
+    checkpoints = rows[1].checkpoints_mib - rows[0].checkpoints_mib
+    assert checkpoints == pytest.approx(4 * 4 * 68_869 * 4 / 2**20)
+    assert 0.7 * checkpoints < many - few < 1.4 * checkpoints
+    assert loop > many + checkpoints
+
+
+def test_memory_of_a_wrong_result_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([(0, "1e6 0.5 1e-6", ""), (1, "", "Traceback\nMemoryError: all of it")])
+    monkeypatch.setattr(inner_memory.machine, "facts", dict)
+    monkeypatch.setattr(
+        inner_memory.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, *next(answers))
+    )
+    wrong, broken = inner_memory.run(("store",), steps=(1, 5))
+    assert wrong.reason == "error 5.0e-01 against the float64 reference, allowed 1.0e-06"
+    assert broken.reason == "MemoryError: all of it"
+    assert math.isnan(wrong.peak_mib)
+    assert math.isnan(broken.peak_mib)
+
+
+@NO_EXTENSION
+def test_orders_are_timed_if_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = orders.run(("sinusoid",), most_tasks=4, protocol=FAST)
+    assert [(row.memory, row.limit) for row in rows] == [("store", 3.0), ("recompute", 4.0)] * 2
+    assert all(row.ratio == row.second_ms / row.first_ms for row in rows)
+    f, f1 = 40 + 1600 + 40, 40
+    assert rows[2].by_flops == pytest.approx((50 * (9 * f - 5 * f1) + 10 * (3 * f - f1)) / (60 * (3 * f - f1)))
+    monkeypatch.setattr(orders.check, "judge", lambda *_: Verdict(0.5, 1e-6))
+    rows = orders.run(("sinusoid",), most_tasks=4, protocol=FAST)
+    assert {row.reason for row in rows} == {"first: error 5.0e-01 against the float64 reference, allowed 1.0e-06"}
+    assert all(math.isnan(row.ratio) for row in rows)
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("reason", ["", "wrong"])
+def test_cost_writes_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    peaks = [inner_memory.MemoryRow("a case", "recompute", steps, 10.5 + steps, 1.0, reason=reason) for steps in (1, 5)]
+    monkeypatch.setattr(inner_memory, "run", lambda **_: peaks)
+    monkeypatch.setattr(sys.modules["fastmeta.cli.cost"], "QUICK", FAST)
+    result = CliRunner().invoke(main, ["cost", "--workload", "sinusoid", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == (1 if reason else 0), result.output
+    assert "11.5" in result.output
+    assert "15.5" in result.output
+    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 1 + 2
+    assert len((tmp_path / "orders.csv").read_text().splitlines()) == 1 + 2 * 2
+
+
+def test_a_peer_that_cannot_run_a_network_is_missing() -> None:
+    rows = run("transformer", steps=[1], peers=[OURS, "fastmeta-torch", "autograd-loop"], protocol=FAST)
+    assert [(row.peer, row.status) for row in rows] == [
+        (OURS, "missing"),
+        ("fastmeta-torch", "timed"),
+        ("autograd-loop", "timed"),
+    ]
+    assert math.isnan(rows[1].gflops)
 
 
 def test_command_rejects_an_unknown_peer() -> None:

@@ -12,6 +12,7 @@ from plain_autograd import episodes, network
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.cases.networks import Transformer
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 LEARNED = [None, "scalar", "tensor", "element"]
@@ -132,6 +133,87 @@ def test_each_copy_runs_its_own_parameters() -> None:
     assert torch.equal(forward(maml, *episode), maml(*episode).loss)
     assert torch.equal(forward(other, *episode), other(*episode).loss)
     assert not torch.equal(forward(maml, *episode), forward(other, *episode))
+
+
+class Signed(nn.Module):
+    """Looks at values: no tracer follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sin() if x.sum() > 0 else self.linear(x).cos()
+
+
+class LastOutput(nn.Module):
+    """A recurrent layer, whose modules torch.compile does not look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.GRU(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(x)[0][:, -1])
+
+
+def _any_module(kind: str) -> tuple[nn.Module, list[Tensor]]:
+    """A network that no layer program takes, and an episode for it."""
+    torch.manual_seed(0)
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "transformer": lambda: Transformer(3, 4, 8, 1),
+        "transformer_dropout": lambda: Transformer(3, 4, 8, 1, dropout=0.3),
+        "gru": LastOutput,
+        "looks_at_values": Signed,
+    }
+    x, y, query_x, query_y = episodes(dtype=torch.float32)
+    if kind != "looks_at_values":
+        x, query_x = torch.randn(3, 5, 4, 3), torch.randn(3, 7, 4, 3)
+    return nets[kind](), [x, y, query_x, query_y]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "transformer_dropout", "gru", "looks_at_values"])
+def test_any_module_compiled_follows_eager(kind: str) -> None:
+    net, episode = _any_module(kind)
+    options = {"loss": "mse", "inner_lr": 0.1, "inner_steps": 2, "task_chunk": 2, "learn_lr": "tensor"}
+    maml = fm.MAML(net, **options)
+    eager = copy.deepcopy(maml)
+    assert maml.explain(*episode).backend == "torch"
+    compiled = torch.compile(lambda *batch: maml(*batch), fullgraph=True)
+    for module, call in ((eager, eager), (maml, compiled)):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = call(*episode)
+            out.loss.backward()
+            optimizer.step()
+        module.last = out
+    assert torch.isfinite(maml.last.loss)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(maml.last, eager.last, strict=True))
+    assert _equal(list(maml.parameters()), [parameter.grad for parameter in eager.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(maml.parameters(), eager.parameters(), strict=True))
+
+
+def test_two_calls_in_a_graph_draw_two_masks() -> None:
+    net, episode = _any_module("transformer_dropout")
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1)
+    first, second = torch.compile(lambda *batch: (maml(*batch).loss, maml(*batch).loss), fullgraph=True)(*episode)
+    assert not torch.equal(first, second)
+
+
+def test_replaced_parts_of_a_recurrent_network_are_noticed() -> None:
+    net, episode = _any_module("gru")
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1)
+    compiled = torch.compile(lambda *batch: maml(*batch).loss, fullgraph=True)
+    compiled(*episode)
+    net.head.weight = nn.Parameter(2 * net.head.weight.detach())
+    assert torch.equal(compiled(*episode), maml(*episode).loss)
+    net.head = nn.Linear(4, 1)
+    with pytest.raises(RuntimeError, match="modules of `net` were replaced"):
+        compiled(*episode)
+    assert torch.equal(compiled(*episode), maml(*episode).loss)
 
 
 def test_operators_break_the_graph_and_are_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.network import elementary, elementary_cells
-from fastmeta.network.functional import call, check_batch_stats
+from fastmeta.network.functional import _Conventions, call, check_batch_stats
 
 F64 = {"dtype": torch.float64}
 
@@ -148,6 +149,51 @@ def test_elementary_cell_matches_reference(make: type[nn.Module], bias: bool) ->
     theirs = derivatives(lambda x, *ws: last(function(x, state, *ws)), tensors)
     for found, expected in zip(ours, theirs, strict=True):
         assert error(found, expected) < 1e-12
+
+
+LAYERS = {
+    "lstm": (nn.LSTM, {}),
+    "lstm_projected_both_ways": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
+    "lstm_projected_no_bias": (nn.LSTM, {"proj_size": 3, "bias": False, "batch_first": True}),
+    "gru_both_ways": (nn.GRU, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    "gru_no_bias": (nn.GRU, {"bias": False}),
+    "rnn_tanh": (nn.RNN, {"num_layers": 3}),
+    "rnn_relu": (nn.RNN, {"nonlinearity": "relu", "bidirectional": True}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_elementary_recurrent_layer_matches_reference(name: str) -> None:
+    make, options = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make(3, 4, **options).double()
+    names = [key for key, _ in layer.named_parameters()]
+
+    def run(decompose: bool, x: Tensor, *weights: Tensor) -> Tensor:
+        with _Conventions("task", decompose):
+            output, state = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+        return torch.cat([t.flatten() for t in (output, *(state if isinstance(state, tuple) else (state,)))])
+
+    tensors = [normal(5, 6, 3), *(value.detach() for value in layer.parameters())]
+    want = derivatives(partial(run, False), tensors)
+    for got, expected in zip(derivatives(partial(run, True), tensors), want, strict=True):
+        assert error(got, expected) < 1e-12
+
+
+def test_packed_sequences_stay_with_pytorch() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:  # [N, L, 3]
+            lengths = torch.arange(x.shape[1], x.shape[1] - x.shape[0], -1)
+            return self.core(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1][0]
+
+    net, x = Packed().double(), normal(3, 5, 3)
+    want = net(x)
+    assert error(want, net.core(x)[1][0]) > 1e-3
+    assert error(call(net, params_of(net), x, decompose=True), want) < 1e-12
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["fused", "decomposed"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import EVERYTHING, assert_same, error, make_problem, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.backends import reference
+from fastmeta.backends import _torch_memory, _torch_tasks, reference
 from fastmeta.backends import torch as backend
 from fastmeta.problem import Problem
 
@@ -129,6 +131,70 @@ def test_error_of_the_network_is_raised_and_not_remembered() -> None:
     assert backend.notes(problem) == []
 
 
+class Counting(nn.Sequential):
+    """Counts its forward passes; under vmap one is of all tasks."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("memory", "chunk", "steps", "calls"),
+    [
+        ("store", None, 3, 4),
+        ("recompute", None, 3, 7),
+        ("store", 2, 3, 12),  # three chunks
+        ("recompute", 2, 3, 21),
+        ("recompute", 9, 3, 7),
+        ("recompute", 1, 3, 35),
+        ("auto", None, 3, 4),  # a small graph is stored
+    ],
+)
+def test_store_runs_no_step_twice_and_recompute_keeps_no_graph(
+    memory: str, chunk: int | None, steps: int, calls: int
+) -> None:
+    net = Counting(nn.Linear(3, 13), nn.Tanh(), nn.Linear(13, 2)).double()
+    problem = make_problem(net, tasks=5, steps=steps, memory=memory, task_chunk=chunk, lr=1e-3)
+    wrt = frozenset({"params"})
+    backend.solve(replace(problem, steps=1, step_weights=None), wrt, False)  # what is found out once
+    net.calls = 0
+    backend.solve(problem, wrt, False)
+    assert net.calls == calls
+
+
+def test_auto_stores_while_the_graphs_of_what_runs_at_once_stay_below_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Counting(nn.Linear(3, 13), nn.Tanh(), nn.Linear(13, 2)).double()
+    problem = make_problem(net, tasks=4, steps=3)
+    one = _torch_tasks.graph_bytes(problem, vectorised=True)
+    hidden = 7 * 13 * 8  # the activations of one task's hidden layer
+    assert hidden < one < 10 * hidden + 4 * 8 * sum(value.numel() for value in problem.params.values())
+    monkeypatch.setattr(_torch_memory, "STORE_AT_MOST", 2 * 3 * one)
+    for chunk, calls in ((None, 7), (2, 2 * 4), (3, 2 * 7)):
+        backend.solve(replace(problem, task_chunk=chunk), EVERYTHING, False)
+        net.calls = 0
+        backend.solve(replace(problem, task_chunk=chunk), EVERYTHING, False)
+        assert net.calls == calls
+
+
+def test_notes_name_the_chunks() -> None:
+    assert backend.notes(make_problem(dropout_net(), task_chunk=2)) == [
+        "tasks run 2 at a time, and no more than theirs is in memory"
+    ]
+    assert backend.notes(make_problem(dropout_net(), task_chunk=3)) == []
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_dropout_in_chunks_matches_finite_differences_with_the_same_masks(chunk: int, memory: str) -> None:
+    problem = make_problem(dropout_net(), steps=3, step_weights=True, tasks=3, task_chunk=chunk, memory=memory)
+    _check_by_finite_differences(problem)
+
+
 def dropout_net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 13), nn.Tanh(), nn.Dropout(0.4), nn.Linear(13, 2)).double().train()
 
@@ -152,6 +218,10 @@ def test_dropout_under_vmap_matches_finite_differences_with_the_same_masks() -> 
     # From one seed J is a smooth function of the parameters; a recompute with other masks would not be its gradient.
     problem = make_problem(dropout_net(), steps=3, step_weights=True, tasks=4)
     assert backend.notes(problem) == []
+    _check_by_finite_differences(problem)
+
+
+def _check_by_finite_differences(problem: Problem) -> None:
     gradients = seeded(problem)
     for name, value in problem.params.items():
         direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

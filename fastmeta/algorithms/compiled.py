@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,16 +16,21 @@ from torch import Tensor
 
 from fastmeta.algorithms.flat_parameters import views
 from fastmeta.algorithms.meta_loss import answer, flat_gradient, leaves_of
+from fastmeta.backends._random_state import preserved
+from fastmeta.network.capture import captured
+from fastmeta.network.functional import call
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.plan import NOTHING
-from fastmeta.problem import Result
 
 if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML
 
+_T = TypeVar("_T")
+
 # A compiled graph holds a number in place of the module.
 _modules: WeakValueDictionary[int, MAML] = WeakValueDictionary()
 _handles = count(1)
+_sites = count(1)
 
 
 def register(maml: MAML) -> int:
@@ -44,13 +49,22 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     for field, x in zip(tensors._fields, tensors, strict=True):
         if x is not None and x.requires_grad:
             raise ValueError(f"MAML: `{field}` requires grad, which is not supported under torch.compile")
-    leaves = leaves_of(maml, dict(maml.net.named_parameters()), dict(maml.inner_lrs.named_parameters())).tensors
+    leaves = leaves_of(maml, maml.traced_parameters(), dict(maml.inner_lrs.named_parameters())).tensors
     with_gradients = torch.is_grad_enabled() and len(leaves) > 0
-    loss, task_losses, output, _ = _operator(leaves, *tensors, support_per_step, with_gradients, maml.handle)
+    answered = torch.ops.fastmeta.meta_loss(
+        leaves, *tensors, support_per_step, with_gradients, maml.handle, _next_site()
+    )
+    loss, task_losses, output, _ = answered
     return loss, task_losses.detach(), output.detach()
 
 
-@torch.library.custom_op("fastmeta::meta_loss", mutates_args=())
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _next_site() -> int:
+    """A number for every call in a graph: a network with dropout draws anew, and of two calls that are alike the
+    compiler would make one, whatever their tag says."""
+    return next(_sites)
+
+
 def _operator(
     leaves: list[Tensor],
     support_x: Tensor,
@@ -63,25 +77,31 @@ def _operator(
     support_per_step: bool,
     with_gradients: bool,
     handle: int,
+    site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, task_losses, output, the gradients of all leaves in one vector; empty without gradients)."""
     maml = _modules.get(handle)
     if maml is None:
         raise RuntimeError("MAML: compiled code was called after the module it was compiled for is gone")
+    if maml.modules_replaced():
+        maml.meta_parameters()  # which the next call will find
+        raise RuntimeError("MAML: modules of `net` were replaced after it was compiled; nothing was done, call again")
     tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
     params, rates = maml.meta_parameters()
     wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
     params, rates = _in_place_of(maml, params, rates, wrt, leaves)
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt)
-    result = call.solve() if call.plan.program is not None else _outside(call.solve)
-    gradient = flat_gradient(maml, call, result) if with_gradients else support_x.new_empty(0)
-    return *answer(call, result), gradient
+    checked = maml.prepare(params, rates, tensors, support_per_step, wrt)
+    result = checked.solve() if checked.plan.program is not None else _outside(checked.solve)
+    loss, task_losses, output = answer(checked, result)
+    gradient = flat_gradient(maml, checked, result) if with_gradients else loss.new_empty(0)
+    return loss, task_losses, output, gradient
 
 
-def _outside(solve: Callable[[], Result]) -> Result:
-    """`solve()` on a thread of its own: inside an operator PyTorch has vmap and autograd switched off for this one."""
+def _outside(function: Callable[[], _T]) -> _T:
+    """`function()` on a thread of its own: inside an operator PyTorch has vmap and autograd switched off for this one,
+    and while it traces tensors have no values."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(solve).result()
+        return thread.submit(function).result()
 
 
 def _in_place_of(
@@ -102,8 +122,7 @@ def _in_place_of(
     )
 
 
-@_operator.register_fake
-def _(
+def _fake(
     leaves: list[Tensor],
     support_x: Tensor,
     support_y: Tensor,
@@ -115,20 +134,36 @@ def _(
     support_per_step: bool,
     with_gradients: bool,
     handle: int,
+    site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shapes of what `_operator` returns."""
     maml = _modules[handle]
-    # the network once, on tensors without values, for the shape of its output
-    params = {name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in maml.net.named_parameters()}
-    buffers = {name: torch.empty(b.shape, dtype=b.dtype, device=b.device) for name, b in maml.net.named_buffers()}
-    example = torch.func.functional_call(maml.net, {**params, **buffers}, (query_x[0],))  # [M, *out]
-    task_losses = example.new_empty(query_x.shape[0])
+    tasks, examples, *input_shape = query_x.shape
+    sort = tuple(int(size) for size in input_shape), query_x.dtype, query_x.device
+    output_shape = _outside(lambda: _output_shape(maml, examples, *sort))
+    dtype = next(maml.net.parameters()).dtype
     size = sum(leaf.numel() for leaf in leaves) if with_gradients else 0
     return (
-        task_losses.new_empty(()),
-        task_losses,
-        example.new_empty(query_x.shape[0], *example.shape),
-        example.new_empty(size),
+        query_x.new_empty((), dtype=dtype),
+        query_x.new_empty(tasks, dtype=dtype),
+        query_x.new_empty(tasks, examples, *output_shape, dtype=dtype),
+        query_x.new_empty(size, dtype=dtype),
     )
+
+
+def _output_shape(
+    maml: MAML, examples: int, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[int, ...]:
+    """The shape of the network's output for one example: of its layer program, or else of one run on zeros."""
+    if dtype.is_floating_point:
+        program, _ = captured(maml.net, input_shape, dtype)
+        if program is not None:
+            return program.output_shape
+    # some networks look at the values or the number of examples: nothing but a real run will do
+    x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
+    params, _ = maml.meta_parameters()
+    with torch.no_grad(), preserved(device):
+        return tuple(call(maml.net, params, x, batch_stats=maml.batch_stats).shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,7 +175,14 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
     pieces = (gradient * grad).split([shape.numel() for shape in ctx.shapes])
     leaves = [piece.view(shape) for piece, shape in zip(pieces, ctx.shapes, strict=True)]
-    return leaves, *(None,) * 10
+    return leaves, *(None,) * 11
 
 
-_operator.register_autograd(_backward, setup_context=_keep)
+torch.library.define(
+    "fastmeta::meta_loss",
+    torch.library.infer_schema(_operator, mutates_args=()),
+    tags=torch.Tag.nondeterministic_seeded,
+)
+torch.library.impl("fastmeta::meta_loss", "default", _operator)
+torch.library.register_fake("fastmeta::meta_loss", _fake)
+torch.library.register_autograd("fastmeta::meta_loss", _backward, setup_context=_keep)

@@ -68,6 +68,7 @@ class MAML(nn.Module):
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
+        task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
         backend: "auto", or the name of one.
 
@@ -96,6 +97,7 @@ class MAML(nn.Module):
         weight_norm: str = "count",
         update_rule: SGD | None = None,
         memory: str = "auto",
+        task_chunk: int | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
     ) -> None:
@@ -111,6 +113,7 @@ class MAML(nn.Module):
         self.step_weights = numbers_of(self.who, step_weights)
         self.update_rule = rule_of(update_rule)
         self.memory = memory
+        self.task_chunk = task_chunk
         self.batch_stats = batch_stats
         self.backend = backend
         check_options(self._options(self.who))
@@ -200,7 +203,9 @@ class MAML(nn.Module):
 
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
-        return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
+        return task_forward(
+            f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend, self.task_chunk
+        )
 
     def explain(
         self,
@@ -252,6 +257,14 @@ class MAML(nn.Module):
             self.flat.check(params, rates)
         return params, rates
 
+    def traced_parameters(self) -> dict[str, Tensor]:
+        """The network's parameters by name, while torch.compile traces."""
+        return self._params.without_modules() if self._params.recurrent else dict(self.net.named_parameters())
+
+    def modules_replaced(self) -> bool:
+        """Whether compiled code that was traced by `traced_parameters` may run with parameters that are gone."""
+        return self._params.recurrent and self._params.modules_replaced()
+
     def prepare(
         self,
         params: dict[str, Tensor],
@@ -282,6 +295,7 @@ class MAML(nn.Module):
             self.memory,
             self.batch_stats,
             self.backend,
+            self.task_chunk,
         )
 
     def _differentiable(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 
 
 class ParameterTable:
-    """`dict(module.named_parameters())`, kept until a parameter or a submodule is replaced, added or removed."""
+    """`dict(module.named_parameters())`, kept until a parameter or a submodule is replaced, added or removed.
 
-    __slots__ = ("_children", "_entries", "_module", "_module_dicts", "_parameter_dicts", "named")
+    `recurrent` says whether there is a recurrent layer in it: torch.compile does not walk over modules that have one.
+    """
+
+    __slots__ = (
+        "_children",
+        "_entries",
+        "_module",
+        "_module_dicts",
+        "_parameter_dicts",
+        "_places",
+        "named",
+        "recurrent",
+    )
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -18,16 +32,19 @@ class ParameterTable:
 
     def current(self) -> dict[str, Tensor]:
         """name -> parameter, in `named_parameters()` order; not to be modified."""
-        children = [child for own in self._module_dicts for child in own.values()]
         entries = [entry for own in self._parameter_dicts for entry in own.values()]
-        if (
-            len(children) != len(self._children)
-            or len(entries) != len(self._entries)
-            or not all(map(is_, children, self._children))
-            or not all(map(is_, entries, self._entries))
-        ):
+        if self.modules_replaced() or len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             self._read()
         return self.named
+
+    def modules_replaced(self) -> bool:
+        """Whether a submodule was replaced, added or removed since this was read."""
+        children = [child for own in self._module_dicts for child in own.values()]
+        return len(children) != len(self._children) or not all(map(is_, children, self._children))
+
+    def without_modules(self) -> dict[str, Tensor]:
+        """The same as torch.compile can trace it: parameters are what they are now, modules what they were."""
+        return {name: own[key] for name, own, key in self._places}
 
     def _read(self) -> None:
         modules = list(self._module.modules())
@@ -36,3 +53,8 @@ class ParameterTable:
         self._children = [child for own in self._module_dicts for child in own.values()]
         self._entries = [entry for own in self._parameter_dicts for entry in own.values()]
         self.named: dict[str, Tensor] = dict(self._module.named_parameters())
+        self._places: list[tuple[str, Mapping[str, Any], str]] = []
+        for name in self.named:
+            path, _, key = name.rpartition(".")
+            self._places.append((name, self._module.get_submodule(path)._parameters, key))
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in modules)

@@ -10,15 +10,13 @@ import torch
 from fastmeta.backends._cpu_layout import lay_out
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
-from fastmeta.problem import Batch, Problem
+from fastmeta.problem import STORE_AT_MOST, Batch, Problem
 
 try:
     from fastmeta import _C
 except ImportError:  # the backend says so
     _C = None  # type: ignore[assignment]
 
-#: memory="auto" stores activations while the scratch memory of a running task stays below this.
-STORE_AT_MOST = 256 << 20
 #: Kinds whose first parameter is a weight [O, C, *taps].
 _MATRIX_FIRST = ("linear", "conv2d")
 

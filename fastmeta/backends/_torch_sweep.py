@@ -24,13 +24,28 @@ _THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_w
 
 
 @dataclass(slots=True)
+class _Gradient:
+    """g_k, and where it has a graph the leaves of that."""
+
+    theta: dict[str, Tensor]
+    others: dict[str, Tensor]  # by their keys in `Sweep.total`
+    values: list[Tensor]  # [T, *shape] for every adapted parameter
+
+
+@dataclass(slots=True)
 class _Step:
     """What the sweep back needs of one inner step."""
 
     theta: dict[str, Tensor]  # before the step
     random_state: RandomState  # before its forward pass
+    gradient: _Gradient | None  # with its graph; None: to be run again
     query_grad: dict[str, Tensor]  # s_k grad Q(theta_k); empty where s_k is zero
     directions: dict[str, Tensor] = field(default_factory=dict)  # m', for the gradients of the rates
+
+
+def needs_sweep_back(wrt: frozenset[str]) -> bool:
+    """Whether a gradient in `wrt` has to be followed back through the inner steps."""
+    return bool(wrt & _THROUGH_STEPS)
 
 
 class Sweep:
@@ -43,15 +58,17 @@ class Sweep:
         p: the problem, its tensors detached.
         wrt: the gradients wanted.
         vectorised: tasks by vmap instead of a loop.
+        store: keep the graph of every step's gradient instead of running it again on the way back.
     """
 
-    def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool) -> None:
+    def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool) -> None:
         self.p, self.wrt, self.vectorised = p, wrt, vectorised
         self.device = _inputs.any_batch(p).x.device
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
-        self.back = bool(wrt & _THROUGH_STEPS)
+        self.back = needs_sweep_back(wrt)
+        self.store = store
         self.task_losses: Tensor | None = None
         self.output: Tensor | None = None
         self.total_rates = {name: torch.zeros_like(rate) for name, rate in p.rates.items()}
@@ -72,11 +89,13 @@ class Sweep:
         steps: list[_Step] = []
         for k in range(p.steps):
             query_grad = self._query(theta, k) if self.step_weights[k] else {}
-            step = _Step(theta, RandomState.now(self.device), query_grad)
-            theta, momentum = self._update(theta, momentum, k)
+            before, random_state = theta, RandomState.now(self.device)
+            gradient = self._support_gradient(theta, k, create_graph=self.store)
+            theta, momentum = self._update(theta, momentum, gradient, k)
             if self.back:
-                steps.append(step)
-                step.directions = momentum if "lr" in self.wrt else {}
+                directions = momentum if "lr" in self.wrt else {}
+                steps.append(_Step(before, random_state, gradient if self.store else None, query_grad, directions))
+            del gradient  # its graph, where that is not kept
         lam = self._query(theta, p.steps)
         if p.adapted_grad is not None:
             lam = {name: lam[name] + p.adapted_grad[name] for name in self.names}
@@ -90,15 +109,13 @@ class Sweep:
         return result
 
     def _update(
-        self, theta: dict[str, Tensor], momentum: dict[str, Tensor], k: int
+        self, theta: dict[str, Tensor], momentum: dict[str, Tensor], gradient: _Gradient, k: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(theta_{k+1}, m')."""
         _, _, rule = _inputs.inner_loop(self.p)
-        leaves = {name: own(value, requires_grad=True) for name, value in theta.items()}
-        gradient = self._support_gradient(leaves, {}, k, create_graph=False)
         updated = {
-            name: rule.update(theta[name], g, momentum.get(name), self._rate(name, k))
-            for name, g in zip(self.names, gradient, strict=True)
+            name: rule.update(theta[name], g.detach(), momentum.get(name), self._rate(name, k))
+            for name, g in zip(self.names, gradient.values, strict=True)
         }
         return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
 
@@ -121,21 +138,23 @@ class Sweep:
 
     def _hessian_product(self, step: _Step, v: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """H_k v; adds d<g_k, v> / d everything else to the totals."""
-        theta = {name: own(value, requires_grad=True) for name, value in step.theta.items()}
-        others = self._leaves("support", k)
-        with replayed(step.random_state):
-            gradient = self._support_gradient(theta, others, k, create_graph=True)
-        products = _inputs.gradients(gradient, [*theta.values(), *others.values()], [v[name] for name in self.names])
-        self._add(others, products[len(theta) :], k)
-        return dict(zip(theta, products, strict=False))
+        gradient = step.gradient
+        if gradient is None:
+            with replayed(step.random_state):
+                gradient = self._support_gradient(step.theta, k, create_graph=True)
+        leaves = [*gradient.theta.values(), *gradient.others.values()]
+        products = _inputs.gradients(gradient.values, leaves, [v[name] for name in self.names])
+        self._add(gradient.others, products[len(gradient.theta) :], k)
+        return dict(zip(gradient.theta, products, strict=False))
 
-    def _support_gradient(
-        self, theta: Mapping[str, Tensor], others: Mapping[str, Tensor], k: int, create_graph: bool
-    ) -> list[Tensor]:
-        """g_k for every adapted parameter, [T, *shape]."""
+    def _support_gradient(self, theta: Mapping[str, Tensor], k: int, create_graph: bool) -> _Gradient:
+        """g_k at theta."""
         support, loss, _ = _inputs.inner_loop(self.p)
-        losses, _ = self._evaluate(theta, others, "support", tasks.step_of(support, k), loss)
-        return _inputs.gradients([losses.sum()], list(theta.values()), create_graph=create_graph)
+        leaves = {name: own(value, requires_grad=True) for name, value in theta.items()}
+        others = self._leaves("support", k) if create_graph else {}
+        losses, _ = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
+        values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
+        return _Gradient(leaves, others, values)
 
     def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The gradient of what J holds of the query set at theta_k; keeps losses and output."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import inf, isfinite
 from weakref import WeakKeyDictionary
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import RandomState, preserved
+from fastmeta.backends._torch_chunks import cut
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
@@ -20,6 +20,7 @@ from fastmeta.problem import Batch, Problem
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 _loops: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 _shapes: WeakKeyDictionary[nn.Module, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
 
 
@@ -113,6 +114,30 @@ def remember_loop(problem: Problem, error: Exception) -> None:
     _loops.setdefault(problem.net, {})[_key(problem)] = _failure(error)
 
 
+def graph_bytes(problem: Problem, vectorised: bool) -> float:
+    """What the graph of one task's gradient at one inner step holds, in bytes.
+
+    Measured once per network, training flags, losses and shapes, on one or two tasks, and remembered. Draws nothing
+    from the random state. To be called inside `isolated`, with the tensors of `problem` detached.
+    """
+    known = _graphs.setdefault(problem.net, {})
+    key = (_key(problem), vectorised)
+    if key not in known:
+        sample = cut(problem, 0, 2 if vectorised else 1)
+        held: dict[int, int] = {}  # address -> size: the same storage is saved many times
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        device = _inputs.any_batch(sample).x.device
+        with preserved(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _probe(sample, vectorised)
+        known[key] = sum(held.values()) / sample.tasks
+    return known[key]
+
+
 def output_shape(problem: Problem) -> tuple[int, ...]:
     """Shape of the network's output for one example, from the layer program or one remembered run of one task."""
     if problem.program is not None:
@@ -142,7 +167,7 @@ def _key(problem: Problem) -> int:
 
 def _compare(problem: Problem) -> str | None:
     """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said (NaN)."""
-    pair = _first_two(problem)
+    pair = cut(problem, 0, 2)
     device = _inputs.any_batch(pair).x.device
     failure = ""
     with preserved(device) as before:
@@ -192,19 +217,6 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
-
-
-def _first_two(problem: Problem) -> Problem:
-    def cut(batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
-        y, weights = batch.y, batch.weights
-        return replace(
-            batch, x=batch.x[:2], y=None if y is None else y[:2], weights=None if weights is None else weights[:2]
-        )
-
-    params = {name: value[:2] if name in problem.per_task else value for name, value in problem.params.items()}
-    return replace(problem, params=params, tasks=2, support=cut(problem.support), query=cut(problem.query))
 
 
 def _failure(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """Any module and any loss in PyTorch, by the recursion of docs/architecture.md instead of a graph of the inner loop.
 
-It keeps theta_0 .. theta_K and, for one step at a time, the graph of its gradient: `memory="store"` and "recompute"
-mean the same here, every step is recomputed on the way back. Tasks run under vmap or in a loop (`notes` says so).
+It keeps theta_0 .. theta_K and the graph of every step's gradient (`memory="store"`), or that of one step at a time,
+which is run again on the way back ("recompute"). Tasks run under vmap or in a loop (`notes` says so), all of them at
+once or `task_chunk` at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from fastmeta.backends import _inputs
 from fastmeta.backends import _torch_tasks as tasks
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._torch_chunks import Joined, chunks
+from fastmeta.backends._torch_memory import stores
 from fastmeta.backends._torch_sweep import Sweep
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
@@ -29,8 +32,13 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
     with isolated(_inputs.any_batch(problem).x.device):
-        reason = tasks.why_loop(_inputs.detached(problem)) if problem.tasks > 1 else ""
-    return [f"tasks run in a loop: {reason}"] if reason else []
+        p = _inputs.detached(problem)
+        at_once = _at_once(p)
+        reason = tasks.why_loop(p) if at_once > 1 else ""
+    lines = [f"tasks run in a loop: {reason}"] if reason else []
+    if at_once < problem.tasks:
+        lines.append(f"tasks run {at_once} at a time, and no more than theirs is in memory")
+    return lines
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
@@ -39,15 +47,31 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     with isolated(device):
         p = _inputs.detached(problem)
         _inputs.check_class_indices(p, tasks.output_shape)
-        if p.tasks == 1 or tasks.why_loop(p):
-            return Sweep(p, wrt, vectorised=False).run(adapted)
+        if _at_once(p) == 1 or tasks.why_loop(p):
+            return _sweep(p, wrt, adapted, vectorised=False)
         start = RandomState.now(device)
         try:
-            return Sweep(p, wrt, vectorised=True).run(adapted)
+            return _sweep(p, wrt, adapted, vectorised=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             start.restore()
-            result = Sweep(p, wrt, vectorised=False).run(adapted)  # an error of the caller's own comes out here
+            result = _sweep(p, wrt, adapted, vectorised=False)  # an error of the caller's own comes out here
             tasks.remember_loop(p, error)
             return result
+
+
+def _at_once(problem: Problem) -> int:
+    return min(problem.tasks, problem.task_chunk or problem.tasks)
+
+
+def _sweep(problem: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool) -> Result:
+    store = stores(problem, wrt, _at_once(problem), vectorised)
+    parts = chunks(problem)
+    result = Sweep(next(parts), wrt, vectorised, store).run(adapted)
+    if _at_once(problem) == problem.tasks:
+        return result
+    joined = Joined(problem, result)
+    for part in parts:
+        joined.add(Sweep(part, wrt, vectorised, store).run(adapted))
+    return joined.result()

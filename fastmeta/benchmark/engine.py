@@ -16,6 +16,7 @@ from fastmeta.benchmark.peers import NOOP, OURS, PEERS, Prepared
 from fastmeta.benchmark.rows import Row
 from fastmeta.benchmark.timing import Protocol, Times, measure
 from fastmeta.cases import WORKLOADS, Case
+from fastmeta.errors import BackendUnavailable
 
 Say = Callable[[str], None]
 
@@ -56,6 +57,7 @@ def run(
         ValueError: more threads than cores, or nothing to run.
     """
     machine.limit(threads)
+    machine.twice_differentiable()
     cases = [case for case in WORKLOADS[workload] if not tasks or case.tasks in tasks]
     cases = [case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)]
     if not cases:
@@ -114,6 +116,9 @@ def _check(workload: str, case: Case, name: str, threads: int) -> tuple[Row, Pre
                 row.status = "wrong"
                 row.reason = f"error {verdict.error:.1e} against the float64 reference, allowed {verdict.allowed:.1e}"
                 return row, None
+    except BackendUnavailable as error:
+        row.status, row.reason = "missing", str(error)
+        return row, None
     except Exception as error:  # a peer that breaks is reported; the others still count
         row.status, row.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return row, None

@@ -32,6 +32,12 @@ def limit(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def twice_differentiable() -> None:
+    """Keep PyTorch, from now on, from fused attention: it has no double backward."""
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
 def device() -> str:
     """The processor's name."""
     with suppress(OSError):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -44,8 +45,8 @@ class Row:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """One line a row; the facts are columns too."""
+def write_csv(path: Path, rows: Iterable[Any]) -> None:
+    """One line a row, of this or another dataclass with `facts`; the facts are columns too."""
     flat = []
     for row in rows:
         values = asdict(row)

@@ -73,6 +73,23 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.other(x)))
 
 
+class Transformer(nn.Module):
+    """Tokens [N, L, I] embedded, with learned positions, through encoder layers, averaged, to a linear head."""
+
+    def __init__(
+        self, inputs: int, tokens: int, width: int, outputs: int, layers: int = 2, heads: int = 2, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(inputs, width)
+        self.position = nn.Parameter(0.1 * torch.randn(tokens, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, nn.functional.gelu, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+
+
 def mlp(widths: Sequence[int], activation: str = "relu", bias: bool = True, flatten: bool = False) -> nn.Sequential:
     """Linear layers of these widths (inputs first, outputs last) with an activation between them."""
     layers: list[nn.Module] = [nn.Flatten()] if flatten else []

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from fastmeta.cases.case import Case
-from fastmeta.cases.networks import mlp
+from fastmeta.cases.networks import Transformer, mlp
 from fastmeta.models import Conv4
 
 
@@ -47,6 +47,7 @@ def _images(
 
 _OMNIGLOT = ((5, 25, 1), (5, 25, 5), (5, 75, 1), (5, 75, 5))
 _conv4 = partial(Conv4, 5)
+_transformer = partial(Transformer, 8, 16, 64, 5, layers=2, heads=4)
 
 WORKLOADS: dict[str, tuple[Case, ...]] = {
     "sinusoid": _workload("sinusoid", (1, 40, 40, 1), (4, 32, 256, 1024), 10, 10, (1, 5), "mse", 0.01),
@@ -60,5 +61,10 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
         (3, 84, 84),
         (4,),
         ((5, 75, 5), (25, 75, 5)),
+    ),
+    # no layer program: what the torch backend is for
+    "transformer": tuple(
+        Case("transformer", _transformer, (16, 8), 4, 5, 15, steps, "ce", lr=0.01, wrt_inputs=False)
+        for steps in (1, 5, 20)
     ),
 }

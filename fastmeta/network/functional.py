@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmeta.network import elementary
 from fastmeta.network.elementary_cells import CELLS
+from fastmeta.network.elementary_recurrent import LAYERS
 
 _BATCH_STATS = ("task", "running")
 
@@ -37,7 +38,7 @@ def call(
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
             leave the running ones alone. "running": norms that track running statistics use those.
-        decompose: compute norms, attention and recurrent cells from elementary operators, so that vmap and double
+        decompose: compute norms, attention and recurrent networks from elementary operators, so that vmap and double
             backward are right together however they nest (autograd over `vmap(grad)` of fused norms is silently
             wrong, pytorch/functorch#534).
 
@@ -107,7 +108,7 @@ def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
 
 
 class _Conventions(TorchFunctionMode):
-    """Replaces norms, attention and recurrent cells wherever a module, or its own code, calls them.
+    """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls them.
 
     While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
     """
@@ -193,6 +194,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: elementary.scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
     **CELLS,
+    **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)

@@ -32,6 +32,7 @@ def inner_sgd(
     update_rule: SGD | None = None,
     support_per_step: bool = False,
     memory: str = "auto",
+    task_chunk: int | None = None,
     batch_stats: str = "task",
     backend: str = "auto",
 ) -> dict[str, Tensor]:
@@ -43,8 +44,8 @@ def inner_sgd(
             [T, *shape], one for each task.
         x: support inputs [T, N, *in]; [T, K, N, *in] with `support_per_step`.
         y: support targets, as the loss wants them.
-        loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory, batch_stats, backend: as in
-            `fastmeta.meta_gradient`.
+        loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory, task_chunk, batch_stats,
+            backend: as in `fastmeta.meta_gradient`.
         weights: of the support examples, [T, N] or [T, K, N]; of booleans: a mask.
 
     Returns:
@@ -70,6 +71,7 @@ def inner_sgd(
         memory,
         batch_stats,
         backend,
+        task_chunk,
     )
     return inner_loop(options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm))
 

@@ -55,6 +55,7 @@ def meta_gradient(
     support_per_step: bool = False,
     update_rule: SGD | None = None,
     memory: str = "auto",
+    task_chunk: int | None = None,
     batch_stats: str = "task",
     wrt: Iterable[str] = ("params",),
     backend: str = "auto",
@@ -85,7 +86,10 @@ def meta_gradient(
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
-        memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step.
+        memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step; "auto"
+            stores while that takes less than 256 MiB.
+        task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all of them side by
+            side; None: all. Results are the same but for rounding and random draws. On other backends it has no use.
         batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
         wrt: what to differentiate by, out of `fastmeta.problem.DIFFERENTIABLE`.
         backend: "auto", or the name of one.
@@ -115,6 +119,7 @@ def meta_gradient(
         memory,
         batch_stats,
         backend,
+        task_chunk,
     )
     call = prepare(
         options,

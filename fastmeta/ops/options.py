@@ -63,6 +63,7 @@ class Options(NamedTuple):
     memory: str = "auto"
     batch_stats: str = "task"
     backend: str = "auto"
+    task_chunk: int | None = None
 
 
 def argument(who: str, field: str) -> str:
@@ -86,6 +87,12 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value not in allowed:
             raise ValueError(f"{argument(who, name)} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    chunk = options.task_chunk
+    if chunk is not None:
+        if not isinstance(chunk, int) or isinstance(chunk, bool):
+            raise TypeError(f"{argument(who, 'task_chunk')} must be an int or None, got {chunk!r}")
+        if chunk < 1:
+            raise ValueError(f"{argument(who, 'task_chunk')} must be at least 1, got {chunk}")
     if not isinstance(options.rule, SGD):
         raise TypeError(f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}")
     if options.step_weights is not None and len(options.step_weights) != steps + 1:

@@ -127,6 +127,7 @@ def prepare(
         key = (
             options,
             options.steps.__class__,  # True == 1 == 1.0
+            options.task_chunk.__class__,
             wrt,
             None if loss is None else loss.key,
             None if query_loss is None else query_loss.key,
@@ -217,6 +218,7 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         options.step_weights,
         task_weights,
         options.memory,
+        options.task_chunk,
         options.batch_stats,
         adapted_grad,
         output_grad,

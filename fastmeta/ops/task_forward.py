@@ -14,7 +14,13 @@ from fastmeta.ops.options import Options
 
 @eager
 def task_forward(
-    net: nn.Module, params: Mapping[str, Tensor], x: Tensor, *, batch_stats: str = "task", backend: str = "auto"
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    batch_stats: str = "task",
+    task_chunk: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The network's output for all tasks at once.
 
@@ -24,6 +30,7 @@ def task_forward(
             [T, *shape], one for each task.
         x: inputs [T, N, *in].
         batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         backend: "auto", or the name of one.
 
     Returns:
@@ -35,12 +42,18 @@ def task_forward(
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: the backend named cannot run this call.
     """
-    return forward("task_forward", net, params, x, batch_stats, backend)
+    return forward("task_forward", net, params, x, batch_stats, backend, task_chunk)
 
 
 def forward(
-    who: str, net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str, backend: str
+    who: str,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    batch_stats: str,
+    backend: str,
+    task_chunk: int | None = None,
 ) -> Tensor:
     """`task_forward` under another name in messages."""
-    options = Options(who, batch_stats=batch_stats, backend=backend)
+    options = Options(who, batch_stats=batch_stats, backend=backend, task_chunk=task_chunk)
     return run(Operation(options, net, params, Tensors(query_x=x)))[0]

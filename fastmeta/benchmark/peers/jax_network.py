@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmeta.errors import BackendUnavailable
 from fastmeta.network.capture import captured
 from fastmeta.network.program import Layer
 
@@ -18,11 +19,12 @@ def forward(net: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Params, A
     """The network as a function (parameters by name, x [N, *input_shape]) -> output.
 
     Raises:
-        ValueError: the network has no layer program, or a layer that is not written here.
+        BackendUnavailable: the network has no layer program.
+        ValueError: it has a layer that is not written here.
     """
     program, refused = captured(net, input_shape, torch.float32)
     if program is None:
-        raise ValueError(f"benchmark: the JAX peers cannot run this network: {refused}")
+        raise BackendUnavailable(f"the JAX peers cannot run this network: {refused}")
     unknown = sorted({_name(layer) for layer in program.layers} - set(_LAYERS))
     if unknown:
         raise ValueError(f"benchmark: the JAX peers have no {', '.join(unknown)}")

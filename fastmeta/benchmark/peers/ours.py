@@ -15,11 +15,12 @@ from fastmeta.version import __version__
 
 
 class MetaGradientPeer:
-    """`fastmeta.meta_gradient`."""
+    """`fastmeta.meta_gradient`, with more of its options where they are given."""
 
-    def __init__(self, name: str, backend: str) -> None:
+    def __init__(self, name: str, backend: str, **options: Any) -> None:
         self.name = name
         self.backend = backend
+        self.options = options
 
     def missing(self) -> str:
         return str(backends.get(self.backend).missing())
@@ -41,7 +42,10 @@ class MetaGradientPeer:
                 loss=made.loss,
                 lr=case.lr,
                 steps=case.steps,
+                order=case.order,
+                memory=case.memory,
                 backend=self.backend,
+                **self.options,
             )
 
         return Prepared(step, lambda out: dict(out.grads), self._inside())

@@ -1,0 +1,111 @@
+"""A problem in chunks of its tasks: cut one out, and join the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastmeta.problem import Batch, Gradients, Problem, Result
+
+#: A tensor of a result: (group, member), the member "" for a group of one.
+_Key = tuple[str, str]
+_DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
+
+
+def chunks(problem: Problem) -> Iterator[Problem]:
+    """The tasks of `problem`, at most `task_chunk` at a time and in order; the J of all sum up to its own."""
+    size = problem.task_chunk or problem.tasks
+    if size >= problem.tasks:
+        yield problem
+        return
+    for start in range(0, problem.tasks, size):
+        yield cut(problem, start, min(start + size, problem.tasks))
+
+
+def cut(problem: Problem, start: int, stop: int) -> Problem:
+    """Tasks start .. stop - 1; their J is their part of the whole one's. Nothing is copied."""
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[start:stop]
+
+    def sets(batch: Batch | None) -> Batch | None:
+        if batch is None:
+            return None
+        return replace(batch, x=batch.x[start:stop], y=part(batch.y), weights=part(batch.weights))
+
+    tasks = stop - start
+    weights = part(problem.task_weights)
+    if weights is None:
+        weights = next(iter(problem.params.values())).new_ones(tasks)
+    cotangents = problem.adapted_grad
+    return replace(
+        problem,
+        tasks=tasks,
+        params={
+            name: value[start:stop] if name in problem.per_task else value for name, value in problem.params.items()
+        },
+        rates={name: rate[:, start:stop] if rate.shape[1] > 1 else rate for name, rate in problem.rates.items()},
+        support=sets(problem.support),
+        query=sets(problem.query),
+        task_weights=weights * (tasks / problem.tasks),  # J divides by its own number of tasks
+        adapted_grad=None if cotangents is None else {name: value[start:stop] for name, value in cotangents.items()},
+        output_grad=part(problem.output_grad),
+    )
+
+
+class Joined:
+    """The answer to a problem out of those to its `chunks`; what all tasks share is added up as it comes."""
+
+    def __init__(self, problem: Problem, first: Result) -> None:
+        self._problem = problem
+        self._first = first  # says what was asked for
+        self._sums: dict[_Key, Tensor] = {}
+        self._parts: dict[_Key, list[Tensor]] = {}
+        self.add(first)
+
+    def add(self, result: Result) -> None:
+        """The answer to the next chunk."""
+        for key, tensor in _tensors(result):
+            if self._dim(key) is not None:
+                self._parts.setdefault(key, []).append(tensor)
+            elif key in self._sums:
+                self._sums[key] += tensor
+            else:
+                self._sums[key] = tensor
+
+    def result(self) -> Result:
+        """The answer to the whole problem."""
+        found = {**self._sums, **{key: torch.cat(parts, self._dim(key) or 0) for key, parts in self._parts.items()}}
+        first = self._first
+
+        def group(which: str, like: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+            names = self._problem.params  # in their order
+            return None if like is None else {name: found[which, name] for name in names if (which, name) in found}
+
+        grads = Gradients(group("params", first.grads.params), group("lr", first.grads.lr))
+        for field in _DATA:
+            setattr(grads, field, found.get((field, "")))
+        adapted = group("adapted", first.adapted)
+        return Result(found.get(("task_losses", "")), found.get(("output", "")), adapted, grads)
+
+    def _dim(self, key: _Key) -> int | None:
+        """The dimension of tasks; None: shared by all of them."""
+        group, member = key
+        if group == "params":
+            return 0 if member in self._problem.per_task else None
+        if group == "lr":
+            return 1 if self._problem.rates[member].shape[1] > 1 else None
+        return 0
+
+
+def _tensors(result: Result) -> Iterator[tuple[_Key, Tensor]]:
+    grads = result.grads
+    for group, members in (("adapted", result.adapted), ("params", grads.params), ("lr", grads.lr)):
+        for member, tensor in (members or {}).items():
+            yield (group, member), tensor
+    single = {"task_losses": result.task_losses, "output": result.output}
+    single |= {field: getattr(grads, field) for field in _DATA}
+    yield from (((group, ""), tensor) for group, tensor in single.items() if tensor is not None)
