@@ -10,10 +10,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta import backends
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import mlp
 from fastmeta.models import Conv4
 from fastmeta.problem import Problem
@@ -34,6 +35,20 @@ IMAGES = [
     Case(label, partial(Conv4, 5, width=24, image_size=20, form=form), (1, 20, 20), tasks, 3, 4, 2, "ce", kinks=True)
     for label, form in (("pooled", "max_pool"), ("strided", "strided"))
     for tasks in (1, 2)
+]
+#: Windows of more taps than a tile collects pointers for: which of them a tile reads depends on its other pixels.
+TAPS = [
+    Case(
+        f"taps{kernel}",
+        partial(image_net, *(partial(nn.Conv2d, 6, 24, kernel, padding=2), nn.Tanh), shape=(6, 9, 7)),
+        (6, 9, 7),
+        1,
+        5,
+        3,
+        1,
+        "ce",
+    )
+    for kernel in (5, 7)
 ]
 SINUSOID = WORKLOADS["sinusoid"][3]
 
@@ -60,7 +75,7 @@ def _same(a: dict[Key, Tensor], b: dict[Key, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("case", [*RUNNABLE, *SHAPES, *IMAGES], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*RUNNABLE, *SHAPES, *IMAGES, *TAPS], ids=lambda case: case.id)
 def test_bits_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     results = []
     for threads in (1, 2, 3, 1):

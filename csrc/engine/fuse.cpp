@@ -40,18 +40,24 @@ void fold_input_reshape(Plan& plan) {
   }
 }
 
-// Whether two values lie in memory alike.
+// Whether two values lie in memory alike: then the reader of one can read the other. Two images must also have the same
+// height and width, which windows go by.
 bool same_layout(const Value& a, const Value& b) {
-  return a.rows == b.rows && a.cols == b.cols && (a.channels == b.channels || a.rows == 1 || a.cols == 1);
+  if (a.rows != b.rows || a.cols != b.cols) return false;
+  if (a.channels && b.channels) return a.height == b.height && a.width == b.width;
+  return a.channels == b.channels || a.rows == 1 || a.cols == 1;
 }
 
 void drop_trivial_reshapes(Plan& plan) {
   for (size_t i = 0; i < plan.layers.size();) {
     const Layer layer = plan.layers[i];
-    if (layer.kind != Kind::reshape || !same_layout(plan.values[layer.inputs[0]], plan.values[layer.output])) {
+    Value& from = plan.values[layer.inputs[0]];
+    const Value& to = plan.values[layer.output];
+    if (layer.kind != Kind::reshape || !same_layout(from, to)) {
       ++i;
       continue;
     }
+    if (to.channels) from = to;  // whoever reads it as an image has its height and width from there
     plan.layers.erase(plan.layers.begin() + i);
     replace(plan, layer.output, layer.inputs[0]);
   }

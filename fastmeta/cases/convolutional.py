@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastmeta.cases.case import Case
 
@@ -60,6 +61,23 @@ class Joined(nn.Module):
         z = torch.tanh(self.second(torch.cat([y, y], 2)))  # [N, 2, 8, 2]
         wide = torch.cat((z, z, z), dim=3).mean(dim=(2, 3))  # [N, 2]
         return self.head(torch.cat([z.flatten(1), wide, self.conv(x).mean((2, 3))], 1))
+
+
+class Reshaped(nn.Module):
+    """An image made of rows, and read again under another height and width: the numbers stay where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.conv = nn.Conv2d(8, 6, 2, padding=2)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6 * (4 + 4), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.conv(self.first(x).unflatten(1, (8, 1, 1))))  # [N, 6, 4, 4]
+        flat = y.view(y.shape[0], 6, 2, 8)
+        pooled = F.max_pool2d(self.norm(flat), 2)  # [N, 6, 1, 4]
+        return self.head(torch.cat([F.adaptive_avg_pool2d(flat, (2, 2)).flatten(1), pooled.flatten(1)], 1))
 
 
 def convolutions() -> Iterator[Case]:
@@ -158,3 +176,4 @@ def pools() -> Iterator[Case]:
     yield Case("residual_image", ResidualImage, (2, 5, 4), 2, 4, 3, loss="ce")
     yield Case("residual_image", ResidualImage, (2, 5, 4), 2, 4, 3, loss="ce", memory="recompute", rates="element")
     yield Case("joined", Joined, (2, 5, 4), 2, 4, 3, loss="ce")
+    yield Case("reshaped_image", Reshaped, (5,), 2, 4, 3, loss="ce", kinks=True)

@@ -137,6 +137,8 @@ FM_INLINE void conv_pixels(const Conv<S>& v, const Pixel* pixels, int rows) {
   };
   for (i64 i = 0; i < v.kh; ++i)
     for (i64 j = 0; j < v.kw; ++j) {
+      // Sums are cut at fixed taps: which other taps the tile reads, and so which pixels share it, changes no bits.
+      if (taps.count > 0 && (i * v.kw + j) % CONV_TAPS == 0) flush();
       const int t = taps.count;
       bool any = false;
       for (int r = 0; r < rows; ++r) {
@@ -147,7 +149,7 @@ FM_INLINE void conv_pixels(const Conv<S>& v, const Pixel* pixels, int rows) {
       }
       if (!any) continue;
       for (int p = 0; p < v.pairs; ++p) taps.w[p][t] = v.pair[p].w + (i * v.kw + j) * tap_size;
-      if (++taps.count == CONV_TAPS) flush();
+      ++taps.count;
     }
   if (taps.count > 0 || !added) flush();
   const i64 written = (v.n + L - 1) / L * L;
