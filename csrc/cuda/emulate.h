@@ -4,7 +4,7 @@
 #define FM_INLINE inline
 #define FM_INLINE_LAMBDA
 #define FM_PASS inline
-#define FM_KERNEL(threads) extern "C" void
+#define FM_KERNEL(threads) extern "C" __attribute__((visibility("default"))) void
 #define FM_ARGUMENT(type) const type&
 #define FM_UNROLL
 #define FM_UNROLL_BY(n)

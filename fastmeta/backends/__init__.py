@@ -18,9 +18,10 @@ from types import ModuleType
 from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
-#: All backends, fastest first: the order in which "auto" tries them. `reference` is never chosen by "auto".
-NAMES = ("cpu", "torch", "reference")
-_AUTO = ("cpu", "torch")
+#: All backends, fastest first: the order in which "auto" tries those for a device. `reference` is never chosen by "auto".
+NAMES = ("cpu", "cuda", "torch", "reference")
+#: By the device of the parameters: a backend is never chosen for tensors that it takes in tests only.
+_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 
 
 def get(name: str) -> ModuleType:
@@ -52,7 +53,8 @@ def select(name: str, problem: Problem, wrt: frozenset[str]) -> ModuleType:
             raise BackendUnavailable(f"backend={name!r} cannot run this call: {reason}")
         return get(name)
     reasons = []
-    for candidate in _AUTO:
+    device = next(iter(problem.params.values())).device.type
+    for candidate in _AUTO.get(device, ("torch",)):
         reason = why_not(candidate, problem, wrt)
         if not reason:
             return get(candidate)
