@@ -8,7 +8,7 @@
 #define FM_INLINE __device__ __forceinline__
 #define FM_INLINE_LAMBDA
 #define FM_PASS __device__ __noinline__
-#define FM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define FM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define FM_ARGUMENT(type) const __grid_constant__ type
 #define FM_PRAGMA(text) _Pragma(#text)
 #define FM_UNROLL FM_PRAGMA(unroll)

@@ -96,7 +96,7 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
   int m[M];
   FM_UNROLL
   for (int i = 0; i < M; ++i) m[i] = row + i < rows ? row + i : rows - 1;
-  FM_UNROLL_BY(4)
+  FM_UNROLL_BY(2)
   for (int k = 0; k + STEP <= K; k += STEP) {
     Vec<STEP> x[M], y[N];
     FM_UNROLL

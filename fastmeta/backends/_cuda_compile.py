@@ -24,8 +24,8 @@ _SHARED_HEADERS = ("types.h", "kernels.h", "functions.inl", "loss_example.inl")
 
 #: What the kernels are written in, everywhere. No fast-math: NaN and infinity must work.
 _STANDARD = "c++17"
-#: Of the stand-in. It is compiled anew for every network: quickly, rather than well.
-_FLAGS = f"-std={_STANDARD} -O1 -g0 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing".split()
+#: Of the stand-in. It is compiled anew for every network and runs for a moment: so not optimised.
+_FLAGS = f"-std={_STANDARD} -O0 -g0 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing".split()
 _FLAGS += "-Wno-unknown-pragmas -DFASTMETA_EMULATE".split()
 
 

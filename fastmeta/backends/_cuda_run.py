@@ -116,14 +116,19 @@ class Job:
         seed = _dense([None if seeds is None else seeds[name] for name in self.names], keep)
         words = []
         for i, name in enumerate(self.names):
-            words += [data[i], rate[i], seed[i], *(_address(own[what].get(name)) for what in ("adapted", "grad", "rate"))]
+            words += [
+                data[i],
+                rate[i],
+                seed[i],
+                *(_address(own[what].get(name)) for what in ("adapted", "grad", "rate")),
+            ]
         return words
 
     def _sums(self, problem: Problem, total: Tensor, own: dict[str, dict[str, Tensor]], grads: Gradients) -> None:
         """Views of the sums over tasks, and what belongs beside them."""
         params = {param.name: param for param in self.plan.params}
         if "params" in self.wrt:
-            if self.is_flat:
+            if self.is_flat and problem.prefer_flat:
                 grads.flat_params = total[: self.flat_size]
             grads.params = {}
             for name, shape in self.shapes.items():
