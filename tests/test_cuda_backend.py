@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from problems import EVERYTHING, assert_same, make_problem
 from torch import Tensor, nn
 
 import fastmeta as fm
@@ -23,7 +25,6 @@ from fastmeta.network.capture import captured
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import quantities
-from problems import EVERYTHING, assert_same, make_problem
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "emulated"),
@@ -157,7 +158,7 @@ def test_concatenation_and_reshapes_match_reference(threads: str, monkeypatch: p
     _verify(Case("rows", Rows, (2, 3), wrt_inputs=True))
 
 
-# ---- the public API --------------------------------------------------------------------------------------------------
+# ---- the public API ----------------------------------------------------------------------------------------
 
 
 def _data(tasks: int = 4) -> list[Tensor]:
@@ -214,7 +215,7 @@ def test_two_runs_and_any_number_of_blocks_give_the_same_bits(monkeypatch: pytes
         assert all(torch.equal(result[key], results[0][key]) for key in results[0])
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def test_auto_never_chooses_an_emulated_gpu() -> None:
@@ -265,7 +266,7 @@ def test_a_class_index_out_of_range_makes_nan() -> None:
     assert out.task_losses.isnan().tolist() == [False, True]
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------------
+# ---- the plan ----------------------------------------------------------------------------------------------
 
 
 def test_sinusoid_fits_twice_into_a_multiprocessor() -> None:
@@ -285,4 +286,4 @@ def test_no_two_areas_overlap() -> None:
     apart = {"tangents", "tangent_deltas"}  # and the query's: never at once
     for space in ("shared", "global"):
         areas = sorted((a.at, a.at + a.size) for n, a in pieces.items() if a.space == space and n not in apart)
-        assert all(end <= start for (_, end), (start, _) in zip(areas, areas[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(areas))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cuda_launches import recorded
+
 from fastmeta import backends
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_plan as plans

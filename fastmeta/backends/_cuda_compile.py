@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -62,7 +64,7 @@ def _keep(target: Path, made: Path) -> None:
     os.replace(made, target)
 
 
-# ---- for a GPU -------------------------------------------------------------------------------------------------------
+# ---- for a GPU ---------------------------------------------------------------------------------------------
 
 
 def missing_compiler() -> str:
@@ -120,6 +122,30 @@ def compile_for(source: str, architecture: str) -> tuple[bytes, str]:
     return bytes(made.code), log.text
 
 
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the compiler says that a kernel takes."""
+
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, of the deepest of its functions
+    spills: int  # bytes stored and loaded for want of registers, in all functions
+
+
+def resources(report: str) -> Resources:
+    """The larger of the two kernels, from the report of `compile_for`.
+
+    Raises:
+        ValueError: the report does not say.
+    """
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", report)]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if not registers or not frames:
+        raise ValueError(f"no resources in the compiler's report: {report!r}")
+    return Resources(
+        max(registers), max(int(stack) for stack, _, _ in frames), sum(int(a) + int(b) for _, a, b in frames)
+    )
+
+
 class _Log:
     """Takes what the compiler says."""
 
@@ -140,7 +166,7 @@ def _versions() -> tuple[str, ...]:
     return tuple(found)
 
 
-# ---- to stand in for one ---------------------------------------------------------------------------------------------
+# ---- to stand in for one -----------------------------------------------------------------------------------
 
 
 def host_compiler() -> list[str]:

@@ -40,7 +40,8 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block can have."""
     if device.type != "cuda":
         return EMULATED_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def kernels_for(plan: plans.Plan, device: torch.device) -> Kernels:

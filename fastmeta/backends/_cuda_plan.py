@@ -5,7 +5,6 @@ Sizes and offsets count elements; csrc/cuda/spec.h says what the fields of the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -126,8 +125,8 @@ class Plan:
 def make_plan(problem: Problem, wrt: frozenset[str], shared_bytes: int) -> Plan:
     """The best plan for a block that has `shared_bytes` of shared memory.
 
-    All in shared memory if anything fits: with every step's values or one's, all of theta_0 .. theta_K or one at a time;
-    what is larger has its largest pieces in global memory.
+    All in shared memory if anything fits: with every step's values or one's, all of theta_0 .. theta_K or one at a
+    time. Of what is larger the largest pieces go to global memory.
     """
     stores = {"store": (True,), "recompute": (False,), "auto": (True, False)}[problem.memory]
     plans = [_draft(problem, wrt, store, keep) for keep in (True, False) for store in stores]
@@ -182,7 +181,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool) -
     return plan
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 
 def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Layer], int]:
@@ -192,17 +191,17 @@ def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Laye
     values = [Value(rows, cols) for rows, cols, *_ in engine.values]
     layers, output = [], engine.output
     for layer, inputs, out in engine.layers:
-        params = [index[name] if name is not None else -1 for name in (*layer.params, None, None)[:2]]
+        weight, bias = [index[name] if name is not None else -1 for name in (*layer.params, None, None)[:2]]
         c0, c1 = (*layer.constants, 0.0, 0.0)[:2]
         a, b = (*inputs, -1)[:2]
-        layers.append(Layer(layer.kind, layer.function, (c0, c1), (a, b), out, *params))
+        layers.append(Layer(layer.kind, layer.function, (c0, c1), (a, b), out, weight, bias))
     layers, output = _without_reshapes(values, layers, output)
     layers = _with_activations(layers, output)
-    for layer in layers:
-        made = layer.weight >= 0 or any(values[v].from_params for v in layer.inputs if v >= 0)
-        values[layer.output].from_params = made
-        if layer.pre >= 0:
-            values[layer.pre].from_params = made
+    for made in layers:
+        moves = made.weight >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
+        values[made.output].from_params = moves
+        if made.pre >= 0:
+            values[made.pre].from_params = moves
     _mark_last(layers, output)
     return values, layers, output
 
@@ -246,7 +245,7 @@ def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
 
 
 def _mark_last(layers: list[Layer], output: int) -> None:
-    """In a backward pass: who adds to a value's gradient, and who is the last to; the loss is the first at the output."""
+    """In a backward pass: who adds to a value's gradient, and who is last. The loss is the first at the output."""
     written = {output}
     final: dict[int, tuple[Layer, int]] = {}
     for layer in reversed(layers):
@@ -261,7 +260,7 @@ def _mark_last(layers: list[Layer], output: int) -> None:
         layer.last = (j == 0 or layer.last[0], j == 1 or layer.last[1])
 
 
-# ---- parameters -----------------------------------------------------------------------------------------------------
+# ---- parameters --------------------------------------------------------------------------------------------
 
 
 def _pad(n: int, to: int) -> int:
@@ -270,7 +269,6 @@ def _pad(n: int, to: int) -> int:
 
 def _param(problem: Problem, program: Program, name: str, plan: Plan) -> Param:
     shape = dict(program.params)[name]
-    index = len(plan.params)
     matrix = any(layer.params and layer.params[0] == name for layer in program.layers)
     rows, cols = (shape[0], prod(shape[1:])) if matrix else (1, prod(shape))
     vector = 16 // plan.itemsize
@@ -323,7 +321,7 @@ def _lay_out_params(plan: Plan) -> None:
     plan.rate_slots, plan.columns = slots, columns + 1
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def _place(plan: Plan, shared_bytes: int) -> None:
@@ -352,7 +350,7 @@ def _place(plan: Plan, shared_bytes: int) -> None:
         for name, area in _areas(plan, sizes).items():
             plan.areas[name].size = _pad(area.size, vector)
     ends = {"shared": 0, "global": 0, "user": 0}
-    for name, area in plan.areas.items():
+    for area in plan.areas.values():
         area.space = spaces[area.group]
         if area.group != "scratch":
             area.at = ends[area.space]
@@ -465,7 +463,7 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
     }
 
 
-# ---- the generated source ----------------------------------------------------------------------------------------------
+# ---- the generated source ----------------------------------------------------------------------------------
 
 
 def _loss(loss: Loss | None, batch: Batch | None) -> str:
@@ -535,7 +533,8 @@ def source(plan: Plan) -> str:
         *(area[name] for name in ("lambda", "direction", "gradient", "updates", "sums", "terms")),
         *(plan.columns, plan.workspace),
     )
-    tables = {"Value VALUES": values, "Layer LAYERS": layers, "Param PARAMS": params}
+    tables: dict[str, list[tuple[object, ...]]]
+    tables = {"Value VALUES": [*values], "Layer LAYERS": [*layers], "Param PARAMS": [*params]}
     lines = [
         f"#define FM_SCALAR {'float' if plan.itemsize == 4 else 'double'}",
         '#include "spec.h"',

@@ -90,7 +90,7 @@ class Job:
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
 
-    # ---- what a task writes by itself: adapted parameters, gradients of what every task has its own of -------------
+    # ---- what a task writes by itself: adapted parameters, gradients of what every task has its own of -----
     def _per_task(self, problem: Problem, result: Result) -> dict[str, dict[str, Tensor]]:
         own: dict[str, dict[str, Tensor]] = {"adapted": {}, "grad": {}, "rate": {}}
         tasks = problem.tasks
@@ -150,7 +150,7 @@ class Job:
                 else:
                     grads.lr[name] = self._zeros(rate.shape)
 
-    # ---- batches ----------------------------------------------------------------------------------------------------
+    # ---- batches -------------------------------------------------------------------------------------------
     def _batch(
         self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients, keep: list[Tensor]
     ) -> list[int]:

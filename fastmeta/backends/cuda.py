@@ -10,8 +10,8 @@ import torch
 
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
 from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends._cpu_plan import used_params
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
@@ -45,7 +45,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
         return f"{unknown[0]} has no kernels"
-    if not plans.used_params(program):
+    if not used_params(program):
         return "the output depends on no parameter"
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
@@ -77,8 +77,8 @@ def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
     spilled = plan.workspace * plan.itemsize
     if spilled > _WORKSPACE_AT_MOST:
         return (
-            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.shared_bytes / 1024:.0f} KiB of shared memory that "
-            f"a block has; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
+            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.shared_bytes / 1024:.0f} KiB of shared memory "
+            f"that a block has; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
         )
     return ""
 
