@@ -110,7 +110,7 @@ def compile_for(source: str, architecture: str) -> tuple[bytes, str]:
     options = ProgramOptions(
         arch=architecture,
         std=_STANDARD,
-        include_path=[str(csrc / "cuda"), str(csrc / "engine")],
+        include_path=str(csrc / "cuda"),
         device_as_default_execution_space=True,
         ptxas_options=["-v"],
     )
@@ -218,7 +218,7 @@ def build_host(source: str, flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
-        command = [*host_compiler(), *flags, f"-I{csrc / 'cuda'}", f"-I{csrc / 'engine'}", "-x", "c++", "-"]
+        command = [*host_compiler(), *flags, f"-I{csrc / 'cuda'}", "-x", "c++", "-"]
         done = subprocess.run([*command, "-o", str(made)], input=source, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -69,7 +69,10 @@ class _Emulated:
 
     def launch(self, kernel: str, blocks: int, threads: int, shared: int, words: list[int]) -> None:
         memory = array("q", words)
-        address, _ = memory.buffer_info()
+        self.run(kernel, blocks, threads, shared, memory.buffer_info()[0])
+
+    def run(self, kernel: str, blocks: int, threads: int, shared: int, address: int) -> None:
+        """`launch`, of an argument in memory."""
         compiler.emulator().fastmeta_emulate(
             ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p),
             ctypes.cast(self._library.fastmeta_enter, ctypes.c_void_p),
