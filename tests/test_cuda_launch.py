@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,6 +47,15 @@ class Driver(ModuleType):
     def _answer(self, name: str, *rest: object) -> tuple[Any, ...]:
         self.calls.append((name, *rest))
         return (719 if name == self.fails else SUCCESS,)
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, ...]:
+        return SUCCESS, f"device {index}"
+
+    def cuDevicePrimaryCtxRetain(self, device: str) -> tuple[Any, ...]:
+        return SUCCESS, f"context of {device}"
+
+    def cuCtxSetCurrent(self, context: str) -> tuple[Any, ...]:
+        return self._answer("context", context)
 
     def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:
         return (*self._answer("load", code), "module")
@@ -111,7 +123,7 @@ def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatc
     out = quantities(backends.get("cuda").solve(problem, wrt, False))
     want = quantities(backends.get("reference").solve(problem, wrt, False))
     assert relative_error(out, want, list(want)) <= 1e-9
-    assert ("load", b"sm_90a") in driver.calls
+    assert driver.calls[:2] == [("context", "context of device 0"), ("load", b"sm_90a")]
     assert ("attribute", "fastmeta_meta_step", 8, plan.shared_bytes) in driver.calls
     assert [call for call in driver.calls if call[0] == "launch"] == [
         ("launch", "fastmeta_meta_step", blocks, plan.threads, plan.shared_bytes, STREAM),
@@ -200,6 +212,30 @@ def test_gpu_graph_reads_rates_and_data_when_it_is_replayed() -> None:
         want = quantities(cuda.solve(replace(problem, scratch={}), wrt, False))
         out = quantities(captured)
         assert all(torch.equal(out[key], want[key]) for key in want)
+
+
+SANITIZED = """
+import torch, fastmeta as fm
+from torch import nn
+net = nn.Sequential(nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 5)).cuda()
+data = [torch.randn(3, n, d, device="cuda") for n, d in ((7, 3), (7, 5), (5, 3), (5, 5))]
+out = fm.meta_gradient(
+    net, dict(net.named_parameters()), data[:2], data[2:], loss="mse", lr=0.1, steps=2,
+    wrt=("params", "lr", "support_x", "query_x"), backend="cuda",
+)
+assert out.loss.isfinite()
+"""
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_gpu_kernels_pass_compute_sanitizer(tool: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.mark.gpu

@@ -97,8 +97,10 @@ class _OnGpu:
 
         self._driver = driver
         self._device = device
+        # torch's own context: a thread may come here before it has ever asked for anything on the device
+        self._context = self._checked(driver.cuDevicePrimaryCtxRetain(self._checked(driver.cuDeviceGet(device))))
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # makes torch's context current
+            self._checked(driver.cuCtxSetCurrent(self._context))
             self._module = self._checked(driver.cuModuleLoadData(compiler.cubin(source, architecture(device))))
             self._functions = {
                 name: self._checked(driver.cuModuleGetFunction(self._module, name.encode()))
@@ -120,6 +122,7 @@ class _OnGpu:
         argument = (ctypes.c_void_p * 1)(memory.buffer_info()[0])
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
+            self._checked(self._driver.cuCtxSetCurrent(self._context))
             launched = self._driver.cuLaunchKernel(
                 *(self._functions[kernel], blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(argument), 0)
             )

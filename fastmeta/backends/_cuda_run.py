@@ -160,8 +160,7 @@ class Job:
         y = None if loss is None else batch.y
         x = batch.x
         if self.plan.areas["input"].space == "user" and (x.data_ptr() % 16 or not x.is_contiguous()):
-            x = x.detach().contiguous().clone()  # loads of 16 bytes
-            keep.append(x)
+            x = x.detach().clone(memory_format=torch.contiguous_format)  # for loads of 16 bytes
         words = _dense([x, y, batch.weights, None if loss is None else self._class_weights(loss)], keep)
         for field, tensor in zip(_FIELDS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
