@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_launches import recorded
+from torch import Tensor, nn
 
 from fastmeta import backends
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_plan as plans
 from fastmeta.backends import _cuda_run as runs
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases import VERIFICATION, Case
 from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.skipif(
@@ -27,19 +28,36 @@ pytestmark = pytest.mark.skipif(
 FLAGS = (
     "-std=c++17 -O1 -g -fsanitize=thread -fno-strict-aliasing -Wno-unknown-pragmas -DFASTMETA_EMULATE -pthread".split()
 )
+
+
+class Twice(nn.Module):
+    """A value that one layer reads twice: the two shares of its gradient come from different threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.body(x))  # [N, 6]
+        return self.head(torch.cat([x, x], 1).reshape(x.shape[0], 2, 6))  # [N, 2, 2]
+
+
+TWICE = Case("twice", Twice, (3,), wrt_inputs=False)
 CASES = (
     "residual-T3-N7-M5-K2-ce",
     "tied-T3-N7-M5-K2-mse",
     "tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-recompute",
     "tanh-T3-N7-M5-K2-ce-step_weights-weights_sqt-per_step-store",
+    TWICE.id,
 )
+KNOWN = {case.id: case for case in (*VERIFICATION, TWICE)}
 
 
 def _run(
     case_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> subprocess.CompletedProcess:
     monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "3")
-    case = next(case for case in VERIFICATION if case.id == case_id)
+    case = KNOWN[case_id]
     problem = problem_of(case, torch.float32, 0)
     wrt = wanted(case, problem)
     with recorded(monkeypatch, tmp_path / "launches", threads=3):
