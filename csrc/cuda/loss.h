@@ -21,7 +21,7 @@ FM_INLINE double sum_of_terms(S* workspace, int examples) {
     for (int n = 0; n < examples; ++n) total += double(all[n]);
     return total;
   }
-  for (int j = thread(); j < 32; j += threads()) {
+  for (int j = thread(); j < 32; j += step_threads()) {
     double part = 0;
     for (int n = j; n < examples; n += 32) part += double(all[n]);
     all[examples + j] = S(part);
@@ -60,7 +60,7 @@ FM_INLINE void loss(S* workspace, const Slice& batch, int examples, const S* z, 
   l.dtarget = side ? batch.grad_y : nullptr;
   S* const dweights = side ? batch.grad_weights : nullptr;
   const S denominator = S(loss_denominator(l));
-  for (int n = thread(); n < examples; n += threads()) {
+  for (int n = thread(); n < examples; n += step_threads()) {
     const S weight = l.weights ? l.weights[n] : S(1), factor = scale * weight / denominator;
     S term;
     if constexpr (spec.kind == LossKind::cross_entropy) {
@@ -76,7 +76,7 @@ FM_INLINE void loss(S* workspace, const Slice& batch, int examples, const S* z, 
     if (dweights) {  // the same for all threads of a block
       barrier();
       const S value = S(sum_of_terms(workspace, examples));
-      for (int n = thread(); n < examples; n += threads())
+      for (int n = thread(); n < examples; n += step_threads())
         dweights[n] -= scale / denominator * example_share(l, n) * value;
     }
 }

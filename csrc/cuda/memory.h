@@ -11,6 +11,15 @@ using S = FM_SCALAR;
 // Elements in 16 bytes, the widest load.
 constexpr int VECTOR = 16 / int(sizeof(S));
 
+// Threads of a block of the meta-step: a constant on a GPU.
+FM_INLINE int step_threads() {
+#ifdef __CUDACC__
+  return LAYOUT.threads;
+#else
+  return threads();
+#endif
+}
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 

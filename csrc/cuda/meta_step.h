@@ -157,7 +157,7 @@ class MetaStep {
   template <int P, class Body>
   static FM_INLINE void for_param(const Body& body) {
     constexpr Param p = PARAMS[P];
-    for (int e = thread(); e < p.numel(); e += threads()) body(e, e / p.cols * p.ld + e % p.cols);
+    for (int e = thread(); e < p.numel(); e += step_threads()) body(e, e / p.cols * p.ld + e % p.cols);
   }
 
   // ---- loading and writing -----------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class MetaStep {
     constexpr Value in = VALUES[0];
     if constexpr (LAYOUT.input.space != Space::user) {
       S* to = memory<LAYOUT.input.space>(at_, area.at);
-      for (int e = thread(); e < examples * in.rows * in.cols; e += threads())
+      for (int e = thread(); e < examples * in.rows * in.cols; e += step_threads())
         to[e / in.cols * in.ld + e % in.cols] = from[e];
     }
   }
@@ -362,7 +362,7 @@ class MetaStep {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
       if constexpr (p.adapted)
-        for (int e = thread(); e < p.numel(); e += threads()) {
+        for (int e = thread(); e < p.numel(); e += step_threads()) {
           const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
           const S alpha = rates<P, 1>(args_, k, t_, r, c).at[0];
           S v = -alpha * lambda<P>(at_)[at];
@@ -387,14 +387,10 @@ class MetaStep {
   }
 
   // ---- gradients of learning rates ----------------------------------------------------------------------------------
-  FM_INLINE S* rate_sums(int slot) const {
-    return memory<LAYOUT.sums.space>(at_, LAYOUT.sums.at + slot * LAYOUT.threads);
-  }
-
   // Every thread's own sums.
   FM_INLINE void start_rates() const {
     if constexpr (OPTIONS.wants_rates)
-      for (int slot = 0; slot < RATE_SLOTS; ++slot) rate_sums(slot)[thread()] = 0;
+      for (int slot = 0; slot < RATE_SLOTS; ++slot) rate_sums(at_, slot)[thread()] = 0;
   }
 
   FM_INLINE void rates_from_updates(int k) const {
@@ -404,7 +400,7 @@ class MetaStep {
       constexpr Param p = PARAMS[P];
       if constexpr (p.adapted) {
         const S* u = memory<LAYOUT.updates.space>(at_, LAYOUT.updates.at + k * SET + p.at - LAYOUT.frozen);
-        for (int e = thread(); e < p.numel(); e += threads()) {
+        for (int e = thread(); e < p.numel(); e += step_threads()) {
           const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
           to.rate_gradient<P>(r, c, one(lambda<P>(at_)[at]), one(u[at]));
         }
@@ -417,26 +413,26 @@ class MetaStep {
   FM_INLINE void finish_rates(int k) const {
     barrier();
     if (!RATE_PER_STEP && k > 0) return;
-    for_scalar_rates(k, [&](auto index, S* sums) {
+    for_scalar_rates(k, [&](auto index, double* sums) {
       constexpr int first = PARAMS[decltype(index)::value].rate_slot * 32;
-      for (int j = (thread() + threads() - first % threads()) % threads(); j < 32; j += threads()) {
-        S total = 0;
-        for (int i = j; i < threads(); i += 32) total += sums[i];
+      for (int j = (thread() + step_threads() - first % step_threads()) % step_threads(); j < 32; j += step_threads()) {
+        double total = 0;
+        for (int i = j; i < step_threads(); i += 32) total += sums[i];
         sums[j] = total;
       }
     });
     barrier();
     const Sink to = sink(Mode::rates, k);
-    for_scalar_rates(k, [&](auto index, S* sums) {
+    for_scalar_rates(k, [&](auto index, double* sums) {
       constexpr int P = decltype(index)::value;
-      if (thread() == PARAMS[P].rate_slot % threads()) {
-        S total = 0;
+      if (thread() == PARAMS[P].rate_slot % step_threads()) {
+        double total = 0;
         for (int i = 0; i < 32; ++i) total += sums[i];
-        *to.rate_place<P>() = total;
+        *to.rate_place<P>() = S(total);
       }
     });
     barrier();
-    for_scalar_rates(k, [&](auto, S* sums) { sums[thread()] = 0; });
+    for_scalar_rates(k, [&](auto, double* sums) { sums[thread()] = 0; });
   }
   // Calls body(parameter, threads' sums) for every scalar rate whose gradient is complete at step k.
   template <class Body>
@@ -444,7 +440,7 @@ class MetaStep {
     for_params([&](auto index) {
       constexpr Param p = PARAMS[decltype(index)::value];
       if constexpr (p.adapted && !p.rate_element)
-        if (p.rate_per_step || k == 0) body(index, rate_sums(p.rate_slot));
+        if (p.rate_per_step || k == 0) body(index, rate_sums(at_, p.rate_slot));
     });
   }
 

@@ -189,7 +189,7 @@ template <int V, class Body>
 FM_INLINE void for_elements(const Pass& pass, const Body& body) {
   constexpr Value v = VALUES[V];
   const int count = rows(pass, V) * v.cols;
-  for (int e = thread(); e < count; e += threads()) body(e / v.cols * v.ld + e % v.cols, e / v.cols, e % v.cols);
+  for (int e = thread(); e < count; e += step_threads()) body(e / v.cols * v.ld + e % v.cols, e / v.cols, e % v.cols);
 }
 
 FM_INLINE Vec<1> one(S x) { return {{x}}; }

@@ -64,6 +64,12 @@ FM_INLINE Vec<N> rates(const Args& args, int k, i64 t, int r, int c) {
   return found;
 }
 
+// Of one scalar rate's gradient, every thread's own sum: of many terms, hence in double.
+FM_INLINE double* rate_sums(S* workspace, int slot) {
+  constexpr int each = int(sizeof(double) / sizeof(S));
+  return reinterpret_cast<double*>(memory<LAYOUT.sums.space>(workspace, LAYOUT.sums.at + slot * LAYOUT.threads * each));
+}
+
 // The direction v of a Hessian-vector product.
 struct Along {
   const Args& args;
@@ -121,7 +127,7 @@ struct Sink {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
       if constexpr (p.tied)
-        for (int e = thread(); e < p.numel(); e += threads())
+        for (int e = thread(); e < p.numel(); e += step_threads())
           take<P>(e / p.cols, e % p.cols, one(tied_gradient<P>()[e / p.cols * p.ld + e % p.cols]));
     });
   }
@@ -173,20 +179,19 @@ struct Sink {
   template <int P, int N>
   FM_INLINE void rate_gradient(int r, int c, const Vec<N>& l, const Vec<N>& u) const {
     constexpr Param p = PARAMS[P];
+    double sum = 0;
     FM_UNROLL
     for (int j = 0; j < N; ++j) {
       if (c + j >= p.cols) break;
       const S term = -l.at[j] * u.at[j];
-      S* to;
-      bool first = false;
+      sum += double(term);
       if constexpr (p.rate_element) {
-        to = rate_place<P>() + r * p.cols + c + j;
-        first = p.rate_per_step || k == OPTIONS.steps - 1;
-      } else {
-        to = memory<LAYOUT.sums.space>(workspace, LAYOUT.sums.at + p.rate_slot * LAYOUT.threads + thread());
+        S* to = rate_place<P>() + r * p.cols + c + j;
+        const bool first = p.rate_per_step || k == OPTIONS.steps - 1;
+        *to = first ? term : *to + term;
       }
-      *to = first ? term : *to + term;
     }
+    if constexpr (!p.rate_element) rate_sums(workspace, p.rate_slot)[thread()] += sum;
   }
   // Where the gradient of P's rate goes.
   template <int P>

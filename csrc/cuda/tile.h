@@ -45,7 +45,7 @@ constexpr Tile choose_tile(Form form, int rows, int cols, int width, int block_t
     if (form == Form::outer && m != 1 && m != 2 && m != VECTOR && m != 2 * VECTOR) continue;
     if (m > rows) continue;
     for (int n = chunk; n <= 8; n += n < 2 * chunk ? chunk : 2 * chunk) {
-      if (m * n * int(sizeof(S)) > 128) continue;
+      if (m * n * int(sizeof(S)) > 96) continue;
       const Tile tile = {m, n, chunk};
       if (tile_cost(form, rows, cols, tile, block_threads) < tile_cost(form, rows, cols, best, block_threads))
         best = tile;
@@ -60,7 +60,8 @@ template <int COLS, int M, int N, int CHUNK, class Add, class Put>
 FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
   constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);
   const int tiles = (rows + M - 1) / M * across;
-  for (int tile = thread(); tile < tiles; tile += threads()) {
+  FM_UNROLL_BY(1)
+  for (int tile = thread(); tile < tiles; tile += step_threads()) {
     const int row = tile / across * M, first = tile % across;
     S acc[M][N];
     int n[chunks];
@@ -85,7 +86,7 @@ FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
       }
     }
   }
-  return tiles % threads();
+  return tiles % step_threads();
 }
 
 // acc += a b^T; rows of a beyond the last one are read as the last one.
@@ -96,7 +97,7 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
   int m[M];
   FM_UNROLL
   for (int i = 0; i < M; ++i) m[i] = row + i < rows ? row + i : rows - 1;
-  FM_UNROLL_BY(2)
+  FM_UNROLL_BY(M * N > 16 ? 1 : 2)  // larger tiles have work enough, and no registers to spare
   for (int k = 0; k + STEP <= K; k += STEP) {
     Vec<STEP> x[M], y[N];
     FM_UNROLL

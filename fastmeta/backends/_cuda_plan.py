@@ -458,7 +458,7 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
         "direction": Area(plan.set if direction else 0, "adjoint"),
         "gradient": Area(tied if steps > 0 or gradient else 0, "adjoint"),
         "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
-        "sums": Area(plan.rate_slots * plan.threads, "sums"),
+        "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
         "terms": Area(max(plan.support, plan.query) + 32, "sums"),
     }
 

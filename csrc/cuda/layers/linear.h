@@ -86,7 +86,8 @@ FM_INLINE void weight_gradient(const Pass& pass, const Add& add, const Dy& dy, c
       [&](int r, int c, const auto& g) { put(Index<W<L>>{}, r, c, g); });
   if constexpr (B<L> >= 0) {
     const int depth = rows(pass, OUT<L>);
-    for (int c = thread() < busy ? thread() - busy + threads() : thread() - busy; c < w.rows; c += threads()) {
+    for (int c = thread() < busy ? thread() - busy + step_threads() : thread() - busy; c < w.rows;
+         c += step_threads()) {
       S sum = 0;
       FM_UNROLL_BY(4)
       for (int r = 0; r < depth; ++r) sum += dy.data[r * Dy::LD + c];
@@ -99,9 +100,7 @@ template <int L, Space X>
 FM_INLINE void backward_params(const Pass& pass, Sink& sink) {
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)};
-  if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) &&
-      !sink.takes_frozen())
-    return;
+  if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) && !sink.takes_frozen()) return;
   const int depth = rows(pass, OUT<L>);
   weight_gradient<L>(
       pass,
