@@ -169,9 +169,14 @@ def extensions() -> list[Extension]:
     return [Extension("fastmeta._C", sources)]
 
 
+# Folders with what the cuda backend compiles at run time: package data, below fastmeta/csrc.
+CUDA_SOURCES = ("cuda", "cuda/layers", "engine")
+DATA = {f"fastmeta.csrc.{folder.replace('/', '.')}": f"csrc/{folder}" for folder in CUDA_SOURCES}
+
 setup(
-    packages=[*find_packages(include=["fastmeta", "fastmeta.*"]), "fastmeta.kernels"],
-    package_dir={"fastmeta": "fastmeta", "fastmeta.kernels": "kernels"},
+    packages=[*find_packages(include=["fastmeta", "fastmeta.*"]), "fastmeta.kernels", *DATA],
+    package_dir={"fastmeta": "fastmeta", "fastmeta.kernels": "kernels", **DATA},
+    package_data={package: ["*.h", "*.inl", "emulate.cpp"] for package in DATA},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
 )

@@ -46,7 +46,8 @@ def explain(call: Call) -> Explanation:
     """How a checked call runs. Reads shapes and options, and may run two tasks once on the `torch` backend."""
     problem, wrt = call.problem, call.wrt
     chosen = call.plan.backend.__name__.rpartition(".")[2]
-    before = backends.NAMES[: backends.NAMES.index(chosen)]
+    tried = backends.candidates(problem)
+    before = tried[: tried.index(chosen)] if chosen in tried else tried
     refused = {name: backends.why_not(name, problem, wrt) or "another backend was named" for name in before}
     runs: list[str] = []
     if hasattr(call.plan.backend, "describe"):

@@ -16,6 +16,10 @@ namespace {
 #include "columns.inl"
 #include "gemm_tile.inl"
 
+// what other backends compute too
+#include "../engine/functions.inl"
+#include "../engine/loss_example.inl"
+
 #include "layers/conv2d.inl"
 #include "layers/elementwise.inl"
 #include "layers/layer_norm.inl"

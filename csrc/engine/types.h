@@ -1,11 +1,17 @@
 // Plain descriptions shared by the plan, the meta-step and the kernels: no allocation, no standard library.
 #pragma once
 
+#ifndef __CUDACC_RTC__
 #include <cstdint>
+#endif
 
 namespace fm {
 
+#ifdef __CUDACC_RTC__  // which has no standard library
+using i64 = long long;
+#else
 using i64 = std::int64_t;
+#endif
 
 // Every layer kind; its four functions are those of namespace fm::<kind> in csrc/cpu/layers/<kind>.h.
 #define FM_LAYER_KINDS(X) \

@@ -18,9 +18,10 @@ from types import ModuleType
 from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
-#: All backends, fastest first: the order in which "auto" tries them. `reference` is never chosen by "auto".
-NAMES = ("cpu", "torch", "reference")
-_AUTO = ("cpu", "torch")
+#: All backends, fastest first. `reference` is never chosen by "auto".
+NAMES = ("cpu", "cuda", "torch", "reference")
+#: What "auto" tries, in this order, by the device of the parameters.
+_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 
 
 def get(name: str) -> ModuleType:
@@ -40,6 +41,11 @@ def why_not(name: str, problem: Problem, wrt: frozenset[str]) -> str:
     return backend.missing() or backend.refuses(problem, wrt)
 
 
+def candidates(problem: Problem) -> tuple[str, ...]:
+    """What "auto" tries for the device of this problem, fastest first."""
+    return _AUTO.get(next(iter(problem.params.values())).device.type, ("torch",))
+
+
 def select(name: str, problem: Problem, wrt: frozenset[str]) -> ModuleType:
     """The backend that runs this problem: the one named, or the fastest that can.
 
@@ -52,7 +58,7 @@ def select(name: str, problem: Problem, wrt: frozenset[str]) -> ModuleType:
             raise BackendUnavailable(f"backend={name!r} cannot run this call: {reason}")
         return get(name)
     reasons = []
-    for candidate in _AUTO:
+    for candidate in candidates(problem):
         reason = why_not(candidate, problem, wrt)
         if not reason:
             return get(candidate)

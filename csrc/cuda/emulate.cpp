@@ -1,0 +1,80 @@
+// Runs a kernel that was compiled as ordinary C++, block after block: a block is the calling thread alone, or several
+// std::threads that wait for each other at barriers.
+#include "emulate.h"
+
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using fm::cuda::Emulated;
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const std::int64_t round = round_;
+    if (++waiting_ == threads_) {
+      waiting_ = 0, ++round_;
+      all_here_.notify_all();
+    } else {
+      all_here_.wait(lock, [&] { return round_ != round; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+  const int threads_;
+  int waiting_ = 0;
+  std::int64_t round_ = 0;
+};
+
+struct Thread : Emulated {
+  Barrier* meet;
+};
+
+void meet(Emulated* self) { static_cast<Thread*>(self)->meet->wait(); }
+void nobody_to_meet(Emulated*) {}
+
+}  // namespace
+
+// `element` is 4 or 8, the bytes of a number: shared memory is full of NaN before every block.
+extern "C" __attribute__((visibility("default"))) void fastmeta_emulate(void (*kernel)(const void*),
+                                                                        void (*enter)(Emulated*), const void* args,
+                                                                        int blocks, int threads, std::int64_t bytes,
+                                                                        int element) {
+  struct alignas(64) Line {
+    char at[64];
+  };
+  std::vector<Line> shared(bytes / 64 + 1);
+  const auto poison = [&] {
+    for (size_t i = 0; i < shared.size() * 64; i += element) {
+      const float f = std::numeric_limits<float>::quiet_NaN();
+      const double d = std::numeric_limits<double>::quiet_NaN();
+      std::memcpy(shared[i / 64].at + i % 64, element == 4 ? static_cast<const void*>(&f) : &d, element);
+    }
+  };
+  Barrier barrier(threads);
+  const auto run = [&](int thread) {
+    Thread self{{thread, threads, 0, blocks, shared.data(), threads > 1 ? meet : nobody_to_meet}, &barrier};
+    enter(&self);
+    for (self.block = 0; self.block < blocks; ++self.block) {
+      if (thread == 0) poison();
+      self.barrier(&self);
+      kernel(args);
+      self.barrier(&self);
+    }
+    enter(nullptr);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(run, t);
+  run(0);
+  for (std::thread& other : others) other.join();
+}

@@ -1,0 +1,38 @@
+// Stands in for CUDA where a kernel is compiled as ordinary C++: a block is one thread or several, see emulate.cpp.
+#pragma once
+
+#define FM_INLINE inline
+#define FM_INLINE_LAMBDA
+#define FM_PASS inline
+#define FM_KERNEL(threads) extern "C" __attribute__((visibility("default"))) void
+#define FM_ARGUMENT(type) const type&
+#define FM_UNROLL
+#define FM_UNROLL_BY(n)
+
+namespace fm::cuda {
+
+// What one thread of a block knows; the driver fills it in.
+struct Emulated {
+  int thread, threads, block, blocks;
+  void* shared;
+  void (*barrier)(Emulated*);
+};
+
+inline thread_local Emulated* emulated = nullptr;
+
+inline int thread() { return emulated->thread; }
+inline int threads() { return emulated->threads; }
+inline int block() { return emulated->block; }
+inline int blocks() { return emulated->blocks; }
+inline void* shared_memory() { return emulated->shared; }
+inline void barrier() {
+#ifndef FASTMETA_EMULATE_NO_BARRIERS  // a race on purpose: the check for races must find it
+  emulated->barrier(emulated);
+#endif
+}
+
+}  // namespace fm::cuda
+
+extern "C" inline __attribute__((used, visibility("default"))) void fastmeta_enter(fm::cuda::Emulated* self) {
+  fm::cuda::emulated = self;
+}

@@ -1,0 +1,50 @@
+// The two launches of a meta-step: one block takes one task after the other, then the sums over tasks. Included by a
+// generated source after its tables.
+#pragma once
+
+#include "meta_step.h"
+
+namespace fm::cuda {
+
+// Tasks are cut into this many contiguous ranges at most, each summed in order, and then the ranges: so the sums depend
+// on the number of tasks alone.
+constexpr int RANGES = 16;
+constexpr int SUM_COLUMNS = 32;  // of a block of sums
+
+struct SumArgs {
+  i64 tasks, columns;
+  const S* partial;  // [tasks, columns]
+  S* total;          // [columns]
+};
+
+}  // namespace fm::cuda
+
+FM_KERNEL(fm::cuda::LAYOUT.threads) fastmeta_meta_step(FM_ARGUMENT(fm::cuda::Args) args) {
+  using namespace fm::cuda;
+  S* const workspace = args.workspace + block() * LAYOUT.workspace;
+  for (fm::i64 t = block(); t < args.tasks; t += blocks()) MetaStep(args, workspace, t).run();
+}
+
+FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::cuda::SumArgs) args) {
+  using namespace fm::cuda;
+  S* const sums = static_cast<S*>(shared_memory());  // [RANGES, SUM_COLUMNS]
+  const fm::i64 ranges = args.tasks < RANGES ? args.tasks : RANGES;
+  for (int item = thread(); item < RANGES * SUM_COLUMNS; item += threads()) {
+    const fm::i64 range = item / SUM_COLUMNS, column = fm::i64(block()) * SUM_COLUMNS + item % SUM_COLUMNS;
+    if (range >= ranges || column >= args.columns) continue;
+    S sum = 0;
+    FM_UNROLL_BY(8)
+    for (fm::i64 t = args.tasks * range / ranges; t < args.tasks * (range + 1) / ranges; ++t)
+      sum += args.partial[t * args.columns + column];
+    sums[item] = sum;
+  }
+  barrier();
+  for (int c = thread(); c < SUM_COLUMNS; c += threads()) {
+    const fm::i64 column = fm::i64(block()) * SUM_COLUMNS + c;
+    if (column >= args.columns) continue;
+    S total = 0;
+    for (int r = 0; r < ranges; ++r) total += sums[r * SUM_COLUMNS + c];
+    args.total[column] = total;
+  }
+  barrier();
+}

@@ -1,0 +1,17 @@
+// add: the sum of two values of one shape.
+#pragma once
+
+#include "moves.h"
+
+namespace fm::cuda::add {
+
+template <int L>
+struct Map {
+  static FM_INLINE bool from(int, int r, int c, int& row, int& column) {
+    row = r, column = c;
+    return true;
+  }
+};
+FM_MOVES
+
+}  // namespace fm::cuda::add

@@ -1,0 +1,210 @@
+// One pass over the network for one task: where its buffers are, and how a layer hands on what it has computed.
+#pragma once
+
+#include "tile.h"
+
+namespace fm::cuda {
+
+#include "../engine/functions.inl"
+#include "../engine/loss_example.inl"
+
+// Support and query passes differ in their numbers alone: the code of a pass is compiled once if their memory is alike.
+struct Pass {
+  S* workspace;
+  int examples;
+  const S* input;  // value 0, if it is read where the user has it
+  int in;          // ... and where it is copied to
+  int x, d, rx, rd;
+  int k;  // of theta_k
+};
+
+FM_INLINE int rows(const Pass& pass, int value) { return pass.examples * VALUES[value].rows; }
+
+// ---- parameters ---------------------------------------------------------------------------------------------
+// Offset of parameter P in theta_k.
+template <int P>
+FM_INLINE int theta_at(int k) {
+  constexpr Param p = PARAMS[P];
+  return LAYOUT.theta.at + p.at + (p.adapted && LAYOUT.keep_all ? k * LAYOUT.set : 0);
+}
+template <int P>
+FM_INLINE S* theta(S* workspace, int k) {
+  return memory<LAYOUT.theta.space>(workspace, theta_at<P>(k));
+}
+template <int P>
+FM_INLINE S* lambda(S* workspace) {
+  return memory<LAYOUT.lambda.space>(workspace, LAYOUT.lambda.at + PARAMS[P].at);
+}
+// Of adapted parameters only, as all sets but theta_0 and lambda.
+template <int P>
+FM_INLINE S* direction(S* workspace) {
+  return memory<LAYOUT.direction.space>(workspace, LAYOUT.direction.at + PARAMS[P].at - LAYOUT.frozen);
+}
+template <int P>
+constexpr Matrix<PARAMS[P].cols, PARAMS[P].ld, PARAMS[P].vector> weight_matrix(const S* data) {
+  return {data};
+}
+
+// ---- values -------------------------------------------------------------------------------------------------
+template <int V>
+using ValueMatrix = Matrix<VALUES[V].cols, VALUES[V].ld, VALUES[V].vector>;
+
+template <int V, Space X>
+FM_INLINE const S* value(const Pass& pass) {
+  if constexpr (V > 0)
+    return memory<X>(pass.workspace, pass.x + pass.examples * VALUES[V].x);
+  else if constexpr (LAYOUT.input.space == Space::user)
+    return pass.input;
+  else
+    return memory<LAYOUT.input.space>(pass.workspace, pass.in);
+}
+template <int V, Space X>
+FM_INLINE S* own_value(const Pass& pass) {
+  return memory<X>(pass.workspace, pass.x + pass.examples * VALUES[V].x);
+}
+template <int V, Space X>
+FM_INLINE S* delta(const Pass& pass) {
+  return memory<X>(pass.workspace, pass.d + pass.examples * VALUES[V].d);
+}
+// Tangents share their memory with the query's values.
+constexpr Space TANGENTS = LAYOUT.tangents.space;
+template <int V>
+FM_INLINE S* tangent(const Pass& pass) {
+  return memory<TANGENTS>(pass.workspace, pass.rx + pass.examples * VALUES[V].rx);
+}
+template <int V>
+FM_INLINE S* tangent_delta(const Pass& pass) {
+  return memory<TANGENTS>(pass.workspace, pass.rd + pass.examples * VALUES[V].rd);
+}
+
+// ---- activations in epilogues ---------------------------------------------------------------------------------
+template <Function F>
+constexpr auto function_object(double c0, double c1) {
+  const S a = S(c0), b = S(c1);
+  if constexpr (F == Function::relu)
+    return Relu<S>{a, b};
+  else if constexpr (F == Function::leaky_relu)
+    return LeakyRelu<S>{a, b};
+  else if constexpr (F == Function::elu)
+    return Elu<S>{a, b};
+  else if constexpr (F == Function::gelu)
+    return Gelu<S>{a, b};
+  else if constexpr (F == Function::gelu_tanh)
+    return GeluTanh<S>{a, b};
+  else if constexpr (F == Function::silu)
+    return Silu<S>{a, b};
+  else if constexpr (F == Function::tanh)
+    return Tanh<S>{a, b};
+  else if constexpr (F == Function::sigmoid)
+    return Sigmoid<S>{a, b};
+  else if constexpr (F == Function::softplus)
+    return Softplus<S>{a, b};
+  else if constexpr (F == Function::sin)
+    return Sin<S>{a, b};
+  else
+    return Affine<S>{a, b};
+}
+
+// The layer whose epilogue makes value V out of another one by an activation; -1: none does.
+constexpr int activation_of(int value) {
+  for (int l = 0; l < LAYER_COUNT; ++l)
+    if (LAYERS[l].output == value && LAYERS[l].pre >= 0) return l;
+  return -1;
+}
+
+// f'(x) and f''(x) of the activation in layer L's epilogue at N elements. Where the value before it is not kept, the
+// one behind it tells them as well.
+template <int L, Space X, int N>
+FM_INLINE void activation_derivatives(const Pass& pass, int at, Vec<N>& first, Vec<N>& second) {
+  constexpr Layer layer = LAYERS[L];
+  const auto f = function_object<layer.function>(layer.c0, layer.c1);
+  const Vec<N> y = load<N>(own_value<layer.output, X>(pass) + at);
+  Vec<N> x = y;
+  if constexpr (VALUES[layer.pre].x >= 0) x = load<N>(own_value<layer.pre, X>(pass) + at);
+  FM_UNROLL
+  for (int j = 0; j < N; ++j) f.derivatives(x.at[j], y.at[j], first.at[j], second.at[j]);
+}
+
+template <int L>
+constexpr bool linear_pieces() {
+  constexpr Layer layer = LAYERS[L];
+  return LINEAR_PIECES<decltype(function_object<layer.function>(0, 0))>;
+}
+
+// ---- handing on -----------------------------------------------------------------------------------------------
+// A layer has N elements of the gradient of value V, at offset `at`; through the activation in front of it if it is the
+// last one to add.
+template <int V, bool ADD, bool LAST, Space X, int N>
+FM_INLINE void put_delta(const Pass& pass, int at, Vec<N> g) {
+  constexpr int L = activation_of(V);
+  if constexpr (ADD) {
+    const Vec<N> before = load<N>(delta<V, X>(pass) + at);
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) g.at[j] += before.at[j];
+  }
+  if constexpr (VALUES[V].d >= 0) store<N>(delta<V, X>(pass) + at, g);
+  if constexpr (LAST && L >= 0) {
+    Vec<N> first, second;
+    activation_derivatives<L, X, N>(pass, at, first, second);
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) g.at[j] *= first.at[j];
+    store<N>(delta<LAYERS[L].pre, X>(pass) + at, g);
+  }
+}
+
+// Likewise of the tangent of that gradient: R(dx) = R(dy) f' + dy f'' Rx.
+template <int V, bool ADD, bool LAST, Space X, int N>
+FM_INLINE void put_tangent_delta(const Pass& pass, int at, Vec<N> g) {
+  constexpr int L = activation_of(V);
+  if constexpr (ADD) {
+    const Vec<N> before = load<N>(tangent_delta<V>(pass) + at);
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) g.at[j] += before.at[j];
+  }
+  if constexpr (!LAST || L < 0) {
+    store<N>(tangent_delta<V>(pass) + at, g);
+  } else {
+    constexpr int PRE = LAYERS[L].pre;
+    Vec<N> first, second;
+    activation_derivatives<L, X, N>(pass, at, first, second);
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) g.at[j] *= first.at[j];
+    if constexpr (!linear_pieces<L>()) {
+      const Vec<N> dy = load<N>(delta<V, X>(pass) + at), rx = load<N>(tangent<PRE>(pass) + at);
+      FM_UNROLL
+      for (int j = 0; j < N; ++j) g.at[j] += dy.at[j] * second.at[j] * rx.at[j];
+    }
+    store<N>(tangent_delta<PRE>(pass) + at, g);
+  }
+}
+
+// Whether the gradient of value V is anybody's business; INPUT: the network's input has one too.
+template <int V, bool INPUT>
+constexpr bool wants_delta = VALUES[V].from_params || INPUT;
+template <int V>
+constexpr bool has_tangent = VALUES[V].from_params;
+
+// Calls body(element offset with rows `ld` apart, row, column) for every element of value V.
+template <int V, class Body>
+FM_INLINE void for_elements(const Pass& pass, const Body& body) {
+  constexpr Value v = VALUES[V];
+  const int count = rows(pass, V) * v.cols;
+  for (int e = thread(); e < count; e += step_threads()) body(e / v.cols * v.ld + e % v.cols, e / v.cols, e % v.cols);
+}
+
+FM_INLINE Vec<1> one(S x) { return {{x}}; }
+
+// A number that a template can tell from others.
+template <int N>
+struct Index {
+  static constexpr int value = N;
+};
+template <int FROM, int TO, class Body>
+FM_INLINE void for_each(const Body& body) {
+  if constexpr (FROM < TO) {
+    body(Index<FROM>{});
+    for_each<FROM + 1, TO>(body);
+  }
+}
+
+}  // namespace fm::cuda

@@ -1,0 +1,46 @@
+// A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with a generated source,
+// which the compiler is told to include first. The file, in words of 8 bytes, for each launch:
+//
+//   which kernel (0: meta-step, 1: sum), blocks, threads, bytes of shared memory, bytes of a number, words of
+//   arguments, and for each of these: its value, and bytes of memory that it points to; then that memory, in whole
+//   words.
+//
+// Memory of an address that came before is the same memory.
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <vector>
+
+#include "emulate.cpp"
+
+namespace {
+
+using Word = std::int64_t;
+
+bool read(std::FILE* file, Word* to, size_t count) { return std::fread(to, sizeof(Word), count, file) == count; }
+
+}  // namespace
+
+int main(int, char** argv) {
+  std::FILE* file = std::fopen(argv[1], "rb");
+  if (!file) return 2;
+  std::map<Word, std::vector<Word>> memory;
+  Word head[6];
+  while (read(file, head, 6)) {
+    std::vector<Word> words(head[5]);
+    for (Word& word : words) {
+      Word entry[2];
+      if (!read(file, entry, 2)) return 2;
+      word = entry[0];
+      if (entry[1] == 0) continue;
+      std::vector<Word> content((entry[1] + 7) / 8);
+      if (!read(file, content.data(), content.size())) return 2;
+      auto& kept = memory.try_emplace(entry[0], content).first->second;
+      word = reinterpret_cast<Word>(kept.data());
+    }
+    const auto kernel = head[0] == 0 ? reinterpret_cast<void (*)(const void*)>(fastmeta_meta_step)
+                                     : reinterpret_cast<void (*)(const void*)>(fastmeta_sum);
+    fastmeta_emulate(kernel, fastmeta_enter, words.data(), int(head[1]), int(head[2]), head[3], int(head[4]));
+  }
+  std::puts("done");
+}

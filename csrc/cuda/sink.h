@@ -1,0 +1,222 @@
+// Where the gradient of a parameter goes, straight out of the product that made it.
+#pragma once
+
+#include "args.h"
+#include "pass.h"
+
+namespace fm::cuda {
+
+// update: theta_{k+1} = theta_k - alpha u;  lambda: added to lambda;  rates: -lambda u to the gradient of alpha;
+// with u = mu u_{k-1} + gradient + omega theta_k.
+enum class Mode { none, update, lambda, rates };
+
+constexpr int SET = LAYOUT.set;
+// u_k cannot be had again from theta_k alone.
+constexpr bool KEEPS_UPDATES = OPTIONS.gradient && OPTIONS.wants_rates && OPTIONS.momentum;
+
+constexpr bool any_param(bool (*has)(const Param&)) {
+  for (int p = 0; p < PARAM_COUNT; ++p)
+    if (has(PARAMS[p])) return true;
+  return false;
+}
+constexpr bool is_tied(const Param& p) { return p.tied; }
+constexpr bool has_element_rate(const Param& p) { return p.adapted && p.rate_element; }
+constexpr bool has_step_rate(const Param& p) { return p.adapted && !p.rate_element && p.rate_per_step; }
+constexpr bool TIED = any_param(is_tied);
+constexpr bool RATE_PER_STEP = any_param(has_step_rate);
+constexpr bool PLAIN_RULE = !OPTIONS.momentum && !OPTIONS.weight_decay;
+// Whether v is written down; else it is -alpha lambda with one alpha for each parameter, multiplied in by the products.
+constexpr bool WRITES_DIRECTION = !PLAIN_RULE || TIED || any_param(has_element_rate);
+
+// Whether layer L is the last one in the program to use parameter P, hence the first one in a backward pass.
+constexpr bool first_use(int p, int layer) {
+  for (int l = layer + 1; l < LAYER_COUNT; ++l)
+    if (LAYERS[l].weight == p || LAYERS[l].bias == p) return false;
+  return true;
+}
+
+#ifdef __CUDACC__
+FM_INLINE S read_only(const S* from) { return __ldg(from); }
+#else
+FM_INLINE S read_only(const S* from) { return *from; }
+#endif
+
+// The first rate of parameter P in step k of task t.
+template <int P>
+FM_INLINE const S* rate(const Args& args, int k, i64 t) {
+  constexpr Param p = PARAMS[P];
+  const i64 step = p.rate_per_step ? k : 0, task = p.rate_per_task ? t : 0;
+  return args.params[P].rate + (step * (p.rate_per_task ? args.tasks : 1) + task) * (p.rate_element ? p.numel() : 1);
+}
+// N rates from element (r, c) on.
+template <int P, int N>
+FM_INLINE Vec<N> rates(const Args& args, int k, i64 t, int r, int c) {
+  constexpr Param p = PARAMS[P];
+  const S* from = rate<P>(args, k, t);
+  Vec<N> found;
+  FM_UNROLL
+  for (int j = 0; j < N; ++j) {
+    if constexpr (p.rate_element)
+      found.at[j] = c + j < p.cols ? read_only(from + r * p.cols + c + j) : S(0);
+    else
+      found.at[j] = j == 0 ? read_only(from) : found.at[0];
+  }
+  return found;
+}
+
+// Of one scalar rate's gradient, every thread's own sum: of many terms, hence in double.
+FM_INLINE double* rate_sums(S* workspace, int slot) {
+  constexpr int each = int(sizeof(double) / sizeof(S));
+  return reinterpret_cast<double*>(memory<LAYOUT.sums.space>(workspace, LAYOUT.sums.at + slot * LAYOUT.threads * each));
+}
+
+// The direction v of a Hessian-vector product.
+struct Along {
+  const Args& args;
+  S* workspace;
+  int k;
+  i64 t;
+
+  template <int P>
+  FM_INLINE const S* vector() const {
+    return WRITES_DIRECTION ? direction<P>(workspace) : lambda<P>(workspace);
+  }
+  template <int P>
+  FM_INLINE S factor() const {
+    return WRITES_DIRECTION ? S(1) : -read_only(rate<P>(args, k, t));
+  }
+  template <int P, int M, int N>
+  FM_INLINE void scale(S (&acc)[M][N]) const {
+    if constexpr (!WRITES_DIRECTION) {
+      const S by = factor<P>();
+      FM_UNROLL
+      for (int i = 0; i < M; ++i) {
+        FM_UNROLL
+        for (int j = 0; j < N; ++j) acc[i][j] *= by;
+      }
+    }
+  }
+};
+
+struct Sink {
+  const Args& args;
+  S* workspace;
+  Mode mode;
+  int k;
+  i64 t;
+  bool fresh;  // lambda has not been written yet
+
+  FM_INLINE bool takes_frozen() const { return mode == Mode::lambda; }
+
+  // N elements of the gradient of parameter P from (r, c) on, by layer L.
+  template <int P, int L, int N>
+  FM_INLINE void put(int r, int c, Vec<N> g) const {
+    constexpr Param p = PARAMS[P];
+    if constexpr (p.tied) {
+      S* to = tied_gradient<P>() + r * p.ld + c;
+      if constexpr (!first_use(P, L)) add(g, load<N>(to));
+      store<N>(to, g);
+    } else {
+      take<P>(r, c, g);
+    }
+  }
+
+  // What layers with the same parameter have summed up, once all of them have: to be said after a barrier.
+  FM_INLINE void take_tied() const {
+    for_each<0, PARAM_COUNT>([&](auto index) {
+      constexpr int P = decltype(index)::value;
+      constexpr Param p = PARAMS[P];
+      if constexpr (p.tied)
+        for (int e = thread(); e < p.numel(); e += step_threads())
+          take<P>(e / p.cols, e % p.cols, one(tied_gradient<P>()[e / p.cols * p.ld + e % p.cols]));
+    });
+  }
+
+  template <int P, int N>
+  FM_INLINE void take(int r, int c, Vec<N> g) const {
+    constexpr Param p = PARAMS[P];
+    const int at = r * p.ld + c;
+    if (mode == Mode::lambda) {
+      S* to = lambda<P>(workspace) + at;
+      if (!fresh) add(g, load<N>(to));
+      store<N>(to, g);
+    }
+    if constexpr (p.adapted) {
+      if (mode == Mode::update) update<P>(r, c, at, g);
+      if constexpr (OPTIONS.wants_rates && !KEEPS_UPDATES)
+        if (mode == Mode::rates) {
+          if constexpr (OPTIONS.weight_decay) decay(g, load<N>(theta<P>(workspace, k) + at));
+          rate_gradient<P>(r, c, load<N>(lambda<P>(workspace) + at), g);
+        }
+    }
+  }
+
+  template <int P, int N>
+  FM_INLINE void update(int r, int c, int at, Vec<N> u) const {
+    const Vec<N> alpha = rates<P, N>(args, k, t, r, c);
+    Vec<N> next = load<N>(theta<P>(workspace, k) + at);
+    if constexpr (OPTIONS.weight_decay) decay(u, next);
+    if constexpr (OPTIONS.momentum) {
+      S* m = direction<P>(workspace) + at;
+      if (k > 0) {
+        const Vec<N> before = load<N>(m);
+        FM_UNROLL
+        for (int j = 0; j < N; ++j) u.at[j] += S(args.momentum) * before.at[j];
+      }
+      store<N>(m, u);
+    }
+    constexpr int place = PARAMS[P].at - LAYOUT.frozen;
+    if constexpr (KEEPS_UPDATES)
+      store<N>(memory<LAYOUT.updates.space>(workspace, LAYOUT.updates.at + k * SET + place + at), u);
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) next.at[j] -= alpha.at[j] * u.at[j];
+    store<N>(theta<P>(workspace, k + 1) + at, next);
+    if constexpr (LAYOUT.checkpoints >= 0)
+      if (k + 1 < OPTIONS.steps) store<N>(workspace + LAYOUT.checkpoints + k * SET + place + at, next);
+  }
+
+  // -lambda u, summed over elements or each for itself. A scalar's sum is one for each thread until the end.
+  template <int P, int N>
+  FM_INLINE void rate_gradient(int r, int c, const Vec<N>& l, const Vec<N>& u) const {
+    constexpr Param p = PARAMS[P];
+    double sum = 0;
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) {
+      if (c + j >= p.cols) break;
+      const S term = -l.at[j] * u.at[j];
+      sum += double(term);
+      if constexpr (p.rate_element) {
+        S* to = rate_place<P>() + r * p.cols + c + j;
+        const bool first = p.rate_per_step || k == OPTIONS.steps - 1;
+        *to = first ? term : *to + term;
+      }
+    }
+    if constexpr (!p.rate_element) rate_sums(workspace, p.rate_slot)[thread()] += sum;
+  }
+  // Where the gradient of P's rate goes.
+  template <int P>
+  FM_INLINE S* rate_place() const {
+    constexpr Param p = PARAMS[P];
+    const i64 step = p.rate_per_step ? k : 0, length = p.rate_element ? p.numel() : 1;
+    if constexpr (p.rate_per_task) return args.params[P].rate_grad + (step * args.tasks + t) * length;
+    return args.partial + t * LAYOUT.columns + p.rate_column + step * length;
+  }
+
+ private:
+  template <int P>
+  FM_INLINE S* tied_gradient() const {
+    return memory<LAYOUT.gradient.space>(workspace, LAYOUT.gradient.at + PARAMS[P].gradient);
+  }
+  template <int N>
+  FM_INLINE void add(Vec<N>& to, const Vec<N>& from) const {
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) to.at[j] += from.at[j];
+  }
+  template <int N>
+  FM_INLINE void decay(Vec<N>& u, const Vec<N>& theta) const {
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) u.at[j] += S(args.weight_decay) * theta.at[j];
+  }
+};
+
+}  // namespace fm::cuda

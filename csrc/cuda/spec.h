@@ -1,0 +1,78 @@
+// What the host says of one specialisation: the generated source defines tables of these, and includes kernel.h after
+// them. Sizes and offsets count elements.
+#pragma once
+
+#include "../engine/kernels.h"
+
+namespace fm::cuda {
+
+// Where something lies: in the block's shared memory, in its own piece of global memory, or where the user has it.
+enum class Space : int { shared, global, user };
+
+struct Area {
+  Space space;
+  int at;
+};
+
+// A value: `rows` rows of `cols` columns an example, `ld` apart, of which vectors of `vector` elements can be loaded.
+// x, d, rx, rd: where it stands, for every example, in blocks of values, of their gradients, and of the tangents of
+// both; -1: it is not kept there.
+struct Value {
+  int rows, cols, ld, vector;
+  int x, d, rx, rd;
+  bool from_params;  // depends on a parameter: has a tangent, and a gradient worth computing
+};
+
+struct Layer {
+  Kind kind;
+  Function function;  // elementwise; linear: of the activation in its epilogue
+  double c0, c1;
+  int inputs[2];
+  int output;
+  int weight, bias;
+  int pre;       // linear: the value before the activation in its epilogue; -1: there is none
+  bool adds[2];  // backward: another consumer has written the input's gradient before
+  bool last[2];  // ... and none will after this one
+};
+
+// A parameter [rows, cols] and its place in a parameter set (theta_k, lambda and the like).
+struct Param {
+  int rows, cols, ld, vector;
+  int at;
+  bool per_task, adapted, tied;
+  bool rate_element, rate_per_task, rate_per_step;
+  int column;       // of its gradient among the sums over tasks
+  int rate_column;  // likewise of its rate's gradient
+  int rate_slot;    // scalar rates: of the sum over its elements
+  int gradient;     // tied: where its uses are summed
+  constexpr int numel() const { return rows * cols; }
+  constexpr int size() const { return rows * ld; }
+};
+
+struct Options {
+  int steps, support, query;  // K, N, M; 0: absent
+  bool second_order, store, gradient, support_per_step;
+  bool wants_params, wants_rates, wants_support_x, wants_query_x;
+  bool momentum, weight_decay, step_weights;
+  LossSpec loss, query_loss;
+};
+
+// Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's and the tangents'.
+struct Layout {
+  int threads;
+  Area theta;     // [frozen parameters][adapted ones of step 0][of step 1] ..., or of one step at a time
+  bool keep_all;  // theta_0 .. theta_K at once
+  int frozen, set;
+  bool restores;    // the sweep back loads theta_k again, since not all are kept
+  int checkpoints;  // ... from here in global memory, theta_1 .. theta_{K-1}; -1: there are none
+  Area input, query_input;
+  Area values, deltas;
+  int value_stride, delta_stride;  // from one step to the next; 0: only one step's are kept
+  Area query_values, query_deltas, tangents, tangent_deltas;
+  Area lambda, direction, gradient, updates;
+  Area sums, terms;  // [rate slots][threads] doubles; one number for each example, and 32 more
+  int columns;       // sums over tasks: gradients of shared parameters and rates, the loss
+  i64 workspace;     // elements of global memory of a block
+};
+
+}  // namespace fm::cuda

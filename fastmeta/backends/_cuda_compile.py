@@ -1,0 +1,225 @@
+"""From generated source to something that runs: NVRTC for a GPU, the system's C++ compiler to stand in for one.
+
+Both results are cached on disk (`FASTMETA_CACHE`, else the user's cache folder) under a key of everything they are made
+of: source, headers, architecture or compiler, and versions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import fastmeta
+
+_PACKAGE = Path(fastmeta.__file__).parent
+_SHARED_HEADERS = ("types.h", "kernels.h", "functions.inl", "loss_example.inl")
+
+#: What the kernels are written in, everywhere. No fast-math: NaN and infinity must work.
+_STANDARD = "c++17"
+#: Of the stand-in. It is compiled anew for every network and runs for a moment: so not optimised.
+_FLAGS = f"-std={_STANDARD} -O0 -g0 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing".split()
+_FLAGS += "-Wno-unknown-pragmas -DFASTMETA_EMULATE".split()
+
+
+def source_folder() -> Path:
+    """csrc, in the source tree or as installed."""
+    tree = _PACKAGE.parent / "csrc"
+    return tree if (tree / "cuda").is_dir() else _PACKAGE / "csrc"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    named = os.environ.get("FASTMETA_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmeta"
+
+
+@lru_cache(maxsize=1)
+def _headers_digest() -> str:
+    """Of all files that a generated source includes."""
+    csrc = source_folder()
+    files = sorted((csrc / "cuda").rglob("*.h")) + [csrc / "engine" / name for name in _SHARED_HEADERS]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _cached(key: tuple[object, ...], suffix: str) -> Path:
+    digest = hashlib.sha256("\0".join(map(str, (fastmeta.__version__, _headers_digest(), *key))).encode()).hexdigest()
+    return cache_folder() / f"{digest[:40]}{suffix}"
+
+
+def _keep(target: Path, made: Path) -> None:
+    """Put a finished file into the cache: whoever looks finds all of it or nothing."""
+    os.replace(made, target)
+
+
+# ---- for a GPU ---------------------------------------------------------------------------------------------
+
+
+def missing_compiler() -> str:
+    """Why nothing can be compiled for a GPU here, "" if it can."""
+    try:
+        import cuda.bindings.driver
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"NVIDIA's cuda-core is not installed ({error}); pip install 'fastmeta[cuda]'"
+    return ""
+
+
+def cubin(source: str, architecture: str) -> bytes:
+    """Machine code for one architecture.
+
+    Args:
+        source: of `_cuda_plan.source`.
+        architecture: such as "sm_90a".
+
+    Raises:
+        RuntimeError: NVRTC did not compile it; the message holds what it said.
+    """
+    target = _cached(("cubin", source, architecture, *_versions()), ".cubin")
+    if target.exists():
+        return target.read_bytes()
+    code, _ = compile_for(source, architecture)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        file.write(code)
+    _keep(target, Path(file.name))
+    return code
+
+
+def compile_for(source: str, architecture: str) -> tuple[bytes, str]:
+    """Machine code and the compiler's report on registers, stack and spills; never cached.
+
+    Raises:
+        RuntimeError: NVRTC did not compile it; the message holds what it said.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    csrc = source_folder()
+    options = ProgramOptions(
+        arch=architecture,
+        std=_STANDARD,
+        include_path=str(csrc / "cuda"),
+        device_as_default_execution_space=True,
+        ptxas_options=["-v"],
+    )
+    log = _Log()
+    try:
+        made = Program(source, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise RuntimeError(f"NVRTC did not compile a kernel for {architecture}: {error}\n{log.text}") from error
+    return bytes(made.code), log.text
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the compiler says that a kernel takes."""
+
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, of the deepest of its functions
+    spills: int  # bytes stored and loaded for want of registers, in all functions
+
+
+def resources(report: str) -> Resources:
+    """The larger of the two kernels, from the report of `compile_for`.
+
+    Raises:
+        ValueError: the report does not say.
+    """
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", report)]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if not registers or not frames:
+        raise ValueError(f"no resources in the compiler's report: {report!r}")
+    return Resources(
+        max(registers), max(int(stack) for stack, _, _ in frames), sum(int(a) + int(b) for _, a, b in frames)
+    )
+
+
+class _Log:
+    """Takes what the compiler says."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def _versions() -> tuple[str, ...]:
+    found = []
+    for name in ("cuda-core", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+# ---- to stand in for one -----------------------------------------------------------------------------------
+
+
+def host_compiler() -> list[str]:
+    """The C++ compiler as a command, [] if there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else []
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
+
+
+@lru_cache(maxsize=1)
+def _host_version() -> str:
+    return subprocess.run([*host_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@lru_cache(maxsize=512)
+def emulated(source: str) -> ctypes.CDLL:
+    """The kernels of a generated source as ordinary C++, loaded.
+
+    Raises:
+        RuntimeError: the compiler failed; the message holds what it said.
+    """
+    target = _cached(("host", source, *_FLAGS, _host_version()), ".so")
+    if not target.exists():
+        build_host(source, [*_FLAGS, "-shared"], target)
+    return ctypes.CDLL(str(target))
+
+
+@lru_cache(maxsize=1)
+def emulator() -> ctypes.CDLL:
+    """What runs them: blocks, threads and barriers."""
+    source = (source_folder() / "cuda" / "emulate.cpp").read_text()
+    target = _cached(("emulator", source, *_FLAGS, _host_version()), ".so")
+    if not target.exists():
+        build_host(source, [*_FLAGS, "-shared", "-pthread"], target)
+    library = ctypes.CDLL(str(target))
+    library.fastmeta_emulate.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64, ctypes.c_int]
+    library.fastmeta_emulate.restype = None
+    return library
+
+
+def build_host(source: str, flags: list[str], target: Path) -> None:
+    """Compile and link one source with the system's compiler.
+
+    Raises:
+        RuntimeError: it failed; the message holds what it said.
+    """
+    csrc = source_folder()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        command = [*host_compiler(), *flags, f"-I{csrc / 'cuda'}", "-x", "c++", "-"]
+        done = subprocess.run([*command, "-o", str(made)], input=source, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+        _keep(target, made)

@@ -1,0 +1,130 @@
+"""A whole meta-step in one launch: one thread block takes a task from theta_0 to lambda_0 without leaving the chip.
+
+For networks whose parameters and values fit into shared memory; csrc/cuda holds the kernels, which are compiled at run
+time for one network, its shapes and options.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmeta.backends import _cuda_compile as compiler
+from fastmeta.backends import _cuda_launch as launches
+from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends._cpu_plan import used_params
+from fastmeta.losses import Loss
+from fastmeta.problem import Problem, Result
+
+_DTYPES = (torch.float32, torch.float64)
+_KINDS = frozenset({"linear", "elementwise", "reshape", "add", "concat"})
+#: What one task may take of global memory beside its shared memory.
+_WORKSPACE_AT_MOST = 64 << 20
+#: A kernel takes its arguments by value: 4 KiB on every driver.
+_WORDS_AT_MOST = 500
+
+
+def missing() -> str:
+    """Why this backend cannot run anything here, "" if it can."""
+    if launches.emulated_threads():
+        return "" if compiler.host_compiler() else "FASTMETA_CUDA_EMULATE needs a C++ compiler"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device" if torch.version.cuda else "this build of PyTorch has no CUDA"
+    return compiler.missing_compiler()
+
+
+def refuses(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    program = problem.program
+    if program is None:
+        return f"the network was not captured: {problem.refused}"
+    first = next(iter(problem.params.values()))
+    wanted = "cpu" if launches.emulated_threads() else "cuda"
+    if first.device.type != wanted:
+        return f"tensors are on {first.device}"
+    if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
+        return f"parameters must all be float32 or all float64, got {first.dtype} first"
+    if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
+        return f"{unknown[0]} has no kernels"
+    if not used_params(program):
+        return "the output depends on no parameter"
+    for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
+        if batch is not None and batch.x.dtype != first.dtype:
+            return f"the network's input is {batch.x.dtype}"
+        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+            return reason
+    return _refuses_size(problem, wrt)
+
+
+def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
+    if loss.kind == "custom":
+        return f"the loss {loss.function!r} is a function of its own"
+    if loss.kind == "cross_entropy" and len(out) != 1:
+        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
+    if loss.kind == "bce_with_logits":
+        if loss.weight is not None:
+            return "bce_with_logits with `weight`"
+        if loss.pos_weight is not None and any(size != 1 for size in loss.pos_weight.shape[:-1]):
+            return "bce_with_logits with a `pos_weight` that differs along more than the last dimension"
+    return ""
+
+
+def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
+    """What does not fit on the chip, or nearly."""
+    plan = runs.make_plan(problem, wrt)
+    words = 24 + 6 * len(plan.params) + plan.steps
+    if words > _WORDS_AT_MOST:
+        return f"{len(plan.params)} parameters and {plan.steps} steps do not go into the arguments of a kernel"
+    spilled = plan.workspace * plan.itemsize
+    if spilled > _WORKSPACE_AT_MOST:
+        return (
+            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.shared_bytes / 1024:.0f} KiB of shared memory "
+            f"that a block has; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
+        )
+    return ""
+
+
+def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem` without waiting for the device.
+
+    No value is looked at: a class index out of range or a rate that is not finite makes the result NaN.
+    """
+    scratch = problem.scratch
+    job = scratch.get("cuda")
+    if job is None or job.wrt != wrt or job.adapted != adapted:
+        job = scratch["cuda"] = runs.Job(problem, wrt, adapted)
+    return job.run(problem)
+
+
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """What runs, in a few lines for `explain()`."""
+    plan = runs.make_plan(problem, wrt)
+    first = next(iter(problem.params.values()))
+    kinds = " ".join(layer.function or layer.kind for layer in problem.program.layers)  # type: ignore[union-attr]
+    moved = sorted({area.group for area in plan.areas.values() if area.space == "global" and area.size})
+    lines = [
+        f"kernels: {kinds} ({str(first.dtype).removeprefix('torch.')} multiply-adds, no tensor cores)",
+        f"one block of {plan.threads} threads a task, {plan.shared_bytes / 1024:.0f} KiB of shared memory, memory: "
+        f"{plan.memory}",
+    ]
+    if moved:
+        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a block: {', '.join(moved)}")
+    if launches.emulated_threads():
+        lines.append(f"EMULATED on the CPU, blocks of {launches.emulated_threads()} threads: for tests alone")
+    return lines
+
+
+def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
+    """Bytes of memory that one running task takes, on the chip and beside it."""
+    plan = runs.make_plan(problem, wrt)
+    return plan.shared_bytes + plan.workspace * plan.itemsize
+
+
+def parameter_set_bytes(problem: Problem) -> int:
+    """Bytes of one set of parameters."""
+    plan = runs.make_plan(problem, frozenset())
+    return (plan.frozen + plan.set) * plan.itemsize
+
+
+def poison(on: bool) -> None:
+    """Fill workspaces and outputs with NaN before every call, for tests; emulated shared memory always is."""
+    runs.POISON = on

@@ -1,0 +1,96 @@
+"""The CUDA kernels compiled for GPUs that need not be there: what they take of a multiprocessor, and the cache."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmeta.backends import _cuda_compile as compiler
+from fastmeta.backends import _cuda_launch as launches
+from fastmeta.backends import _cuda_plan as plans
+from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases.networks import mlp
+from fastmeta.verify.problems import problem_of, wanted
+
+pytestmark = pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
+
+H100 = launches.EMULATED_SHARED_BYTES
+A100 = 163 << 10  # bytes of shared memory of a block
+REGISTERS = 1 << 16  # of a multiprocessor, from sm_80 on
+
+SINUSOID = next(case for case in WORKLOADS["sinusoid"] if case.tasks == 32 and case.steps == 5)
+RECOMMENDER = next(case for case in WORKLOADS["recommender"] if case.steps == 5)
+EVERYTHING = next(
+    case for case in VERIFICATION if case.id == "tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-store"
+)
+FIELD = Case("siren", partial(mlp, (2, 256, 256, 3), "sin"), (2,), 16, 1024, 1024, 3, wrt_inputs=False)
+
+#: Case, dtype, architecture.
+SPECIALISATIONS = [
+    *((SINUSOID, torch.float32, architecture) for architecture in ("sm_80", "sm_90a", "sm_100")),
+    *((EVERYTHING, torch.float32, architecture) for architecture in ("sm_80", "sm_90a", "sm_100")),
+    (EVERYTHING, torch.float64, "sm_90a"),
+    (RECOMMENDER, torch.float32, "sm_90a"),
+    (FIELD, torch.float32, "sm_100"),
+]
+
+
+def _source(case: Case, dtype: torch.dtype, budget: int = H100) -> plans.Plan:
+    problem = problem_of(case, dtype, 0)
+    return plans.make_plan(problem, wanted(case, problem), budget)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "architecture"),
+    SPECIALISATIONS,
+    ids=lambda item: item.id if isinstance(item, Case) else str(item).removeprefix("torch."),
+)
+def test_kernels_compile_without_spills(case: Case, dtype: torch.dtype, architecture: str) -> None:
+    budget = A100 if architecture == "sm_80" else H100
+    plan = _source(case, dtype, budget)
+    _, report = compiler.compile_for(plans.source(plan), architecture)
+    found = compiler.resources(report)
+    assert found.spills == 0, found
+    assert found.registers * max(plan.threads, 128) <= REGISTERS
+    assert plan.shared_bytes <= budget
+    # sine and cosine keep a table for huge arguments on the stack; nothing else may be there
+    assert found.stack <= (64 if "sin(" in _functions(plan) else 0), found
+
+
+def _functions(plan: plans.Plan) -> str:
+    return " ".join(f"{layer.function}(" for layer in plan.layers)
+
+
+def test_resources_are_read_from_a_report() -> None:
+    report = "Used 40 registers\n 8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nUsed 9 registers\n"
+    assert compiler.resources(report) == compiler.Resources(40, 8, 16)
+    with pytest.raises(ValueError, match="no resources"):
+        compiler.resources("all is well")
+
+
+def test_a_broken_source_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"did not compile a kernel for sm_90a(.|\n)*undefined"):
+        compiler.compile_for("int f() { return undefined_name; }", "sm_90a")
+
+
+def test_compiled_kernels_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path / "cache"))
+    compiled = []
+
+    def compile_for(source: str, architecture: str) -> tuple[bytes, str]:
+        compiled.append(architecture)
+        return source.encode() + architecture.encode(), ""
+
+    monkeypatch.setattr(compiler, "compile_for", compile_for)
+    for _ in range(2):
+        assert compiler.cubin("a", "sm_80") == b"asm_80"
+        assert compiler.cubin("a", "sm_90a") == b"asm_90a"
+        assert compiler.cubin("b", "sm_80") == b"bsm_80"
+    assert compiled == ["sm_80", "sm_90a", "sm_80"]
+    monkeypatch.setattr(compiler, "_headers_digest", lambda: "other sources")
+    compiler.cubin("a", "sm_80")
+    assert len(compiled) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 4

@@ -1,0 +1,251 @@
+"""The host side of the cuda backend: on a driver that stands in for NVIDIA's, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta import backends
+from fastmeta.backends import _cuda_compile as compiler
+from fastmeta.backends import _cuda_launch as launches
+from fastmeta.backends import _cuda_plan as plans
+from fastmeta.backends import _cuda_run as runs
+from fastmeta.cases import VERIFICATION, WORKLOADS
+from fastmeta.problem import Problem
+from fastmeta.verify.problems import problem_of, wanted
+from fastmeta.verify.quantities import quantities, relative_error
+
+CASE = next(case for case in VERIFICATION if case.id == "tanh-T18-N3-M2-K2-mse")
+STREAM = 77
+SUCCESS = 0
+
+
+class Driver(ModuleType):
+    """As much of cuda.bindings.driver as is used. A launch runs the emulated kernel on the argument it was given."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=SUCCESS)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+
+    def __init__(self, plan: plans.Plan, fails: str = "") -> None:
+        super().__init__("cuda.bindings.driver")
+        self.emulated = launches._Emulated(plan)
+        self.fails = fails
+        self.calls: list[tuple[object, ...]] = []
+
+    def _answer(self, name: str, *rest: object) -> tuple[Any, ...]:
+        self.calls.append((name, *rest))
+        return (719 if name == self.fails else SUCCESS,)
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, ...]:
+        return SUCCESS, f"device {index}"
+
+    def cuDevicePrimaryCtxRetain(self, device: str) -> tuple[Any, ...]:
+        return SUCCESS, f"context of {device}"
+
+    def cuCtxSetCurrent(self, context: str) -> tuple[Any, ...]:
+        return self._answer("context", context)
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:
+        return (*self._answer("load", code), "module")
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Any, ...]:
+        return (*self._answer("function", module, name), name.decode())
+
+    def cuFuncSetAttribute(self, function: str, attribute: int, value: int) -> tuple[Any, ...]:
+        return self._answer("attribute", function, attribute, value)
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function: str, threads: int, shared: int) -> tuple[Any, ...]:
+        return (*self._answer("occupancy", function, threads, shared), 2)
+
+    def cuGetErrorString(self, code: int) -> tuple[Any, ...]:
+        return SUCCESS, b"unspecified launch failure"
+
+    def cuLaunchKernel(self, function: str, *rest: int) -> tuple[Any, ...]:
+        *grid, shared, stream, params, extra = rest
+        assert grid[1:3] == [1, 1]
+        assert grid[4:] == [1, 1]
+        assert extra == 0
+        address = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))[0]
+        assert address is not None
+        self.emulated.run(function, grid[0], grid[3], shared, address)
+        return self._answer("launch", function, grid[0], grid[3], shared, stream)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the backend load kernels on a device of 3 multiprocessors, through the driver given."""
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(compiler, "cubin", lambda source, architecture: architecture.encode())
+
+    def use(driver: Driver) -> None:
+        bindings = ModuleType("cuda.bindings")
+        bindings.driver = driver  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+
+        def kernels_for(plan: plans.Plan, _: torch.device) -> launches.Kernels:
+            return launches._OnGpu(plans.source(plan), plan.threads, plan.shared_bytes, bool(plan.workspace), 0)
+
+        monkeypatch.setattr(runs, "kernels_for", kernels_for)
+
+    return use
+
+
+def _problem(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
+    monkeypatch.setattr(launches, "EMULATED_SHARED_BYTES", budget)
+    problem = problem_of(CASE, torch.float64, 0)
+    return problem, runs.make_plan(problem, wanted(CASE, problem))
+
+
+@pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
+@pytest.mark.parametrize(("budget", "blocks"), [(100_000, 18), (4_000, 6)], ids=["shared", "workspace"])
+def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block a task where shared memory is all it takes, else no more blocks than are resident at once."""
+    problem, plan = _problem(budget, monkeypatch)
+    driver = Driver(plan)
+    gpu(driver)
+    wrt = wanted(CASE, problem)
+    out = quantities(backends.get("cuda").solve(problem, wrt, False))
+    want = quantities(backends.get("reference").solve(problem, wrt, False))
+    assert relative_error(out, want, list(want)) <= 1e-9
+    assert driver.calls[:2] == [("context", "context of device 0"), ("load", b"sm_90a")]
+    assert ("attribute", "fastmeta_meta_step", 8, plan.shared_bytes) in driver.calls
+    assert [call for call in driver.calls if call[0] == "launch"] == [
+        ("launch", "fastmeta_meta_step", blocks, plan.threads, plan.shared_bytes, STREAM),
+        ("launch", "fastmeta_sum", -(-plan.columns // 32), 512, 512 * 8, STREAM),
+    ]
+
+
+@pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
+def test_an_error_of_the_driver_is_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, plan = _problem(100_000, monkeypatch)
+    gpu(Driver(plan, fails="launch"))
+    with pytest.raises(RuntimeError, match="CUDA: unspecified launch failure"):
+        backends.get("cuda").solve(problem, wanted(CASE, problem), False)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------
+
+ON_GPU = pytest.mark.skipif(bool(backends.get("cuda").missing()), reason=backends.get("cuda").missing() or "ready")
+
+
+def _moved(thing: Any) -> Any:
+    if isinstance(thing, Tensor):
+        return thing.cuda()
+    if isinstance(thing, dict):
+        return {key: _moved(value) for key, value in thing.items()}
+    return thing
+
+
+def _on_gpu(problem: Problem) -> Problem:
+    def batch(given: Any) -> Any:
+        return given and replace(given, x=_moved(given.x), y=_moved(given.y), weights=_moved(given.weights))
+
+    return replace(
+        problem,
+        net=problem.net.cuda(),
+        params=_moved(problem.params),
+        rates=_moved(problem.rates),
+        support=batch(problem.support),
+        query=batch(problem.query),
+        task_weights=_moved(problem.task_weights),
+        adapted_grad=_moved(problem.adapted_grad),
+        output_grad=_moved(problem.output_grad),
+        scratch={},
+    )
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("case", VERIFICATION, ids=lambda case: case.id)
+def test_gpu_matches_reference(case: Any) -> None:
+    """float64 within 1e-9, on the real thing; twice the same bits."""
+    problem = problem_of(case, torch.float64, 0)
+    wrt, adapted = wanted(case, problem), case.operator == "inner_sgd"
+    want = quantities(backends.get("reference").solve(problem, wrt, adapted))
+    on_gpu = _on_gpu(problem)
+    if reason := backends.why_not("cuda", on_gpu, wrt):
+        pytest.skip(reason)
+    cuda = backends.get("cuda")
+    cuda.poison(True)
+    try:
+        outs = [quantities(cuda.solve(replace(on_gpu, scratch={}), wrt, adapted)) for _ in range(2)]
+    finally:
+        cuda.poison(False)
+    for key in want:
+        assert relative_error({key: outs[0][key].cpu()}, want, [key]) <= 1e-9, key
+        assert torch.equal(outs[0][key], outs[1][key]), key
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_gpu_graph_reads_rates_and_data_when_it_is_replayed() -> None:
+    case = next(case for case in WORKLOADS["sinusoid"] if case.tasks == 32 and case.steps == 5)
+    problem = _on_gpu(problem_of(case, torch.float32, 0))
+    cuda, wrt = backends.get("cuda"), frozenset({"params"})
+    cuda.solve(problem, wrt, False)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.solve(problem, wrt, False)
+    for seed in (1, 2):
+        other = _on_gpu(problem_of(case, torch.float32, seed))
+        for mine, theirs in zip(problem.params.values(), other.params.values(), strict=True):
+            mine.copy_(theirs)
+        for rate in problem.rates.values():
+            rate.fill_(0.01 * seed)
+        graph.replay()
+        want = quantities(cuda.solve(replace(problem, scratch={}), wrt, False))
+        out = quantities(captured)
+        assert all(torch.equal(out[key], want[key]) for key in want)
+
+
+SANITIZED = """
+import torch, fastmeta as fm
+from torch import nn
+net = nn.Sequential(nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 5)).cuda()
+data = [torch.randn(3, n, d, device="cuda") for n, d in ((7, 3), (7, 5), (5, 3), (5, 5))]
+out = fm.meta_gradient(
+    net, dict(net.named_parameters()), data[:2], data[2:], loss="mse", lr=0.1, steps=2,
+    wrt=("params", "lr", "support_x", "query_x"), backend="cuda",
+)
+assert out.loss.isfinite()
+"""
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_gpu_kernels_pass_compute_sanitizer(tool: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_gpu_is_chosen_and_used_on_the_current_stream() -> None:
+    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 1)).cuda()
+    maml = fm.MAML(net, loss="mse", inner_lr=0.01, inner_steps=3)
+    episode = [torch.randn(4, 10, 1, device="cuda") for _ in range(4)]
+    assert maml.explain(*episode).backend == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream()):
+        maml(*episode).loss.backward()
+        torch.cuda.current_stream().synchronize()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
