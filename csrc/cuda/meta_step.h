@@ -99,7 +99,7 @@ FM_PASS void run_tangent_backward(Pass pass, Along along, Sink sink) {
     if constexpr (goes_back<L, INPUT>() || TIED) barrier();
   });
   if constexpr (LAYERS[0].kind == Kind::linear) linear::tangent_backward_params<0, X>(pass, sink);
-  barrier();
+  if constexpr (TIED) barrier();
   sink.take_tied();
 }
 
@@ -123,8 +123,10 @@ class MetaStep {
     if constexpr (OPTIONS.gradient) {
       start_sweep();
       query(K);
-      if (fresh_) for_params([&](auto p) { zero_lambda<decltype(p)::value>(); });
-      barrier();
+      if (fresh_) {
+        for_params([&](auto p) { zero_lambda<decltype(p)::value>(); });
+        barrier();
+      }
       fresh_ = false;
       if constexpr (K > 0) {
         FM_UNROLL_BY(1)
