@@ -127,10 +127,11 @@ class IMAML(Learner):
 class Reptile(Learner):
     """Support and query drawings are one training set, of which every inner step takes a minibatch.
 
-    The outer rate falls from 1 to 0. The inner loop is SGD, not the paper's Adam; its rate is from validation.
+    The outer rate falls from 1 to 0. The inner loop is SGD, not the paper's Adam; its rate is the best of
+    0.03, 0.1, 0.3, 0.5 and 1 in 200 iterations with --validation: 29, 54, 72, 77 and 76 %.
     """
 
-    batch, steps, rate = 10, 3, 0.1
+    batch, steps, rate = 10, 3, 0.5
 
     def __init__(self, budget: Budget) -> None:
         module = fm.Reptile(budget.network(), loss="cross_entropy", inner_lr=self.rate, inner_steps=self.steps)
@@ -248,7 +249,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         IMAML,
     ),
     "Reptile": Algorithm(
-        "rate 0.1, 3 inner steps on minibatches of 10, 5 in testing on the support set, outer SGD's rate 1 to 0",
+        "rate 0.5, 3 inner steps on minibatches of 10, 5 in testing on the support set, outer SGD's rate 1 to 0",
         "Nichol et al. 2018: code, Omniglot; inner SGD for Adam",
         Reptile,
     ),
