@@ -9,8 +9,9 @@ sinusoid.csv, a row for each run and number of inner steps, as soon as it is the
 from __future__ import annotations
 
 import csv
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ SETTINGS = {
 }
 DEFAULT = [*SETTINGS][:3]
 STEPS = reported.SINUSOID_STEPS
-COLUMNS = ("setting", "seed", "iterations", "seconds", "threads", "steps", "mse_mean", "mse_median", "test_tasks")
-COLUMNS += ("diverged", "diverged_tasks", "reference")
+COLUMNS = ("setting", "seed", "iterations", "seconds", "threads", "steps", "mse_mean", "mse_mean_of_rest")
+COLUMNS += ("mse_median", "test_tasks", "diverged", "diverged_tasks", "reference")
 
 
 class Outcome(NamedTuple):
@@ -54,7 +55,8 @@ class Outcome(NamedTuple):
         for steps, reference in zip(STEPS, reported.SINUSOID[SETTINGS[self.setting]], strict=True):
             mean, median, diverged = self.errors.row(steps)
             tasks = " ".join(map(str, self.errors.diverged(steps)))
-            yield *run, steps, mean, median, self.errors.mse.shape[1], diverged, tasks, reference
+            rest, count = self.errors.rest(steps), self.errors.mse.shape[1]
+            yield *run, steps, mean, rest, median, count, diverged, tasks, reference
 
 
 @click.command()
@@ -127,28 +129,34 @@ def _run(out: Path, iterations: int, tasks: int, seed: int, resume: bool) -> Run
 
 
 def table(outcomes: list[Outcome], title: str) -> Table:
-    """Mean and median over the test tasks: their mean over the seeds, and the standard deviation of the mean."""
-    headings = ("setting", "seeds", "steps", "mean", "median", "diverged", "reference")
+    """Errors over the test tasks, of all and of those that did not diverge: means over the seeds ± their deviation."""
+    headings = ("setting", "seeds", "steps", "mean", "without diverged", "median", "diverged", "reference")
     table = Table(*headings, title=title, caption=f"reference: the mean of a {reported.SINUSOID_SOURCE}")
     for name, own in _by_setting(outcomes).items():
         for steps, reference in zip(STEPS, reported.SINUSOID[SETTINGS[name]], strict=True):
             means, medians, diverged = zip(*[outcome.errors.row(steps) for outcome in own], strict=True)
-            spread = f" ± {statistics.stdev(means):.3f}" if len(own) > 1 else ""
-            mean, median = f"{statistics.mean(means):.3f}{spread}", f"{statistics.mean(medians):.3f}"
-            table.add_row(name, str(len(own)), str(steps), mean, median, str(sum(diverged)), reference)
+            errors = [_over_seeds(means), _over_seeds([outcome.errors.rest(steps) for outcome in own])]
+            errors.append(_over_seeds(medians))
+            table.add_row(name, str(len(own)), str(steps), *errors, str(sum(diverged)), reference)
         table.add_section()
     return table
 
 
+def _over_seeds(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 and all(map(math.isfinite, values)) else mean
+
+
 def plot(outcomes: list[Outcome], path: Path) -> None:
-    """The mean error over the inner steps, and the reference as points."""
+    """The mean error of tasks that did not diverge over the inner steps, and the reference as points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, own in _by_setting(outcomes).items():
-        mse = torch.stack([outcome.errors.mse.mean(1) for outcome in own]).mean(0)
-        (line,) = axes.plot(mse.tolist(), label=name)
+        mse = [statistics.fmean(outcome.errors.rest(steps) for outcome in own) for steps in range(max(STEPS) + 1)]
+        (line,) = axes.plot(mse, label=name)
         reference = [float(text.partition(" ")[0]) for text in reported.SINUSOID[SETTINGS[name]]]
         axes.plot(STEPS, reference, "o", color=line.get_color())
     axes.set(xlabel="inner steps", ylabel="query MSE", yscale="log", title=f"points: {reported.SINUSOID_SOURCE}")

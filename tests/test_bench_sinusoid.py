@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,8 +72,12 @@ def test_test_tasks_that_diverge_are_counted_and_named(bench: ModuleType) -> Non
     outcome = bench.Outcome("FOMAML", 0, 4, 0.0, Errors(mse))
     last = dict(zip(bench.COLUMNS, [*outcome.rows()][-1], strict=True))
     assert (last["steps"], last["mse_median"], last["diverged"], last["diverged_tasks"]) == (10, 1.0, 2, "1 3")
-    cells = [[*column.cells] for column in bench.table([outcome], "").columns]
-    assert cells[5] == ["0", "0", "0", "2"]
+    assert math.isnan(last["mse_mean"])
+    assert last["mse_mean_of_rest"] == 1.0
+    cells = {column.header: [*column.cells] for column in bench.table([outcome, outcome], "").columns}
+    assert cells["diverged"] == ["0", "0", "0", "4"]
+    assert cells["mean"] == ["1.000 ± 0.000"] * 3 + ["nan"]
+    assert cells["without diverged"] == ["1.000 ± 0.000"] * 4
 
 
 def test_a_training_that_diverges_fails_after_the_others(

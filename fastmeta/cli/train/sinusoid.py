@@ -35,6 +35,11 @@ class Errors(NamedTuple):
         mse = self.mse[steps]
         return float(mse.mean()), float(mse.nanmedian()), len(self.diverged(steps))
 
+    def rest(self, steps: int) -> float:
+        """Mean over the tasks that did not diverge after `steps` inner steps; NaN if all did."""
+        mse = self.mse[steps]
+        return float(mse[mse <= DIVERGED].mean())
+
     def diverged(self, steps: int) -> list[int]:
         """The tasks that diverged after `steps` inner steps."""
         return (~(self.mse[steps] <= DIVERGED)).nonzero().flatten().tolist()
