@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -15,3 +17,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Omniglot's small sets, made up: files named like the official ones, three alphabets each, four characters in an
+    alphabet, four drawings of a character."""
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow not installed")
+    folder = tmp_path_factory.mktemp("omniglot")
+    generator = torch.Generator().manual_seed(0)
+    alphabets = {"small1": ("Balinese", "Early_Aramaic", "Korean"), "small2": ("Greek", "Sanskrit", "Tagalog")}
+    for part, names in alphabets.items():
+        with ZipFile(folder / f"images_background_{part}.zip", "w") as archive:
+            for alphabet in names:
+                for character in range(1, 5):
+                    for drawing in range(1, 5):
+                        pixels = torch.randint(0, 2, (105, 105), generator=generator, dtype=torch.uint8) * 255
+                        name = f"{part}/{alphabet}/character{character:02}/{character:04}_{drawing:02}.png"
+                        with archive.open(name, "w") as file:
+                            pillow.fromarray(pixels.numpy()).convert("1").save(file, "png")
+    return folder

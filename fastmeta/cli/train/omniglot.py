@@ -158,11 +158,11 @@ def _evaluate(maml: fm.MAML, episodes: fm.data.Episodes, count: int, steps: int)
     found = []
     for episode in episodes:
         adapted = maml.adapt(episode.support_x, episode.support_y, steps=steps)
-        found.append(_accuracies(maml.predict(adapted, episode.query_x), episode))
+        found.append(accuracies_of(maml.predict(adapted, episode.query_x), episode))
     return Accuracy.over(torch.cat(found)[:count])
 
 
-def _accuracies(
+def accuracies_of(
     output: Tensor,  # [T, M, C]
     episode: Episode,
 ) -> Tensor:
@@ -171,7 +171,7 @@ def _accuracies(
 
 
 def _mean_accuracy(output: Tensor, episode: Episode) -> float:
-    return float(_accuracies(output, episode).mean())
+    return float(accuracies_of(output, episode).mean())
 
 
 def table(accuracies: list[Accuracy], ways: int, shots: int, episodes: int) -> Table:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.cli.train import plots, reported
+from fastmeta.cli.train.checkpoint import State
 from fastmeta.cli.train.loop import fit
 from fastmeta.cli.train.result import write_result
 from fastmeta.cli.train.run import Run, held_out_seed, run_options
@@ -32,7 +33,16 @@ class Errors(NamedTuple):
     def row(self, steps: int) -> tuple[float, float, int]:
         """Mean, median and number of diverged tasks after `steps` inner steps; NaN counts as diverged."""
         mse = self.mse[steps]
-        return float(mse.mean()), float(mse.nanmedian()), int((~(mse <= DIVERGED)).sum())
+        return float(mse.mean()), float(mse.nanmedian()), len(self.diverged(steps))
+
+    def rest(self, steps: int) -> float:
+        """Mean over the tasks that did not diverge after `steps` inner steps; NaN if all did."""
+        mse = self.mse[steps]
+        return float(mse[mse <= DIVERGED].mean())
+
+    def diverged(self, steps: int) -> list[int]:
+        """The tasks that diverged after `steps` inner steps."""
+        return (~(self.mse[steps] <= DIVERGED)).nonzero().flatten().tolist()
 
 
 @click.command()
@@ -59,21 +69,19 @@ def sinusoid(
 ) -> None:
     """Sinusoid regression (Finn et al. 2017, section 5.1) with a 1-40-40-1 network."""
     console = Console()
-    maml = fm.MAML(
-        network(seed),
-        loss="mse",
-        inner_lr=inner_lr,
-        inner_steps=inner_steps,
-        order="first" if first_order else "second",
+    setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
+    console.print(f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
+    maml, test, errors, state = experiment(
+        setting,
+        run,
+        console,
+        tasks=tasks,
+        eval_tasks=eval_tasks,
+        eval_steps=eval_steps,
+        outer_lr=outer_lr,
+        seed=seed,
         backend=backend,
     )
-    console.print(f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
-    data = fm.data.Sinusoid(tasks, shots, iterations=run.iterations, seed=seed)
-    state = fit(maml, data, run, outer_lr, console)
-
-    test = fm.data.Sinusoid(eval_tasks, shots, TEST_QUERY, iterations=1, seed=held_out_seed(seed))
-    errors = evaluate(maml, test[0], eval_steps)
-    setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
     console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
     console.print(table(errors, reported.SINUSOID.get(setting)))
     write_result(
@@ -82,6 +90,42 @@ def sinusoid(
         [(steps, *errors.row(steps)) for steps in range(eval_steps + 1)],
     )
     _plot(maml, test, errors, run.out / "adaptation.png", console)
+
+
+class Trained(NamedTuple):
+    """What an experiment leaves."""
+
+    maml: fm.MAML
+    test: fm.data.Sinusoid  # one meta-batch, all test tasks
+    errors: Errors  # of the test tasks
+    state: State
+
+
+def experiment(
+    setting: reported.Setting,
+    run: Run,
+    console: Console,
+    *,
+    tasks: int,
+    eval_tasks: int,
+    eval_steps: int,
+    outer_lr: float,
+    seed: int,
+    backend: str = "auto",
+) -> Trained:
+    """Train MAML in a setting and test it; arguments and errors are those of the command and of `fit`."""
+    maml = fm.MAML(
+        network(seed),
+        loss="mse",
+        inner_lr=setting.inner_lr,
+        inner_steps=setting.inner_steps,
+        order="first" if setting.first_order else "second",
+        backend=backend,
+    )
+    data = fm.data.Sinusoid(tasks, setting.shots, iterations=run.iterations, seed=seed)
+    state = fit(maml, data, run, outer_lr, console)
+    test = fm.data.Sinusoid(eval_tasks, setting.shots, TEST_QUERY, iterations=1, seed=held_out_seed(seed))
+    return Trained(maml, test, evaluate(maml, test[0], eval_steps), state)
 
 
 def network(seed: int) -> nn.Sequential:
