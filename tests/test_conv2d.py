@@ -61,6 +61,14 @@ def test_a_first_convolution_takes_no_memory() -> None:
     assert without < kept - 0.8 * values
 
 
+def test_values_between_layers_run_as_one_take_no_memory() -> None:
+    layers = (nn.Conv2d(5, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    case = Case("block", lambda: nn.Sequential(*layers, nn.Linear(16 * 100, 5)), (5, 20, 20), 1, 6, 5, 1, "ce")
+    plan = make_plan(problem_of(case, torch.float64, 0), frozenset(["params"]), "store")
+    values = 8 * 16 * 20 * 20 * (6 * 4 + 5 * 2)  # the convolution's, their gradients, and of the support set tangents
+    assert plan.workspace_bytes < 2 * values + 20 * plan.parameter_set_bytes
+
+
 def test_a_first_convolution_is_kept_where_inputs_want_gradients() -> None:
     torch.manual_seed(0)
     net = stem(nn.BatchNorm2d(32), pool=True).double()

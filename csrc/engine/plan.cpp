@@ -21,12 +21,15 @@ constexpr i64 KEPT_BYTES = 1 << 20;
 Geometry geometry(const Plan& plan, i64 examples) {
   Geometry g;
   g.examples = examples;
-  std::vector<bool> recomputed(plan.values.size(), false);
-  for (const Layer& layer : plan.layers)
+  std::vector<bool> written(plan.values.size(), false), recomputed = written;
+  written[0] = true;
+  for (const Layer& layer : plan.layers) {
+    written[layer.output] = true;  // what lay between two layers that are now one is not
     if (layer.recomputes >= 0) recomputed[layer.inputs[0]] = true;
+  }
   for (size_t i = 0; i < plan.values.size(); ++i) {
     const i64 size = examples * plan.values[i].rows * plan.values[i].ld;
-    if (recomputed[i] && size * (plan.is_double ? 8 : 4) > KEPT_BYTES) {
+    if (!written[i] || (recomputed[i] && size * (plan.is_double ? 8 : 4) > KEPT_BYTES)) {
       g.offset.push_back(-1);
       continue;
     }
