@@ -19,8 +19,8 @@ from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
 #: All backends, fastest first: the order in which "auto" tries them. `reference` is never chosen by "auto".
-NAMES = ("cpu", "torch", "reference")
-_AUTO = ("cpu", "torch")
+NAMES = ("cpu", "triton", "torch", "reference")
+_AUTO = ("cpu", "triton", "torch")
 
 
 def get(name: str) -> ModuleType:
