@@ -27,7 +27,7 @@ def _target(y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING
         index = tl.load(y + task * N + n, mask=n < N, other=IGNORE)
         counts = (index != IGNORE) & (n < N)
         hit = index[:, None] == c[None, :]
-        smoothed = tl.where(hit, 1.0 - SMOOTHING, 0.0).to(like.dtype) + SMOOTHING / C
+        smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / C
         q = tl.where(counts[:, None] & mask, cw * smoothed, 0.0)
         share = tl.sum(tl.where(hit & counts[:, None] & mask, cw, 0.0), axis=1)
         wrong = counts & ((index < 0) | (index >= C))
@@ -54,7 +54,7 @@ def _example(log_p, q, moved):
     terms = log_p
     if moved is not None:
         terms = moved
-    return -tl.sum(tl.where(q != 0, q * terms, 0.0), axis=1)
+    return -tl.sum(q * tl.where(q != 0, terms, 0.0), axis=1)
 
 
 @triton.jit

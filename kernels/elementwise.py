@@ -106,9 +106,9 @@ def value(x, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.cons
 def first(s, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
     """df/dx from what is saved."""
     if F == "relu":
-        d = tl.where(s > 0, 1.0, 0.0).to(s.dtype)
+        d = tl.where(s > 0, tl.zeros_like(s) + 1.0, 0.0)
     elif F == "leaky_relu":
-        d = tl.where(s > 0, 1.0, C0).to(s.dtype)
+        d = tl.where(s > 0, 1.0, tl.zeros_like(s) + C0)
     elif F == "elu":
         d = tl.where(s > 0, 1.0, s + C0)
     elif F == "tanh":

@@ -28,7 +28,7 @@ def _terms(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
         a = 1.0 + (q - 1.0) * y
         return (1.0 - y) * z + a * s, 1.0 - y - a * sigmoid(-z), -z + (q - 1.0) * s
     else:
-        clipped = tl.where(tl.abs(d) < BETA, d, tl.where(d < 0, -BETA, BETA).to(d.dtype))
+        clipped = tl.minimum(tl.maximum(d, -BETA), BETA)
         l = clipped * (d - 0.5 * clipped)
         if KIND == "smooth_l1":
             return l / BETA, clipped / BETA, -clipped / BETA
