@@ -11,14 +11,14 @@ from fastmeta.kernels.launch import FLAT, Recorder, blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum(a, b, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     tl.store(out + at, tl.load(a + at, mask=mask, other=0.0) + tl.load(b + at, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _copy(source, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size

@@ -33,7 +33,7 @@ def _divisor(h0, h1, hp, w0, w1, wp, PADDING: tl.constexpr, DIVISOR: tl.constexp
     return (h1 - h0) * (w1 - w0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _gather(
     x,
     y,
@@ -69,7 +69,7 @@ def _gather(
     tl.store(y + j, total / divisor.to(total.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _scatter(
     dy,
     dx,

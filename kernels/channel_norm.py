@@ -31,7 +31,7 @@ def _window_row(m, PH, PW, H, W, KH, KW, position):
     return (image * H + ph * KH + position // KW) * W + pw * KW + position % KW
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "CHUNK", "chunks"])
 def _statistics(x, parts, R, C, CHUNK, chunks, BR: tl.constexpr, BC: tl.constexpr):
     """Mean and centred squares of each channel of a chunk, by Welford's recurrence over tiles."""
     tiles = tl.cdiv(C, BC)
@@ -62,7 +62,7 @@ def _statistics(x, parts, R, C, CHUNK, chunks, BR: tl.constexpr, BC: tl.constexp
     tl.store(parts + at + C, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "IN", "CHUNK", "chunks"])
 def _sums(
     a,  # [blocks, R, C], summed as it is and times x - center
     x,
@@ -150,7 +150,7 @@ def _put(coefficients, block, which: tl.constexpr, C, c, mask, value):
     tl.store(coefficients + (block * 5 + which) * C + c, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_task", "chunks", "R", "CHUNK"])
 def _forward_coefficients(
     parts,
     w,
@@ -206,7 +206,7 @@ def _forward_coefficients(
         _put(coefficients, block, 4, C, c, mask, bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_task", "chunks", "R"])
 def _backward_coefficients(
     parts,
     w,
@@ -269,7 +269,7 @@ def _backward_coefficients(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_task", "chunks", "R"])
 def _tangent_coefficients(
     parts,  # None: the input does not move, or the statistics are fixed
     w,
@@ -313,7 +313,7 @@ def _tangent_coefficients(
         _put(coefficients, block, 4, C, c, mask, bias - weight * r * t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_task", "chunks", "R"])
 def _tangent_backward_coefficients(
     parts,
     w,
@@ -396,7 +396,7 @@ def _coefficient(coefficients, block, which: tl.constexpr, C, columns):
     return tl.load(coefficients + (block * 5 + which) * C + columns, mask=columns < C, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _combine(
     x,
     center,
@@ -460,7 +460,7 @@ def _combine(
     finish(v, at, mask, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "IN"])
 def _pooled(
     x,
     center,
@@ -527,6 +527,8 @@ def _pooled(
 
 #: Tiles of rows and channels.
 _BR, _BC = 64, 32
+#: Rows of a tile that is summed: more would not fit into registers with all the sums.
+_BR_SUMS = 32
 #: Rows of a chunk, at least.
 _CHUNK = 256
 
@@ -689,7 +691,7 @@ class ChannelNorm:
     def _by_chunks(self, kernel: Any, chunk: int, chunks: int, **arguments: Any) -> None:
         br, bc = self._tile()
         programs = self.blocks * chunks * blocks(self.cols, bc)
-        self.run.emit(kernel, programs, CHUNK=chunk, chunks=chunks, BR=br, BC=bc, **arguments)
+        self.run.emit(kernel, programs, CHUNK=chunk, chunks=chunks, BR=min(br, _BR_SUMS), BC=bc, **arguments)
 
     def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
         br, bc = self._tile()

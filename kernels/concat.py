@@ -11,7 +11,7 @@ from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _stretches(source, out, size, width, source_ld, source_at, out_ld, out_at, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size

@@ -24,7 +24,7 @@ from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def product(
     x0,  # [T, M pixels of H x W, C]
     w0,
@@ -134,7 +134,7 @@ def product(
     finish(acc, at, in_m[:, None] & in_n, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "CHUNK", "chunks"])
 def weight_gradient(
     dy0,  # [T, M, O]
     x0,  # [T, images of H x W, C]
@@ -223,7 +223,7 @@ def weight_gradient(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "size", "chunks"])
 def sum_chunks(
     parts,  # [T, chunks, stride]
     stride,

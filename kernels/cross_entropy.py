@@ -57,7 +57,7 @@ def _example(log_p, q, moved):
     return -tl.sum(q * tl.where(q != 0, terms, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def loss(
     z,  # [T, N, C]
     y,  # [T, N] or [T, N, C]

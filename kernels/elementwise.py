@@ -211,7 +211,7 @@ def finish(
     tl.store(out + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def apply(
     source,
     out,
@@ -235,7 +235,7 @@ def apply(
     finish(acc, at, mask, out, None, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def fill(out, size, BLOCK: tl.constexpr):
     """Zeros."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -85,7 +85,7 @@ def _sums(z, y, rz, pos_weight, task, n, N, E, KIND: tl.constexpr, BETA: tl.cons
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def loss(
     z,  # [T, N, E]
     y,

@@ -18,7 +18,7 @@ def _load(at, e, S, missing: tl.constexpr):
     return tl.load(at + e, mask=e < S, other=missing)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _forward(
     x,  # [T, groups, S]
     w,
@@ -68,7 +68,7 @@ def _forward(
         finish(y, g * S + e, e < S, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _tangent(
     x,
     rx,
@@ -155,7 +155,7 @@ def _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r
     return rhat, rg
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _input_gradient(
     x,
     dy,
@@ -213,7 +213,7 @@ def _input_gradient(
         tl.store(out + g * S + e, dx, mask=e < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _parameter_gradient(
     x,
     dy,

@@ -23,7 +23,7 @@ from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def product(
     x0,  # [T, M, K]
     w0,  # [T, ...], element (k, n) at k * W_K + n * W_N
@@ -85,7 +85,7 @@ def product(
     finish(acc, at, in_m & in_n, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def weight_gradient(
     dy0,  # [T, M, O]
     x0,  # [T, M, I]

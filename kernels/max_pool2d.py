@@ -21,7 +21,7 @@ def _place(j, C, HEIGHT, WIDTH):
     return (j % C).to(tl.int32), (j // C % WIDTH).to(tl.int32), (j // (C * WIDTH) % HEIGHT).to(tl.int32), j // (C * WIDTH * HEIGHT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward(
     x, y, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, BLOCK: tl.constexpr
 ):
@@ -42,7 +42,7 @@ def _forward(
     tl.store(positions + j, position.to(tl.int16), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _gather(
     x, y, positions, size, C, H, W, OH, OW, KW, SH, SW, PH, PW, BLOCK: tl.constexpr
 ):
@@ -54,7 +54,7 @@ def _gather(
     tl.store(y + j, tl.load(x + at, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _scatter(
     dy, dx, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -14,7 +14,7 @@ RANGES = 16
 _BLOCK = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_rows(rows, out, count, P, RANGES: tl.constexpr, BLOCK: tl.constexpr):
     tiles = tl.cdiv(P, BLOCK)
     r = tl.program_id(0) // tiles
@@ -27,7 +27,7 @@ def _sum_rows(rows, out, count, P, RANGES: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + r.to(tl.int64) * P + e, total, mask=e < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _weighted(losses, weights, out, T, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], dtype=losses.dtype.element_ty)
     for t0 in range(0, T, BLOCK):

@@ -11,7 +11,7 @@ from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks, Value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _reorder(source, out, size, E, S_COLS, S_ROWS, O_COLS, O_ROWS, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
