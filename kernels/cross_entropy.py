@@ -27,14 +27,14 @@ def _target(y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING
         index = tl.load(y + task * N + n, mask=n < N, other=IGNORE)
         counts = (index != IGNORE) & (n < N)
         hit = index[:, None] == c[None, :]
-        smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / C
+        smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / tl.cast(C, like.dtype)
         q = tl.where(counts[:, None] & mask, cw * smoothed, 0.0)
         share = tl.sum(tl.where(hit & counts[:, None] & mask, cw, 0.0), axis=1)
         wrong = counts & ((index < 0) | (index >= C))
         share = tl.where(wrong, float("nan"), share)
     else:
         p = tl.load(y + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
-        q = tl.where(mask, cw * ((1.0 - SMOOTHING) * p + SMOOTHING / C), 0.0)
+        q = tl.where(mask, cw * ((1.0 - SMOOTHING) * p + SMOOTHING / tl.cast(C, like.dtype)), 0.0)
         share = tl.where(n < N, 1.0, 0.0).to(like.dtype)
     return q, cw, share
 

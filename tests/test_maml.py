@@ -258,4 +258,4 @@ def test_explain_names_the_backend_the_cost_and_the_reasons() -> None:
     assert "Hardtanh" in slow.refused["cpu"]
     named = _maml(backend="torch").explain(*episode)
     assert named.backend == "torch"
-    assert named.refused.keys() == {"cpu"}
+    assert named.refused.keys() == {"cpu", "triton"}

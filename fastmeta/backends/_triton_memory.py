@@ -107,7 +107,7 @@ class ParameterLayout:
             for p, slot in enumerate(self.slots)
             if slot >= 0
         ]
-        return torch.tensor(rows, dtype=torch.int32).T.contiguous()
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).t().contiguous()
 
     def operand(self, rows: Tensor, p: int) -> Operand:
         """Parameter p of sets [T, P], or of a set [P] that all tasks share."""
