@@ -52,6 +52,32 @@ def _log1p(x):
 
 
 @triton.jit
+def sine(x, COSINE: tl.constexpr):
+    """sin(x), or cos(x); of float32 numbers by a reduction in float64 and polynomials (Cephes' sinf and cosf).
+
+    libm's reduction of large arguments keeps a table in local memory; this one needs none and is as exact.
+    """
+    if x.dtype == tl.float64:
+        if COSINE:
+            return tl.cos(x)
+        else:
+            return tl.sin(x)
+    else:
+        wide = x.to(tl.float64)
+        turns = tl.floor(wide * 0.63661977236758134308 + 0.5)
+        r = (wide - turns * 1.57079632679489661923).to(tl.float32)
+        if COSINE:
+            turns = turns + 1.0
+        quadrant = turns - 4.0 * tl.floor(turns * 0.25)  # 0, 1, 2 or 3
+        q = r * r
+        s = r + r * q * (-1.6666654611e-1 + q * (8.3321608736e-3 - q * 1.9515295891e-4))
+        c = 1.0 - 0.5 * q + q * q * (4.166664568298827e-2 + q * (-1.388731625493765e-3 + q * 2.443315711809948e-5))
+        odd = (quadrant == 1.0) | (quadrant == 3.0)
+        found = tl.where(odd, c, s)
+        return tl.where(quadrant >= 2.0, -found, found)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) without overflow."""
     e = tl.exp(-tl.abs(x))
@@ -96,7 +122,7 @@ def value(x, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.cons
     elif F == "softplus":
         return tl.where(u * C0 > C1, u, softplus(u * C0) / C0)
     elif F == "sin":
-        return tl.sin(u)
+        return sine(u, False)
     else:
         tl.static_assert(F == "affine")
         return C0 * u + C1
@@ -132,7 +158,7 @@ def first(s, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.cons
             d = tl.where(u * C0 > C1, 1.0, sigmoid(u * C0))
         else:
             tl.static_assert(F == "sin")
-            d = tl.cos(u)
+            d = sine(u, True)
     if SCALE != 1.0:
         d = d * SCALE
     return d
@@ -164,7 +190,7 @@ def second(s, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.con
             d = tl.where(u * C0 > C1, 0.0, C0 * p * (1.0 - p))
         else:
             tl.static_assert(F == "sin")
-            d = -tl.sin(u)
+            d = -sine(u, False)
     if SCALE != 1.0:
         d = d * (SCALE * SCALE)
     return d

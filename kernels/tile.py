@@ -8,10 +8,18 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION is "ieee", "tf32", "tf32x3" or "bf16"."""
+    """acc + a b; PRECISION is "ieee", "tf32", "tf32x3" or "bf16".
+
+    "bf16_rounded" is the same as "bf16" for Triton's interpreter, which multiplies no bfloat16.
+    """
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    elif PRECISION == "bf16_rounded":
+        a = a.to(tl.bfloat16).to(tl.float32)
+        b = b.to(tl.bfloat16).to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from fastmeta.kernels.launch import Launch
@@ -29,13 +30,13 @@ class Usage:
     kernel: str
     capability: int
     registers: int  # of a thread
-    stack: int  # bytes of a thread: spilled registers
+    spilled: int  # bytes of a thread that went to memory for want of registers
     shared: int  # bytes of a block
 
     @property
     def fits(self) -> bool:
         """Whether nothing is spilled and the shared memory is there."""
-        return self.stack == 0 and self.shared <= SHARED[self.capability]
+        return self.spilled == 0 and self.shared <= SHARED[self.capability]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +84,20 @@ def compile_source(one: Source, capability: int) -> Usage:
         target=GPUTarget("cuda", capability, 32),
         options=dict(one.options),
     )
-    registers, stack = _resources(compiled.asm["cubin"])
-    return Usage(one.kernel.__name__, capability, registers, stack, compiled.metadata.shared)
+    registers, spilled = _resources(compiled.asm["ptx"], capability)
+    return Usage(one.kernel.__name__, capability, registers, spilled, compiled.metadata.shared)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of the one kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage said nothing of registers: {said!r}")
-    return int(found[1]), int(found[2])
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    """(registers, bytes spilled) of the one kernel in a PTX file, as its assembler says."""
+    tool, machine = get_ptxas(capability).path, sm_arch_from_capability(capability)
+    with tempfile.TemporaryDirectory() as folder:
+        source_file = Path(folder) / "kernel.ptx"
+        source_file.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={machine}", str(source_file), "-o", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    if registers is None or spilled is None:
+        raise RuntimeError(f"ptxas -v said nothing of registers: {said!r}")
+    return int(registers[1]), int(spilled[1]) + int(spilled[2])

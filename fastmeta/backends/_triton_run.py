@@ -6,8 +6,10 @@ import threading
 from math import prod
 
 import torch
+import triton
 from torch import Tensor
 
+from fastmeta.backends._precision import asked_for
 from fastmeta.backends._triton_network import Network, build
 from fastmeta.backends._triton_step import KINDS, MetaStep
 from fastmeta.problem import Gradients, Problem, Result
@@ -26,7 +28,8 @@ PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
 def precision(dtype: torch.dtype) -> str:
     """How products are made now; float64 is always itself."""
-    return PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+    found = PRECISIONS[asked_for()] if dtype == torch.float32 else "ieee"
+    return "bf16_rounded" if found == "bf16" and triton.knobs.runtime.interpret else found
 
 
 def network(problem: Problem) -> Network:
@@ -219,6 +222,7 @@ _SAID = {
     "tf32": "float32 products are rounded to TF32 (ten bits), as torch.set_float32_matmul_precision('high') allows",
     "bf16": "float32 products are rounded to bfloat16, as torch.set_float32_matmul_precision('medium') allows",
 }
+_SAID["bf16_rounded"] = _SAID["bf16"]
 
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from fastmeta.backends._inputs import check_class_indices
+from fastmeta.backends._precision import exact as exact
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
