@@ -60,7 +60,7 @@ def _gather(
     h0, h1, hp = _window(oh, H, OH, KH, SH, PH, ADAPTIVE)
     w0, w1, wp = _window(ow, W, OW, KW, SW, PW, ADAPTIVE)
     total = tl.zeros([BLOCK], y.dtype.element_ty)
-    for tap in range(0, KH * KW):
+    for tap in range(KH * KW):
         ih = h0 + tap // KW
         iw = w0 + tap % KW
         here = mask & (ih < h1) & (iw < w1)
@@ -105,7 +105,7 @@ def _scatter(
         first_w = tl.maximum(iw + PW - KW + SW, 0) // SW
     most_h = OH if ADAPTIVE else (KH + SH - 1) // SH
     most_w = OW if ADAPTIVE else (KW + SW - 1) // SW
-    for window in range(0, most_h * most_w):
+    for window in range(most_h * most_w):
         oh = first_h + window // most_w
         ow = first_w + window % most_w
         h0, h1, hp = _window(oh, H, OH, KH, SH, PH, ADAPTIVE)

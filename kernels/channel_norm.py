@@ -1,9 +1,9 @@
 """What batch norm and group norm share: docs/norms.md as sums over rows and linear combinations of rows.
 
-A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm an example. A group is so
-many of its channels; of batch norm, one. Sums go over chunks of rows that the shapes alone fix. A small kernel turns them
-into coefficients, and one pass combines the rows. A max-pool over windows side by side is done on the way: what is not pooled
-is never written down.
+A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm an example. A group
+is so many of its channels; of batch norm, one. Sums go over chunks of rows that the shapes alone fix. A small kernel
+turns them into coefficients, and one pass combines the rows. A max-pool over windows side by side is done on the way:
+what is not pooled is never written down.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _sums(
 @triton.jit
 def _chunk_sum(parts, block, which: tl.constexpr, c, mask, chunks, C):
     total = tl.zeros_like(c).to(parts.dtype.element_ty)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         total += tl.load(parts + ((block * chunks + chunk) * 3 + which) * C + c, mask=mask, other=0.0)
     return total
 
@@ -178,7 +178,7 @@ def _forward_coefficients(
     dtype = mean.dtype.element_ty
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     bias = tl.cast(_read(b, task, b_task, c, mask, 0.0), dtype)
-    for i in range(0, per_task):
+    for i in range(per_task):
         block = task * per_task + i
         if running_mean is not None:
             mu = tl.load(running_mean + c, mask=mask, other=0.0)
@@ -187,7 +187,7 @@ def _forward_coefficients(
             mu = tl.zeros([BG, BJ], dtype)
             squares = tl.zeros([BG, BJ], dtype)
             seen = tl.sum(tl.zeros([BG], dtype), axis=0)
-            for chunk in range(0, chunks):
+            for chunk in range(chunks):
                 at = (block * chunks + chunk) * 3 * C + c
                 rows = tl.cast(tl.minimum(CHUNK, R - chunk * CHUNK), dtype)
                 d = tl.load(parts + at, mask=mask, other=0.0) - mu
@@ -243,7 +243,7 @@ def _backward_coefficients(
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     dw = tl.zeros([BG, BJ], dtype)
     db = tl.zeros([BG, BJ], dtype)
-    for i in range(0, per_task):
+    for i in range(per_task):
         block = task * per_task + i
         r = tl.load(rstd + block * C + c, mask=mask, other=0.0)
         s = _chunk_sum(parts, block, 0, c, mask, chunks, C)
@@ -264,9 +264,7 @@ def _backward_coefficients(
     if to is not None:
         deliver(dw, c, mask, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(
-            db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
-        )
+        deliver(db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
 
 
 @triton.jit(do_not_specialize=["per_task", "chunks", "R"])
@@ -297,7 +295,7 @@ def _tangent_coefficients(
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     v = tl.cast(_read(vw, task, vw_task, c, mask, 0.0), dtype)
     bias = tl.cast(_read(vb, task, vb_task, c, mask, 0.0), dtype)
-    for i in range(0, per_task):
+    for i in range(per_task):
         block = task * per_task + i
         r = tl.load(rstd + block * C + c, mask=mask, other=0.0)
         t = tl.zeros([BG, BJ], dtype)
@@ -355,7 +353,7 @@ def _tangent_backward_coefficients(
     v = tl.cast(_read(vw, task, vw_task, c, mask, 0.0), dtype)
     dw = tl.zeros([BG, BJ], dtype)
     db = tl.zeros([BG, BJ], dtype)
-    for i in range(0, per_task):
+    for i in range(per_task):
         block = task * per_task + i
         at = block * C + c
         r = tl.load(rstd + at, mask=mask, other=0.0)
@@ -386,9 +384,7 @@ def _tangent_backward_coefficients(
     if to is not None:
         deliver(dw, c, mask, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(
-            db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
-        )
+        deliver(db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
 
 
 @triton.jit
@@ -506,7 +502,7 @@ def _pooled(
     if MODE == "forward":
         best = tl.zeros([BR, BC], x.dtype.element_ty)
         chosen = tl.full([BR, BC], -1, tl.int32)
-        for tap in range(0, KH * KW):
+        for tap in range(KH * KW):
             row = _window_row(m, PH, PW, H, W, KH, KW, tap)
             v = tl.load(x + block * IN * C + row * C + columns[None, :], mask=mask, other=0.0)
             v = constant + from_x * (v - mean)

@@ -1,7 +1,7 @@
 """conv2d: an implicit matrix product for each task on channels-last images; no im2col buffer.
 
-The weight of a task is [O, kh, kw, C]. The sums run over (tap, channel); where the channels fill whole steps, a step lies
-within one tap. The weight's gradient is summed over chunks of rows that the shapes alone fix, then over the chunks.
+The weight of a task is [O, kh, kw, C]. The sums run over (tap, channel); where the channels fill whole steps, a step
+lies within one tap. The weight's gradient is summed over chunks of rows that the shapes alone fix, then over chunks.
 """
 
 from __future__ import annotations
@@ -218,9 +218,7 @@ def weight_gradient(
         if to is not None:
             deliver(acc, at, inside, task, to, to_task, base, base_task, rate, rate_task)
         if bias_to is not None:
-            deliver(
-                sums, o, first, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
-            )
+            deliver(sums, o, first, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
 
 
 @triton.jit(do_not_specialize=["begin", "size", "chunks"])
@@ -243,7 +241,7 @@ def sum_chunks(
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         total += tl.load(parts + (task * chunks + chunk) * stride + begin + e, mask=e < size, other=0.0)
     deliver(total, e, e < size, task, to, to_task, base, base_task, rate, rate_task)
 

@@ -1,6 +1,6 @@
 """Cross-entropy of an output [N, C]: value, gradients and their tangents, one program a task.
 
-Formulas and denominators: docs/losses.md. A class index that is out of range is never read through: it makes its task NaN.
+Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ MOST_CLASSES = 8192
 
 
 @triton.jit
-def _target(y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like):
+def _target(
+    y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like
+):
     """q, the class weight of each entry, and the example's share of a mean's denominator."""
     mask = (n < N)[:, None] & (c < C)[None, :]
     cw = tl.zeros_like(like) + 1.0

@@ -5,8 +5,8 @@
     tangent           ry  = rx f'(x)
     tangent_backward  rdx = rdy f'(x) + curve rx
 
-Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y for the functions in FROM_OUTPUT
-and x for the others, so that an epilogue that applies a function of the first sort need not write x down.
+Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y for the functions in
+FROM_OUTPUT and x for the others, so that an epilogue that applies one of the first sort need not write x down.
 """
 
 from __future__ import annotations
@@ -310,19 +310,27 @@ def backward_end(run: Pass, node: Node, which: int = 0) -> dict[str, Any]:
     f = node.prologues[which]
     common = {"pre": None, "moved": None, "MODE": "backward"}
     if f is None:
-        return common | {
-            "out": run.d[node.inputs[which]],
-            "saved": None,
-            "curve": None,
-            "ADD": node.adds[which],
-        } | _constants(None)
+        return (
+            common
+            | {
+                "out": run.d[node.inputs[which]],
+                "saved": None,
+                "curve": None,
+                "ADD": node.adds[which],
+            }
+            | _constants(None)
+        )
     curve = run.curve[f.output] if run.second and _smooth(f) else None
-    return common | {
-        "out": run.d[f.inputs[0]],
-        "saved": _saved(run, f),
-        "curve": curve,
-        "ADD": f.adds[0],
-    } | _constants(f)
+    return (
+        common
+        | {
+            "out": run.d[f.inputs[0]],
+            "saved": _saved(run, f),
+            "curve": curve,
+            "ADD": f.adds[0],
+        }
+        | _constants(f)
+    )
 
 
 def tangent_backward_end(run: Pass, node: Node, which: int = 0) -> dict[str, Any]:
@@ -330,21 +338,29 @@ def tangent_backward_end(run: Pass, node: Node, which: int = 0) -> dict[str, Any
     f = node.prologues[which]
     common = {"pre": None, "MODE": "tangent_backward"}
     if f is None:
-        return common | {
-            "out": run.rd[node.inputs[which]],
-            "saved": None,
-            "curve": None,
-            "moved": None,
-            "ADD": node.adds[which],
-        } | _constants(None)
+        return (
+            common
+            | {
+                "out": run.rd[node.inputs[which]],
+                "saved": None,
+                "curve": None,
+                "moved": None,
+                "ADD": node.adds[which],
+            }
+            | _constants(None)
+        )
     moved = run.rx[f.inputs[0]] if _smooth(f) and run.has_tangent(f.inputs[0]) else None
-    return common | {
-        "out": run.rd[f.inputs[0]],
-        "saved": _saved(run, f),
-        "curve": None if moved is None else run.curve[f.output],
-        "moved": moved,
-        "ADD": f.adds[0],
-    } | _constants(f)
+    return (
+        common
+        | {
+            "out": run.rd[f.inputs[0]],
+            "saved": _saved(run, f),
+            "curve": None if moved is None else run.curve[f.output],
+            "moved": moved,
+            "ADD": f.adds[0],
+        }
+        | _constants(f)
+    )
 
 
 def _alone(run: Pass, node: Node, source: Any, end: dict[str, Any]) -> None:

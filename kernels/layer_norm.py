@@ -1,4 +1,4 @@
-"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every element of a stretch."""
+"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every element."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def _parameter_gradient(
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros([BLOCK], x.dtype.element_ty)
     db = tl.zeros([BLOCK], x.dtype.element_ty)
-    for i in range(0, groups):
+    for i in range(groups):
         g = task * groups + i
         r = tl.load(rstd + g)
         hat = (_load(x + g * S, e, S, 0.0) - tl.load(mean + g)) * r
@@ -262,9 +262,7 @@ def _parameter_gradient(
     if to is not None:
         deliver(dw, e, e < S, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(
-            db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
-        )
+        deliver(db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
 
 
 def _sizes(run: Pass, node: Node) -> dict[str, Any]:
@@ -321,7 +319,7 @@ def tangent(run: Pass, node: Node) -> None:
 
 
 def _gradients(run: Pass, node: Node, sinks: Sinks | None, rx: Any, rdy: Any, out: Any) -> None:
-    weight, bias = node.params
+    weight = node.params[0]
     common = {
         "x": run.x[node.inputs[0]],
         "dy": run.d[node.output],

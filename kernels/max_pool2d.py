@@ -18,19 +18,18 @@ from fastmeta.kernels.passes import Node, Pass, Sinks
 @triton.jit
 def _place(j, C, HEIGHT, WIDTH):
     """(channel, column, row, image) of an element of channels-last images."""
-    return (j % C).to(tl.int32), (j // C % WIDTH).to(tl.int32), (j // (C * WIDTH) % HEIGHT).to(tl.int32), j // (C * WIDTH * HEIGHT)
+    row = j // (C * WIDTH)
+    return (j % C).to(tl.int32), (j // C % WIDTH).to(tl.int32), (row % HEIGHT).to(tl.int32), row // HEIGHT
 
 
 @triton.jit(do_not_specialize=["size"])
-def _forward(
-    x, y, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, BLOCK: tl.constexpr
-):
+def _forward(x, y, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, BLOCK: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
     c, ow, oh, image = _place(j, C, OH, OW)
     best = tl.zeros([BLOCK], x.dtype.element_ty)
     position = tl.full([BLOCK], -1, tl.int32)
-    for tap in range(0, KH * KW):
+    for tap in range(KH * KW):
         ih = oh * SH - PH + tap // KW
         iw = ow * SW - PW + tap % KW
         here = mask & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
@@ -43,9 +42,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["size"])
-def _gather(
-    x, y, positions, size, C, H, W, OH, OW, KW, SH, SW, PH, PW, BLOCK: tl.constexpr
-):
+def _gather(x, y, positions, size, C, H, W, OH, OW, KW, SH, SW, PH, PW, BLOCK: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
     c, ow, oh, image = _place(j, C, OH, OW)
@@ -55,16 +52,14 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["size"])
-def _scatter(
-    dy, dx, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def _scatter(dy, dx, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, ADD: tl.constexpr, BLOCK: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
     c, iw, ih, image = _place(j, C, H, W)
     total = tl.zeros([BLOCK], dx.dtype.element_ty)
     if ADD:
         total = tl.load(dx + j, mask=mask, other=0.0)
-    for tap in range(0, KH * KW):
+    for tap in range(KH * KW):
         h = ih + PH - tap // KW
         w = iw + PW - tap % KW
         oh = h // SH

@@ -1,7 +1,7 @@
 """One pass over the network for all tasks: where its buffers are.
 
-Values are dense, [T, rows of all examples, columns]; images are channels-last. Parameters of a task stand one behind the
-other in a set [P]; the sets of all tasks are [T, P].
+Values are dense, [T, rows of all examples, columns]; images are channels-last. Parameters of a task stand one behind
+the other in a set [P]; the sets of all tasks are [T, P].
 """
 
 from __future__ import annotations

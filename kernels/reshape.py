@@ -1,4 +1,4 @@
-"""reshape: the same numbers in PyTorch's order, between an image (channels-last here) and rows, or another image. Linear."""
+"""reshape: the same numbers in PyTorch's order, between an image (channels-last here), rows and other images."""
 
 from __future__ import annotations
 

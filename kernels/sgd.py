@@ -50,9 +50,7 @@ def _update(
 
 
 @triton.jit
-def _direction(
-    lam, mbar, rates, rates_task, index, out, P, BLOCK: tl.constexpr
-):
+def _direction(lam, mbar, rates, rates_task, index, out, P, BLOCK: tl.constexpr):
     tiles = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -67,9 +65,7 @@ def _direction(
 
 
 @triton.jit
-def _adjoint(
-    lam, v, mbar, index, P, MU: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr
-):
+def _adjoint(lam, v, mbar, index, P, MU: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr):
     tiles = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)

@@ -112,7 +112,7 @@ class StaticBatch:
         task_weights: Tensor | None = None,
         gradients: bool = False,
     ) -> None:
-        """One launch of the loss: values, gradients (with `gradients`, those of targets and weights too), or tangents."""
+        """One launch: values, gradients (with `gradients`, those of targets and weights too), or tangents."""
         loss = self.loss
         if loss is None:
             raise ValueError("a set without a loss has no loss to launch")

@@ -1,4 +1,4 @@
-"""From a layer program to what the Triton kernels run: dead layers gone, reshapes that move nothing gone, layers fused."""
+"""From a layer program to what the Triton kernels run: without dead layers and idle reshapes, and fused."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def build(program: Program, fixed_statistics: bool) -> Network:
     nodes = []
     for i, (layer, inputs, output) in enumerate(engine.layers):
         own = tuple(None if name is None else index.get(name) for name in layer.params)
-        nodes.append(
-            Node(i, layer.kind, inputs, output, own, layer.function, layer.constants, shape=layer.shape)
-        )
+        nodes.append(Node(i, layer.kind, inputs, output, own, layer.function, layer.constants, shape=layer.shape))
     net = Network(_alive(nodes, engine.output), values, [*range(len(values))], engine.output, params, [], set())
     net.shapes = [shapes[name] for name in params]
     _drop_views(net)

@@ -1,4 +1,4 @@
-"""One kind of call of the Triton backend: launches recorded once, run again and again, as a CUDA graph where possible."""
+"""One kind of call of the Triton backend: launches recorded once, run again and again, as a CUDA graph if possible."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def memory_mode(problem: Problem, wrt: frozenset[str], limit: int) -> str:
 class Job:
     """All calls that differ in nothing but the values of tensors.
 
-    A call copies its tensors into static ones, runs the launches and copies the results out: nothing that is returned is
-    touched again, and it does not matter where the tensors of the next call lie. One call at a time; calls from other
-    streams wait.
+    A call copies its tensors into static ones, runs the launches and copies the results out: nothing that is returned
+    is touched again, and it does not matter where the tensors of the next call lie. One call at a time; calls from
+    other streams wait.
     """
 
     def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> None:
@@ -211,7 +211,7 @@ class Job:
         return found.clone(memory_format=torch.contiguous_format)
 
     def fits(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> bool:
-        """Whether a problem of the same shapes and options can be answered as it is: nothing that is fixed has changed."""
+        """Whether nothing that is fixed has changed for a problem of the same shapes and options."""
         first = next(iter(problem.params.values()))
         same = self.wrt == wrt and self.adapted == adapted and self.device == first.device
         return same and self.precision == precision(first.dtype)

@@ -79,6 +79,8 @@ class MetaStep:
         self.wants_rates = "lr" in wrt and self.steps > 0 and bool(problem.rates)
         self.memory = Memory(device, first.dtype)
         self.emit = Recorder()
+        self.valued = self.seeded = False  # the losses, lambda have been written to
+        self.fresh = True  # lambda has not
         count = len(problem.params)
         self.layout = ParameterLayout(net, problem, count)
         self._allocate(problem, count)
@@ -185,7 +187,7 @@ class MetaStep:
     def _forward(self, run: Pass) -> Tensor:
         for node in self.net.nodes:
             KINDS[node.kind].forward(run, node)
-        return run.x[self.net.output]  # type: ignore[return-value]
+        return run.x[self.net.output]
 
     def _backward(self, run: Pass, sinks: Sinks | None) -> None:
         for node in reversed(self.net.nodes):
@@ -282,7 +284,7 @@ class MetaStep:
             add.copy(self.emit, z, self.output)
 
     def _query_gradient(self, problem: Problem, k: int, weight: float) -> None:
-        """The query at theta_k: its share of the loss, and its gradients times c_t s_k added to lambda and the inputs."""
+        """The query at theta_k: its share of the loss, its gradients times c_t s_k added to lambda and the inputs."""
         last = k == self.steps
         if self.query is None or (weight == 0 and not last):
             return
@@ -307,9 +309,9 @@ class MetaStep:
             )
             self.valued = True
             if last and self.output_grad is not None:
-                add.accumulate(self.emit, self.output_grad, dz)  # type: ignore[arg-type]
+                add.accumulate(self.emit, self.output_grad, dz)
         elif self.output_grad is not None:
-            add.copy(self.emit, self.output_grad, dz)  # type: ignore[arg-type]
+            add.copy(self.emit, self.output_grad, dz)
         else:
             return
         self._backward(run, self._sinks(self.lam, base=not self.fresh))  # type: ignore[arg-type]
@@ -325,15 +327,14 @@ class MetaStep:
 
     def _sweep_back(self, problem: Problem) -> None:
         weights = self._step_weights(problem)
-        self.valued = False
         # lambda is either there already (the seeds are copied in), or zero, or written by the first gradient
         self.seeded = problem.adapted_grad is not None
         self.fresh = not self.seeded and not self._some_unused()
         if not self.seeded and self._some_unused():
-            self.emit.zero(self.lam)  # type: ignore[arg-type]
+            self.emit.zero(self.lam)
         self._query_gradient(problem, self.steps, weights[self.steps])
         if self.fresh:
-            self.emit.zero(self.lam)  # type: ignore[arg-type]
+            self.emit.zero(self.lam)
             self.fresh = False
         for k in reversed(range(self.steps)):
             self._step_back(k)
@@ -370,7 +371,17 @@ class MetaStep:
         u = self.updates[k if self.keeps_updates else 0]  # type: ignore[index]
         if not self.keeps_updates:
             sgd.update(
-                self.emit, self.tasks, self._theta_rows(k), self.gradient, None, None, self.index, None, u, 0.0, self.decay
+                self.emit,
+                self.tasks,
+                self._theta_rows(k),
+                self.gradient,
+                None,
+                None,
+                self.index,
+                None,
+                u,
+                0.0,
+                self.decay,
             )
         step = k if self.rate_steps > 1 else 0
         again = self.rate_steps == 1 and k < self.steps - 1
@@ -415,9 +426,7 @@ class _PassMemory:
 
         moving = {net.root[v] for v in range(len(net.values)) if net.from_params[v]}
         deltas = [
-            root
-            for root in roots
-            if needs_delta and root not in net.no_delta and (root in moving or self.wants_input)
+            root for root in roots if needs_delta and root not in net.no_delta and (root in moving or self.wants_input)
         ]
         values = [root for root in roots if root in makes and root not in net.no_value]
         self.x = [blocks_of(values) for _ in range(copies)]

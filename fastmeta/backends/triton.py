@@ -31,6 +31,11 @@ def interpreting() -> bool:
     return not _IMPORT_ERROR and bool(triton.knobs.runtime.interpret)
 
 
+def device() -> str:
+    """Where tensors must be."""
+    return "cpu" if interpreting() else "cuda"
+
+
 def missing() -> str:
     """Why this backend cannot run anything here, "" if it can."""
     if _IMPORT_ERROR:
@@ -46,8 +51,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     if program is None:
         return f"the network was not captured: {problem.refused}"
     first = next(iter(problem.params.values()))
-    wanted = "cpu" if interpreting() else "cuda"
-    if first.device.type != wanted:
+    if first.device.type != device():
         return f"tensors are on {first.device}" + (", and Triton's interpreter runs" if interpreting() else "")
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"

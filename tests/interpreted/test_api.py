@@ -1,4 +1,4 @@
-"""The public API on the Triton backend: plans are used again, results are the caller's own, messages say what is wrong."""
+"""The public API on the Triton backend: plans are used again, results are the caller's own, messages name causes."""
 
 from __future__ import annotations
 
