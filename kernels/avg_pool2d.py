@@ -7,8 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastmeta.kernels.launch import FLAT, blocks
-from fastmeta.kernels.max_pool2d import _place, geometry
+from fastmeta.kernels.launch import blocks
+from fastmeta.kernels.max_pool2d import POOLED, _place, geometry
 from fastmeta.kernels.passes import Node, Pass, Sinks
 
 
@@ -135,7 +135,7 @@ def _options(run: Pass, node: Node) -> dict[str, Any]:
 def _means(run: Pass, node: Node, values: list[Any]) -> None:
     size = run.tasks * run.elements(node.output)
     x, y = values[node.inputs[0]], values[node.output]
-    run.emit(_gather, blocks(size, FLAT), x=x, y=y, size=size, BLOCK=FLAT, **_options(run, node))
+    run.emit(_gather, blocks(size, POOLED), x=x, y=y, size=size, BLOCK=POOLED, **_options(run, node))
 
 
 def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:
@@ -145,12 +145,12 @@ def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:
     size = run.tasks * run.elements(in_)
     run.emit(
         _scatter,
-        blocks(size, FLAT),
+        blocks(size, POOLED),
         dy=deltas[node.output],
         dx=deltas[in_],
         size=size,
         ADD=node.adds[0],
-        BLOCK=FLAT,
+        BLOCK=POOLED,
         **_options(run, node),
     )
 

@@ -644,6 +644,7 @@ class ChannelNorm:
         run.emit(
             _tangent_backward_coefficients,
             run.tasks,
+            warps=8 if self.cols > 256 else 4,  # or its many sums would not fit into registers
             parts=parts,
             chunks=chunks,
             coefficients=self._coefficients(),

@@ -19,7 +19,7 @@ from fastmeta.kernels.elementwise import (
     tangent_end,
 )
 from fastmeta.kernels.launch import FLAT, blocks, power
-from fastmeta.kernels.linear import BK, FULL, tile_shape
+from fastmeta.kernels.linear import BK, FULL, gradient_warps, product_warps, tile_shape
 from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
 
@@ -276,7 +276,7 @@ def _product(
     run.emit(
         product,
         tasks * blocks(rows, bm) * blocks(target.cols, bn),
-        warps=4,
+        warps=product_warps((bm, bn), len(pairs), end["F"]),
         stages=3,
         x0=pairs[0][0],
         w0=pairs[0][1].at,
@@ -328,7 +328,7 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     run.emit(
         weight_gradient,
         run.tasks * chunks * tiles,
-        warps=4,
+        warps=gradient_warps((bo, bi), run.precision),
         stages=2,
         dy0=pairs[0][0],
         x0=pairs[0][1],

@@ -170,6 +170,21 @@ def tile_shape(m: int, n: int, batch: int, wide: bool) -> tuple[int, int]:
     return bm, bn
 
 
+#: Functions that an epilogue computes in a few instructions.
+_LIGHT = frozenset({"", "relu", "leaky_relu", "affine"})
+
+
+def product_warps(tile: tuple[int, int], pairs: int, function: str) -> int:
+    """Warps of a product: as many as it takes to keep a full tile, both pairs and the epilogue in registers."""
+    full = tile[0] * tile[1] >= 64 * 64
+    return 8 if full and (pairs > 1 or function not in _LIGHT) else 4
+
+
+def gradient_warps(tile: tuple[int, int], precision: str) -> int:
+    """The same for a weight's gradient: on tensor cores, operands are converted in registers."""
+    return 8 if tile[0] * tile[1] >= 64 * 64 and precision != "ieee" else 4
+
+
 def _product(
     run: Pass,
     rows: int,
@@ -188,7 +203,7 @@ def _product(
     run.emit(
         product,
         tasks * blocks(rows, bm) * blocks(n, bn),
-        warps=4,
+        warps=product_warps((bm, bn), len(pairs), end["F"]),
         stages=3,
         x0=pairs[0][0],
         w0=pairs[0][1].at,
@@ -221,7 +236,7 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     run.emit(
         weight_gradient,
         run.tasks * blocks(o, bo) * blocks(i, bi),
-        warps=4,
+        warps=gradient_warps((bo, bi), run.precision),
         stages=2,
         dy0=pairs[0][0],
         x0=pairs[0][1],

@@ -11,8 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmeta.kernels.launch import FLAT, blocks
+from fastmeta.kernels.launch import blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks
+
+#: Elements that a program handles.
+POOLED = 512
 
 
 @triton.jit
@@ -89,12 +92,12 @@ def forward(run: Pass, node: Node) -> None:
     x, y = run.x[node.inputs[0]], run.x[node.output]
     run.emit(
         _forward,
-        blocks(size, FLAT),
+        blocks(size, POOLED),
         x=x,
         y=y,
         positions=_positions(run, node),
         size=size,
-        BLOCK=FLAT,
+        BLOCK=POOLED,
         **geometry(run, node),
     )
 
@@ -105,7 +108,7 @@ def tangent(run: Pass, node: Node) -> None:
     sizes = geometry(run, node)
     del sizes["KH"]
     x, y = run.rx[node.inputs[0]], run.rx[node.output]
-    run.emit(_gather, blocks(size, FLAT), x=x, y=y, positions=_positions(run, node), size=size, BLOCK=FLAT, **sizes)
+    run.emit(_gather, blocks(size, POOLED), x=x, y=y, positions=_positions(run, node), size=size, BLOCK=POOLED, **sizes)
 
 
 def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:
@@ -115,13 +118,13 @@ def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:
     size = run.tasks * run.elements(in_)
     run.emit(
         _scatter,
-        blocks(size, FLAT),
+        blocks(size, POOLED),
         dy=deltas[node.output],
         dx=deltas[in_],
         positions=_positions(run, node),
         size=size,
         ADD=node.adds[0],
-        BLOCK=FLAT,
+        BLOCK=POOLED,
         **geometry(run, node),
     )
 
