@@ -27,7 +27,6 @@ class StaticBatch:
         self.tasks, self.examples = batch.x.shape[0], batch.x.shape[2 if batch.per_step else 1]
         self.lead = 3 if batch.per_step else 2
         self.image = net.values[0].channels and batch.x.dim() > self.lead
-        self.classes = net.values[net.output].cols
         self.tensors: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
         given = {"x": batch.x, "y": batch.y if loss is not None else None, "weights": batch.weights}
@@ -37,7 +36,9 @@ class StaticBatch:
             self.tensors[part] = self._like(memory, tensor, part)
             if f"{role}_{part}" in wrt and tensor.is_floating_point():
                 self.grads[part] = self._like(memory, tensor, part)
-        self.class_weights = self._class_weights(memory, net)
+        self.out = net.values[net.output]
+        weights = self._class_weights(loss)
+        self.class_weights = None if weights is None else memory.new(*weights.shape)
         self.fresh: set[tuple[str, int]] = set()  # (part, step) of the gradients that have been written
 
     def _like(self, memory: Memory, tensor: Tensor, part: str) -> Tensor:
@@ -54,10 +55,13 @@ class StaticBatch:
             tensor = tensor.movedim(-1, self.lead)
         return tensor.transpose(0, 1) if self.per_step else tensor
 
-    def load(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where."""
+    def load(self, batch: Batch, loss: Loss | None) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where; losses of one plan may differ in the values of their tensors."""
         given = {"x": batch.x, "y": batch.y, "weights": batch.weights}
-        return [(self.user_view(tensor, part), given[part]) for part, tensor in self.tensors.items()]  # type: ignore[misc]
+        pairs = [(self.user_view(tensor, part), given[part]) for part, tensor in self.tensors.items()]
+        if self.class_weights is not None:
+            pairs.append((self.class_weights, self._class_weights(loss)))
+        return pairs  # type: ignore[return-value]
 
     def deliver(self, grads: Gradients) -> None:
         """Fresh copies of the gradients; zero where nothing depends on the tensor."""
@@ -84,17 +88,13 @@ class StaticBatch:
         parts = {part for part, _ in self.fresh}
         return [tensor for part, tensor in self.grads.items() if part not in parts]
 
-    def _class_weights(self, memory: Memory, net: Network) -> Tensor | None:
-        """Class weights [C], or pos_weight spread over the output of an example; constant, copied once."""
-        loss = self.loss
-        weight = None if loss is None else loss.pos_weight if loss.kind == "bce_with_logits" else loss.weight
-        if weight is None:
+    def _class_weights(self, loss: Loss | None) -> Tensor | None:
+        """Class weights [C], or pos_weight spread over the output of an example."""
+        if loss is None:
             return None
-        out = net.values[net.output]
-        if loss.kind == "bce_with_logits":  # type: ignore[union-attr]
-            weight = weight.reshape(-1).expand(out.cols).repeat(out.rows)
-        static = torch.empty(weight.shape, dtype=memory.dtype, device=memory.device)
-        return static.copy_(weight)
+        if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
+            return loss.pos_weight.reshape(-1).expand(self.out.cols).repeat(self.out.rows)
+        return loss.weight
 
     def emit_loss(
         self,

@@ -77,16 +77,16 @@ class Job:
 
     def run(self, problem: Problem) -> Result:
         """Answer a problem."""
-        with self.lock, torch.no_grad():
+        with self.lock:
             if self.device.type != "cuda":
                 return self._run(problem)
             with torch.cuda.device(self.device):
+                if self.done is None or torch.cuda.is_current_stream_capturing():
+                    return self._run(problem)
                 stream = torch.cuda.current_stream()
-                if self.done is not None:
-                    stream.wait_event(self.done)
+                stream.wait_event(self.done)
                 result = self._run(problem)
-                if self.done is not None:
-                    self.done.record(stream)
+                self.done.record(stream)
                 return result
 
     def _run(self, problem: Problem) -> Result:
@@ -107,9 +107,12 @@ class Job:
             pairs.append((layout.rate_view(step.rates, layout.names.index(name)), rate))
         for static, name in zip(step.buffers, step.net.params[len(layout.names) :], strict=True):
             pairs.append((static, problem.net.get_buffer(name)))
-        for batch, given in ((step.support, problem.support), (step.query, problem.query)):
+        for batch, given, loss in (
+            (step.support, problem.support, problem.loss),
+            (step.query, problem.query, problem.query_loss),
+        ):
             if batch is not None and given is not None:
-                pairs += batch.load(given)
+                pairs += batch.load(given, loss)
         if step.task_weights is not None and problem.task_weights is not None:
             pairs.append((step.task_weights, problem.task_weights))
         if step.output_grad is not None and problem.output_grad is not None:

@@ -105,12 +105,14 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     Raises:
         ValueError: a class index is out of range.
     """
-    check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
-    scratch = problem.scratch
-    job = scratch.get("triton")
-    if job is None or not job.fits(problem, wrt, adapted):
-        job = scratch["triton"] = runs.Job(problem, wrt, adapted)
-    return job.run(problem)
+    # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
+        scratch = problem.scratch
+        job = scratch.get("triton")
+        if job is None or not job.fits(problem, wrt, adapted):
+            job = scratch["triton"] = runs.Job(problem, wrt, adapted)
+        return job.run(problem)
 
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
