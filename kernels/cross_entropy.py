@@ -132,7 +132,7 @@ def loss(
         mass = tl.sum(q, axis=1)[:, None]
         if rz is None:
             gz = p * mass - q
-            gy = log_p
+            gy = tl.where(mask, log_p, 0.0)
             each = _example(log_p, q, None)
         else:
             moved = tl.load(rz + at, mask=mask, other=0.0)

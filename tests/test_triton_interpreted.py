@@ -23,7 +23,7 @@ def test_under_the_interpreter(file: Path) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
