@@ -170,14 +170,10 @@ def tile_shape(m: int, n: int, batch: int, wide: bool) -> tuple[int, int]:
     return bm, bn
 
 
-#: Functions that an epilogue computes in a few instructions.
-_LIGHT = frozenset({"", "relu", "leaky_relu", "affine"})
-
-
 def product_warps(tile: tuple[int, int], pairs: int, function: str) -> int:
     """Warps of a product: as many as it takes to keep a full tile, both pairs and the epilogue in registers."""
     full = tile[0] * tile[1] >= 64 * 64
-    return 8 if full and (pairs > 1 or function not in _LIGHT) else 4
+    return 8 if full and (pairs > 1 or function) else 4
 
 
 def gradient_warps(tile: tuple[int, int], precision: str) -> int:
