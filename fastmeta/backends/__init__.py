@@ -6,6 +6,10 @@ A backend is a module of this package with three functions:
     refuses(problem, wrt) -> str          why it cannot run this problem, "" if it can
     solve(problem, wrt, adapted) -> Result
 
+and, where it does not run on the CPU, a fourth:
+
+    device() -> str                       where it runs, as PyTorch calls it
+
 `wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted. `adapted` says whether
 `Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only, never values.
 """
@@ -19,9 +23,9 @@ from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
 #: All backends, fastest first. `reference` is never chosen by "auto".
-NAMES = ("cpu", "cuda", "torch", "reference")
+NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 #: What "auto" tries, in this order, by the device of the parameters.
-_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
+_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 def get(name: str) -> ModuleType:
@@ -33,6 +37,12 @@ def get(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return import_module(f"fastmeta.backends.{name}")
+
+
+def device(name: str) -> str:
+    """Where tensors must be for backend `name`, as PyTorch calls it."""
+    module = get(name)
+    return str(module.device()) if hasattr(module, "device") else "cpu"
 
 
 def why_not(name: str, problem: Problem, wrt: frozenset[str]) -> str:

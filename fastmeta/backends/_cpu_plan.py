@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmeta.backends._cpu_layout import lay_out
+from fastmeta.backends._layout import lay_out
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
-from fastmeta.backends._cpu_layout import lay_out
 from fastmeta.backends._cpu_plan import used_params
+from fastmeta.backends._layout import lay_out
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import Batch, Problem

@@ -23,6 +23,11 @@ _WORKSPACE_AT_MOST = 64 << 20
 _WORDS_AT_MOST = 500
 
 
+def device() -> str:
+    """Where tensors must be."""
+    return "cpu" if launches.emulated_threads() else "cuda"
+
+
 def missing() -> str:
     """Why this backend cannot run anything here, "" if it can."""
     if launches.emulated_threads():

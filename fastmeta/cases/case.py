@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,12 @@ class Instance:
     step_weights: tuple[float, ...] | None = None
     adapted_grad: dict[str, Tensor] | None = None
     output_grad: Tensor | None = None
+
+    def to(self, what: torch.dtype | str) -> Instance:
+        """Itself, its floating-point tensors converted to a dtype or all of its tensors moved to a device."""
+        for entry in fields(self):
+            setattr(self, entry.name, _converted(getattr(self, entry.name), what))
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Case:
             torch.manual_seed(seed)
             net = self.make().to(torch.float32)
             instance = self._draw(net, torch.Generator().manual_seed(seed + 1))
-        return _to(instance, dtype)
+        return instance.to(dtype)
 
     def _draw(self, net: nn.Module, generator: torch.Generator) -> Instance:
         def normal(*shape: int) -> Tensor:
@@ -174,16 +181,11 @@ def _draw_rates(
     return rates
 
 
-def _to(instance: Instance, dtype: torch.dtype) -> Instance:
-    def cast(value: object) -> object:
-        if isinstance(value, nn.Module):
-            return value.to(dtype)
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {name: cast(entry) for name, entry in value.items()}
-        return value
-
-    for field in fields(Instance):
-        setattr(instance, field.name, cast(getattr(instance, field.name)))
-    return instance
+def _converted(value: Any, what: torch.dtype | str) -> Any:
+    if isinstance(value, nn.Module):
+        return value.to(what)
+    if isinstance(value, Tensor):
+        return value.to(what) if isinstance(what, str) or value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _converted(entry, what) for name, entry in value.items()}
+    return value

@@ -57,7 +57,7 @@ def verify(
 
 def verify_case(case: Case, backend: str, dtype: str, seeds: int = SEEDS) -> list[Row]:
     """The rows of one case on one backend in one dtype; see `verify`."""
-    problem = problem_of(case, DTYPES[dtype], 0)
+    problem = problem_of(case, DTYPES[dtype], 0, backends.device(backend))
     refusal = backends.why_not(backend, problem, wanted(case, problem))
     if refusal:
         return [Row(case.id, backend, dtype, "", math.nan, math.nan, math.nan, refusal, skipped=True)]

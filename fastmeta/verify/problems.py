@@ -11,9 +11,9 @@ from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
 from fastmeta.update_rules import SGD
 
 
-def problem_of(case: Case, dtype: torch.dtype, seed: int) -> Problem:
-    """The problem of a case, with the captured network."""
-    made = case.build(dtype, seed)
+def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -> Problem:
+    """The problem of a case on a device, with the captured network."""
+    made = case.build(dtype, seed).to(device)
     forward_only = case.operator == "task_forward"
     adapting = case.operator == "inner_sgd"
     loss = resolve(made.loss)

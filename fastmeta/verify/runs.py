@@ -65,9 +65,10 @@ def own_errors(case: Case, seed: int) -> dict[str, float]:
 def run(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[Key, Tensor]:
     """The case on a backend whose workspace and outputs are full of NaN before the call, where it can do that."""
     module = backends.get(backend)
-    problem = problem_of(case, dtype, seed)
+    problem = problem_of(case, dtype, seed, backends.device(backend))
     with _poisoned(module):
-        return quantities(module.solve(problem, wanted(case, problem), case.operator == "inner_sgd"))
+        found = quantities(module.solve(problem, wanted(case, problem), case.operator == "inner_sgd"))
+    return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 def _reference(problem: Problem, case: Case) -> Result:

@@ -107,7 +107,8 @@ def _arrays(made: Instance) -> tuple[Params, tuple[Any, ...]]:
 
     def array(tensor: Tensor) -> Any:
         wide = tensor.dtype == torch.int64
-        return jax.device_put(tensor.detach().numpy().astype(np.int32) if wide else tensor.detach().numpy())
+        found = tensor.detach().cpu().numpy()
+        return jax.device_put(found.astype(np.int32) if wide else found)
 
     params = {name: array(value) for name, value in made.params.items()}
     return params, tuple(array(part) for part in plain_torch.episode(made))

@@ -1,0 +1,162 @@
+"""A support or query set as the kernels read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends._triton_memory import Memory
+from fastmeta.backends._triton_network import Network
+from fastmeta.kernels import cross_entropy, elementwise_losses
+from fastmeta.kernels.launch import Recorder
+from fastmeta.losses import Loss
+from fastmeta.problem import Batch, Gradients
+
+PARTS = ("x", "y", "weights")
+
+
+class StaticBatch:
+    """Dense tensors [T, N, ...], images channels-last; with a set for each step, [K, T, N, ...]."""
+
+    def __init__(
+        self, memory: Memory, net: Network, batch: Batch, loss: Loss | None, wrt: frozenset[str], role: str
+    ) -> None:
+        self.role, self.loss, self.per_step = role, loss, batch.per_step
+        self.tasks, self.examples = batch.x.shape[0], batch.x.shape[2 if batch.per_step else 1]
+        self.lead = 3 if batch.per_step else 2
+        self.image = net.values[0].channels and batch.x.dim() > self.lead
+        self.tensors: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {}
+        given = {"x": batch.x, "y": batch.y if loss is not None else None, "weights": batch.weights}
+        for part, tensor in given.items():
+            if tensor is None:
+                continue
+            self.tensors[part] = self._like(memory, tensor, part)
+            if f"{role}_{part}" in wrt and tensor.is_floating_point():
+                self.grads[part] = self._like(memory, tensor, part)
+        self.out = net.values[net.output]
+        weights = self._class_weights(loss)
+        self.class_weights = None if weights is None else memory.new(*weights.shape)
+        self.fresh: set[tuple[str, int]] = set()  # (part, step) of the gradients that have been written
+
+    def _like(self, memory: Memory, tensor: Tensor, part: str) -> Tensor:
+        shape = list(tensor.shape)
+        if self.per_step:
+            shape[0], shape[1] = shape[1], shape[0]
+        if part == "x" and self.image:
+            shape.append(shape.pop(self.lead))
+        return memory.new(*shape, dtype=tensor.dtype)
+
+    def user_view(self, tensor: Tensor, part: str) -> Tensor:
+        """A static tensor in the order of the user's own."""
+        if part == "x" and self.image:
+            tensor = tensor.movedim(-1, self.lead)
+        return tensor.transpose(0, 1) if self.per_step else tensor
+
+    def load(self, batch: Batch, loss: Loss | None) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where; losses of one plan may differ in the values of their tensors."""
+        given = {"x": batch.x, "y": batch.y, "weights": batch.weights}
+        pairs = [(self.user_view(tensor, part), given[part]) for part, tensor in self.tensors.items()]
+        if self.class_weights is not None:
+            pairs.append((self.class_weights, self._class_weights(loss)))
+        return pairs  # type: ignore[return-value]
+
+    def deliver(self, grads: Gradients) -> None:
+        """Fresh copies of the gradients; zero where nothing depends on the tensor."""
+        for part, tensor in self.grads.items():
+            copy = self.user_view(tensor, part).clone(memory_format=torch.contiguous_format)
+            setattr(grads, f"{self.role}_{part}", copy)
+
+    def step(self, part: str, k: int, source: str = "tensors") -> Tensor | None:
+        """[T, N, ...] of step k."""
+        tensor = getattr(self, source).get(part)
+        return tensor if tensor is None or not self.per_step else tensor[k]
+
+    def gradient(self, part: str, k: int) -> tuple[Tensor | None, bool]:
+        """Where the gradient at step k goes, and whether it adds to what is there."""
+        tensor = self.step(part, k, "grads")
+        key = (part, k if self.per_step else 0)
+        again = key in self.fresh
+        if tensor is not None:
+            self.fresh.add(key)
+        return tensor, again
+
+    def unwritten(self) -> list[Tensor]:
+        """Gradients that no launch has written, in part or as a whole."""
+        parts = {part for part, _ in self.fresh}
+        return [tensor for part, tensor in self.grads.items() if part not in parts]
+
+    def _class_weights(self, loss: Loss | None) -> Tensor | None:
+        """Class weights [C], or pos_weight spread over the output of an example."""
+        if loss is None:
+            return None
+        if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
+            return loss.pos_weight.reshape(-1).expand(self.out.cols).repeat(self.out.rows)
+        return loss.weight
+
+    def emit_loss(
+        self,
+        record: Recorder,
+        net: Network,
+        k: int,
+        z: Tensor,
+        *,
+        rz: Tensor | None = None,
+        dz: Tensor | None,
+        value: Tensor | None = None,
+        add_value: bool = False,
+        step: float = 1.0,
+        scale: float = 1.0,
+        task_weights: Tensor | None = None,
+        gradients: bool = False,
+    ) -> None:
+        """One launch: values, gradients (with `gradients`, those of targets and weights too), or tangents."""
+        loss = self.loss
+        if loss is None:
+            raise ValueError("a set without a loss has no loss to launch")
+        dy, add_y = self.gradient("y", k) if gradients else (None, False)
+        dweights, add_weights = self.gradient("weights", k) if gradients else (None, False)
+        out = net.values[net.output]
+        common: dict[str, Any] = {
+            "z": z,
+            "y": self.step("y", k),
+            "rz": rz,
+            "weights": self.step("weights", k),
+            "task_weights": task_weights,
+            "value": value,
+            "dz": dz,
+            "dy": dy,
+            "dweights": dweights,
+            "SUM": loss.reduction == "sum",
+            "BY_WEIGHTS": loss.weight_norm == "sum",
+            "STEP": float(step),
+            "SCALE": float(scale),
+            "ADD_VALUE": add_value,
+            "ADD": add_y or add_weights,
+        }
+        if loss.kind == "cross_entropy":
+            target = self.tensors["y"]
+            cross_entropy.emit(
+                record,
+                self.tasks,
+                self.examples,
+                out.cols,
+                class_weights=self.class_weights,
+                INDICES=not target.is_floating_point(),
+                SMOOTHING=float(loss.label_smoothing),
+                IGNORE=loss.ignore_index,
+                **common,
+            )
+        else:
+            elementwise_losses.emit(
+                record,
+                self.tasks,
+                self.examples,
+                out.size,
+                pos_weight=self.class_weights,
+                KIND=loss.kind,
+                BETA=float(loss.beta),
+                **common,
+            )

@@ -1,0 +1,103 @@
+"""Recorded launches compiled ahead of time for a GPU that need not be there, and what they take of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+
+from fastmeta.kernels.launch import Launch
+
+#: Bytes of shared memory that one block may have, by compute capability.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one kernel takes, for one block of threads or one thread."""
+
+    kernel: str
+    capability: int
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread that went to memory for want of registers
+    shared: int  # bytes of a block
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is spilled and the shared memory is there."""
+        return self.spilled == 0 and self.shared <= SHARED[self.capability]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What decides about the machine code of a launch: hashable, so that each is compiled once."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+def source(launch: Launch) -> Source:
+    """Specialise a launch as Triton does at run time: 1 is a constant, multiples of 16 are known to be such."""
+    signature, constants, aligned = [], [], []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        known = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (known and isinstance(value, int) and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((name, _TYPES[value.dtype]))
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                aligned.append(name)
+        else:
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if known and value % 16 == 0:
+                aligned.append(name)
+    return Source(launch.kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(launch.options.items()))
+
+
+def sources(launches: Iterable[Launch]) -> list[Source]:
+    """The different ones of some launches, in their order."""
+    return list(dict.fromkeys(source(launch) for launch in launches))
+
+
+def compile_source(one: Source, capability: int) -> Usage:
+    """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package."""
+    names = [parameter.name for parameter in one.kernel.params]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
+    compiled = triton.compile(
+        ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(one.options),
+    )
+    registers, spilled = _resources(compiled.asm["ptx"], capability)
+    return Usage(one.kernel.__name__, capability, registers, spilled, compiled.metadata.shared)
+
+
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    """(registers, bytes spilled) of the one kernel in a PTX file, as its assembler says."""
+    tool, machine = get_ptxas(capability).path, sm_arch_from_capability(capability)
+    with tempfile.TemporaryDirectory() as folder:
+        source_file = Path(folder) / "kernel.ptx"
+        source_file.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={machine}", str(source_file), "-o", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    if registers is None or spilled is None:
+        raise RuntimeError(f"ptxas -v said nothing of registers: {said!r}")
+    return int(registers[1]), int(spilled[1]) + int(spilled[2])

@@ -1,0 +1,244 @@
+"""One kind of call of the Triton backend: launches recorded once, run again and again, as a CUDA graph if possible."""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmeta.backends._precision import asked_for
+from fastmeta.backends._triton_network import Network, build
+from fastmeta.backends._triton_step import KINDS, MetaStep
+from fastmeta.problem import Gradients, Problem, Result
+
+__all__ = ["KINDS", "Job", "describe"]
+
+POISON = False
+
+#: memory="auto" keeps the activations of all steps while everything takes less than this share of the device's memory,
+#: or, under the interpreter, this many bytes.
+STORE_SHARE, STORE_BYTES = 0.25, 256 << 20
+
+#: What `torch.get_float32_matmul_precision()` means for the products of float32 numbers; see `kernels.tile`.
+PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are made now; float64 is always itself."""
+    found = PRECISIONS[asked_for()] if dtype == torch.float32 else "ieee"
+    return "bf16_rounded" if found == "bf16" and triton.knobs.runtime.interpret else found
+
+
+def network(problem: Problem) -> Network:
+    """The analysed program of a problem."""
+    if problem.program is None:
+        raise ValueError(f"a plan needs a captured network: {problem.refused}")
+    return build(problem.program, problem.batch_stats != "task")
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a plan which stores activations may take."""
+    if device.type != "cuda":
+        return STORE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * STORE_SHARE)
+
+
+def memory_mode(problem: Problem, wrt: frozenset[str], limit: int) -> str:
+    """ "store" or "recompute": what "auto" stands for; known without allocating anything."""
+    if problem.memory != "auto":
+        return problem.memory
+    dtype = next(iter(problem.params.values())).dtype
+    step = MetaStep(problem, network(problem), wrt, "store", precision(dtype), torch.device("meta"))
+    return "store" if step.memory.bytes <= limit else "recompute"
+
+
+class Job:
+    """All calls that differ in nothing but the values of tensors.
+
+    A call copies its tensors into static ones, runs the launches and copies the results out: nothing that is returned
+    is touched again, and it does not matter where the tensors of the next call lie. One call at a time; calls from
+    other streams wait.
+    """
+
+    def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> None:
+        first = next(iter(problem.params.values()))
+        self.wrt, self.adapted, self.device = wrt, adapted, first.device
+        self.precision = precision(first.dtype)
+        self.mode = memory_mode(problem, wrt, memory_limit(self.device))
+        self.step = MetaStep(problem, network(problem), wrt, self.mode, self.precision, self.device)
+        self.lock = threading.Lock()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = 0
+        self.why_no_graph = "" if self.device.type == "cuda" else "there is no GPU"
+        self.done = torch.cuda.Event() if self.device.type == "cuda" else None
+
+    def run(self, problem: Problem) -> Result:
+        """Answer a problem."""
+        with self.lock:
+            if self.device.type != "cuda":
+                return self._run(problem)
+            with torch.cuda.device(self.device):
+                if self.done is None or torch.cuda.is_current_stream_capturing():
+                    return self._run(problem)
+                stream = torch.cuda.current_stream()
+                stream.wait_event(self.done)
+                result = self._run(problem)
+                self.done.record(stream)
+                return result
+
+    def _run(self, problem: Problem) -> Result:
+        if POISON:
+            self.step.memory.spoil()
+        self._load(problem)
+        self._launch()
+        return self._result(problem)
+
+    # ---- in ---------------------------------------------------------------------------------------------------
+
+    def _load(self, problem: Problem) -> None:
+        step, layout = self.step, self.step.layout
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for p, name in enumerate(layout.names):
+            pairs.append((layout.view(step.theta0, p), problem.params[name]))
+        for name, rate in problem.rates.items():
+            pairs.append((layout.rate_view(step.rates, layout.names.index(name)), rate))
+        for static, name in zip(step.buffers, step.net.params[len(layout.names) :], strict=True):
+            pairs.append((static, problem.net.get_buffer(name)))
+        for batch, given, loss in (
+            (step.support, problem.support, problem.loss),
+            (step.query, problem.query, problem.query_loss),
+        ):
+            if batch is not None and given is not None:
+                pairs += batch.load(given, loss)
+        if step.task_weights is not None and problem.task_weights is not None:
+            pairs.append((step.task_weights, problem.task_weights))
+        if step.output_grad is not None and problem.output_grad is not None:
+            pairs.append((step.output_grad.view(problem.output_grad.shape), problem.output_grad))
+        if step.lam is not None and problem.adapted_grad is not None:
+            for p, name in enumerate(layout.names):
+                pairs.append((layout.view(step.lam, p), problem.adapted_grad[name]))
+        for static, given_tensor in pairs:
+            static.copy_(given_tensor.detach())
+
+    # ---- launches ---------------------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        self.calls += 1
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        # The first call compiles the kernels, which no capture survives; a call of its own shows what is slow.
+        if self.calls > 1 and self.device.type == "cuda" and not self.why_no_graph:
+            self._capture()
+            if self.graph is not None:
+                self.graph.replay()
+                return
+        for launch in self.step.emit.launches:
+            launch.run()
+
+    def _capture(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # the launches go into the user's own graph
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads may allocate meanwhile: their calls are not ours to forbid
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for launch in self.step.emit.launches:
+                    launch.run()
+        except RuntimeError as error:
+            self.why_no_graph = f"capture failed: {error}"
+            return
+        self.graph = graph
+
+    # ---- out --------------------------------------------------------------------------------------------------
+
+    def _result(self, problem: Problem) -> Result:
+        step = self.step
+        result = Result(grads=self._gradients(problem))
+        if step.query is not None and step.output is not None and problem.query is not None:
+            shape = (problem.tasks, step.query.examples, *problem.program.output_shape)  # type: ignore[union-attr]
+            result.output = step.output.clone().view(shape)
+        if step.losses is not None and step.loss is not None:
+            result.task_losses, result.loss = step.losses.clone(), step.loss.clone()
+        if self.adapted:
+            result.adapted = self._adapted(problem)
+        return result
+
+    def _adapted(self, problem: Problem) -> dict[str, Tensor]:
+        step, layout = self.step, self.step.layout
+        found = {}
+        for p, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
+            moved = step.thetas is not None and layout.adapted[p] and step._moves(p)
+            rows = step.thetas[-1] if moved else step.theta0  # type: ignore[index]
+            value = layout.view(rows, p)
+            found[name] = value.expand(step.tasks, *shape).clone(memory_format=torch.contiguous_format)
+        return found
+
+    def _gradients(self, problem: Problem) -> Gradients:
+        step, layout, grads = self.step, self.step.layout, Gradients()
+        if "params" in self.wrt and step.total is not None and step.lam is not None:
+            sizes = [prod(problem.params[name].shape) for name in layout.names]
+            flat = torch.empty(sum(sizes), dtype=step.memory.dtype, device=self.device)
+            pieces = dict(zip(layout.names, flat.split(sizes), strict=True))
+            grads.params = {}
+            for p, name in enumerate(layout.names):
+                rows = step.lam if name in problem.per_task else step.total
+                grads.params[name] = pieces[name].view(problem.params[name].shape).copy_(layout.view(rows, p))
+            grads.flat_params = flat
+        if "lr" in self.wrt:
+            grads.lr = {name: self._rate_gradient(name, rate) for name, rate in problem.rates.items()}
+        for batch in (step.support, step.query):
+            if batch is not None:
+                batch.deliver(grads)
+        if step.support is None and problem.support is not None:  # no inner step: nothing depends on it
+            for part in ("x", "y", "weights"):
+                tensor = getattr(problem.support, part)
+                if f"support_{part}" in self.wrt and tensor is not None and tensor.is_floating_point():
+                    setattr(grads, f"support_{part}", torch.zeros_like(tensor))
+        return grads
+
+    def _rate_gradient(self, name: str, rate: Tensor) -> Tensor:
+        step, layout = self.step, self.step.layout
+        if not step.wants_rates or step.rate_sums is None or step.rate_total is None:
+            return torch.zeros_like(rate)
+        p = layout.names.index(name)
+        if rate.shape[1] > 1:
+            found = layout.rate_view(step.rate_sums, p)  # [K or 1, T, *]
+        else:
+            found = layout.rate_view(step.rate_total, p).unsqueeze(1)
+        if rate.shape[0] == 1 and found.shape[0] > 1:  # others have one a step
+            found = found.sum(0, keepdim=True)
+        return found.clone(memory_format=torch.contiguous_format)
+
+    def fits(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> bool:
+        """Whether nothing that is fixed has changed for a problem of the same shapes and options."""
+        first = next(iter(problem.params.values()))
+        same = self.wrt == wrt and self.adapted == adapted and self.device == first.device
+        return same and self.precision == precision(first.dtype)
+
+
+_SAID = {
+    "ieee": "float32 products are exact to float32 (IEEE multiply-adds)",
+    "tf32": "float32 products are rounded to TF32 (ten bits), as torch.set_float32_matmul_precision('high') allows",
+    "bf16": "float32 products are rounded to bfloat16, as torch.set_float32_matmul_precision('medium') allows",
+}
+_SAID["bf16_rounded"] = _SAID["bf16"]
+
+
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """What runs, known without running or allocating anything."""
+    first = next(iter(problem.params.values()))
+    used = precision(first.dtype)
+    mode = memory_mode(problem, wrt, memory_limit(first.device))
+    step = MetaStep(problem, network(problem), wrt, mode, used, torch.device("meta"))
+    names = [node.function or node.kind for node in step.net.nodes]
+    said = _SAID[used] if first.dtype == torch.float32 else "float64"
+    where = "one CUDA graph from the second call on" if first.device.type == "cuda" else "Triton's interpreter"
+    return [
+        f"kernels: {' '.join(names)} ({len(step.emit.launches)} launches, {where})",
+        f"precision: {said}",
+        f"memory: {mode}, {step.memory.bytes / 2**20:.1f} MiB for all tasks",
+    ]

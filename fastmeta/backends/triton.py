@@ -1,0 +1,125 @@
+"""Triton kernels over all tasks, layer by layer, in one CUDA graph: for networks of any size on the GPU."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fastmeta.backends._inputs import check_class_indices
+from fastmeta.backends._precision import exact as exact
+from fastmeta.losses import Loss
+from fastmeta.problem import Problem, Result
+
+try:
+    import triton
+
+    from fastmeta.backends import _triton_run as runs
+    from fastmeta.kernels.cross_entropy import MOST_CLASSES
+
+    _IMPORT_ERROR = ""
+except ImportError as error:  # said by missing()
+    _IMPORT_ERROR = str(error)
+
+_DTYPES = (torch.float32, torch.float64)
+#: Offsets within a task are 32 bits wide.
+_MOST = 2**31
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: tests set TRITON_INTERPRET=1."""
+    return not _IMPORT_ERROR and bool(triton.knobs.runtime.interpret)
+
+
+def device() -> str:
+    """Where tensors must be."""
+    return "cpu" if interpreting() else "cuda"
+
+
+def missing() -> str:
+    """Why this backend cannot run anything here, "" if it can."""
+    if _IMPORT_ERROR:
+        return f"Triton cannot be imported ({_IMPORT_ERROR})"
+    if not torch.cuda.is_available() and not interpreting():
+        return "there is no CUDA device"
+    return ""
+
+
+def refuses(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    program = problem.program
+    if program is None:
+        return f"the network was not captured: {problem.refused}"
+    first = next(iter(problem.params.values()))
+    if first.device.type != device():
+        return f"tensors are on {first.device}" + (", and Triton's interpreter runs" if interpreting() else "")
+    if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
+        return f"parameters must all be float32 or all float64, got {first.dtype} first"
+    for layer in program.layers:
+        if layer.kind not in runs.KINDS:
+            return f"{layer.kind} has no kernels"
+        if layer.function in ("leaky_relu", "elu") and not layer.constants[0] > 0:
+            return f"{layer.function} with a factor of {layer.constants[0]:g}, which is not positive"
+    if problem.batch_stats == "task" and (reason := _refuses_batch(problem)):
+        return reason
+    if not any(name for layer in program.layers for name in layer.params):
+        return "the output depends on no parameter"
+    for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
+        if batch is None:
+            continue
+        if batch.x.dtype != first.dtype:
+            return f"the network's input is {batch.x.dtype}"
+        examples = batch.x.shape[2 if batch.per_step else 1]
+        if examples * max(prod(program.value_shape(i)) for i in range(len(program.layers) + 1)) >= _MOST:
+            return "a value of one task has 2^31 elements or more"
+        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+            return reason
+    return ""
+
+
+def _refuses_batch(problem: Problem) -> str:
+    """A batch norm over the task's own batch needs more than one value per channel."""
+    layers = () if problem.program is None else problem.program.layers
+    pixels = [prod(layer.shape[1:]) for layer in layers if layer.kind == "batch_norm"]
+    for batch in (problem.support, problem.query):
+        if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
+            return "batch norm over one value per channel"
+    return ""
+
+
+def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
+    if loss.kind == "custom":
+        return f"the loss {loss.function!r} is a function of its own"
+    if loss.kind == "cross_entropy" and len(out) != 1:
+        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
+    if loss.kind == "cross_entropy" and out[0] > MOST_CLASSES:
+        return f"cross_entropy of more than {MOST_CLASSES} classes"
+    if loss.kind == "bce_with_logits" and loss.weight is not None:
+        return "bce_with_logits with `weight`"
+    return ""
+
+
+def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem`.
+
+    Raises:
+        ValueError: a class index is out of range.
+    """
+    # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
+        scratch = problem.scratch
+        job = scratch.get("triton")
+        if job is None or not job.fits(problem, wrt, adapted):
+            job = scratch["triton"] = runs.Job(problem, wrt, adapted)
+        return job.run(problem)
+
+
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """What runs, in a few lines for `explain()`."""
+    return runs.describe(problem, wrt)
+
+
+def poison(on: bool) -> None:
+    """Fill scratch memory with NaN before every call, for tests."""
+    runs.POISON = on

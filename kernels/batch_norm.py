@@ -1,0 +1,31 @@
+"""batch_norm: every channel normalised over the task's own batch, or by running statistics."""
+
+from __future__ import annotations
+
+from fastmeta.kernels.channel_norm import ChannelNorm
+from fastmeta.kernels.passes import Node, Pass, Sinks
+
+
+def _norm(run: Pass, node: Node) -> ChannelNorm:
+    value = run.values[node.inputs[0]]
+    return ChannelNorm(run, node, 1, run.rows(node.inputs[0]), value.cols, node.constants[0])
+
+
+def forward(run: Pass, node: Node) -> None:
+    """y = w x^ + b."""
+    _norm(run, node).forward()
+
+
+def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
+    """dx, dw, db."""
+    _norm(run, node).backward(sinks)
+
+
+def tangent(run: Pass, node: Node) -> None:
+    """ry."""
+    _norm(run, node).tangent()
+
+
+def tangent_backward(run: Pass, node: Node, sinks: Sinks) -> None:
+    """The tangents of dx, dw and db."""
+    _norm(run, node).tangent_backward(sinks)

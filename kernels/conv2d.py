@@ -1,0 +1,404 @@
+"""conv2d: an implicit matrix product for each task on channels-last images; no im2col buffer.
+
+The weight of a task is [O, kh, kw, C]. The sums run over (tap, channel); where the channels fill whole steps, a step
+lies within one tap. The weight's gradient is summed over chunks of rows that the shapes alone fix, then over chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastmeta.kernels.elementwise import (
+    backward_end,
+    finish,
+    forward_end,
+    tangent_backward_end,
+    tangent_end,
+)
+from fastmeta.kernels.launch import FLAT, blocks, power
+from fastmeta.kernels.linear import BK, FULL, gradient_warps, product_warps, tile_shape
+from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
+from fastmeta.kernels.tile import deliver, dot
+
+
+@triton.jit(do_not_specialize=["M"])
+def product(
+    x0,  # [T, M pixels of H x W, C]
+    w0,
+    w0_task,
+    x1,
+    w1,
+    w1_task,
+    bias,
+    bias_task,
+    out,  # [T, M' pixels of OH x OW, N], as everything that `finish` takes
+    pre,
+    saved,
+    curve,
+    moved,
+    M,  # rows of the output
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    W_TAP,  # of the weight: element (tap, c, n) at tap * W_TAP + c * W_C + n * W_N
+    W_C,
+    W_N,
+    C: tl.constexpr,  # channels that are summed over
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BACKWARD: tl.constexpr,  # x is the output's gradient, out the input's
+    PRECISION: tl.constexpr,
+    MODE: tl.constexpr,
+    ADD: tl.constexpr,
+    F: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out = finish(x0 * w0 [+ x1 * w1] [+ bias]): the convolution, or its transpose."""
+    tiles_n = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * tiles_n
+    task = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    m = tile // tiles_n * BM + tl.arange(0, BM)
+    n = tile % tiles_n * BN + tl.arange(0, BN)
+    in_m = m < M
+    in_n = (n < N)[None, :]
+    image = m // (OH * OW)
+    oh = m // OW % OH
+    ow = m % OW
+    if BACKWARD:
+        oh = oh + PH
+        ow = ow + PW
+    else:
+        oh = oh * SH - PH
+        ow = ow * SW - PW
+    images = task * (M // (OH * OW)) * (H * W * C)
+    acc = tl.zeros([BM, BN], dtype=x0.dtype.element_ty)
+    for k0 in range(0, KH * KW * C, BK):
+        k = k0 + tl.arange(0, BK)
+        if C % BK == 0:
+            tap = k0 // C
+            c = k0 % C + tl.arange(0, BK)
+            dh = tap // KW
+            dw = tap % KW
+            in_k = k >= 0
+        else:
+            tap = k // C
+            c = k % C
+            dh = (tap // KW)[None, :]
+            dw = (tap % KW)[None, :]
+            in_k = k < KH * KW * C
+        if BACKWARD:
+            h = oh[:, None] - dh
+            w = ow[:, None] - dw
+            here = in_m[:, None] & (h >= 0) & (w >= 0)
+            if SH > 1:
+                here = here & (h % SH == 0)
+                h = h // SH
+            if SW > 1:
+                here = here & (w % SW == 0)
+                w = w // SW
+            here = here & (h < H) & (w < W)
+        else:
+            h = oh[:, None] + dh
+            w = ow[:, None] + dw
+            here = in_m[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        here = here & in_k[None, :]
+        at_x = images + (((image[:, None] * H + h) * W + w) * C + c[None, :])
+        at_w = (tap * W_TAP + c * W_C)[:, None] + n[None, :] * W_N
+        here_w = in_k[:, None] & in_n
+        a = tl.load(x0 + at_x, mask=here, other=0.0)
+        b = tl.load(w0 + task * w0_task + at_w, mask=here_w, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        if x1 is not None:
+            a = tl.load(x1 + at_x, mask=here, other=0.0)
+            b = tl.load(w1 + task * w1_task + at_w, mask=here_w, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + task * bias_task + n, mask=n < N, other=0.0)[None, :]
+    at = task * M * N + m[:, None] * N + n[None, :]
+    finish(acc, at, in_m[:, None] & in_n, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
+
+
+@triton.jit(do_not_specialize=["M", "CHUNK", "chunks"])
+def weight_gradient(
+    dy0,  # [T, M, O]
+    x0,  # [T, images of H x W, C]
+    dy1,
+    x1,
+    M,
+    O,
+    H,
+    W,
+    OH,
+    OW,
+    CHUNK,
+    chunks,
+    parts,  # [T, chunks, O * taps * C + O], or None: there is one chunk
+    to,
+    to_task,
+    base,
+    base_task,
+    rate,
+    rate_task,
+    bias_to,
+    bias_to_task,
+    bias_base,
+    bias_base_task,
+    bias_rate,
+    bias_rate_task,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The gradients of a task's weight [O, taps * C] and bias, of one chunk of rows."""
+    I: tl.constexpr = KH * KW * C
+    tiles_i = tl.cdiv(I, BI)
+    tiles = tl.cdiv(O, BO) * tiles_i
+    chunk = tl.program_id(0) // tiles % chunks
+    task = (tl.program_id(0) // (tiles * chunks)).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    o = tile // tiles_i * BO + tl.arange(0, BO)
+    i = tile % tiles_i * BI + tl.arange(0, BI)
+    c = i % C
+    dh = i // C // KW - PH
+    dw = i // C % KW - PW
+    images = task * (M // (OH * OW)) * (H * W * C)
+    acc = tl.zeros([BO, BI], dtype=dy0.dtype.element_ty)
+    sums = tl.zeros([BO], dtype=dy0.dtype.element_ty)
+    for m0 in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, M), BM):
+        m = m0 + tl.arange(0, BM)
+        h = (m // OW % OH * SH)[:, None] + dh[None, :]
+        w = (m % OW * SW)[:, None] + dw[None, :]
+        here_x = (m < M)[:, None] & (i < I)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        at_x = images + ((((m // (OH * OW))[:, None] * H + h) * W + w) * C + c[None, :])
+        at_y = task * M * O + m[None, :] * O + o[:, None]
+        here_y = (m < M)[None, :] & (o < O)[:, None]
+        a = tl.load(dy0 + at_y, mask=here_y, other=0.0)
+        b = tl.load(x0 + at_x, mask=here_x, other=0.0)
+        if BIAS:
+            sums += tl.sum(a, axis=1)
+        acc = dot(a, b, acc, PRECISION)
+        if dy1 is not None:
+            a = tl.load(dy1 + at_y, mask=here_y, other=0.0)
+            b = tl.load(x1 + at_x, mask=here_x, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    at = o[:, None] * I + i[None, :]
+    first = o < tl.where(tile % tiles_i == 0, O, 0)
+    if parts is not None:
+        part = parts + (task * chunks + chunk) * (O * I + O)
+        tl.store(part + at, acc, mask=inside)
+        if BIAS:
+            tl.store(part + O * I + o, sums, mask=first)
+    else:
+        if to is not None:
+            deliver(acc, at, inside, task, to, to_task, base, base_task, rate, rate_task)
+        if bias_to is not None:
+            deliver(sums, o, first, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+
+
+@triton.jit(do_not_specialize=["begin", "size", "chunks"])
+def sum_chunks(
+    parts,  # [T, chunks, stride]
+    stride,
+    begin,
+    size,
+    chunks,
+    to,
+    to_task,
+    base,
+    base_task,
+    rate,
+    rate_task,
+    BLOCK: tl.constexpr,
+):
+    """One part of the chunks' results, summed in their order, to its sink."""
+    tiles = tl.cdiv(size, BLOCK)
+    task = (tl.program_id(0) // tiles).to(tl.int64)
+    e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
+    for chunk in range(chunks):
+        total += tl.load(parts + (task * chunks + chunk) * stride + begin + e, mask=e < size, other=0.0)
+    deliver(total, e, e < size, task, to, to_task, base, base_task, rate, rate_task)
+
+
+#: Rows of a chunk of the weight's gradient, at least.
+CHUNK = 512
+
+
+def _sizes(node: Node) -> dict[str, int]:
+    kh, kw, sh, sw, ph, pw = map(int, node.constants[:6])
+    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
+
+
+def _product(
+    run: Pass,
+    node: Node,
+    pairs: list[tuple[Any, Operand]],
+    bias: Operand | None,
+    end: dict[str, Any],
+    backward: bool,
+) -> None:
+    x, y = run.values[node.inputs[0]], run.values[node.output]
+    sizes = _sizes(node)
+    taps = sizes["KH"] * sizes["KW"]
+    source, target = (y, x) if backward else (x, y)
+    rows, tasks = run.examples * target.rows, run.tasks
+    if len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0):
+        tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
+    bm, bn = tile_shape(rows, target.cols, tasks, pairs[0][0].element_size() == 8)
+    second = pairs[1] if len(pairs) > 1 else (None, None)
+    strides = (x.cols, taps * x.cols, 1) if backward else (x.cols, 1, taps * x.cols)
+    run.emit(
+        product,
+        tasks * blocks(rows, bm) * blocks(target.cols, bn),
+        warps=product_warps((bm, bn), len(pairs), end["F"]),
+        stages=3,
+        x0=pairs[0][0],
+        w0=pairs[0][1].at,
+        w0_task=pairs[0][1].stride,
+        x1=second[0],
+        w1=None if second[1] is None else second[1].at,
+        w1_task=0 if second[1] is None else second[1].stride,
+        bias=None if bias is None else bias.at,
+        bias_task=0 if bias is None else bias.stride,
+        M=rows,
+        N=target.cols,
+        H=source.height,
+        W=source.width,
+        OH=target.height,
+        OW=target.width,
+        W_TAP=strides[0],
+        W_C=strides[1],
+        W_N=strides[2],
+        C=source.cols,
+        BACKWARD=backward,
+        PRECISION=run.precision,
+        BM=bm,
+        BN=bn,
+        BK=BK,
+        **sizes,
+        **end,
+    )
+
+
+def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks) -> None:
+    weight, bias = (None if p is None else sinks[p] for p in node.params)
+    if weight is None and bias is None:
+        return
+    x, y = run.values[node.inputs[0]], run.values[node.output]
+    sizes = _sizes(node)
+    rows, o, i = run.rows(node.output), y.cols, sizes["KH"] * sizes["KW"] * x.cols
+    bo, bi = power(o, 16, 64), power(i, 16, 64)
+    if pairs[0][0].element_size() == 8:
+        bo, bi = min(bo, 32), min(bi, 32)
+    tiles = blocks(o, bo) * blocks(i, bi)
+    wanted = max(1, min(blocks(2 * FULL, run.tasks * tiles), rows // CHUNK))
+    chunk = blocks(blocks(rows, wanted), BK) * BK
+    chunks = blocks(rows, chunk)
+    parts = None
+    if chunks > 1:
+        parts = run.scratch("parts", run.tasks * chunks * (o * i + o))
+    second = pairs[1] if len(pairs) > 1 else (None, None)
+    direct = chunks == 1
+    run.emit(
+        weight_gradient,
+        run.tasks * chunks * tiles,
+        warps=gradient_warps((bo, bi), run.precision),
+        stages=2,
+        dy0=pairs[0][0],
+        x0=pairs[0][1],
+        dy1=second[0],
+        x1=second[1],
+        M=rows,
+        O=o,
+        H=x.height,
+        W=x.width,
+        OH=y.height,
+        OW=y.width,
+        CHUNK=chunk,
+        chunks=chunks,
+        parts=parts,
+        C=x.cols,
+        BIAS=bias is not None,
+        PRECISION=run.precision,
+        BO=bo,
+        BI=bi,
+        BM=BK,
+        **sizes,
+        **(weight.arguments() if weight is not None and direct else no_sink()),
+        **(bias.arguments("bias_") if bias is not None and direct else no_sink("bias_")),
+    )
+    for sink, begin, size in ((weight, 0, o * i), (bias, o * i, o)):
+        if sink is not None and not direct:
+            run.emit(
+                sum_chunks,
+                run.tasks * blocks(size, FLAT),
+                parts=parts,
+                stride=o * i + o,
+                begin=begin,
+                size=size,
+                chunks=chunks,
+                BLOCK=FLAT,
+                **sink.arguments(),
+            )
+
+
+def forward(run: Pass, node: Node) -> None:
+    """y = x * W + b."""
+    weight, bias = node.params
+    pairs = [(run.x[node.inputs[0]], run.theta[weight])]  # type: ignore[index]
+    _product(run, node, pairs, None if bias is None else run.theta[bias], forward_end(run, node), False)
+
+
+def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
+    """dx, the transposed convolution of dy; dW and db."""
+    dy = run.d[node.output]
+    if sinks is not None:
+        _gradients(run, node, [(dy, run.x[node.inputs[0]])], sinks)
+    if run.wants_delta(node.inputs[0]):
+        _product(run, node, [(dy, run.theta[node.params[0]])], None, backward_end(run, node), True)  # type: ignore[index]
+
+
+def tangent(run: Pass, node: Node) -> None:
+    """ry = x * V + vb [+ rx * W]."""
+    weight, bias = node.params
+    pairs = [(run.x[node.inputs[0]], run.v[weight])]  # type: ignore[index]
+    if run.has_tangent(node.inputs[0]):
+        pairs.append((run.rx[node.inputs[0]], run.theta[weight]))  # type: ignore[index]
+    _product(run, node, pairs, None if bias is None else run.v[bias], tangent_end(run, node), False)
+
+
+def tangent_backward(run: Pass, node: Node, sinks: Sinks) -> None:
+    """rdx = the transposed convolutions of rdy with W and of dy with V; R(dW), R(db)."""
+    in_, out, weight = node.inputs[0], node.output, node.params[0]
+    if run.wants_delta(in_):
+        pairs = [(run.rd[out], run.theta[weight]), (run.d[out], run.v[weight])]  # type: ignore[index]
+        _product(run, node, pairs, None, tangent_backward_end(run, node), True)
+    factors = [(run.rd[out], run.x[in_])]
+    if run.has_tangent(in_):
+        factors.append((run.d[out], run.rx[in_]))
+    _gradients(run, node, factors, sinks)

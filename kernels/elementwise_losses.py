@@ -1,0 +1,173 @@
+"""Losses that compare output and target element by element: value, gradients and their tangents, one program a task.
+
+Formulas and denominators: docs/losses.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastmeta.kernels.elementwise import sigmoid, softplus
+from fastmeta.kernels.launch import Recorder, power
+
+
+@triton.jit
+def _terms(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
+    """(l, dl/dz, dl/dy) of one element; q is pos_weight."""
+    d = z - y
+    if KIND == "mse":
+        return d * d, 2.0 * d, -2.0 * d
+    elif KIND == "l1":
+        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
+        return tl.abs(d), sign, -sign
+    elif KIND == "bce_with_logits":
+        s = softplus(-z)
+        a = 1.0 + (q - 1.0) * y
+        return (1.0 - y) * z + a * s, 1.0 - y - a * sigmoid(-z), -z + (q - 1.0) * s
+    else:
+        clipped = tl.minimum(tl.maximum(d, -BETA), BETA)
+        l = clipped * (d - 0.5 * clipped)
+        if KIND == "smooth_l1":
+            return l / BETA, clipped / BETA, -clipped / BETA
+        else:
+            tl.static_assert(KIND == "huber")
+            return l, clipped, -clipped
+
+
+@triton.jit
+def _second(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
+    """(d2l/dz2, d2l/dzdy) of one element."""
+    d = z - y
+    if KIND == "mse":
+        return tl.zeros_like(d) + 2.0, tl.zeros_like(d) - 2.0
+    elif KIND == "l1":
+        return tl.zeros_like(d), tl.zeros_like(d)
+    elif KIND == "bce_with_logits":
+        r = sigmoid(-z)
+        return (1.0 + (q - 1.0) * y) * r * (1.0 - r), -1.0 - (q - 1.0) * r
+    else:
+        inside = tl.where(tl.abs(d) < BETA, 1.0, 0.0).to(d.dtype)
+        if KIND == "smooth_l1":
+            return inside / BETA, -inside / BETA
+        else:
+            return inside, -inside
+
+
+@triton.jit
+def _tile(z, y, rz, pos_weight, task, n, e, N, E):
+    """(z, y, rz or z, pos_weight) of a tile, and where it is."""
+    mask = (n < N)[:, None] & (e < E)[None, :]
+    at = task * N * E + n[:, None] * E + e[None, :]
+    zs = tl.load(z + at, mask=mask, other=0.0)
+    ys = tl.load(y + at, mask=mask, other=0.0)
+    q = tl.zeros_like(zs) + 1.0
+    if pos_weight is not None:
+        q = q * tl.load(pos_weight + e, mask=e < E, other=1.0)[None, :]
+    moved = zs
+    if rz is not None:
+        moved = tl.load(rz + at, mask=mask, other=0.0)
+    return zs, ys, moved, q, at, mask
+
+
+@triton.jit
+def _sums(z, y, rz, pos_weight, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr):
+    """Of each example, the sum of its losses, or of their tangents along rz."""
+    sums = tl.zeros_like(n).to(z.dtype.element_ty)
+    for e0 in range(0, E, BE):
+        zs, ys, moved, q, _, mask = _tile(z, y, rz, pos_weight, task, n, e0 + tl.arange(0, BE), N, E)
+        l, lz, _ = _terms(zs, ys, q, KIND, BETA)
+        if rz is not None:
+            l = lz * moved
+        sums += tl.sum(tl.where(mask, l, 0.0), axis=1)
+    return sums
+
+
+@triton.jit(do_not_specialize=["N"])
+def loss(
+    z,  # [T, N, E]
+    y,
+    rz,  # None: values and gradients; else the gradients' tangents along it
+    weights,  # [T, N]
+    pos_weight,  # [E]
+    task_weights,  # [T]
+    value,  # [T]
+    dz,
+    dy,
+    dweights,
+    N,
+    E,
+    KIND: tl.constexpr,
+    BETA: tl.constexpr,
+    SUM: tl.constexpr,
+    BY_WEIGHTS: tl.constexpr,
+    STEP: tl.constexpr,  # what the value counts for
+    SCALE: tl.constexpr,  # what the gradients count for, beside the task's weight
+    ADD_VALUE: tl.constexpr,
+    ADD: tl.constexpr,  # dy and dweights are added to
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """Everything of one task."""
+    task = tl.program_id(0).to(tl.int64)
+    dtype = z.dtype.element_ty
+    D = tl.cast(N * E, dtype)
+    if SUM:
+        D = tl.cast(1, dtype)
+    elif BY_WEIGHTS and weights is not None:
+        count = tl.zeros([BN], dtype=dtype)
+        for n0 in range(0, N, BN):
+            n = n0 + tl.arange(0, BN)
+            count += tl.load(weights + task * N + n, mask=n < N, other=0.0)
+        D = tl.sum(count, axis=0) * E
+    sums = tl.zeros([BN], dtype=dtype)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        each = _sums(z, y, rz, pos_weight, task, n, N, E, KIND, BETA, BE)
+        if weights is not None:
+            each *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
+        sums += each
+    total = tl.sum(sums, axis=0) / D
+    if value is not None:
+        part = STEP * total
+        if ADD_VALUE:
+            part += tl.load(value + task)
+        tl.store(value + task, part)
+    scale = SCALE / D
+    if task_weights is not None:
+        scale *= tl.load(task_weights + task)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        w = tl.zeros([BN], dtype=dtype) + scale
+        if weights is not None:
+            w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
+        if dz is not None:
+            for e0 in range(0, E, BE):
+                zs, ys, moved, q, at, mask = _tile(z, y, rz, pos_weight, task, n, e0 + tl.arange(0, BE), N, E)
+                _, gz, gy = _terms(zs, ys, q, KIND, BETA)
+                if rz is not None:
+                    lzz, lzy = _second(zs, ys, q, KIND, BETA)
+                    gz = lzz * moved
+                    gy = lzy * moved
+                tl.store(dz + at, gz * w[:, None], mask=mask)
+                if dy is not None:
+                    gy *= w[:, None]
+                    if ADD:
+                        gy += tl.load(dy + at, mask=mask, other=0.0)
+                    tl.store(dy + at, gy, mask=mask)
+        if dweights is not None:
+            each = _sums(z, y, rz, pos_weight, task, n, N, E, KIND, BETA, BE)
+            if BY_WEIGHTS and not SUM:
+                each -= E * total
+            each *= scale
+            if ADD:
+                each += tl.load(dweights + task * N + n, mask=n < N, other=0.0)
+            tl.store(dweights + task * N + n, each, mask=n < N)
+
+
+def emit(record: Recorder, tasks: int, examples: int, elements: int, **arguments: Any) -> None:
+    """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
+    be = power(elements, 1, 256)
+    bn = power(examples, 1, 2048 // be)
+    record(loss, tasks, N=examples, E=elements, BN=bn, BE=be, **arguments)

@@ -1,0 +1,63 @@
+"""Launches, written down once and run any number of times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with its arguments. A tensor that is absent is None, which a kernel knows when it is compiled."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Launch it on the current stream."""
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told; multiply-adds are fused by name, since Triton's default is about to change."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+@dataclass(slots=True)
+class Recorder:
+    """A list of launches under construction."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    def __call__(self, kernel: Any, programs: int, *, warps: int = 4, stages: int = 1, **arguments: Any) -> None:
+        """Write down a launch of `programs` programs, none at all if that is zero."""
+        if programs:
+            self.launches.append(Launch(kernel, programs, arguments, warps, stages))
+
+    def zero(self, tensor: torch.Tensor) -> None:
+        """Write down that a tensor is filled with zeros."""
+        from fastmeta.kernels.elementwise import fill
+
+        self(fill, blocks(tensor.numel(), FLAT), out=tensor, size=tensor.numel(), BLOCK=FLAT)
+
+
+#: Elements that a program of a flat kernel handles.
+FLAT = 1024
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def power(size: int, least: int, most: int) -> int:
+    """The smallest power of two from `least` to `most` that is at least `size`, or `most`."""
+    found = least
+    while found < size and found < most:
+        found *= 2
+    return found

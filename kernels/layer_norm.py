@@ -1,0 +1,360 @@
+"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastmeta.kernels.elementwise import finish, forward_end, tangent_end
+from fastmeta.kernels.launch import blocks, power
+from fastmeta.kernels.passes import Node, Pass, Sinks, no_sink
+from fastmeta.kernels.tile import deliver
+
+
+@triton.jit
+def _load(at, e, S, missing: tl.constexpr):
+    return tl.load(at + e, mask=e < S, other=missing)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _forward(
+    x,  # [T, groups, S]
+    w,
+    w_task,
+    b,
+    b_task,
+    mean,  # [T, groups]
+    rstd,
+    out,
+    pre,
+    saved,
+    curve,
+    moved,
+    groups,
+    S,
+    EPS: tl.constexpr,
+    MODE: tl.constexpr,
+    ADD: tl.constexpr,
+    F: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    task = g // groups
+    total = tl.zeros([BLOCK], x.dtype.element_ty)
+    for s in range(0, S, BLOCK):
+        total += _load(x + g * S, s + tl.arange(0, BLOCK), S, 0.0)
+    mu = tl.sum(total, axis=0) / S
+    total = tl.zeros([BLOCK], x.dtype.element_ty)
+    for s in range(0, S, BLOCK):
+        e = s + tl.arange(0, BLOCK)
+        d = tl.where(e < S, _load(x + g * S, e, S, 0.0) - mu, 0.0)
+        total += d * d
+    r = 1.0 / tl.sqrt(tl.sum(total, axis=0) / S + EPS)
+    tl.store(mean + g, mu)
+    tl.store(rstd + g, r)
+    for s in range(0, S, BLOCK):
+        e = s + tl.arange(0, BLOCK)
+        y = (_load(x + g * S, e, S, 0.0) - mu) * r
+        if w is not None:
+            y *= _load(w + task * w_task, e, S, 0.0)
+        if b is not None:
+            y += _load(b + task * b_task, e, S, 0.0)
+        finish(y, g * S + e, e < S, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _tangent(
+    x,
+    rx,
+    w,
+    w_task,
+    vw,
+    vw_task,
+    vb,
+    vb_task,
+    mean,
+    rstd,
+    mean_rx,
+    mean_rx_x,
+    out,
+    pre,
+    saved,
+    curve,
+    moved,
+    groups,
+    S,
+    MODE: tl.constexpr,
+    ADD: tl.constexpr,
+    F: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    task = g // groups
+    mu = tl.load(mean + g)
+    r = tl.load(rstd + g)
+    t = mu * 0.0
+    t_x = mu * 0.0
+    if rx is not None:
+        total = tl.zeros([BLOCK], x.dtype.element_ty)
+        total_x = tl.zeros([BLOCK], x.dtype.element_ty)
+        for s in range(0, S, BLOCK):
+            e = s + tl.arange(0, BLOCK)
+            d = _load(rx + g * S, e, S, 0.0)
+            total += d
+            total_x += d * (_load(x + g * S, e, S, 0.0) - mu) * r
+        t = tl.sum(total, axis=0) / S
+        t_x = tl.sum(total_x, axis=0) / S
+        tl.store(mean_rx + g, t)
+        tl.store(mean_rx_x + g, t_x)
+    for s in range(0, S, BLOCK):
+        e = s + tl.arange(0, BLOCK)
+        hat = (_load(x + g * S, e, S, 0.0) - mu) * r
+        y = tl.zeros([BLOCK], x.dtype.element_ty)
+        if rx is not None:
+            y = r * (_load(rx + g * S, e, S, 0.0) - t - hat * t_x)
+            if w is not None:
+                y *= _load(w + task * w_task, e, S, 0.0)
+        if vw is not None:
+            y += hat * _load(vw + task * vw_task, e, S, 0.0)
+        if vb is not None:
+            y += _load(vb + task * vb_task, e, S, 0.0)
+        finish(y, g * S + e, e < S, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
+
+
+@triton.jit
+def _gradient(x, dy, w, w_task, g, task, e, S, mu, r):
+    """(x^, w dy) of a block."""
+    hat = (_load(x + g * S, e, S, 0.0) - mu) * r
+    d = _load(dy + g * S, e, S, 0.0)
+    if w is not None:
+        d *= _load(w + task * w_task, e, S, 0.0)
+    return hat, d
+
+
+@triton.jit
+def _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x):
+    """(rx^, w rdy + rw dy) of a block."""
+    rhat = hat * 0.0
+    if rx is not None:
+        rhat = r * (_load(rx + g * S, e, S, 0.0) - t - hat * t_x)
+    rg = _load(rdy + g * S, e, S, 0.0)
+    if w is not None:
+        rg *= _load(w + task * w_task, e, S, 0.0)
+    if vw is not None:
+        rg += _load(vw + task * vw_task, e, S, 0.0) * _load(dy + g * S, e, S, 0.0)
+    return rhat, rg
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _input_gradient(
+    x,
+    dy,
+    rx,
+    rdy,  # None: the gradient itself; else its tangent
+    w,
+    w_task,
+    vw,
+    vw_task,
+    mean,
+    rstd,
+    mean_rx,
+    mean_rx_x,
+    out,
+    groups,
+    S,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    task = g // groups
+    mu = tl.load(mean + g)
+    r = tl.load(rstd + g)
+    t = mu * 0.0
+    t_x = mu * 0.0
+    if rx is not None:
+        t = tl.load(mean_rx + g)
+        t_x = tl.load(mean_rx_x + g)
+    sum_g = tl.zeros([BLOCK], x.dtype.element_ty)
+    sum_gx = tl.zeros([BLOCK], x.dtype.element_ty)
+    sum_u = tl.zeros([BLOCK], x.dtype.element_ty)
+    sum_ux = tl.zeros([BLOCK], x.dtype.element_ty)
+    for s in range(0, S, BLOCK):
+        e = s + tl.arange(0, BLOCK)
+        hat, d = _gradient(x, dy, w, w_task, g, task, e, S, mu, r)
+        sum_g += d
+        sum_gx += d * hat
+        if rdy is not None:
+            rhat, rg = _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x)
+            sum_u += rg
+            sum_ux += rg * hat + d * rhat
+    m_g = tl.sum(sum_g, axis=0) / S
+    m_gx = tl.sum(sum_gx, axis=0) / S
+    m_u = tl.sum(sum_u, axis=0) / S
+    m_ux = tl.sum(sum_ux, axis=0) / S
+    for s in range(0, S, BLOCK):
+        e = s + tl.arange(0, BLOCK)
+        hat, d = _gradient(x, dy, w, w_task, g, task, e, S, mu, r)
+        dx = r * (d - m_g - hat * m_gx)
+        if rdy is not None:
+            rhat, rg = _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x)
+            dx = -r * t_x * dx + r * (rg - m_u - rhat * m_gx - hat * m_ux)
+        if ADD:
+            dx += _load(out + g * S, e, S, 0.0)
+        tl.store(out + g * S + e, dx, mask=e < S)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _parameter_gradient(
+    x,
+    dy,
+    rx,
+    rdy,
+    mean,
+    rstd,
+    mean_rx,
+    mean_rx_x,
+    groups,
+    S,
+    to,
+    to_task,
+    base,
+    base_task,
+    rate,
+    rate_task,
+    bias_to,
+    bias_to_task,
+    bias_base,
+    bias_base_task,
+    bias_rate,
+    bias_rate_task,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(S, BLOCK)
+    task = (tl.program_id(0) // tiles).to(tl.int64)
+    e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros([BLOCK], x.dtype.element_ty)
+    db = tl.zeros([BLOCK], x.dtype.element_ty)
+    for i in range(groups):
+        g = task * groups + i
+        r = tl.load(rstd + g)
+        hat = (_load(x + g * S, e, S, 0.0) - tl.load(mean + g)) * r
+        d = _load(dy + g * S, e, S, 0.0)
+        if rdy is None:
+            dw += d * hat
+            db += d
+        else:
+            rd = _load(rdy + g * S, e, S, 0.0)
+            dw += rd * hat
+            db += rd
+            if rx is not None:
+                moved = _load(rx + g * S, e, S, 0.0)
+                dw += d * r * (moved - tl.load(mean_rx + g) - hat * tl.load(mean_rx_x + g))
+    if to is not None:
+        deliver(dw, e, e < S, task, to, to_task, base, base_task, rate, rate_task)
+    if bias_to is not None:
+        deliver(db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+
+
+def _sizes(run: Pass, node: Node) -> dict[str, Any]:
+    size = int(node.constants[0])
+    return {"groups": run.elements(node.output) // size, "S": size, "BLOCK": power(size, 16, 1024)}
+
+
+def _programs(run: Pass, node: Node) -> int:
+    return run.tasks * run.elements(node.output) // int(node.constants[0])
+
+
+def _state(run: Pass, node: Node, *names: str) -> dict[str, Any]:
+    return {name: run.keep(node, name, _programs(run, node)) for name in names}
+
+
+def _operand(which: list[Any], p: int | None, name: str) -> dict[str, Any]:
+    if p is None:
+        return {name: None, f"{name}_task": 0}
+    return {name: which[p].at, f"{name}_task": which[p].stride}
+
+
+def forward(run: Pass, node: Node) -> None:
+    """y = w x^ + b."""
+    weight, bias = node.params
+    run.emit(
+        _forward,
+        _programs(run, node),
+        x=run.x[node.inputs[0]],
+        EPS=node.constants[1],
+        **_operand(run.theta, weight, "w"),
+        **_operand(run.theta, bias, "b"),
+        **_state(run, node, "mean", "rstd"),
+        **forward_end(run, node),
+        **_sizes(run, node),
+    )
+
+
+def tangent(run: Pass, node: Node) -> None:
+    """ry = w rx^ + rw x^ + rb."""
+    weight, bias = node.params
+    in_ = node.inputs[0]
+    run.emit(
+        _tangent,
+        _programs(run, node),
+        x=run.x[in_],
+        rx=run.rx[in_] if run.has_tangent(in_) else None,
+        **_operand(run.theta, weight, "w"),
+        **_operand(run.v, weight, "vw"),
+        **_operand(run.v, bias, "vb"),
+        **_state(run, node, "mean", "rstd", "mean_rx", "mean_rx_x"),
+        **tangent_end(run, node),
+        **_sizes(run, node),
+    )
+
+
+def _gradients(run: Pass, node: Node, sinks: Sinks | None, rx: Any, rdy: Any, out: Any) -> None:
+    weight = node.params[0]
+    common = {
+        "x": run.x[node.inputs[0]],
+        "dy": run.d[node.output],
+        "rx": rx,
+        "rdy": rdy,
+        **_state(run, node, "mean", "rstd", "mean_rx", "mean_rx_x"),
+        **_sizes(run, node),
+    }
+    w_sink, b_sink = (None if p is None or sinks is None else sinks[p] for p in node.params)
+    if w_sink is not None or b_sink is not None:
+        run.emit(
+            _parameter_gradient,
+            run.tasks * blocks(common["S"], common["BLOCK"]),
+            **common,
+            **(no_sink() if w_sink is None else w_sink.arguments()),
+            **(no_sink("bias_") if b_sink is None else b_sink.arguments("bias_")),
+        )
+    if run.wants_delta(node.inputs[0]):
+        run.emit(
+            _input_gradient,
+            _programs(run, node),
+            out=out,
+            ADD=node.adds[0],
+            **_operand(run.theta, weight, "w"),
+            **_operand(run.v if rdy is not None else [], weight if rdy is not None else None, "vw"),
+            **common,
+        )
+
+
+def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
+    """dx = r (g - <g> - x^ <g x^>); dw = sum dy x^, db = sum dy."""
+    _gradients(run, node, sinks, None, None, run.d[node.inputs[0]])
+
+
+def tangent_backward(run: Pass, node: Node, sinks: Sinks) -> None:
+    """The tangents of all three: docs/norms.md."""
+    in_ = node.inputs[0]
+    rx = run.rx[in_] if run.has_tangent(in_) else None
+    _gradients(run, node, sinks, rx, run.rd[node.output], run.rd[in_])

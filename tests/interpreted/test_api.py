@@ -1,0 +1,236 @@
+"""The public API on the Triton backend: plans are used again, results are the caller's own, messages name causes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta import backends
+from fastmeta.cases import VERIFICATION
+from fastmeta.cases.networks import mlp
+from fastmeta.verify.problems import problem_of, wanted
+from fastmeta.verify.quantities import quantities
+
+LR, STEPS = 0.1, 2
+
+
+def _episode(seed: int = 0) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(3, n, width, generator=g).double() for n, width in ((5, 2), (5, 1), (4, 2), (4, 1)))
+
+
+def _net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return mlp((2, 7, 1), "tanh").double()
+
+
+def _maml(net: nn.Module, backend: str, **options: object) -> fm.MAML:
+    return fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS, backend=backend, **options)
+
+
+def _gradient(maml: fm.MAML, episode: tuple[Tensor, ...]) -> list[Tensor]:
+    maml.zero_grad()
+    maml(*episode).loss.backward()
+    return [p.grad.clone() for p in maml.parameters()]
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
+
+
+def test_maml_matches_reference_over_steps_of_an_optimiser():
+    """The parameters change between calls, and the plan stays."""
+    results = []
+    for backend in ("triton", "reference"):
+        maml = _maml(_net(), backend, learn_lr="tensor")
+        optimiser = torch.optim.SGD(maml.parameters(), lr=0.1)
+        losses = []
+        for seed in range(3):
+            optimiser.zero_grad()
+            out = maml(*_episode(seed))
+            out.loss.backward()
+            optimiser.step()
+            losses.append(out.loss.detach())
+        results.append([*losses, *(p.detach() for p in maml.parameters())])
+    assert _close(*results)
+
+
+def test_operators_match_reference():
+    net, (sx, sy, qx, qy) = _net(), _episode()
+    params = dict(net.named_parameters())
+    adapted = [
+        fm.inner_sgd(net, params, sx, sy, loss="mse", lr=LR, steps=STEPS, backend=b) for b in ("triton", "reference")
+    ]
+    assert _close(*[list(a.values()) for a in adapted])
+    outputs = [fm.task_forward(net, params, qx, backend=b) for b in ("triton", "reference")]
+    assert _close(*[[out] for out in outputs])
+    found = [
+        fm.meta_gradient(net, params, (sx, sy), (qx, qy), loss="mse", lr=LR, steps=STEPS, backend=b)
+        for b in ("triton", "reference")
+    ]
+    assert _close(*[[f.task_losses, *f.grads.values()] for f in found])
+
+
+def test_what_is_returned_is_never_overwritten():
+    maml = _maml(_net(), "triton")
+    first = maml(*_episode(0))
+    kept = [value.detach().clone() for value in first]
+    second = maml(*_episode(1))
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert not torch.equal(first.task_losses, second.task_losses)
+    # two forwards, then two backwards: each its own gradient
+    (first.loss + second.loss).backward()
+    both = [p.grad.clone() for p in maml.parameters()]
+    apart = [a + b for a, b in zip(_gradient(maml, _episode(0)), _gradient(maml, _episode(1)), strict=True)]
+    assert _close(both, apart)
+
+
+def test_parameters_that_moved_are_read_where_they_are():
+    episode = _episode()
+    maml = _maml(_net(), "triton")
+    before = _gradient(maml, episode)
+    with torch.no_grad():
+        for parameter in maml.net.parameters():
+            parameter.data = parameter.data.clone() * 2
+    moved = _gradient(maml, episode)
+    fresh = _maml(maml.net, "reference")
+    assert _close(moved, _gradient(fresh, episode))
+    assert not _close(moved, before)
+
+
+def test_learning_rates_are_read_at_every_call():
+    net, episode = _net(), _episode()
+    rates = {name: torch.full((), 0.05, dtype=torch.float64) for name, _ in net.named_parameters()}
+
+    def gradient(backend: str) -> list[Tensor]:
+        found = fm.meta_gradient(
+            net,
+            dict(net.named_parameters()),
+            episode[:2],
+            episode[2:],
+            loss="mse",
+            lr=rates,
+            steps=STEPS,
+            backend=backend,
+        )
+        return list(found.grads.values())
+
+    before = gradient("triton")
+    for rate in rates.values():
+        rate.mul_(3)
+    assert _close(gradient("triton"), gradient("reference"))
+    assert not _close(gradient("triton"), before)
+
+
+@pytest.mark.parametrize(("label", "tasks"), [("bn_relu_pool", 2), ("linear", 18)])
+def test_two_runs_give_the_same_bits(label: str, tasks: int):
+    case = replace(next(c for c in VERIFICATION if c.label == label), tasks=tasks, shots=2, queries=2, steps=1)
+    runs = []
+    for _ in range(2):
+        problem = problem_of(case, torch.float32, 0)
+        runs.append(quantities(backends.get("triton").solve(problem, wanted(case, problem), False)))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_class_weights_are_read_at_every_call():
+    net, (sx, _, qx, _) = mlp((2, 5, 3), "tanh").double(), _episode()
+    support_y, query_y = torch.arange(15).reshape(3, 5) % 3, torch.arange(12).reshape(3, 4) % 3
+    losses = []
+    for weight in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 0.5])):
+        found = [
+            fm.meta_gradient(
+                net,
+                dict(net.named_parameters()),
+                (sx, support_y),
+                (qx, query_y),
+                loss=nn.CrossEntropyLoss(weight=weight.double()),
+                lr=LR,
+                steps=1,
+                backend=backend,
+            ).task_losses
+            for backend in ("triton", "reference")
+        ]
+        assert _close([found[0]], [found[1]])
+        losses.append(found[0])
+    assert not torch.allclose(*losses)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    maml, episode = _maml(_net(), "triton"), _episode()
+    with torch.inference_mode():
+        inside = maml(*episode).task_losses
+    outside = maml(*episode)
+    outside.loss.backward()
+    assert torch.equal(inside, outside.task_losses)
+
+
+def test_inputs_in_any_order_of_memory():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)).double()
+    x = torch.randn(2, 3, 4, 4, 2, dtype=torch.float64).movedim(-1, 2)  # [T, N, C, H, W], channels-last in memory
+    params = dict(net.named_parameters())
+    out = fm.task_forward(net, params, x, backend="triton")
+    assert torch.allclose(out, fm.task_forward(net, params, x.contiguous(), backend="reference"))
+
+
+def test_explain_names_precision_kernels_and_memory():
+    said = str(_maml(_net(), "triton").explain(*_episode()))
+    assert "kernels: linear tanh linear" in said
+    assert "interpreter" in said
+    assert "memory: store" in said
+    single = [t.float() for t in _episode()]
+    for asked, stated in (("highest", "IEEE"), ("high", "TF32"), ("medium", "bfloat16")):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(asked)
+        try:
+            assert stated in str(_maml(_net().float(), "triton").explain(*single))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_auto_takes_cpu_tensors_to_the_cpu():
+    assert _maml(_net(), "auto").explain(*_episode()).backend != "triton"
+
+
+def test_rejects_a_class_index_that_is_out_of_range():
+    net = mlp((2, 7, 3), "tanh").double()
+    sx, _, qx, _ = _episode()
+    support_y, query_y = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
+    query_y[1, 2] = 3
+    maml = fm.MAML(net, loss="cross_entropy", inner_lr=LR, inner_steps=1, backend="triton")
+    with pytest.raises(ValueError, match=r"query_y.*\[0, 3\).*got 3 at \[1, 2\]"):
+        maml(sx, support_y, qx, query_y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "loss", "reason"),
+    [
+        (nn.Hardtanh(), "mse", "Hardtanh"),
+        (nn.LeakyReLU(0.0), "mse", "leaky_relu with a factor of 0, which is not positive"),
+        (nn.Tanh(), lambda out, y: (out - y).square().mean(), "function of its own"),
+        (nn.Tanh(), nn.BCEWithLogitsLoss(weight=torch.ones(1).double()), "bce_with_logits with `weight`"),
+    ],
+    ids=["layer", "slope", "loss", "weight"],
+)
+def test_refuses_by_name(layer: nn.Module, loss: object, reason: str):
+    net = nn.Sequential(nn.Linear(2, 3), layer, nn.Linear(3, 1)).double()
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=1, backend="triton")
+    with pytest.raises(fm.BackendUnavailable, match=reason):
+        maml(*_episode())
+
+
+def test_bfloat16_rounds_and_stays_close():
+    """The interpreter knows no TF32."""
+    episode = [t.float() for t in _episode()]
+    net = _net().float()
+    exact = _gradient(_maml(net, "triton"), episode)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        rough = _gradient(_maml(net, "triton"), episode)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(exact, rough, strict=True)]
+    assert 1e-5 < max(errors) < 0.05

@@ -1,0 +1,106 @@
+"""Every Triton kernel compiled ahead of time for three generations of GPUs: no GPU is needed to see that it fits.
+
+The launches are those that the workloads of the benchmark record. FASTMETA_EVERY_KERNEL=1 compiles all of them;
+otherwise one of each sort, the one with the largest tile.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastmeta.backends import _triton_compile as ahead
+from fastmeta.backends import _triton_run as runs
+from fastmeta.backends._triton_step import MetaStep
+from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.models import Siren
+from fastmeta.verify.problems import problem_of, wanted
+
+EVERYTHING = os.environ.get("FASTMETA_EVERY_KERNEL") == "1"
+CAPABILITIES = sorted(ahead.SHARED)
+_TILES = ("BM", "BN", "BO", "BI", "BR", "BC", "BG", "BLOCK")
+#: What two launches of one sort share, besides the kernel.
+_SORT = ("MODE", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
+
+_SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01)
+_DEEP = Case(
+    "conv640",
+    lambda: nn.Sequential(nn.Conv2d(320, 640, 3, padding=1), nn.BatchNorm2d(640), nn.LeakyReLU(0.1), nn.MaxPool2d(2)),
+    (320, 10, 10),
+    4,
+    5,
+    75,
+    1,
+    "mse",
+)
+
+
+def _launches(case: Case, precision: str, dtype: torch.dtype = torch.float32) -> list[Any]:
+    problem = problem_of(case, dtype, 0)
+    names = wanted(case, problem)
+    step = MetaStep(problem, runs.network(problem), names, "store", precision, torch.device("meta"))
+    return step.emit.launches
+
+
+def _verification(label: str) -> Case:
+    return next(case for case in VERIFICATION if case.label == label)
+
+
+@lru_cache
+def _sources() -> list[Any]:
+    launches = []
+    for workload in WORKLOADS.values():
+        launches += _launches(workload[-1], "ieee")
+    launches += _launches(_SIREN, "ieee") + _launches(_DEEP, "ieee")
+    for rounded in ("tf32", "bf16"):
+        launches += _launches(WORKLOADS["omniglot"][-1], rounded)
+    for label in ("residual_image", "joined", "gn_relu_pool", "ln_last", "max_pool_3_2", "avg_pool_3_2", "adaptive"):
+        launches += _launches(_verification(label), "ieee")
+    for case in VERIFICATION:
+        if case.label == "tanh" and (case.weighted == "sqt" or case.momentum):
+            launches += _launches(case, "ieee")
+    launches += _launches(_verification("conv"), "ieee", torch.float64)
+    sources = ahead.sources(launches)
+    if EVERYTHING:
+        return sources
+    largest: dict[object, tuple[int, Any]] = {}
+    for source in sources:
+        constants = dict(source.constants)
+        double = any(kind == "*fp64" for _, kind in source.signature)
+        function = constants.get("F")
+        if "BM" in constants and function != "sin":  # in an epilogue, the one that takes most registers stands for all
+            function = None
+        sort = (source.kernel, double, function, *(str(constants.get(name)) for name in _SORT))
+        size = prod(constants.get(name, 1) for name in _TILES)
+        if sort not in largest or size > largest[sort][0]:
+            largest[sort] = (size, source)
+    return [source for _, source in largest.values()]
+
+
+def _described(source: Any) -> str:
+    constants = dict(source.constants)
+    return "-".join([source.kernel.__name__, *(str(constants[n]) for n in ("F", *_SORT, *_TILES) if constants.get(n))])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_fit(capability: int) -> None:
+    """Nothing is spilled to memory, and a block's shared memory is there."""
+    sources = _sources()
+    if capability != 90 and not EVERYTHING:  # where registers and shared memory are scarce
+        sources = [source for source in sources if not dict(source.constants).keys().isdisjoint(_TILES[:-1])]
+    found = [(source, ahead.compile_source(source, capability)) for source in sources]
+    assert [f"{_described(source)}: {usage}" for source, usage in found if not usage.fits] == []
+
+
+def test_a_spill_or_too_much_shared_memory_does_not_fit():
+    assert ahead.Usage("k", 90, 64, 0, 1 << 16).fits
+    assert not ahead.Usage("k", 90, 255, 8, 0).fits
+    assert not ahead.Usage("k", 80, 64, 0, 200 << 10).fits
