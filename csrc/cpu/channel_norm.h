@@ -133,7 +133,8 @@ class ChannelNorm {
     start_gradients(sinks);
     for (block_ = 0; block_ < blocks_.count; ++block_) {
       const S *sum = state(SUM_DY), *sum_x = state(SUM_DY_X);
-      const S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
+      S *mean_rx = tangent_state(MEAN_RX), *mean_rx_x = tangent_state(MEAN_RX_X);
+      if (!moves) clear(mean_rx, mean_rx_x);  // without parameters nor a moving input `tangent` has not run
       S *rsum = row(3), *rsum_x = row(4), *dy_rx = row(5);
       clear(rsum, rsum_x, dy_rx);
       const Needed needed = moves ? TANGENT : VALUE;

@@ -123,6 +123,8 @@ def norms() -> Iterator[Case]:
     yield _case(
         "ln_input", (2, 21), partial(nn.LayerNorm, (2, 21)), partial(nn.Linear, 21, 7), partial(nn.LayerNorm, 7)
     )
+    plain = (partial(nn.BatchNorm2d, 2, affine=False), _TANH, partial(nn.InstanceNorm2d, 2), _conv(2, 4, 2), _TANH)
+    yield _case("plain_input", (2, 4, 3), *plain)
     bn = partial(_case, "bn_one", (2, 9, 8), _conv(2, 6, 3, padding=1, bias=False), partial(nn.BatchNorm2d, 6), _TANH)
     yield bn(shots=1, queries=1, tasks=1)
     yield bn(order="first", step_weights=True)
