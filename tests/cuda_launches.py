@@ -17,10 +17,10 @@ KERNELS = ("fastmeta_meta_step", "fastmeta_sum")
 
 
 def _memory() -> dict[int, bytes]:
-    """Address -> content of every tensor there is."""
+    """Address -> content of every tensor there is. A fake tensor says it is on the CPU, but its storage is not."""
     found: dict[int, bytes] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.numel() and thing.device.type == "cpu":
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.numel() and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             start = thing.storage_offset() * thing.element_size()
             content = bytes(storage.tolist()[start:]) if storage.nbytes() < 1 << 16 else b""
