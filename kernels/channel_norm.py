@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from fastmeta.kernels.elementwise import finish, forward_end, tangent_end
 from fastmeta.kernels.launch import blocks, power
-from fastmeta.kernels.linear import FULL
 from fastmeta.kernels.passes import Node, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver
+from fastmeta.kernels.tile_choice import FULL
 
 
 @triton.jit

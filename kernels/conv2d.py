@@ -17,10 +17,18 @@ from fastmeta.kernels.elementwise import (
     tangent_backward_end,
     tangent_end,
 )
-from fastmeta.kernels.launch import FLAT, blocks, power
-from fastmeta.kernels.linear import BK, FULL, gradient_warps, product_warps, tile_shape
+from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
+from fastmeta.kernels.tile_choice import (
+    FULL,
+    choices,
+    gradient_tile,
+    gradient_warps,
+    product_warps,
+    sum_step,
+    tile_shape,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -269,14 +277,22 @@ def _product(
     rows, tasks = run.examples * target.rows, run.tasks
     if len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0):
         tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
-    bm, bn = tile_shape(rows, target.cols, tasks, pairs[0][0].element_size() == 8)
+    wide = pairs[0][0].element_size() == 8
+    tile = tile_shape(rows, target.cols, tasks, wide)
+    warps = product_warps(tile, len(pairs), end["F"], wide)
     second = pairs[1] if len(pairs) > 1 else (None, None)
     strides = (x.cols, taps * x.cols, 1) if backward else (x.cols, 1, taps * x.cols)
+
+    def programs(bm: int, bn: int) -> int:
+        return tasks * blocks(rows, bm) * blocks(target.cols, bn)
+
     run.emit(
         product,
-        tasks * blocks(rows, bm) * blocks(target.cols, bn),
-        warps=product_warps((bm, bn), len(pairs), end["F"]),
+        programs(*tile),
+        warps=warps,
         stages=3,
+        choices=choices(("BM", "BN"), tile, warps, 3, programs, (rows, target.cols), run.precision, wide),
+        work=len(pairs) * tasks * rows * target.cols * taps * source.cols,
         x0=pairs[0][0],
         w0=pairs[0][1].at,
         w0_task=pairs[0][1].stride,
@@ -297,9 +313,9 @@ def _product(
         C=source.cols,
         BACKWARD=backward,
         PRECISION=run.precision,
-        BM=bm,
-        BN=bn,
-        BK=BK,
+        BM=tile[0],
+        BN=tile[1],
+        BK=sum_step(wide),
         **sizes,
         **end,
     )
@@ -312,23 +328,31 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     x, y = run.values[node.inputs[0]], run.values[node.output]
     sizes = _sizes(node)
     rows, o, i = run.rows(node.output), y.cols, sizes["KH"] * sizes["KW"] * x.cols
-    bo, bi = power(o, 16, 64), power(i, 16, 64)
-    if pairs[0][0].element_size() == 8:
-        bo, bi = min(bo, 32), min(bi, 32)
-    tiles = blocks(o, bo) * blocks(i, bi)
+    wide = pairs[0][0].element_size() == 8
+    step = sum_step(wide)
+    tile = gradient_tile(o, i, wide)
+    tiles = blocks(o, tile[0]) * blocks(i, tile[1])
     wanted = max(1, min(blocks(2 * FULL, run.tasks * tiles), rows // CHUNK))
-    chunk = blocks(blocks(rows, wanted), BK) * BK
+    chunk = blocks(blocks(rows, wanted), step) * step
     chunks = blocks(rows, chunk)
+    warps = gradient_warps(tile, run.precision)
     parts = None
     if chunks > 1:
         parts = run.scratch("parts", run.tasks * chunks * (o * i + o))
     second = pairs[1] if len(pairs) > 1 else (None, None)
     direct = chunks == 1
+
+    def programs(bo: int, bi: int) -> int:
+        return run.tasks * chunks * blocks(o, bo) * blocks(i, bi)
+
+    summed = "" if bias is None else "rows"
     run.emit(
         weight_gradient,
-        run.tasks * chunks * tiles,
-        warps=gradient_warps((bo, bi), run.precision),
+        programs(*tile),
+        warps=warps,
         stages=2,
+        choices=choices(("BO", "BI"), tile, warps, 2, programs, (o, i), run.precision, wide, summed),
+        work=len(pairs) * run.tasks * rows * o * i,
         dy0=pairs[0][0],
         x0=pairs[0][1],
         dy1=second[0],
@@ -345,9 +369,9 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
         C=x.cols,
         BIAS=bias is not None,
         PRECISION=run.precision,
-        BO=bo,
-        BI=bi,
-        BM=BK,
+        BO=tile[0],
+        BI=tile[1],
+        BM=step,
         **sizes,
         **(weight.arguments() if weight is not None and direct else no_sink()),
         **(bias.arguments("bias_") if bias is not None and direct else no_sink("bias_")),

@@ -1,4 +1,4 @@
-"""Recorded launches compiled ahead of time for a GPU that need not be there, and what they take of it."""
+"""Recorded launches compiled: for the GPU that is there, many at a time, or for any other, to see what they take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def source(launch: Launch) -> Source:
 def sources(launches: Iterable[Launch]) -> list[Source]:
     """The different ones of some launches, in their order."""
     return list(dict.fromkeys(source(launch) for launch in launches))
+
+
+def compile_together(launches: Iterable[Launch]) -> None:
+    """Compile launches for the current device in threads, or take them from Triton's own cache; what does not compile
+    raises when it is launched."""
+    different = {source(launch): launch for launch in launches}
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for one in different.values():
+            one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options)
 
 
 def compile_source(one: Source, capability: int) -> Usage:

@@ -181,6 +181,7 @@ def test_explain_names_precision_kernels_and_memory():
     assert "kernels: linear tanh linear" in said
     assert "interpreter" in said
     assert "memory: store" in said
+    assert "tuning: off, there is no GPU" in said
     single = [t.float() for t in _episode()]
     for asked, stated in (("highest", "IEEE"), ("high", "TF32"), ("medium", "bfloat16")):
         before = torch.get_float32_matmul_precision()
