@@ -167,7 +167,7 @@ def _product(
     tasks = run.tasks
     if len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0):
         tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
-    wide = pairs[0][0].element_size() == 8
+    wide = run.wide
     tile = tile_shape(rows, n, tasks, wide)
     warps = product_warps(tile, len(pairs), end["F"], wide)
     second = pairs[1] if len(pairs) > 1 else (None, None)
@@ -208,7 +208,7 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     if weight is None and bias is None:
         return
     rows, o, i = run.rows(node.output), run.values[node.output].cols, run.values[node.inputs[0]].cols
-    wide = pairs[0][0].element_size() == 8
+    wide = run.wide
     tile = tile_shape(o, i, run.tasks, wide)
     warps = gradient_warps(tile, run.precision)
     second = pairs[1] if len(pairs) > 1 else (None, None)

@@ -28,7 +28,7 @@ SHARE = 0.9
 #: What another choice must gain over the first one: less is noise.
 _GAIN = 0.03
 #: What kernels with choices write.
-_WRITTEN = ("out", "pre", "curve", "to", "bias_to", "parts")
+_WRITTEN = ("out", "pre", "curve", "to", "bias_to", "parts", "partials")
 
 
 class Timer(Protocol):
