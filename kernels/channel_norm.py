@@ -144,7 +144,7 @@ class ChannelNorm:
         run.emit(
             tangent_backward_coefficients,
             run.tasks,
-            warps=8 if self.cols > 256 else 4,  # or its many sums would not fit into registers
+            warps=1 if self.cols <= 64 else 4 if self.cols <= 256 else 8,  # or the assembler spills its many sums
             parts=parts,
             chunks=chunks,
             coefficients=self._coefficients(),

@@ -29,7 +29,7 @@ SMALL = Case("conv4", partial(Conv4, 5, width=24, image_size=20), (1, 20, 20), 5
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_gpu_matches_reference(case: Case, dtype: str) -> None:
     rows = verify_case(case, "triton", dtype)
-    assert any(row.skipped for row in rows) == (case.loss == "bce_weighted"), rows[0].note
+    assert not any(row.skipped for row in rows), rows[0].note
     assert [str(row) for row in rows if not row.passed] == []
 
 

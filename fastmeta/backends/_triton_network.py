@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from fastmeta.backends._layout import lay_out
-from fastmeta.kernels.elementwise import FROM_OUTPUT, PIECEWISE_LINEAR
+from fastmeta.kernels.elementwise import PIECEWISE_LINEAR, from_output
 from fastmeta.kernels.passes import Node, Value
 from fastmeta.network.program import Program
 
@@ -169,7 +169,7 @@ def _fuse_elementwise(net: Network) -> None:
         before, behind = _maker(net, f.inputs[0]), consumers[net.root[f.output]]
         if before is not None and before.kind in _EPILOGUE and len(consumers[net.root[f.inputs[0]]]) == 1:
             f.in_forward, before.epilogue = True, f
-            if f.function in FROM_OUTPUT:
+            if from_output(f):
                 net.no_value.add(net.root[before.output])
             if f.function in PIECEWISE_LINEAR:
                 net.no_tangent.add(net.root[before.output])

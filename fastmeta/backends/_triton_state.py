@@ -69,11 +69,12 @@ class StepState:
         self.index = index.to(self.memory.device)
         self.table = layout.table().to(self.memory.device)
         net, wrt = self.net, self.wrt
+        shape = () if problem.program is None else problem.program.output_shape
         self.support = self.query = None
         if problem.support is not None and steps:
-            self.support = StaticBatch(self.memory, net, problem.support, problem.loss, wrt, "support")
+            self.support = StaticBatch(self.memory, net, problem.support, problem.loss, wrt, "support", shape)
         if problem.query is not None:
-            self.query = StaticBatch(self.memory, net, problem.query, problem.query_loss, wrt, "query")
+            self.query = StaticBatch(self.memory, net, problem.query, problem.query_loss, wrt, "query", shape)
         self.task_weights = None if problem.task_weights is None else new(tasks)
         self.output_grad = None if problem.output_grad is None else new(*problem.output_grad.shape)
         self.losses = new(tasks) if self.query is not None and self.query.loss is not None else None

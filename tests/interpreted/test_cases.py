@@ -18,7 +18,7 @@ _BY_LABEL = {case.label: case for case in reversed(VERIFICATION) if not any(name
 _BY_LOSS = {
     (case.loss, case.query_loss): case
     for case in reversed(VERIFICATION)
-    if case.label == "tanh" and "bce_weighted" not in case.loss and case.weighted == "sqt" and case.steps == 1
+    if case.label == "tanh" and case.weighted == "sqt" and case.steps == 1
 }
 _OPTIONS = (
     "K3-mse-lr_element_step_task-mu0.9-wd0.05-recompute",
