@@ -5,8 +5,8 @@
     tangent           ry  = rx f'(x)
     tangent_backward  rdx = rdy f'(x) + curve rx
 
-Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y where `from_output` says so and
-x elsewhere, so that an epilogue that applies a function of the first sort need not write x down.
+Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y where `from_output` says so
+and x elsewhere, so that an epilogue that applies a function of the first sort need not write x down.
 """
 
 from __future__ import annotations

@@ -230,6 +230,23 @@ def test_factors_that_are_not_positive_match_reference(layer: nn.Module):
     assert _close(*results)
 
 
+@pytest.mark.parametrize("indices", [True, False], ids=["indices", "probabilities"])
+def test_many_classes_match_reference(indices: bool):
+    """More than a tile of them."""
+    torch.manual_seed(0)
+    classes = 1030
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, classes)).double()
+    sx, _, qx, _ = _episode()
+    ys = [torch.randn(3, n, classes).double().softmax(-1) for n in (5, 4)]
+    sy, qy = [y.argmax(-1) for y in ys] if indices else ys
+    loss = nn.CrossEntropyLoss(weight=torch.rand(classes).double(), label_smoothing=0.1)
+    results = []
+    for backend in ("triton", "reference"):
+        maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=2, backend=backend)
+        results.append(_gradient(maml, (sx, sy, qx, qy)))
+    assert _close(*results)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,), (2, 3)], ids=str)
 def test_weights_of_an_outputs_elements_match_reference(shape: tuple[int, ...]):
     """`weight` and `pos_weight` of any shape that broadcasts to the output [2, 3]."""
