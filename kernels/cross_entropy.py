@@ -77,7 +77,8 @@ def _examples(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Of each example: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, share."""
+    """Of each example: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, and its
+    share of a mean's denominator."""
     dtype = z.dtype.element_ty
     top, log_sum = _log_sum(z, task, n, N, C, BN, BC)
     center = tl.zeros([BN], dtype)

@@ -95,7 +95,7 @@ class StaticBatch:
         return [tensor for part, tensor in self.grads.items() if part not in parts]
 
     def _constants(self, loss: Loss | None) -> dict[str, Tensor]:
-        """The loss's own tensors by their names in its kernel: class weights [C], or numbers of an output's elements."""
+        """The loss's own tensors by their names in its kernel: class weights [C]; numbers of an output's elements."""
         if loss is None:
             return {}
         if loss.kind == "cross_entropy":
