@@ -192,8 +192,8 @@ class OnDevice:
     def time(self, launch: Launch, first: Launch) -> float:
         """Milliseconds; infinite if it does not compile, spills, or has other bits."""
         if launch is not first:
-            expected = _outputs(first)
             try:
+                expected = _outputs(first)
                 if launch.run().n_spills or not _same(_outputs(launch), expected):
                     return math.inf
             except (triton.TritonError, RuntimeError):  # it does not compile, or the device has not what it takes
