@@ -1,14 +1,15 @@
 """Everything that there is to run on a GPU, in one go: tests, verification, benchmark. `make gpu OUT=folder`.
 
-Says first what failed. Writes to the folder: tests.txt, verify.txt, gpu.csv (a line for each case, precision and peer,
-also of what was wrong or left out, and why), timing.txt. Prints a short table last. Keeps to a budget of seconds: what
-does not fit in is named, and what hangs or takes the process with it costs its own line alone.
+Says first what failed. Writes to the folder: triton.txt, others.txt, verify.txt, timing.txt, and gpu.csv, a line for
+each case, precision and peer, also of what was wrong or left out, and why. Prints a short table last. Keeps to a budget of
+seconds: what does not fit in is named, and what hangs or takes the process with it costs its own line alone.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import queue
 import re
 import subprocess
@@ -32,10 +33,18 @@ from fastmeta.benchmark import machine
 #: Seconds that one line of the table may take: a compiler that takes longer is stopped.
 LIMIT = 75.0
 _TESTS = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20")
-_VERIFY = ("-m", "fastmeta", "verify", "--backend", "triton", "--dtype", "float64", "--case", "conv")
-#: Instead, without a GPU: that they can be started.
-_DRY_TESTS = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--collect-only", "tests/test_triton_gpu.py")
-_DRY_VERIFY = ("-m", "fastmeta", "verify", "--backend", "torch", "--dtype", "float64", "--case", "sigmoid_head")
+_TRITON, _OTHERS = (*_TESTS, "tests/test_triton_gpu.py"), (*_TESTS, "--ignore", "tests/test_triton_gpu.py")
+_VERIFY = ("-m", "fastmeta", "verify", "--backend")
+#: What runs before the benchmark, each with its share of the time; without a GPU, that it can be started.
+STAGES = {
+    "triton": (0.18, _TRITON),
+    "others": (0.12, _OTHERS),
+    "verify": (0.15, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
+}
+DRY_STAGES = {
+    "triton": (0.18, (*_TRITON, "--collect-only")),
+    "verify": (0.15, (*_VERIFY, "torch", "--dtype", "float64", "--case", "sigmoid_head")),
+}
 
 Job = tuple[str, str, str]
 
@@ -112,10 +121,15 @@ def _compare(rows: list[Row]) -> None:
 
 def _logged(path: Path, seconds: float, arguments: tuple[str, ...]) -> list[str]:
     """Run a command of this Python with its output in a file; how it ended, and what it says has failed."""
+    environment = {**os.environ, "FASTMETA_TUNE": "0"}  # hundreds of small plans are not worth it
     with path.open("w") as file:
         try:
             done = subprocess.run(
-                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, timeout=max(seconds, 1)
+                [sys.executable, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(seconds, 1),
+                env=environment,
             )
             ended = f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
@@ -142,10 +156,7 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
     console = Console(width=170)
     begin = time.monotonic()
     failures = False
-    for what, share, arguments in (
-        ("tests", 0.3, _DRY_TESTS if dry_run else _TESTS),
-        ("verify", 0.2, _DRY_VERIFY if dry_run else _VERIFY),
-    ):
+    for what, (share, arguments) in (DRY_STAGES if dry_run else STAGES).items():
         said = _logged(out / f"{what}.txt", share * seconds, arguments)
         failures |= len(said) > 1
         for line in said:

@@ -74,7 +74,7 @@ def test_dry_run_says_what_is_missing_and_writes_all(bench: ModuleType, tmp_path
     done = CliRunner().invoke(bench.main, ["--dry-run", "--out", str(tmp_path), *peers])
     assert done.exit_code == 0, done.output
     first, second = done.output.splitlines()[:2]
-    assert first.startswith("tests: exit code 0")
+    assert first.startswith("triton: exit code 0")
     assert second.startswith("verify: exit code 0")
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -52,6 +52,7 @@ def test_the_second_call_is_a_graph() -> None:
 
 def test_tuning_changes_no_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path))
+    monkeypatch.delenv("FASTMETA_TUNE", raising=False)
     tuned, again = _solve(SMALL)[0], _solve(SMALL)[0]
     assert list(tmp_path.glob("*.json"))
     monkeypatch.setenv("FASTMETA_TUNE", "0")

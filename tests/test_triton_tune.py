@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +243,42 @@ def test_off_without_a_gpu_and_when_told_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "captured" in tuning.off(cuda)
     assert "captured" in str(tuning.Report(tuning.off(cuda)))
+
+
+class _Kernel:
+    """Doubles numbers; with eight warps it does what it is told to."""
+
+    def __init__(self, with_eight: str) -> None:
+        self.with_eight = with_eight
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+        return self.launch
+
+    def launch(self, x: torch.Tensor, out: torch.Tensor, num_warps: int, **options: Any) -> Any:
+        told = self.with_eight if num_warps == 8 else ""
+        if told == "fail":
+            raise triton.runtime.errors.OutOfResources(1, 0, "registers")
+        out.copy_(2 * x)
+        if told == "round":
+            out[0] = torch.nextafter(out[0], torch.tensor(torch.inf))
+        return SimpleNamespace(n_spills=8 if told == "spill" else 0)
+
+
+@pytest.mark.parametrize("told", ["", "fail", "round", "spill"])
+def test_the_device_times_only_what_is_fit(monkeypatch: pytest.MonkeyPatch, told: str):
+    monkeypatch.setattr(tuning, "do_bench", lambda run, **options: run() and 2.5)
+    arguments = {"x": torch.empty(5), "out": torch.empty(5)}
+    first, other = (Launch(_Kernel(told), 1, arguments, warps, 1) for warps in (4, 8))
+    timer = tuning.OnDevice()
+    assert timer.time(first, first) == 2.5
+    assert timer.time(other, first) == (math.inf if told else 2.5)
+
+
+def test_the_first_choice_may_not_fail(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "do_bench", lambda run, **options: run())
+    first = Launch(_Kernel("fail"), 1, {"x": torch.empty(5), "out": torch.empty(5)}, 8, 1)
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        tuning.OnDevice().time(first, first)
 
 
 class _Driver:
