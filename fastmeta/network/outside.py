@@ -15,7 +15,7 @@ from typing import Any
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "fastmeta"}
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
 @dataclass(frozen=True, slots=True)
