@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from fastmeta.kernels.channel_sums import tile_sums
 from fastmeta.kernels.elementwise import (
     backward_end,
     finish,
@@ -17,10 +18,18 @@ from fastmeta.kernels.elementwise import (
     tangent_backward_end,
     tangent_end,
 )
-from fastmeta.kernels.launch import FLAT, blocks, power
-from fastmeta.kernels.linear import BK, FULL, gradient_warps, product_warps, tile_shape
+from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
+from fastmeta.kernels.tile_choice import (
+    FULL,
+    choices,
+    gradient_tile,
+    gradient_warps,
+    product_warps,
+    sum_step,
+    tile_shape,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,6 +47,9 @@ def product(
     saved,
     curve,
     moved,
+    partials,  # [T, tiles, 3, N], for a norm behind: see `channel_sums.tile_sums`; or None
+    primal,
+    center,  # [T, N]
     M,  # rows of the output
     N,
     H,
@@ -130,6 +142,13 @@ def product(
     if bias is not None:
         acc += tl.load(bias + task * bias_task + n, mask=n < N, other=0.0)[None, :]
     at = task * M * N + m[:, None] * N + n[None, :]
+    if partials is not None:
+        row = tile // tiles_n
+        middle = center
+        if center is not None:
+            middle = center + task * N
+        to = partials + (task * tl.cdiv(M, BM) + row) * 3 * N
+        tile_sums(acc, at, tl.minimum(BM, M - row * BM), in_m, n, N, to, primal, middle, BM)
     finish(acc, at, in_m[:, None] & in_n, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 
@@ -261,22 +280,33 @@ def _product(
     bias: Operand | None,
     end: dict[str, Any],
     backward: bool,
+    sums: dict[str, Any] | None = None,
 ) -> None:
     x, y = run.values[node.inputs[0]], run.values[node.output]
     sizes = _sizes(node)
     taps = sizes["KH"] * sizes["KW"]
     source, target = (y, x) if backward else (x, y)
     rows, tasks = run.examples * target.rows, run.tasks
-    if len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0):
+    shared = len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0)
+    if shared and sums is None:
         tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
-    bm, bn = tile_shape(rows, target.cols, tasks, pairs[0][0].element_size() == 8)
+    wide = run.wide
+    tile = tile_shape(rows, target.cols, tasks, wide)
+    warps = product_warps(tile, len(pairs), end["F"], wide)
     second = pairs[1] if len(pairs) > 1 else (None, None)
     strides = (x.cols, taps * x.cols, 1) if backward else (x.cols, 1, taps * x.cols)
+
+    def programs(bm: int, bn: int) -> int:
+        return tasks * blocks(rows, bm) * blocks(target.cols, bn)
+
+    summed = "" if sums is None else "tile"
     run.emit(
         product,
-        tasks * blocks(rows, bm) * blocks(target.cols, bn),
-        warps=product_warps((bm, bn), len(pairs), end["F"]),
+        programs(*tile),
+        warps=warps,
         stages=3,
+        choices=choices(("BM", "BN"), tile, warps, 3, programs, (rows, target.cols), run.precision, wide, summed),
+        work=len(pairs) * tasks * rows * target.cols * taps * source.cols,
         x0=pairs[0][0],
         w0=pairs[0][1].at,
         w0_task=pairs[0][1].stride,
@@ -297,11 +327,12 @@ def _product(
         C=source.cols,
         BACKWARD=backward,
         PRECISION=run.precision,
-        BM=bm,
-        BN=bn,
-        BK=BK,
+        BM=tile[0],
+        BN=tile[1],
+        BK=sum_step(wide),
         **sizes,
         **end,
+        **(sums or {"partials": None, "primal": None, "center": None}),
     )
 
 
@@ -312,23 +343,31 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     x, y = run.values[node.inputs[0]], run.values[node.output]
     sizes = _sizes(node)
     rows, o, i = run.rows(node.output), y.cols, sizes["KH"] * sizes["KW"] * x.cols
-    bo, bi = power(o, 16, 64), power(i, 16, 64)
-    if pairs[0][0].element_size() == 8:
-        bo, bi = min(bo, 32), min(bi, 32)
-    tiles = blocks(o, bo) * blocks(i, bi)
+    wide = run.wide
+    step = sum_step(wide)
+    tile = gradient_tile(o, i, wide)
+    tiles = blocks(o, tile[0]) * blocks(i, tile[1])
     wanted = max(1, min(blocks(2 * FULL, run.tasks * tiles), rows // CHUNK))
-    chunk = blocks(blocks(rows, wanted), BK) * BK
+    chunk = blocks(blocks(rows, wanted), step) * step
     chunks = blocks(rows, chunk)
+    warps = gradient_warps(tile, run.precision)
     parts = None
     if chunks > 1:
         parts = run.scratch("parts", run.tasks * chunks * (o * i + o))
     second = pairs[1] if len(pairs) > 1 else (None, None)
     direct = chunks == 1
+
+    def programs(bo: int, bi: int) -> int:
+        return run.tasks * chunks * blocks(o, bo) * blocks(i, bi)
+
+    summed = "" if bias is None else "rows"
     run.emit(
         weight_gradient,
-        run.tasks * chunks * tiles,
-        warps=gradient_warps((bo, bi), run.precision),
+        programs(*tile),
+        warps=warps,
         stages=2,
+        choices=choices(("BO", "BI"), tile, warps, 2, programs, (o, i), run.precision, wide, summed),
+        work=len(pairs) * run.tasks * rows * o * i,
         dy0=pairs[0][0],
         x0=pairs[0][1],
         dy1=second[0],
@@ -345,9 +384,9 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
         C=x.cols,
         BIAS=bias is not None,
         PRECISION=run.precision,
-        BO=bo,
-        BI=bi,
-        BM=BK,
+        BO=tile[0],
+        BI=tile[1],
+        BM=step,
         **sizes,
         **(weight.arguments() if weight is not None and direct else no_sink()),
         **(bias.arguments("bias_") if bias is not None and direct else no_sink("bias_")),
@@ -367,11 +406,30 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
             )
 
 
+def tile_partials(run: Pass, node: Node) -> tuple[Any, int]:
+    """([T, tiles, 3, C] for the norm behind, rows of a tile); good until that norm has read it."""
+    y, rows = run.values[node.output], run.rows(node.output)
+    tile, _ = tile_shape(rows, y.cols, run.tasks, run.wide)
+    return run.scratch(f"partials{node.index}", run.tasks * blocks(rows, tile) * 3 * y.cols), tile
+
+
+def _sums(run: Pass, node: Node, tangent: bool) -> dict[str, Any] | None:
+    """Arguments of `product` for what the norm behind needs."""
+    if node.norm is None:
+        return None
+    partials, _ = tile_partials(run, node)
+    if not tangent:
+        return {"partials": partials, "primal": None, "center": None}
+    mean = run.keep(node.norm, "mean", run.tasks, run.values[node.output].cols)
+    return {"partials": partials, "primal": run.x[node.output], "center": mean}
+
+
 def forward(run: Pass, node: Node) -> None:
     """y = x * W + b."""
     weight, bias = node.params
     pairs = [(run.x[node.inputs[0]], run.theta[weight])]  # type: ignore[index]
-    _product(run, node, pairs, None if bias is None else run.theta[bias], forward_end(run, node), False)
+    bias_at = None if bias is None else run.theta[bias]
+    _product(run, node, pairs, bias_at, forward_end(run, node), False, _sums(run, node, False))
 
 
 def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
@@ -389,7 +447,8 @@ def tangent(run: Pass, node: Node) -> None:
     pairs = [(run.x[node.inputs[0]], run.v[weight])]  # type: ignore[index]
     if run.has_tangent(node.inputs[0]):
         pairs.append((run.rx[node.inputs[0]], run.theta[weight]))  # type: ignore[index]
-    _product(run, node, pairs, None if bias is None else run.v[bias], tangent_end(run, node), False)
+    bias_at = None if bias is None else run.v[bias]
+    _product(run, node, pairs, bias_at, tangent_end(run, node), False, _sums(run, node, True))
 
 
 def tangent_backward(run: Pass, node: Node, sinks: Sinks) -> None:

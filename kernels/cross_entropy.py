@@ -11,15 +11,12 @@ import triton
 import triton.language as tl
 from fastmeta.kernels.launch import Recorder, power
 
-#: A row of classes is one tile.
-MOST_CLASSES = 8192
-
 
 @triton.jit
 def _target(
     y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like
 ):
-    """q, the class weight of each entry, and the example's share of a mean's denominator."""
+    """q, the class weight of each entry, and what these classes add to an example's share of a mean's denominator."""
     mask = (n < N)[:, None] & (c < C)[None, :]
     cw = tl.zeros_like(like) + 1.0
     if class_weights is not None:
@@ -36,26 +33,75 @@ def _target(
     else:
         p = tl.load(y + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         q = tl.where(mask, cw * ((1.0 - SMOOTHING) * p + SMOOTHING / tl.cast(C, like.dtype)), 0.0)
-        share = tl.where(n < N, 1.0, 0.0).to(like.dtype)
+        share = tl.sum(tl.where(mask & (c == 0)[None, :], tl.zeros_like(like) + 1.0, 0.0), axis=1)
     return q, cw, share
 
 
 @triton.jit
-def _log_softmax(z, task, n, c, N, C):
+def _logits(z, task, n, c, N, C):
+    """Rows that are not there are zero, classes that are not there minus infinity."""
     mask = (n < N)[:, None] & (c < C)[None, :]
     zs = tl.load(z + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=-float("inf"))
-    zs = tl.where((n < N)[:, None], zs, 0.0)
-    zs = zs - tl.max(zs, axis=1)[:, None]
-    return zs - tl.log(tl.sum(tl.exp(zs), axis=1))[:, None], mask
+    return tl.where((n < N)[:, None], zs, 0.0), mask
 
 
 @triton.jit
-def _example(log_p, q, moved):
-    """The loss of each example, or its tangent: -sum q log p, -sum q (rz - <p, rz>)."""
-    terms = log_p
-    if moved is not None:
-        terms = moved
-    return -tl.sum(q * tl.where(q != 0, terms, 0.0), axis=1)
+def _log_sum(z, task, n, N, C, BN: tl.constexpr, BC: tl.constexpr):
+    """(the largest logit, the logarithm of the sum of all exp(z - it)) of each example."""
+    dtype = z.dtype.element_ty
+    top = tl.full([BN], -float("inf"), dtype)
+    for c0 in range(0, C, BC):
+        zs, _ = _logits(z, task, n, c0 + tl.arange(0, BC), N, C)
+        top = tl.maximum(top, tl.max(zs, axis=1))
+    total = tl.zeros([BN], dtype)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        zs, _ = _logits(z, task, n, c, N, C)
+        total += tl.sum(tl.where((c < C)[None, :], tl.exp(zs - top[:, None]), 0.0), axis=1)
+    return top, tl.log(total)
+
+
+@triton.jit
+def _examples(
+    z,
+    y,
+    rz,
+    class_weights,
+    task,
+    n,
+    N,
+    C,
+    INDICES: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    IGNORE: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Of each example: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, and its
+    share of a mean's denominator."""
+    dtype = z.dtype.element_ty
+    top, log_sum = _log_sum(z, task, n, N, C, BN, BC)
+    center = tl.zeros([BN], dtype)
+    if rz is not None:
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            zs, mask = _logits(z, task, n, c, N, C)
+            moved = tl.load(rz + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
+            center += tl.sum(tl.exp(zs - top[:, None] - log_sum[:, None]) * moved, axis=1)
+    each = tl.zeros([BN], dtype)
+    mass = tl.zeros([BN], dtype)
+    share = tl.zeros([BN], dtype)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        zs, mask = _logits(z, task, n, c, N, C)
+        terms = zs - top[:, None] - log_sum[:, None]
+        q, _, more = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, terms)
+        if rz is not None:
+            terms = tl.load(rz + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0) - center[:, None]
+        each -= tl.sum(q * tl.where(q != 0, terms, 0.0), axis=1)
+        mass += tl.sum(q, axis=1)
+        share += more
+    return top, log_sum, center, each, mass, share
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -87,19 +133,11 @@ def loss(
     """Everything of one task."""
     task = tl.program_id(0).to(tl.int64)
     dtype = z.dtype.element_ty
-    c = tl.arange(0, BC)
     shares = tl.zeros([BN], dtype=dtype)
     sums = tl.zeros([BN], dtype=dtype)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        log_p, mask = _log_softmax(z, task, n, c, N, C)
-        q, _, share = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, log_p)
-        if rz is None:
-            each = _example(log_p, q, None)
-        else:
-            moved = tl.load(rz + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
-            moved = moved - tl.sum(tl.exp(log_p) * moved, axis=1)[:, None]
-            each = _example(log_p, q, moved)
+        _, _, _, each, _, share = _examples(z, y, rz, class_weights, task, n, N, C, INDICES, SMOOTHING, IGNORE, BN, BC)
         if weights is not None:
             w = tl.load(weights + task * N + n, mask=n < N, other=0.0)
             each *= w
@@ -121,31 +159,31 @@ def loss(
         scale *= tl.load(task_weights + task)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        at = task * N * C + n[:, None] * C + c[None, :]
-        log_p, mask = _log_softmax(z, task, n, c, N, C)
-        q, cw, share = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, log_p)
-        p = tl.exp(log_p)
+        top, log_sum, center, each, mass, share = _examples(
+            z, y, rz, class_weights, task, n, N, C, INDICES, SMOOTHING, IGNORE, BN, BC
+        )
         w = tl.zeros([BN], dtype=dtype) + scale
         if weights is not None:
             w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
-        mass = tl.sum(q, axis=1)[:, None]
-        if rz is None:
-            gz = p * mass - q
-            gy = tl.where(mask, log_p, 0.0)
-            each = _example(log_p, q, None)
-        else:
-            moved = tl.load(rz + at, mask=mask, other=0.0)
-            moved = moved - tl.sum(p * moved, axis=1)[:, None]
-            gz = p * moved * mass
-            gy = moved
-            each = _example(log_p, q, moved)
-        if dz is not None:
-            tl.store(dz + at, gz * w[:, None], mask=mask)
-        if dy is not None:
-            gy = -(1.0 - SMOOTHING) * cw * gy * w[:, None]
-            if ADD:
-                gy += tl.load(dy + at, mask=mask, other=0.0)
-            tl.store(dy + at, gy, mask=mask)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            at = task * N * C + n[:, None] * C + c[None, :]
+            zs, mask = _logits(z, task, n, c, N, C)
+            log_p = zs - top[:, None] - log_sum[:, None]
+            q, cw, _ = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, log_p)
+            if rz is None:
+                gz = tl.exp(log_p) * mass[:, None] - q
+                gy = tl.where(mask, log_p, 0.0)
+            else:
+                gy = tl.load(rz + at, mask=mask, other=0.0) - center[:, None]
+                gz = tl.exp(log_p) * gy * mass[:, None]
+            if dz is not None:
+                tl.store(dz + at, gz * w[:, None], mask=mask)
+            if dy is not None:
+                gy = -(1.0 - SMOOTHING) * cw * gy * w[:, None]
+                if ADD:
+                    gy += tl.load(dy + at, mask=mask, other=0.0)
+                tl.store(dy + at, gy, mask=mask)
         if dweights is not None:
             if BY_WEIGHTS and not SUM:
                 each -= share * total
@@ -157,6 +195,6 @@ def loss(
 
 def emit(record: Recorder, tasks: int, examples: int, classes: int, **arguments: Any) -> None:
     """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
-    bc = power(classes, 1, MOST_CLASSES)
-    bn = power(examples, 1, max(1, 1024 // bc))
+    bc = power(classes, 1, 1024)
+    bn = power(examples, 1, 1024 // bc)
     record(loss, tasks, N=examples, C=classes, BN=bn, BC=bc, **arguments)

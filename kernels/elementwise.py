@@ -5,8 +5,8 @@
     tangent           ry  = rx f'(x)
     tangent_backward  rdx = rdy f'(x) + curve rx
 
-Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y for the functions in
-FROM_OUTPUT and x for the others, so that an epilogue that applies one of the first sort need not write x down.
+Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y where `from_output` says so
+and x elsewhere, so that an epilogue that applies a function of the first sort need not write x down.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ import triton.language as tl
 from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks
 
-#: Functions whose derivatives follow from their value.
-FROM_OUTPUT = frozenset({"relu", "leaky_relu", "elu", "tanh", "sigmoid", "affine"})
+#: Functions whose derivatives follow from their value; of the last two if their factor is positive.
+_FROM_OUTPUT = frozenset({"relu", "tanh", "sigmoid", "affine", "leaky_relu", "elu"})
+_BY_FACTOR = frozenset({"leaky_relu", "elu"})
 #: Functions whose second derivative is zero.
 PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "affine"})
+
+
+def from_output(node: Node) -> bool:
+    """Whether the derivatives of an element-wise layer follow from its value."""
+    return node.function in _FROM_OUTPUT and not (node.function in _BY_FACTOR and node.constants[0] <= 0)
 
 
 @triton.jit
@@ -104,9 +110,9 @@ def value(x, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.cons
         u = u + SHIFT
     if F == "relu":
         return tl.where(u < 0, 0.0, u)  # NaN stays
-    elif F == "leaky_relu":
+    elif F == "leaky_relu" or F == "leaky_relu_of_x":
         return tl.where(u > 0, u, C0 * u)
-    elif F == "elu":
+    elif F == "elu" or F == "elu_of_x":
         return tl.where(u > 0, u, C0 * _expm1(tl.minimum(u, 0.0)))
     elif F == "gelu":
         return u * _cdf(u)
@@ -144,7 +150,11 @@ def first(s, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.cons
         d = tl.zeros_like(s) + C0
     else:
         u = s * SCALE + SHIFT
-        if F == "gelu":
+        if F == "leaky_relu_of_x":
+            d = tl.where(u > 0, 1.0, tl.zeros_like(u) + C0)
+        elif F == "elu_of_x":
+            d = tl.where(u > 0, 1.0, C0 * tl.exp(tl.minimum(u, 0.0)))
+        elif F == "gelu":
             d = _cdf(u) + u * (0.39894228040143267794 * tl.exp(-0.5 * u * u))
         elif F == "gelu_tanh":
             t = _tanh(0.79788456080286535588 * (u + 0.044715 * u * u * u))
@@ -174,7 +184,9 @@ def second(s, F: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, SCALE: tl.con
         d = s * (1.0 - s) * (1.0 - 2.0 * s)
     else:
         u = s * SCALE + SHIFT
-        if F == "gelu":
+        if F == "elu_of_x":
+            d = tl.where(u > 0, 0.0, C0 * tl.exp(tl.minimum(u, 0.0)))
+        elif F == "gelu":
             d = 0.39894228040143267794 * tl.exp(-0.5 * u * u) * (2.0 - u * u)
         elif F == "gelu_tanh":
             t = _tanh(0.79788456080286535588 * (u + 0.044715 * u * u * u))
@@ -271,11 +283,12 @@ def _constants(node: Node | None) -> dict[str, Any]:
     if node is None:
         return {"F": "", "C0": 0.0, "C1": 0.0, "SCALE": 1.0, "SHIFT": 0.0}
     c0, c1 = (*node.constants, 0.0, 0.0)[:2]
-    return {"F": node.function, "C0": c0, "C1": c1, "SCALE": node.scale, "SHIFT": node.shift}
+    function = node.function if from_output(node) or node.function not in _BY_FACTOR else f"{node.function}_of_x"
+    return {"F": function, "C0": c0, "C1": c1, "SCALE": node.scale, "SHIFT": node.shift}
 
 
 def _saved(run: Pass, node: Node) -> Any:
-    return run.x[node.output if node.function in FROM_OUTPUT else node.inputs[0]]
+    return run.x[node.output if from_output(node) else node.inputs[0]]
 
 
 def _smooth(node: Node) -> bool:

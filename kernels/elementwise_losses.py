@@ -56,8 +56,8 @@ def _second(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
 
 
 @triton.jit
-def _tile(z, y, rz, pos_weight, task, n, e, N, E):
-    """(z, y, rz or z, pos_weight) of a tile, and where it is."""
+def _tile(z, y, rz, pos_weight, factors, task, n, e, N, E):
+    """(z, y, rz or z, pos_weight, factor) of a tile, and where it is."""
     mask = (n < N)[:, None] & (e < E)[None, :]
     at = task * N * E + n[:, None] * E + e[None, :]
     zs = tl.load(z + at, mask=mask, other=0.0)
@@ -68,19 +68,22 @@ def _tile(z, y, rz, pos_weight, task, n, e, N, E):
     moved = zs
     if rz is not None:
         moved = tl.load(rz + at, mask=mask, other=0.0)
-    return zs, ys, moved, q, at, mask
+    f = tl.zeros_like(zs) + 1.0
+    if factors is not None:
+        f = f * tl.load(factors + e, mask=e < E, other=0.0)[None, :]
+    return zs, ys, moved, q, f, at, mask
 
 
 @triton.jit
-def _sums(z, y, rz, pos_weight, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr):
+def _sums(z, y, rz, pos_weight, factors, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr):
     """Of each example, the sum of its losses, or of their tangents along rz."""
     sums = tl.zeros_like(n).to(z.dtype.element_ty)
     for e0 in range(0, E, BE):
-        zs, ys, moved, q, _, mask = _tile(z, y, rz, pos_weight, task, n, e0 + tl.arange(0, BE), N, E)
+        zs, ys, moved, q, f, _, mask = _tile(z, y, rz, pos_weight, factors, task, n, e0 + tl.arange(0, BE), N, E)
         l, lz, _ = _terms(zs, ys, q, KIND, BETA)
         if rz is not None:
             l = lz * moved
-        sums += tl.sum(tl.where(mask, l, 0.0), axis=1)
+        sums += tl.sum(tl.where(mask, l * f, 0.0), axis=1)
     return sums
 
 
@@ -91,6 +94,7 @@ def loss(
     rz,  # None: values and gradients; else the gradients' tangents along it
     weights,  # [T, N]
     pos_weight,  # [E]
+    factors,  # [E], of each element's term
     task_weights,  # [T]
     value,  # [T]
     dz,
@@ -124,7 +128,7 @@ def loss(
     sums = tl.zeros([BN], dtype=dtype)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        each = _sums(z, y, rz, pos_weight, task, n, N, E, KIND, BETA, BE)
+        each = _sums(z, y, rz, pos_weight, factors, task, n, N, E, KIND, BETA, BE)
         if weights is not None:
             each *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
         sums += each
@@ -144,20 +148,22 @@ def loss(
             w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
         if dz is not None:
             for e0 in range(0, E, BE):
-                zs, ys, moved, q, at, mask = _tile(z, y, rz, pos_weight, task, n, e0 + tl.arange(0, BE), N, E)
+                e = e0 + tl.arange(0, BE)
+                zs, ys, moved, q, f, at, mask = _tile(z, y, rz, pos_weight, factors, task, n, e, N, E)
                 _, gz, gy = _terms(zs, ys, q, KIND, BETA)
                 if rz is not None:
                     lzz, lzy = _second(zs, ys, q, KIND, BETA)
                     gz = lzz * moved
                     gy = lzy * moved
-                tl.store(dz + at, gz * w[:, None], mask=mask)
+                f *= w[:, None]
+                tl.store(dz + at, gz * f, mask=mask)
                 if dy is not None:
-                    gy *= w[:, None]
+                    gy *= f
                     if ADD:
                         gy += tl.load(dy + at, mask=mask, other=0.0)
                     tl.store(dy + at, gy, mask=mask)
         if dweights is not None:
-            each = _sums(z, y, rz, pos_weight, task, n, N, E, KIND, BETA, BE)
+            each = _sums(z, y, rz, pos_weight, factors, task, n, N, E, KIND, BETA, BE)
             if BY_WEIGHTS and not SUM:
                 each -= E * total
             each *= scale

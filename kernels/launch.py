@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Another way to launch a kernel, to the same bits."""
+
+    programs: int
+    warps: int
+    stages: int
+    tiles: tuple[tuple[str, int], ...]  # arguments by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +27,19 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    choices: tuple[Choice, ...] = ()
+    work: int = 0  # multiply-adds, where there is something to choose
 
-    def run(self) -> None:
-        """Launch it on the current stream."""
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launch it on the current stream; what was compiled, if it was."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def chosen(self, choice: Choice) -> Launch:
+        """The same launched in another way."""
+        arguments = {**self.arguments, **dict(choice.tiles)}
+        return replace(
+            self, programs=choice.programs, warps=choice.warps, stages=choice.stages, arguments=arguments, choices=()
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -34,10 +53,20 @@ class Recorder:
 
     launches: list[Launch] = field(default_factory=list)
 
-    def __call__(self, kernel: Any, programs: int, *, warps: int = 4, stages: int = 1, **arguments: Any) -> None:
+    def __call__(
+        self,
+        kernel: Any,
+        programs: int,
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        choices: tuple[Choice, ...] = (),
+        work: int = 0,
+        **arguments: Any,
+    ) -> None:
         """Write down a launch of `programs` programs, none at all if that is zero."""
         if programs:
-            self.launches.append(Launch(kernel, programs, arguments, warps, stages))
+            self.launches.append(Launch(kernel, programs, arguments, warps, stages, choices, work))
 
     def zero(self, tensor: torch.Tensor) -> None:
         """Write down that a tensor is filled with zeros."""

@@ -17,9 +17,10 @@ from fastmeta.kernels.elementwise import (
     tangent_backward_end,
     tangent_end,
 )
-from fastmeta.kernels.launch import blocks, power
+from fastmeta.kernels.launch import blocks
 from fastmeta.kernels.passes import Node, Operand, Pass, Sinks, no_sink
 from fastmeta.kernels.tile import deliver, dot
+from fastmeta.kernels.tile_choice import choices, gradient_warps, product_warps, sum_step, tile_shape
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -153,33 +154,6 @@ def weight_gradient(
         )
 
 
-#: Programs that fill a large GPU; fixed, so that the shapes alone decide how a product is cut.
-FULL = 128
-#: Elements along the sum that a step of a product takes: part of the order of summation, and so never tuned.
-BK = 32
-
-
-def tile_shape(m: int, n: int, batch: int, wide: bool) -> tuple[int, int]:
-    """(BM, BN) of a product [m, n] for each of `batch` tasks; `wide`: elements of eight bytes."""
-    bm, bn = power(m, 16, 64), power(n, 16, 64)
-    if wide:
-        bm, bn = min(bm, 32), min(bn, 32)
-    while batch * blocks(m, bm) * blocks(n, bn) < FULL and max(bm, bn) > 16:
-        bm, bn = (bm // 2, bn) if bm > bn else (bm, bn // 2)
-    return bm, bn
-
-
-def product_warps(tile: tuple[int, int], pairs: int, function: str) -> int:
-    """Warps of a product: as many as it takes to keep a full tile, both pairs and the epilogue in registers."""
-    full = tile[0] * tile[1] >= 64 * 64
-    return 8 if full and (pairs > 1 or function) else 4
-
-
-def gradient_warps(tile: tuple[int, int], precision: str) -> int:
-    """The same for a weight's gradient: on tensor cores, operands are converted in registers."""
-    return 8 if tile[0] * tile[1] >= 64 * 64 and precision != "ieee" else 4
-
-
 def _product(
     run: Pass,
     rows: int,
@@ -193,13 +167,21 @@ def _product(
     tasks = run.tasks
     if len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0):
         tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
-    bm, bn = tile_shape(rows, n, tasks, pairs[0][0].element_size() == 8)
+    wide = run.wide
+    tile = tile_shape(rows, n, tasks, wide)
+    warps = product_warps(tile, len(pairs), end["F"], wide)
     second = pairs[1] if len(pairs) > 1 else (None, None)
+
+    def programs(bm: int, bn: int) -> int:
+        return tasks * blocks(rows, bm) * blocks(n, bn)
+
     run.emit(
         product,
-        tasks * blocks(rows, bm) * blocks(n, bn),
-        warps=product_warps((bm, bn), len(pairs), end["F"]),
+        programs(*tile),
+        warps=warps,
         stages=3,
+        choices=choices(("BM", "BN"), tile, warps, 3, programs, (rows, n), run.precision, wide),
+        work=len(pairs) * tasks * rows * n * k,
         x0=pairs[0][0],
         w0=pairs[0][1].at,
         w0_task=pairs[0][1].stride,
@@ -214,9 +196,9 @@ def _product(
         W_K=strides[0],
         W_N=strides[1],
         PRECISION=run.precision,
-        BM=bm,
-        BN=bn,
-        BK=BK,
+        BM=tile[0],
+        BN=tile[1],
+        BK=sum_step(wide),
         **end,
     )
 
@@ -226,13 +208,22 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
     if weight is None and bias is None:
         return
     rows, o, i = run.rows(node.output), run.values[node.output].cols, run.values[node.inputs[0]].cols
-    bo, bi = tile_shape(o, i, run.tasks, pairs[0][0].element_size() == 8)
+    wide = run.wide
+    tile = tile_shape(o, i, run.tasks, wide)
+    warps = gradient_warps(tile, run.precision)
     second = pairs[1] if len(pairs) > 1 else (None, None)
+
+    def programs(bo: int, bi: int) -> int:
+        return run.tasks * blocks(o, bo) * blocks(i, bi)
+
+    summed = "" if bias is None else "rows"
     run.emit(
         weight_gradient,
-        run.tasks * blocks(o, bo) * blocks(i, bi),
-        warps=gradient_warps((bo, bi), run.precision),
+        programs(*tile),
+        warps=warps,
         stages=2,
+        choices=choices(("BO", "BI"), tile, warps, 2, programs, (o, i), run.precision, wide, summed),
+        work=len(pairs) * run.tasks * rows * o * i,
         dy0=pairs[0][0],
         x0=pairs[0][1],
         dy1=second[0],
@@ -241,9 +232,9 @@ def _gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks
         O=o,
         I=i,
         PRECISION=run.precision,
-        BO=bo,
-        BI=bi,
-        BM=BK,
+        BO=tile[0],
+        BI=tile[1],
+        BM=sum_step(wide),
         **(no_sink() if weight is None else weight.arguments()),
         **(no_sink("bias_") if bias is None else bias.arguments("bias_")),
     )

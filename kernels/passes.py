@@ -49,6 +49,8 @@ class Node:
     epilogue: Node | None = None  # the element-wise layer on the output, if done here
     prologues: list[Node | None] = field(default_factory=list)  # of each input: the one whose backward is done here
     pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
+    norm: Node | None = None  # conv2d: the norm for which its tiles are summed
+    sums_from: Node | None = None  # norms: that conv2d
     shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
 
 
@@ -114,6 +116,11 @@ class Pass:
     v: list[Operand] = field(default_factory=list)
     new_state: Any = None  # (*shape, dtype) -> Tensor
     scratch: Any = None  # (name, elements) -> Tensor, good until the layer is done
+
+    @property
+    def wide(self) -> bool:
+        """Whether elements have eight bytes."""
+        return self.theta[0].at.element_size() == 8
 
     def rows(self, value: int) -> int:
         """Rows of one task."""

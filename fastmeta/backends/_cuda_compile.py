@@ -1,7 +1,7 @@
 """From generated source to something that runs: NVRTC for a GPU, the system's C++ compiler to stand in for one.
 
-Both results are cached on disk (`FASTMETA_CACHE`, else the user's cache folder) under a key of everything they are made
-of: source, headers, architecture or compiler, and versions.
+Both results are kept on disk (`_disk_cache`) under a key of everything they are made of: source, headers,
+architecture or compiler, and versions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fastmeta
+from fastmeta.backends import _disk_cache
 
 _PACKAGE = Path(fastmeta.__file__).parent
 _SHARED_HEADERS = ("types.h", "kernels.h", "functions.inl", "loss_example.inl")
@@ -37,12 +38,6 @@ def source_folder() -> Path:
     return tree if (tree / "cuda").is_dir() else _PACKAGE / "csrc"
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    named = os.environ.get("FASTMETA_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmeta"
-
-
 @lru_cache(maxsize=1)
 def _headers_digest() -> str:
     """Of all files that a generated source includes."""
@@ -55,13 +50,7 @@ def _headers_digest() -> str:
 
 
 def _cached(key: tuple[object, ...], suffix: str) -> Path:
-    digest = hashlib.sha256("\0".join(map(str, (fastmeta.__version__, _headers_digest(), *key))).encode()).hexdigest()
-    return cache_folder() / f"{digest[:40]}{suffix}"
-
-
-def _keep(target: Path, made: Path) -> None:
-    """Put a finished file into the cache: whoever looks finds all of it or nothing."""
-    os.replace(made, target)
+    return _disk_cache.path((_headers_digest(), *key), suffix)
 
 
 # ---- for a GPU ---------------------------------------------------------------------------------------------
@@ -91,10 +80,7 @@ def cubin(source: str, architecture: str) -> bytes:
     if target.exists():
         return target.read_bytes()
     code, _ = compile_for(source, architecture)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(code)
-    _keep(target, Path(file.name))
+    _disk_cache.write(target, code)
     return code
 
 
@@ -222,4 +208,4 @@ def build_host(source: str, flags: list[str], target: Path) -> None:
         done = subprocess.run([*command, "-o", str(made)], input=source, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-        _keep(target, made)
+        os.replace(made, target)

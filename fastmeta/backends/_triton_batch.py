@@ -21,7 +21,14 @@ class StaticBatch:
     """Dense tensors [T, N, ...], images channels-last; with a set for each step, [K, T, N, ...]."""
 
     def __init__(
-        self, memory: Memory, net: Network, batch: Batch, loss: Loss | None, wrt: frozenset[str], role: str
+        self,
+        memory: Memory,
+        net: Network,
+        batch: Batch,
+        loss: Loss | None,
+        wrt: frozenset[str],
+        role: str,
+        output_shape: tuple[int, ...],
     ) -> None:
         self.role, self.loss, self.per_step = role, loss, batch.per_step
         self.tasks, self.examples = batch.x.shape[0], batch.x.shape[2 if batch.per_step else 1]
@@ -36,9 +43,8 @@ class StaticBatch:
             self.tensors[part] = self._like(memory, tensor, part)
             if f"{role}_{part}" in wrt and tensor.is_floating_point():
                 self.grads[part] = self._like(memory, tensor, part)
-        self.out = net.values[net.output]
-        weights = self._class_weights(loss)
-        self.class_weights = None if weights is None else memory.new(*weights.shape)
+        self.output_shape = output_shape  # of one example
+        self.constants = {name: memory.new(*value.shape) for name, value in self._constants(loss).items()}
         self.fresh: set[tuple[str, int]] = set()  # (part, step) of the gradients that have been written
 
     def _like(self, memory: Memory, tensor: Tensor, part: str) -> Tensor:
@@ -59,8 +65,8 @@ class StaticBatch:
         """What to copy where; losses of one plan may differ in the values of their tensors."""
         given = {"x": batch.x, "y": batch.y, "weights": batch.weights}
         pairs = [(self.user_view(tensor, part), given[part]) for part, tensor in self.tensors.items()]
-        if self.class_weights is not None:
-            pairs.append((self.class_weights, self._class_weights(loss)))
+        own = self._constants(loss)
+        pairs += [(static, own[name]) for name, static in self.constants.items()]
         return pairs  # type: ignore[return-value]
 
     def deliver(self, grads: Gradients) -> None:
@@ -88,13 +94,14 @@ class StaticBatch:
         parts = {part for part, _ in self.fresh}
         return [tensor for part, tensor in self.grads.items() if part not in parts]
 
-    def _class_weights(self, loss: Loss | None) -> Tensor | None:
-        """Class weights [C], or pos_weight spread over the output of an example."""
+    def _constants(self, loss: Loss | None) -> dict[str, Tensor]:
+        """The loss's own tensors by their names in its kernel: class weights [C]; numbers of an output's elements."""
         if loss is None:
-            return None
-        if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
-            return loss.pos_weight.reshape(-1).expand(self.out.cols).repeat(self.out.rows)
-        return loss.weight
+            return {}
+        if loss.kind == "cross_entropy":
+            return {} if loss.weight is None else {"class_weights": loss.weight}
+        given = {"factors": loss.weight, "pos_weight": loss.pos_weight}
+        return {n: value.expand(self.output_shape).reshape(-1) for n, value in given.items() if value is not None}
 
     def emit_loss(
         self,
@@ -143,7 +150,7 @@ class StaticBatch:
                 self.tasks,
                 self.examples,
                 out.cols,
-                class_weights=self.class_weights,
+                class_weights=self.constants.get("class_weights"),
                 INDICES=not target.is_floating_point(),
                 SMOOTHING=float(loss.label_smoothing),
                 IGNORE=loss.ignore_index,
@@ -155,7 +162,8 @@ class StaticBatch:
                 self.tasks,
                 self.examples,
                 out.size,
-                pos_weight=self.class_weights,
+                pos_weight=self.constants.get("pos_weight"),
+                factors=self.constants.get("factors"),
                 KIND=loss.kind,
                 BETA=float(loss.beta),
                 **common,

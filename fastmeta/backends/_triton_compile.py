@@ -1,19 +1,20 @@
-"""Recorded launches compiled ahead of time for a GPU that need not be there, and what they take of it."""
+"""Recorded launches compiled: for the GPU that is there, many at a time, or for any other, to see what they take."""
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from fastmeta.kernels.launch import Launch
@@ -75,29 +76,35 @@ def sources(launches: Iterable[Launch]) -> list[Source]:
     return list(dict.fromkeys(source(launch) for launch in launches))
 
 
+def compile_together(launches: Iterable[Launch]) -> None:
+    """Compile launches for the current device in threads, or take them from Triton's own cache; what does not compile
+    raises when it is launched."""
+    different = {source(launch): launch for launch in launches}
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for one in different.values():
+            one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options)
+
+
 def compile_source(one: Source, capability: int) -> Usage:
-    """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package."""
+    """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package, past its cache."""
     names = [parameter.name for parameter in one.kernel.params]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
-    compiled = triton.compile(
-        ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(one.options),
-    )
-    registers, spilled = _resources(compiled.asm["ptx"], capability)
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(), redirect_stdout(said):
+        knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+        compiled = triton.compile(
+            ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options=dict(one.options),
+        )
+    registers, spilled = _resources(said.getvalue())
     return Usage(one.kernel.__name__, capability, registers, spilled, compiled.metadata.shared)
 
 
-def _resources(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers, bytes spilled) of the one kernel in a PTX file, as its assembler says."""
-    tool, machine = get_ptxas(capability).path, sm_arch_from_capability(capability)
-    with tempfile.TemporaryDirectory() as folder:
-        source_file = Path(folder) / "kernel.ptx"
-        source_file.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={machine}", str(source_file), "-o", str(Path(folder) / "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _resources(said: str) -> tuple[int, int]:
+    """(registers, bytes spilled) of the one kernel that the assembler speaks of."""
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     if registers is None or spilled is None:
-        raise RuntimeError(f"ptxas -v said nothing of registers: {said!r}")
+        raise RuntimeError(f"the assembler said nothing of registers: {said!r}")
     return int(registers[1]), int(spilled[1]) + int(spilled[2])

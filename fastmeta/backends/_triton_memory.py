@@ -38,7 +38,7 @@ class Memory:
         """Memory that one layer at a time uses, by what for; the next one may get the same."""
         if name not in self.shared or self.shared[name].numel() < size:
             self.shared[name] = self.new(size)
-        return self.shared[name]
+        return self.shared[name][:size]
 
     def spoil(self) -> None:
         """Fill everything that kernels work with with NaN, for tests."""
@@ -111,4 +111,5 @@ class ParameterLayout:
 
     def operand(self, rows: Tensor, p: int) -> Operand:
         """Parameter p of sets [T, P], or of a set [P] that all tasks share."""
-        return Operand(rows.reshape(-1)[self.offsets[p] :], self.size if rows.dim() > 1 else 0)
+        begin = self.offsets[p]
+        return Operand(rows[..., begin : begin + prod(self.shapes[p])], self.size if rows.dim() > 1 else 0)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from fastmeta.backends._layout import lay_out
-from fastmeta.kernels.elementwise import FROM_OUTPUT, PIECEWISE_LINEAR
+from fastmeta.kernels.elementwise import PIECEWISE_LINEAR, from_output
 from fastmeta.kernels.passes import Node, Value
 from fastmeta.network.program import Program
 
@@ -52,6 +52,7 @@ def build(program: Program, fixed_statistics: bool) -> Network:
     _merge_affine(net)
     _fuse_pools(net)
     _fuse_elementwise(net)
+    _fuse_statistics(net)
     _order_gradients(net)
     net.used = {p for node in net.nodes for p in node.params if p is not None and p < len(program.params)}
     net.from_params = [False] * len(net.values)
@@ -168,7 +169,7 @@ def _fuse_elementwise(net: Network) -> None:
         before, behind = _maker(net, f.inputs[0]), consumers[net.root[f.output]]
         if before is not None and before.kind in _EPILOGUE and len(consumers[net.root[f.inputs[0]]]) == 1:
             f.in_forward, before.epilogue = True, f
-            if f.function in FROM_OUTPUT:
+            if from_output(f):
                 net.no_value.add(net.root[before.output])
             if f.function in PIECEWISE_LINEAR:
                 net.no_tangent.add(net.root[before.output])
@@ -177,6 +178,18 @@ def _fuse_elementwise(net: Network) -> None:
             net.no_delta.add(net.root[f.output])
         if f.function not in PIECEWISE_LINEAR:
             net.curved.add(net.root[f.output])
+
+
+def _fuse_statistics(net: Network) -> None:
+    """A convolution sums its tiles for the batch norm behind it, which then need not read the image for that."""
+    for norm in net.nodes:
+        if norm.kind != "batch_norm" or norm.params[2] is not None:  # of running statistics there is nothing to sum
+            continue
+        maker = _maker(net, norm.inputs[0])
+        if maker is None or maker.kind != "conv2d" or maker.epilogue is not None or maker.norm is not None:
+            continue
+        if net.values[maker.output].cols == net.values[norm.inputs[0]].cols:
+            maker.norm, norm.sums_from = norm, maker
 
 
 def _order_gradients(net: Network) -> None:

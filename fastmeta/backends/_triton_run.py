@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmeta.backends import _triton_tune as tuning
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends._triton_compile import compile_together
 from fastmeta.backends._triton_network import Network, build
 from fastmeta.backends._triton_step import KINDS, MetaStep
 from fastmeta.problem import Gradients, Problem, Result
@@ -69,11 +71,24 @@ class Job:
         self.precision = precision(first.dtype)
         self.mode = memory_mode(problem, wrt, memory_limit(self.device))
         self.step = MetaStep(problem, network(problem), wrt, self.mode, self.precision, self.device)
+        self.tuning = self._compile()
         self.lock = threading.Lock()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
         self.why_no_graph = "" if self.device.type == "cuda" else "there is no GPU"
         self.done = torch.cuda.Event() if self.device.type == "cuda" else None
+
+    def _compile(self) -> tuning.Report:
+        """Time what there is to choose, while nothing is in the launches' memory yet, and compile what is launched."""
+        emit, report = self.step.emit, tuning.Report(tuning.off(self.device))
+        if self.device.type != "cuda":
+            return report
+        with torch.cuda.device(self.device):
+            if not report.off:
+                file = tuning.file_for(self.device)
+                emit.launches, report = tuning.tune(emit.launches, tuning.OnDevice(), file)
+            compile_together(emit.launches)
+        return report
 
     def run(self, problem: Problem) -> Result:
         """Answer a problem."""
@@ -241,4 +256,14 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
         f"kernels: {' '.join(names)} ({len(step.emit.launches)} launches, {where})",
         f"precision: {said}",
         f"memory: {mode}, {step.memory.bytes / 2**20:.1f} MiB for all tasks",
+        str(_tuning(problem, wrt, step)),
     ]
+
+
+def _tuning(problem: Problem, wrt: frozenset[str], step: MetaStep) -> tuning.Report:
+    """What was tuned for calls like this one, or would be."""
+    job, device = problem.scratch.get("triton"), next(iter(problem.params.values())).device
+    if job is not None and job.fits(problem, wrt, job.adapted):
+        return job.tuning
+    reason = tuning.off(device)
+    return tuning.Report(reason) if reason else tuning.look(step.emit.launches, tuning.file_for(device))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._triton_batch import StaticBatch
-from fastmeta.backends._triton_memory import Memory, ParameterLayout
 from fastmeta.backends._triton_network import Network
+from fastmeta.backends._triton_state import StepState
 from fastmeta.kernels import (
     add,
     avg_pool2d,
@@ -28,7 +28,6 @@ from fastmeta.kernels import (
     reshape,
     sgd,
 )
-from fastmeta.kernels.launch import Recorder
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks
 from fastmeta.problem import Problem
 
@@ -47,16 +46,8 @@ KINDS: dict[str, ModuleType] = {
 }
 
 
-class MetaStep:
-    """All launches of one kind of call, and the static tensors that they work on.
-
-    Args:
-        problem: what is asked; its tensors' values are not read.
-        wrt: the gradients wanted.
-        memory: "store" or "recompute".
-        precision: of the products, see `kernels.tile`.
-        device: may be "meta", to know the launches alone.
-    """
+class MetaStep(StepState):
+    """All launches of one kind of call, and the static tensors that they work on: see `StepState`."""
 
     def __init__(
         self,
@@ -67,122 +58,10 @@ class MetaStep:
         precision: str,
         device: torch.device,
     ) -> None:
-        first = next(iter(problem.params.values()))
-        self.net, self.wrt, self.precision = net, wrt, precision
-        self.tasks = problem.tasks
-        self.steps = problem.steps if problem.support is not None else 0
-        self.second = problem.order == "second" and self.steps > 0 and bool(wrt)
-        self.store = memory == "store"
-        rule = problem.rule
-        self.mu, self.decay = (rule.momentum, rule.weight_decay) if rule is not None else (0.0, 0.0)
-        self.plain = self.mu == 0 and self.decay == 0
-        self.wants_rates = "lr" in wrt and self.steps > 0 and bool(problem.rates)
-        self.memory = Memory(device, first.dtype)
-        self.emit = Recorder()
+        super().__init__(problem, net, wrt, memory, precision, device)
         self.valued = self.seeded = False  # the losses, lambda have been written to
         self.fresh = True  # lambda has not
-        count = len(problem.params)
-        self.layout = ParameterLayout(net, problem, count)
-        self._allocate(problem, count)
         self._record(problem)
-
-    # ---- static tensors -------------------------------------------------------------------------------------------
-
-    def _allocate(self, problem: Problem, count: int) -> None:
-        new, layout, tasks, steps = self.memory.new, self.layout, self.tasks, self.steps
-        size = layout.size
-        own = bool(problem.per_task)
-        self.theta0 = new(tasks, size) if own else new(size)
-        buffers = self.net.shapes[count:]
-        self.buffers = [new(*shape) for shape in buffers]
-        self.thetas = new(steps, tasks, size) if steps else None
-        rates = list(problem.rates.values())
-        self.rate_steps = max([rate.shape[0] for rate in rates], default=1)
-        self.rate_tasks = max([rate.shape[1] for rate in rates], default=1)
-        self.rates = new(self.rate_steps, self.rate_tasks, max(layout.row, 1))
-        index = layout.index()
-        self.index = index if self.memory.device.type == "meta" else index.to(self.memory.device)
-        if self.memory.device.type == "meta":
-            self.index = index.to("meta")
-        self.table = layout.table().to(self.memory.device)
-        net, wrt = self.net, self.wrt
-        self.support = self.query = None
-        if problem.support is not None and steps:
-            self.support = StaticBatch(self.memory, net, problem.support, problem.loss, wrt, "support")
-        if problem.query is not None:
-            self.query = StaticBatch(self.memory, net, problem.query, problem.query_loss, wrt, "query")
-        self.task_weights = None if problem.task_weights is None else new(tasks)
-        self.output_grad = None if problem.output_grad is None else new(*problem.output_grad.shape)
-        self.losses = new(tasks) if self.query is not None and self.query.loss is not None else None
-        self.loss = new() if self.losses is not None else None
-        self.output: Tensor | None = None  # the last query pass's own
-        self.gradient = self.lam = self.v = self.mbar = self.momentum = self.updates = None
-        self.rate_sums = self.rate_total = self.total = self.ranges = None
-        self.keeps_updates = self.wants_rates and (self.store or self.mu != 0)
-        self.in_epilogues = self.plain and not self.keeps_updates and not any(layout.elementwise)
-        if steps and (not self.in_epilogues or self.wants_rates):
-            self.gradient = new(tasks, size)
-        if self.mu and steps:
-            self.momentum = new(tasks, size)
-        if self.keeps_updates:
-            self.updates = new(steps, tasks, size)
-        if wrt:
-            self.lam = new(tasks, size)
-            if steps and (self.second or not self.plain):
-                self.v = new(tasks, size)
-            if self.mu and steps:
-                self.mbar = new(tasks, size)
-            self.ranges = new(reduce.RANGES, max(size, layout.row))
-            self.total = new(size)
-        if self.wants_rates:
-            self.rate_sums = new(self.rate_steps, tasks, layout.row)
-            self.rate_total = new(self.rate_steps, layout.row)
-            if not self.keeps_updates and self.updates is None:
-                self.updates = new(1, tasks, size)
-        self._values = _PassMemory(self, self.support, self.second, steps if self.store else min(steps, 1))
-        self._query_values = _PassMemory(self, self.query, False, 1)
-
-    # ---- parameters and rates -------------------------------------------------------------------------------------
-
-    def theta(self, k: int, p: int) -> Operand:
-        """theta_k of parameter p; of a buffer, itself."""
-        count = len(self.layout.names)
-        if p >= count:
-            return Operand(self.buffers[p - count], 0)
-        if k == 0 or not self._moves(p):
-            return self.layout.operand(self.theta0, p)
-        return self.layout.operand(self.thetas[k - 1], p)  # type: ignore[index]
-
-    def _moves(self, p: int) -> bool:
-        """Whether an inner step writes parameter p: one without a gradient moves by weight decay alone."""
-        return self.layout.adapted[p] and (p in self.net.used or not self.in_epilogues)
-
-    def _rates(self, k: int) -> Operand:
-        rows = self.rates[k if self.rate_steps > 1 else 0]
-        return Operand(rows.reshape(-1), rows.shape[1] if self.rate_tasks > 1 else 0)
-
-    def _sinks(self, rows: Tensor, base: bool = False, adapted: bool = False) -> Sinks:
-        """A sink for every parameter that some layer reads, or of those the adapted ones."""
-        sinks: Sinks = []
-        for p in range(len(self.layout.names)):
-            if p not in self.net.used or (adapted and not self.layout.adapted[p]):
-                sinks.append(None)
-                continue
-            to = self.layout.operand(rows, p)
-            sinks.append(Sink(to, to if base else None))
-        return sinks + [None] * len(self.buffers)
-
-    # ---- passes ---------------------------------------------------------------------------------------------------
-
-    def _support_pass(self, k: int) -> Pass:
-        run = self._values.at(k if self.store else 0, self.support.step("x", k))  # type: ignore[union-attr]
-        run.theta = [self.theta(k, p) for p in range(len(self.net.params))]
-        return run
-
-    def _query_pass(self, k: int) -> Pass:
-        run = self._query_values.at(0, self.query.tensors["x"])  # type: ignore[union-attr]
-        run.theta = [self.theta(k, p) for p in range(len(self.net.params))]
-        return run
 
     def _forward(self, run: Pass) -> Tensor:
         for node in self.net.nodes:
@@ -401,65 +280,3 @@ class MetaStep:
         for node in reversed(self.net.nodes):
             KINDS[node.kind].tangent_backward(run, node, sinks)
         self._input_gradient(self.support, k, run.rd[0])  # type: ignore[arg-type]
-
-
-class _PassMemory:
-    """The buffers of one sort of pass: values and gradients of `copies` steps, tangents once."""
-
-    def __init__(self, owner: MetaStep, batch: StaticBatch | None, second: bool, copies: int) -> None:
-        self.owner, self.batch, self.second = owner, batch, second
-        if batch is None:
-            return
-        net, self.device = owner.net, owner.memory.device
-        self.wants_input = "x" in batch.grads
-        self.states: list[dict[tuple[int, str], Tensor]] = [{} for _ in range(copies)]
-        needs_delta = bool(owner.wrt) or batch is owner.support
-        makes = {net.root[node.output] for node in net.nodes}
-        roots = sorted(makes | {0})
-
-        def block(root: int) -> Tensor:
-            return owner.memory.new(owner.tasks, batch.examples * net.values[root].size)
-
-        def blocks_of(wanted: list[int]) -> list[Tensor | None]:
-            own = {root: block(root) for root in wanted}
-            return [own.get(root) for root in net.root]
-
-        moving = {net.root[v] for v in range(len(net.values)) if net.from_params[v]}
-        deltas = [
-            root for root in roots if needs_delta and root not in net.no_delta and (root in moving or self.wants_input)
-        ]
-        values = [root for root in roots if root in makes and root not in net.no_value]
-        self.x = [blocks_of(values) for _ in range(copies)]
-        self.d = [blocks_of(deltas) for _ in range(copies)]
-        curves = [root for root in net.curved if root in makes] if second else []
-        self.curve = [blocks_of(curves) for _ in range(copies)]
-        tangents = [root for root in roots if root in moving and root not in net.no_tangent]
-        self.rx = blocks_of(tangents if second else [])
-        self.rd = blocks_of(deltas if second else [])
-
-    def at(self, copy: int, x: Tensor | None) -> Pass:
-        """The pass that works on one copy, on these inputs."""
-        owner, net = self.owner, self.owner.net
-        values = list(self.x[copy])
-        for value, root in enumerate(net.root):
-            if root == 0:
-                values[value] = x
-        return Pass(
-            owner.emit,
-            net.nodes,
-            net.values,
-            owner.tasks,
-            self.batch.examples,  # type: ignore[union-attr]
-            owner.precision,
-            self.second,
-            net.from_params,
-            self.wants_input,
-            values,
-            self.d[copy],
-            self.rx,
-            self.rd,
-            self.curve[copy],
-            self.states[copy],
-            new_state=owner.memory.new,
-            scratch=owner.memory.scratch,
-        )

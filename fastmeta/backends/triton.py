@@ -15,7 +15,6 @@ try:
     import triton
 
     from fastmeta.backends import _triton_run as runs
-    from fastmeta.kernels.cross_entropy import MOST_CLASSES
 
     _IMPORT_ERROR = ""
 except ImportError as error:  # said by missing()
@@ -58,8 +57,6 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for layer in program.layers:
         if layer.kind not in runs.KINDS:
             return f"{layer.kind} has no kernels"
-        if layer.function in ("leaky_relu", "elu") and not layer.constants[0] > 0:
-            return f"{layer.function} with a factor of {layer.constants[0]:g}, which is not positive"
     if problem.batch_stats == "task" and (reason := _refuses_batch(problem)):
         return reason
     if not any(name for layer in program.layers for name in layer.params):
@@ -92,10 +89,6 @@ def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
         return f"the loss {loss.function!r} is a function of its own"
     if loss.kind == "cross_entropy" and len(out) != 1:
         return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
-    if loss.kind == "cross_entropy" and out[0] > MOST_CLASSES:
-        return f"cross_entropy of more than {MOST_CLASSES} classes"
-    if loss.kind == "bce_with_logits" and loss.weight is not None:
-        return "bce_with_logits with `weight`"
     return ""
 
 

@@ -181,6 +181,7 @@ def test_explain_names_precision_kernels_and_memory():
     assert "kernels: linear tanh linear" in said
     assert "interpreter" in said
     assert "memory: store" in said
+    assert "tuning: off, there is no GPU" in said
     single = [t.float() for t in _episode()]
     for asked, stated in (("highest", "IEEE"), ("high", "TF32"), ("medium", "bfloat16")):
         before = torch.get_float32_matmul_precision()
@@ -209,17 +210,56 @@ def test_rejects_a_class_index_that_is_out_of_range():
     ("layer", "loss", "reason"),
     [
         (nn.Hardtanh(), "mse", "Hardtanh"),
-        (nn.LeakyReLU(0.0), "mse", "leaky_relu with a factor of 0, which is not positive"),
         (nn.Tanh(), lambda out, y: (out - y).square().mean(), "function of its own"),
-        (nn.Tanh(), nn.BCEWithLogitsLoss(weight=torch.ones(1).double()), "bce_with_logits with `weight`"),
     ],
-    ids=["layer", "slope", "loss", "weight"],
+    ids=["layer", "loss"],
 )
 def test_refuses_by_name(layer: nn.Module, loss: object, reason: str):
     net = nn.Sequential(nn.Linear(2, 3), layer, nn.Linear(3, 1)).double()
     maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=1, backend="triton")
     with pytest.raises(fm.BackendUnavailable, match=reason):
         maml(*_episode())
+
+
+@pytest.mark.parametrize("layer", [nn.LeakyReLU(0.0), nn.LeakyReLU(-0.3), nn.ELU(0.0), nn.ELU(-0.7)], ids=str)
+def test_factors_that_are_not_positive_match_reference(layer: nn.Module):
+    """The value does not tell on which side of the kink it was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), layer, nn.Linear(6, 5), layer, nn.Linear(5, 1)).double()
+    results = [_gradient(_maml(net, backend), _episode()) for backend in ("triton", "reference")]
+    assert _close(*results)
+
+
+@pytest.mark.parametrize("indices", [True, False], ids=["indices", "probabilities"])
+def test_many_classes_match_reference(indices: bool):
+    """More than a tile of them."""
+    torch.manual_seed(0)
+    classes = 1030
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, classes)).double()
+    sx, _, qx, _ = _episode()
+    ys = [torch.randn(3, n, classes).double().softmax(-1) for n in (5, 4)]
+    sy, qy = [y.argmax(-1) for y in ys] if indices else ys
+    loss = nn.CrossEntropyLoss(weight=torch.rand(classes).double(), label_smoothing=0.1)
+    results = []
+    for backend in ("triton", "reference"):
+        maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=2, backend=backend)
+        results.append(_gradient(maml, (sx, sy, qx, qy)))
+    assert _close(*results)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,), (2, 3)], ids=str)
+def test_weights_of_an_outputs_elements_match_reference(shape: tuple[int, ...]):
+    """`weight` and `pos_weight` of any shape that broadcasts to the output [2, 3]."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Unflatten(1, (2, 3))).double()
+    weight, positive = (torch.rand(shape).double() + 0.5 for _ in range(2))
+    sx, _, qx, _ = _episode()
+    episode = (sx, torch.rand(3, 5, 2, 3).round().double(), qx, torch.rand(3, 4, 2, 3).round().double())
+    results = []
+    for backend in ("triton", "reference"):
+        loss = nn.BCEWithLogitsLoss(weight=weight, pos_weight=positive)
+        results.append(_gradient(fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=2, backend=backend), episode))
+    assert _close(*results)
 
 
 def test_bfloat16_rounds_and_stays_close():

@@ -1,0 +1,61 @@
+"""Whatever tile is chosen, the bits are the same."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from fastmeta.kernels.launch import Launch
+from torch import nn
+
+from fastmeta.backends import _triton_run as runs
+from fastmeta.backends import _triton_tune as tuning
+from fastmeta.backends._triton_step import MetaStep
+from fastmeta.cases import Case
+from fastmeta.cases.convolutional import image_net
+from fastmeta.verify.problems import problem_of, wanted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+_LAYERS = (partial(nn.Conv2d, 2, 33, 3, padding=1), nn.Tanh, partial(nn.Conv2d, 33, 20, 2, bias=False), nn.Tanh)
+_CASE = Case("net", partial(image_net, *_LAYERS, shape=(2, 5, 4)), (2, 5, 4), 2, 3, 2, 1, "ce", wrt_inputs=False)
+
+
+def _sorts(dtype: torch.dtype) -> list[Launch]:
+    """A launch of each kind of kernel with each kind of epilogue."""
+    problem = problem_of(_CASE, dtype, 0)
+    step = MetaStep(problem, runs.network(problem), wanted(_CASE, problem), "store", "ieee", torch.device("cpu"))
+    found: dict[object, Launch] = {}
+    for launch in step.emit.launches:
+        if launch.choices:
+            given = launch.arguments
+            pair, bias = (given.get("x1") is None, given.get("bias_to") is None)
+            found.setdefault((launch.kernel, given.get("MODE"), pair, bias, given.get("BACKWARD")), launch)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_choices_give_the_same_bits(dtype: torch.dtype):
+    sorts = _sorts(dtype)
+    assert len(sorts) >= 8
+    shapes = 0
+    for launch in sorts:
+        expected = tuning._outputs(launch)
+        assert expected
+        assert all(not value.isnan().any() for value in expected.values())
+        for choice in launch.choices:
+            if any(launch.arguments[name] != size for name, size in choice.tiles):  # the interpreter knows no warps
+                shapes += 1
+                assert tuning._same(tuning._outputs(launch.chosen(choice)), expected), (launch.kernel, choice)
+    assert (shapes > 8) == (dtype == torch.float32)
+
+
+def test_other_bits_are_seen():
+    launch = _sorts(torch.float32)[0]
+    found = tuning._outputs(launch)
+    assert tuning._same(found, tuning._outputs(launch))
+    other = {name: value.clone() for name, value in found.items()}
+    first = next(iter(other.values())).view(-1)
+    first[0] = torch.nextafter(first[0], torch.tensor(torch.inf))
+    assert not tuning._same(found, other)

@@ -1,0 +1,119 @@
+"""`bench/gpu.py` without a GPU: it runs dry, and whatever hangs, dies or is wrong costs its own line alone."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    for name in ("gpu", "gpu_timing"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("gpu")
+
+
+#: Does what its jobs' peers are called.
+_WORKER = """
+import json, os, sys, time
+for job in json.load(sys.stdin):
+    print(json.dumps({"begin": job}), flush=True)
+    if job[2] == "hangs":
+        time.sleep(60)
+    if job[2] == "dies":
+        os._exit(3)
+    ours = {"case": job[0], "precision": "float32", "peer": job[2], "median_ms": len(job[2])}
+    print(json.dumps({"row": ours}), flush=True)
+"""
+
+
+def _jobs(*peers: str) -> list[tuple[str, str, str]]:
+    return [("case", "highest", peer) for peer in peers]
+
+
+def _command() -> tuple[str, ...]:
+    return (sys.executable, "-c", _WORKER)
+
+
+def test_what_hangs_or_dies_costs_its_own_line(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(bench, "LIMIT", 2.0)
+    jobs, said = _jobs("fastmeta-triton", "hangs", "b", "dies", "c"), []
+    rows = bench.timed(jobs, time.monotonic() + 60, tmp_path, said.append, _command())
+    assert [row.status for row in rows] == ["timed", "stopped", "timed", "broken", "timed"]
+    assert "more than 2 s" in rows[1].reason
+    assert "ended with code 3" in rows[3].reason
+    assert rows[2].ratio == 1 / len("fastmeta-triton")
+    assert len(said) == 5
+    with (tmp_path / "gpu.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [row["status"] for row in found] == [row.status for row in rows]
+    assert {"device", "torch", "triton", "commit", "date", "roofline_share"} <= set(found[0])
+
+
+def test_what_does_not_fit_in_is_left_out(bench: ModuleType, tmp_path: Path):
+    begin = time.monotonic()
+    rows = bench.timed(_jobs("a", "hangs", "b"), begin + 3, tmp_path, lambda line: None, _command())
+    assert time.monotonic() - begin < 20
+    assert [row.status for row in rows] == ["timed", "stopped", "left out"]
+
+
+def test_dry_run_says_what_is_missing_and_writes_all(bench: ModuleType, tmp_path: Path):
+    peers = "--peer torch.func --peer fastmeta-triton --peer torch.func+graph".split()
+    done = CliRunner().invoke(bench.main, ["--dry-run", "--out", str(tmp_path), *peers])
+    assert done.exit_code == 0, done.output
+    first, second = done.output.splitlines()[:2]
+    assert first.startswith("triton: exit code 0")
+    assert second.startswith("verify: exit code 0")
+    with (tmp_path / "gpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3
+    status = {row["peer"]: row["status"] for row in rows}
+    assert status["torch.func"] == "timed"
+    assert status["fastmeta-triton"] == status["torch.func+graph"] == "missing"
+    timed = next(row for row in rows if row["peer"] == "torch.func")
+    assert float(timed["error"]) <= float(timed["allowed"])
+    assert float(timed["p20_ms"]) <= float(timed["median_ms"]) <= float(timed["p80_ms"])
+    assert float(timed["roofline_share"]) > 0
+
+
+def test_failures_are_said_first(bench: ModuleType, tmp_path: Path):
+    program = "print('tests/a.py::test_b[x] FAILED [ 1%]'); print('tests/a.py::test_c PASSED'); raise SystemExit(1)"
+    said = bench._logged(tmp_path / "log.txt", 60, ("-c", program))
+    assert said[0].startswith("exit code 1, 1 passed, 1 failed")
+    assert "test_b[x]" in said[1]
+    said = bench._logged(tmp_path / "log.txt", 1, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
+    assert said == ["stopped after 1 s, 0 passed, 0 failed; begun"]
+
+
+def test_a_wrong_gradient_is_not_timed(bench: ModuleType):
+    row, key = bench.Row("case", "float32", "peer"), ("d_params", "w")
+    ref = {key: torch.ones(3, dtype=torch.float64)}
+    assert bench.timing.judge(row, [{key: ref[key] * (1 + 1e-7)}], [ref], (1e-7,))
+    assert not bench.timing.judge(row, [{key: ref[key] * (1 + 1e-5)}], [ref], (1e-7,))
+    assert not bench.timing.judge(row, [{key: ref[key] * math.nan}], [ref], (1e-7,))
+
+
+def test_traffic_is_what_the_launches_touch(bench: ModuleType):
+    """At least all parameters of all steps once and the episode once; not the whole memory at every launch."""
+    case = next(iter(bench.timing.DRY.values()))
+    parameters = sum(p.numel() for p in case.make().parameters())
+    found = bench.timing.traffic(case, "highest")
+    least = 4 * case.tasks * (parameters * 3 + case.shots + case.queries)
+    assert least < found < 40 * least
+
+
+def test_cases_are_those_of_the_design(bench: ModuleType):
+    found = [(case.label, case.tasks, case.steps) for case in bench.timing.CASES.values()]
+    assert found == [("conv4", 32, 1), ("siren", 16, 3), ("conv4-84", 4, 5), ("mlp", 32, 5), ("sinusoid", 1024, 5)]
