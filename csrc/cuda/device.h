@@ -25,6 +25,40 @@ FM_INLINE int blocks() { return int(gridDim.x); }
 FM_INLINE void barrier() { __syncthreads(); }
 FM_INLINE void* shared_memory() { return shared_bytes; }
 
+// ---- tensor cores -----------------------------------------------------------------------------------------------
+constexpr int HELD = 1;  // lanes whose registers a thread holds
+
+FM_INLINE int warp() { return thread() / 32; }
+FM_INLINE int warps() { return threads() / 32; }
+FM_INLINE int lane(int) { return thread() % 32; }
+
+FM_INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }
+FM_INLINE unsigned round_to_tf32(float x) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+FM_INLINE unsigned round_to_bf16(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// c += a b; a register of a and b holds PER numbers: TF32, or two of bfloat16. The strides are from lane to lane.
+template <int PER>
+FM_INLINE void tensor_multiply(float* c, int, const unsigned* a, int, const unsigned* b, int) {
+  if constexpr (PER == 1)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 }  // namespace fm::cuda
 
 #endif

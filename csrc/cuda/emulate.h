@@ -31,7 +31,13 @@ inline void barrier() {
 #endif
 }
 
+// A warp is one thread, which holds the registers of all lanes.
+inline int warp() { return thread(); }
+inline int warps() { return threads(); }
+
 }  // namespace fm::cuda
+
+#include "emulate_tensor.h"
 
 extern "C" inline __attribute__((used, visibility("default"))) void fastmeta_enter(fm::cuda::Emulated* self) {
   fm::cuda::emulated = self;

@@ -207,4 +207,15 @@ FM_INLINE void for_each(const Body& body) {
   }
 }
 
+template <class Body>
+FM_INLINE void for_params(const Body& body) {
+  for_each<0, PARAM_COUNT>(body);
+}
+// Calls body(element of torch's tensor, element of ours) for all of parameter P's.
+template <int P, class Body>
+FM_INLINE void for_param(const Body& body) {
+  constexpr Param p = PARAMS[P];
+  for (int e = thread(); e < p.numel(); e += step_threads()) body(e, e / p.cols * p.ld + e % p.cols);
+}
+
 }  // namespace fm::cuda

@@ -14,6 +14,10 @@ struct Area {
   int at;
 };
 
+// How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded to TF32, to
+// bfloat16, or split into two numbers of TF32 each, which together are as good as a float32.
+enum class Multiply : int { fma, split, tf32, bf16 };
+
 // A value: `rows` rows of `cols` columns an example, `ld` apart, of which vectors of `vector` elements can be loaded.
 // x, d, rx, rd: where it stands, for every example, in blocks of values, of their gradients, and of the tangents of
 // both; -1: it is not kept there.
@@ -30,6 +34,7 @@ struct Layer {
   int inputs[2];
   int output;
   int weight, bias;
+  Multiply multiply;
   int pre;       // linear: the value before the activation in its epilogue; -1: there is none
   bool adds[2];  // backward: another consumer has written the input's gradient before
   bool last[2];  // ... and none will after this one

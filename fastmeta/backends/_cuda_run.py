@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.backends import _cuda_plan as plans
 from fastmeta.backends._cuda_launch import Kernels, kernels_for, shared_bytes
+from fastmeta.backends._precision import asked_for
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -23,7 +24,7 @@ class Job:
     """All calls that differ in nothing but the values of tensors."""
 
     def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> None:
-        self.wrt, self.adapted = wrt, adapted
+        self.wrt, self.adapted, self.precision = wrt, adapted, asked_for()
         first = next(iter(problem.params.values()))
         self.device, self.dtype = first.device, first.dtype
         self.plan = make_plan(problem, wrt)
@@ -45,6 +46,10 @@ class Job:
         # gradients of shared parameters stand side by side among the sums, in the network's order
         self.flat_size = sum(p.numel for p in self.plan.params)
         self.is_flat = not self.unused and not any(p.per_task for p in self.plan.params)
+
+    def fits(self, wrt: frozenset[str], adapted: bool) -> bool:
+        """Whether a problem of the same shapes and options can be answered, as the user wants its products now."""
+        return self.wrt == wrt and self.adapted == adapted and self.precision == asked_for()
 
     def run(self, problem: Problem) -> Result:
         """The kernels' answer; nothing is waited for."""

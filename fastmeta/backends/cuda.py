@@ -95,7 +95,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """
     scratch = problem.scratch
     job = scratch.get("cuda")
-    if job is None or job.wrt != wrt or job.adapted != adapted:
+    if job is None or not job.fits(wrt, adapted):
         job = scratch["cuda"] = runs.Job(problem, wrt, adapted)
     return job.run(problem)
 
@@ -103,11 +103,11 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
     plan = runs.make_plan(problem, wrt)
-    first = next(iter(problem.params.values()))
     kinds = " ".join(layer.function or layer.kind for layer in problem.program.layers)  # type: ignore[union-attr]
     moved = sorted({area.group for area in plan.areas.values() if area.space == "global" and area.size})
     lines = [
-        f"kernels: {kinds} ({str(first.dtype).removeprefix('torch.')} multiply-adds, no tensor cores)",
+        f"kernels: {kinds}",
+        f"products: {_products(plan)}",
         f"one block of {plan.threads} threads a task, {plan.shared_bytes / 1024:.0f} KiB of shared memory, memory: "
         f"{plan.memory}",
     ]
@@ -116,6 +116,25 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     if launches.emulated_threads():
         lines.append(f"EMULATED on the CPU, blocks of {launches.emulated_threads()} threads: for tests alone")
     return lines
+
+
+_SAID = {
+    "split": "operands split into two numbers of TF32, accurate to float32",
+    "tf32": "operands rounded to TF32 (ten bits), as torch.set_float32_matmul_precision('high') allows",
+    "bf16": "operands rounded to bfloat16, as torch.set_float32_matmul_precision('medium') allows",
+}
+
+
+def _products(plan: runs.plans.Plan) -> str:
+    """How the linear layers multiply."""
+    linear = [layer for layer in plan.layers if layer.kind == "linear"]
+    wide = [layer for layer in linear if layer.multiply != "fma"]
+    plain = f"{'float32' if plan.itemsize == 4 else 'float64'} multiply-adds"
+    if not wide:
+        return f"{plain}, no tensor cores"
+    shapes = {f"{plan.params[layer.weight].cols}-{plan.params[layer.weight].rows}": None for layer in wide}
+    rest = f"; others: {plain}" if len(wide) < len(linear) else ""
+    return f"tensor cores for layers {' '.join(shapes)}, {_SAID[wide[0].multiply]}{rest}"
 
 
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
