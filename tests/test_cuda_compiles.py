@@ -17,8 +17,8 @@ from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
 
-H100 = launches.EMULATED_SHARED_BYTES
-A100 = 163 << 10  # bytes of shared memory of a block
+H100 = launches.EMULATED
+A100 = plans.Chip(163 << 10)
 REGISTERS = 1 << 16  # of a multiprocessor, from sm_80 on
 
 SINUSOID = next(case for case in WORKLOADS["sinusoid"] if case.tasks == 32 and case.steps == 5)
@@ -38,9 +38,9 @@ SPECIALISATIONS = [
 ]
 
 
-def _source(case: Case, dtype: torch.dtype, budget: int = H100) -> plans.Plan:
+def _source(case: Case, dtype: torch.dtype, chip: plans.Chip = H100) -> plans.Plan:
     problem = problem_of(case, dtype, 0)
-    return plans.make_plan(problem, wanted(case, problem), budget)
+    return plans.make_plan(problem, wanted(case, problem), chip)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def _source(case: Case, dtype: torch.dtype, budget: int = H100) -> plans.Plan:
     ids=lambda item: item.id if isinstance(item, Case) else str(item).removeprefix("torch."),
 )
 def test_kernels_compile_without_spills(case: Case, dtype: torch.dtype, architecture: str) -> None:
-    budget = A100 if architecture == "sm_80" else H100
-    plan = _source(case, dtype, budget)
+    chip = A100 if architecture == "sm_80" else H100
+    plan = _source(case, dtype, chip)
     _, report = compiler.compile_for(plans.source(plan), architecture)
     found = compiler.resources(report)
     assert found.spills == 0, found
     assert found.registers * max(plan.threads, 128) <= REGISTERS
-    assert plan.shared_bytes <= budget
+    assert plan.shared_bytes <= chip.shared_bytes
     # sine and cosine keep a table for huge arguments on the stack; nothing else may be there
     assert found.stack <= (64 if "sin(" in _functions(plan) else 0), found
 

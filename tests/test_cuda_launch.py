@@ -40,7 +40,7 @@ class Driver(ModuleType):
 
     def __init__(self, plan: plans.Plan, fails: str = "") -> None:
         super().__init__("cuda.bindings.driver")
-        self.emulated = launches._Emulated(plan)
+        self.emulated, self.ranks = launches._Emulated(plan), plan.ranks
         self.fails = fails
         self.calls: list[tuple[object, ...]] = []
 
@@ -79,7 +79,8 @@ class Driver(ModuleType):
         assert extra == 0
         address = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))[0]
         assert address is not None
-        self.emulated.run(function, grid[0], grid[3], shared, address)
+        ranks = self.ranks if function == "fastmeta_meta_step" else 1
+        self.emulated.run(function, grid[0] // ranks, ranks, grid[3], shared, address)
         return self._answer("launch", function, grid[0], grid[3], shared, stream)
 
 
@@ -99,7 +100,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
 
         def kernels_for(plan: plans.Plan, _: torch.device) -> launches.Kernels:
-            return launches._OnGpu(plans.source(plan), plan.threads, plan.shared_bytes, bool(plan.workspace), 0)
+            return launches._OnGpu(
+                plans.source(plan), plan.ranks, plan.threads, plan.shared_bytes, bool(plan.workspace), 0
+            )
 
         monkeypatch.setattr(runs, "kernels_for", kernels_for)
 
@@ -107,7 +110,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _problem(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
-    monkeypatch.setattr(launches, "EMULATED_SHARED_BYTES", budget)
+    monkeypatch.setattr(launches, "EMULATED", plans.Chip(budget))
     problem = problem_of(CASE, torch.float64, 0)
     return problem, runs.make_plan(problem, wanted(CASE, problem))
 

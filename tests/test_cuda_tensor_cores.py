@@ -180,7 +180,7 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.rounded = rounded
-        return rounded(x.float()).double() @ rounded(w.float()).double().T
+        return rounded(x.float()).to(x.dtype) @ rounded(w.float()).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
@@ -268,12 +268,17 @@ INSTRUCTIONS = {"highest": "m16n8k8", "high": "m16n8k8", "medium": "m16n8k16"}
 @pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
 @pytest.mark.parametrize("setting", INSTRUCTIONS)
 def test_tensor_instructions_are_there(setting: str, precision: Callable[[str], None]) -> None:
-    from cuda.core import Program, ProgramOptions
+    from cuda.bindings import nvrtc
 
     precision(setting)
-    folder = str(Path(compiler.source_folder(), "cuda"))
-    options = ProgramOptions(arch="sm_80", std="c++17", include_path=folder, device_as_default_execution_space=True)
     case = replace(WIDE, order="first", make=partial(mlp, (64, 64), "tanh"), input_shape=(64,))
-    text = bytes(Program(plans.source(_plan(case)), "c++", options).compile("ptx").code).decode()
-    kinds = {shape for shape in INSTRUCTIONS.values() if f"mma.sync.aligned.{shape}.row.col" in text}
+    options = f"-arch=compute_80 -std=c++17 -default-device -I{Path(compiler.source_folder(), 'cuda')}".encode().split()
+    _, program = nvrtc.nvrtcCreateProgram(plans.source(_plan(case)).encode(), b"kernel.cu", 0, [], [])
+    (done,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert done == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    text = b" " * size
+    nvrtc.nvrtcGetPTX(program, text)
+    nvrtc.nvrtcDestroyProgram(program)
+    kinds = {shape for shape in INSTRUCTIONS.values() if b"mma.sync.aligned.%b.row.col" % shape.encode() in text}
     assert kinds == {INSTRUCTIONS[setting]}

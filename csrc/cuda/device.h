@@ -9,6 +9,11 @@
 #define FM_INLINE_LAMBDA
 #define FM_PASS __device__ __noinline__
 #define FM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#if FM_RANKS == 1
+#define FM_CLUSTERS
+#else
+#define FM_CLUSTERS __cluster_dims__(FM_RANKS, 1, 1)
+#endif
 #define FM_ARGUMENT(type) const __grid_constant__ type
 #define FM_PRAGMA(text) _Pragma(#text)
 #define FM_UNROLL FM_PRAGMA(unroll)
@@ -18,12 +23,40 @@ namespace fm::cuda {
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
+#if FM_RANKS == 1
 FM_INLINE int thread() { return int(threadIdx.x); }
 FM_INLINE int threads() { return int(blockDim.x); }
 FM_INLINE int block() { return int(blockIdx.x); }
 FM_INLINE int blocks() { return int(gridDim.x); }
+FM_INLINE void begin() {}
 FM_INLINE void barrier() { __syncthreads(); }
-FM_INLINE void* shared_memory() { return shared_bytes; }
+FM_INLINE void* shared_memory(int) { return shared_bytes; }
+#else
+// A cluster of blocks acts as one block that has their threads, and their shared memories one after the other. A kernel
+// that is launched without clusters, the sums, finds itself in clusters of one block.
+FM_INLINE int special(int which) {
+  int value;
+  if (which == 0) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+  if (which == 1) asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
+  if (which == 2) asm("mov.u32 %0, %%clusterid.x;" : "=r"(value));
+  if (which == 3) asm("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
+  return value;
+}
+FM_INLINE int thread() { return special(0) * int(blockDim.x) + int(threadIdx.x); }
+FM_INLINE int threads() { return special(1) * int(blockDim.x); }
+FM_INLINE int block() { return special(2); }
+FM_INLINE int blocks() { return special(3); }
+FM_INLINE void barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Another block's memory is there once that block runs.
+FM_INLINE void begin() { barrier(); }
+FM_INLINE void* shared_memory(int rank) {
+  void* address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(static_cast<void*>(shared_bytes)), "r"(rank));
+  return address;
+}
+#endif
 
 // ---- tensor cores -----------------------------------------------------------------------------------------------
 constexpr int HELD = 1;  // lanes whose registers a thread holds

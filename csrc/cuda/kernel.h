@@ -1,5 +1,5 @@
-// The two launches of a meta-step: one block takes one task after the other, then the sums over tasks. Included by a
-// generated source after its tables.
+// The two launches of a meta-step: one block, or cluster of blocks, takes one task after the other, then the sums over
+// tasks. Included by a generated source after its tables.
 #pragma once
 
 #include "meta_step.h"
@@ -19,15 +19,16 @@ struct SumArgs {
 
 }  // namespace fm::cuda
 
-FM_KERNEL(fm::cuda::LAYOUT.threads) fastmeta_meta_step(FM_ARGUMENT(fm::cuda::Args) args) {
+FM_KERNEL(fm::cuda::LAYOUT.threads) FM_CLUSTERS fastmeta_meta_step(FM_ARGUMENT(fm::cuda::Args) args) {
   using namespace fm::cuda;
-  S* const workspace = args.workspace + block() * LAYOUT.workspace;
+  begin();
+  S* const workspace = args.workspace + fm::i64(block()) * RANKS * LAYOUT.slab;
   for (fm::i64 t = block(); t < args.tasks; t += blocks()) MetaStep(args, workspace, t).run();
 }
 
 FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::cuda::SumArgs) args) {
   using namespace fm::cuda;
-  S* const sums = static_cast<S*>(shared_memory());  // [RANGES, SUM_COLUMNS]
+  S* const sums = static_cast<S*>(shared_memory(0));  // [RANGES, SUM_COLUMNS]
   const fm::i64 ranges = args.tasks < RANGES ? args.tasks : RANGES;
   for (int item = thread(); item < RANGES * SUM_COLUMNS; item += threads()) {
     const fm::i64 range = item / SUM_COLUMNS, column = fm::i64(block()) * SUM_COLUMNS + item % SUM_COLUMNS;

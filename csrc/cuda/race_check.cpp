@@ -1,7 +1,8 @@
 // A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with a generated source,
 // which the compiler is told to include first. The file, in words of 8 bytes, for each launch:
 //
-//   which kernel (0: meta-step, 1: sum), blocks, threads, bytes of shared memory, bytes of a number, words of
+//   which kernel (0: meta-step, 1: sum), blocks or clusters, blocks of a cluster, threads, bytes of shared memory of a
+//   block, bytes of a number, words of
 //   arguments, and for each of these: its value, and bytes of memory that it points to; then that memory, in whole
 //   words.
 //
@@ -25,9 +26,9 @@ int main(int, char** argv) {
   std::FILE* file = std::fopen(argv[1], "rb");
   if (!file) return 2;
   std::map<Word, std::vector<Word>> memory;
-  Word head[6];
-  while (read(file, head, 6)) {
-    std::vector<Word> words(head[5]);
+  Word head[7];
+  while (read(file, head, 7)) {
+    std::vector<Word> words(head[6]);
     for (Word& word : words) {
       Word entry[2];
       if (!read(file, entry, 2)) return 2;
@@ -40,7 +41,8 @@ int main(int, char** argv) {
     }
     const auto kernel = head[0] == 0 ? reinterpret_cast<void (*)(const void*)>(fastmeta_meta_step)
                                      : reinterpret_cast<void (*)(const void*)>(fastmeta_sum);
-    fastmeta_emulate(kernel, fastmeta_enter, words.data(), int(head[1]), int(head[2]), head[3], int(head[4]));
+    fastmeta_emulate(kernel, fastmeta_enter, words.data(), int(head[1]), int(head[2]), int(head[3]), head[4],
+                     int(head[5]));
   }
   std::puts("done");
 }

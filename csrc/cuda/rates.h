@@ -26,7 +26,8 @@ FM_INLINE void rates_from_updates(const Sink& to) {
     constexpr int P = decltype(index)::value;
     constexpr Param p = PARAMS[P];
     if constexpr (p.adapted) {
-      const S* u = memory<LAYOUT.updates.space>(to.workspace, LAYOUT.updates.at + to.k * SET + p.at - LAYOUT.frozen);
+      const S* u =
+          memory<LAYOUT.updates.space, p.rank>(to.workspace, LAYOUT.updates.at + to.k * SET + p.at - LAYOUT.frozen);
       for (int e = thread(); e < p.numel(); e += step_threads()) {
         const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
         to.rate_gradient<P>(r, c, one(lambda<P>(to.workspace)[at]), one(u[at]));

@@ -9,9 +9,11 @@ namespace fm::cuda {
 // Where something lies: in the block's shared memory, in its own piece of global memory, or where the user has it.
 enum class Space : int { shared, global, user };
 
+// Of a cluster of blocks each has a rank. What consists of parts, parameters or values, has each part in the memory of
+// one rank, and the area for them begins at the same place in all.
 struct Area {
   Space space;
-  int at;
+  int at, rank;
 };
 
 // How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded to TF32, to
@@ -25,6 +27,7 @@ struct Value {
   int rows, cols, ld, vector;
   int x, d, rx, rd;
   bool from_params;  // depends on a parameter: has a tangent, and a gradient worth computing
+  int rank;
 };
 
 struct Layer {
@@ -50,6 +53,7 @@ struct Param {
   int rate_column;  // likewise of its rate's gradient
   int rate_slot;    // scalar rates: of the sum over its elements
   int gradient;     // tied: where its uses are summed
+  int rank;
   constexpr int numel() const { return rows * cols; }
   constexpr int size() const { return rows * ld; }
 };
@@ -64,7 +68,7 @@ struct Options {
 
 // Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's and the tangents'.
 struct Layout {
-  int threads;
+  int threads;    // of a block
   Area theta;     // [frozen parameters][adapted ones of step 0][of step 1] ..., or of one step at a time
   bool keep_all;  // theta_0 .. theta_K at once
   int frozen, set;
@@ -77,7 +81,7 @@ struct Layout {
   Area lambda, direction, gradient, updates;
   Area sums, terms;  // [rate slots][threads] doubles; one number for each example, and 32 more
   int columns;       // sums over tasks: gradients of shared parameters and rates, the loss
-  i64 workspace;     // elements of global memory of a block
+  int slab;          // elements of global memory of a rank
 };
 
 }  // namespace fm::cuda

@@ -30,7 +30,7 @@ class Task {
         const S* from = given<P>();
         for_param<P>([&](int e, int at) { to[at] = from[e]; });
       } else if constexpr (p.adapted && LAYOUT.checkpoints >= 0) {
-        const S* from = at_ + LAYOUT.checkpoints + (k - 1) * SET + p.at - LAYOUT.frozen;
+        const S* from = checkpoint<P>(at_, k);
         for_param<P>([&](int, int at) { to[at] = from[at]; });
       }
     });
@@ -38,7 +38,7 @@ class Task {
   FM_INLINE void load_input(const S* from, const Area& area, int examples) const {
     constexpr Value in = VALUES[0];
     if constexpr (LAYOUT.input.space != Space::user) {
-      S* to = memory<LAYOUT.input.space>(at_, area.at);
+      S* to = memory<LAYOUT.input.space, VALUES[0].rank>(at_, area.at);
       for (int e = thread(); e < examples * in.rows * in.cols; e += step_threads())
         to[e / in.cols * in.ld + e % in.cols] = from[e];
     }

@@ -33,7 +33,7 @@ constexpr int tile_cost(Form form, int rows, int cols, Tile t, int block_threads
     loads = t.m + VECTOR * chunks * load_cost(across, t.chunk);
   else
     loads = VECTOR * (ceil_div(t.m, VECTOR) + chunks * load_cost(across, t.chunk));
-  const int memory = ceil_div(tiles, 32) * loads;
+  const int memory = ceil_div(tiles, 32 * RANKS) * loads;
   const int arithmetic = ceil_div(tiles, block_threads) * t.m * t.n * VECTOR;
   return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
 }

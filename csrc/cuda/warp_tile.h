@@ -18,13 +18,14 @@ struct WarpShape {
 constexpr int warp_cost(Multiply how, int ms, int ns, WarpShape t, int warps) {
   const int tiles = ceil_div(ms, 16 * t.m) * ceil_div(ns, 8 * t.n), loads = 4 * t.m + 2 * t.n;
   const int terms = how == Multiply::split ? 3 : 1, roundings = how == Multiply::split ? 4 : 2;
-  const int memory = tiles * loads;
-  const int arithmetic = ceil_div(tiles, warps) * ceil_div(warps, 4) * (4 * terms * t.m * t.n + roundings * loads);
+  const int memory = ceil_div(tiles, RANKS) * loads;
+  const int arithmetic =
+      ceil_div(tiles, warps) * ceil_div(warps, 4 * RANKS) * (4 * terms * t.m * t.n + roundings * loads);
   return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
 }
 
 constexpr WarpShape choose_warp_tile(Multiply how, int ms, int ns) {
-  constexpr int warps = LAYOUT.threads / 32;
+  constexpr int warps = CREW / 32;
   WarpShape best = {1, 1};
   for (int m = 1; m <= 2; ++m)
     for (int n = 1; n <= 4; n *= 2)

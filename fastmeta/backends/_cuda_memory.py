@@ -1,6 +1,7 @@
 """A place for everything that a specialisation of the CUDA kernels keeps: parameters, values, scratch.
 
-Sizes and offsets count elements.
+Sizes and offsets count elements. A cluster of blocks is a block of several ranks to the kernels: whatever consists of
+parts, parameters or values, has each of them in the memory of one rank.
 """
 
 from __future__ import annotations
@@ -25,25 +26,32 @@ def pad(n: int, to: int) -> int:
 
 
 def lay_out_params(plan: Plan) -> None:
-    """Frozen parameters first, so that sets of later steps hold the adapted ones alone; columns of the sums."""
+    """A rank and a place for every parameter, columns of the sums.
+
+    Frozen parameters come first, so that sets of later steps hold the adapted ones alone.
+    """
     vector = 16 // plan.itemsize
-    end = 0
+    start = 0
     for adapted in (False, True):
-        for param in plan.params:
-            if param.adapted == adapted:
-                param.at = end
-                end += pad(param.rows * param.ld, vector)
+        ends = [start] * plan.ranks
+        # the largest first, each to where there is most room
+        for param in sorted((p for p in plan.params if p.adapted == adapted), key=lambda p: -p.rows * p.ld):
+            param.rank = ends.index(min(ends))
+            param.at = ends[param.rank]
+            ends[param.rank] += pad(param.rows * param.ld, vector)
+        start = max(ends)
         if not adapted:
-            plan.frozen = end
-    plan.set = end - plan.frozen
-    columns = slots = gradient = 0
+            plan.frozen = start
+    plan.set = start - plan.frozen
+    columns = slots = 0
+    gradient = [0] * plan.ranks
     for param in plan.params:
         if plan.flags["wants_params"] and not param.per_task:
             param.column = columns
             columns += param.numel
         if param.tied:
-            param.gradient = gradient
-            gradient += pad(param.rows * param.ld, vector)
+            param.gradient = gradient[param.rank]
+            gradient[param.rank] += pad(param.rows * param.ld, vector)
     for param in plan.params:
         if plan.flags["wants_rates"] and param.adapted:
             if not param.rate_per_task:
@@ -52,47 +60,50 @@ def lay_out_params(plan: Plan) -> None:
             if not param.rate_element:
                 param.rate_slot = slots
                 slots += 1
-    plan.rate_slots, plan.columns = slots, columns + 1
+    plan.rate_slots, plan.columns, plan.tied = slots, columns + 1, max(gradient)
 
 
 def place(plan: Plan, shared_bytes: int) -> None:
     """Give every area its place: in shared memory as far as it goes, the smallest groups first."""
     _choose_threads(plan)
-    sizes = _lay_out_values(plan, user_input=False)
-    plan.areas = _areas(plan, sizes)
     room = shared_bytes // plan.itemsize
+    if not _place(plan, room, user_input=False):
+        _place(plan, room, user_input=True)
+
+
+def _place(plan: Plan, room: int, user_input: bool) -> bool:
+    """`place`, with the input in shared memory or where the user has it; False: there is no room for it."""
     vector = 16 // plan.itemsize
-    groups: dict[str, int] = {}
+    plan.areas = _areas(plan, _lay_out_values(plan, user_input))
+    groups: dict[str, list[Area]] = {}
     for area in plan.areas.values():
         area.size = pad(area.size, vector)
-        if area.group != "checkpoints":
-            groups[area.group] = groups.get(area.group, 0) + area.size
-    scratch = {name: plan.areas[name].size for name in SCRATCH}
-    groups["scratch"] = max(
-        scratch["query_values"] + scratch["query_deltas"], scratch["tangents"] + scratch["tangent_deltas"]
-    )
-    spaces = {"checkpoints": "global"}
-    for group, size in sorted(groups.items(), key=lambda item: (item[0] != "sums", item[1])):
-        spaces[group] = "shared" if size <= room else "user" if group == "input" else "global"
-        room -= size if size <= room else 0
-    if spaces["input"] == "user":  # it is read as it stands there
-        sizes = _lay_out_values(plan, user_input=True)
-        for name, area in _areas(plan, sizes).items():
-            plan.areas[name].size = pad(area.size, vector)
-    ends = {"shared": 0, "global": 0, "user": 0}
-    for area in plan.areas.values():
-        area.space = spaces[area.group]
-        if area.group != "scratch":
-            area.at = ends[area.space]
-            ends[area.space] += area.size
-    space = spaces["scratch"]
-    for pair in (SCRATCH[:2], SCRATCH[2:]):
-        end = ends[space]
-        for name in pair:
-            plan.areas[name].at = end
-            end += plan.areas[name].size
-    ends[space] += groups["scratch"]
-    plan.shared_bytes, plan.workspace = ends["shared"] * plan.itemsize, ends["global"]
+        groups.setdefault(area.group, []).append(area)
+    sizes = {group: sum(area.size for area in areas) for group, areas in groups.items()}
+    pairs = [[plan.areas[name] for name in names] for names in (SCRATCH[:2], SCRATCH[2:])]
+    sizes["scratch"] = max(sum(area.size for area in pair) for pair in pairs)
+    # what is not here is spread over all ranks, and takes the same place in each
+    homes = {"input": plan.values[0].rank, "sums": plan.ranks - 1}
+    ends = {space: [0] * plan.ranks for space in ("shared", "global", "user")}
+    for group in sorted(groups, key=lambda group: (group != "sums", sizes[group])):
+        home = homes.get(group)
+        ranks = range(plan.ranks) if home is None else (home,)
+        fits = max(ends["shared"][rank] for rank in ranks) + sizes[group] <= room
+        if group == "input" and not user_input and not fits:
+            return False
+        space = "shared" if fits and group != "checkpoints" else "global"
+        space = "user" if group == "input" and user_input else space
+        start = max(ends[space][rank] for rank in ranks)
+        for run in pairs if group == "scratch" else [groups[group]]:
+            at = start
+            for area in run:
+                area.space, area.at, area.rank = space, at, ranks[0]
+                at += area.size
+        for rank in ranks:
+            ends[space][rank] = start + sizes[group]
+    plan.shared_bytes, plan.slab = max(ends["shared"]) * plan.itemsize, max(ends["global"])
+    plan.workspace = plan.slab * plan.ranks
+    return True
 
 
 def _choose_threads(plan: Plan) -> None:
@@ -107,7 +118,7 @@ def _choose_threads(plan: Plan) -> None:
 
 
 def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
-    """Row lengths and offsets of all values; how many elements an example takes in each of the four blocks."""
+    """Row lengths and offsets of all values; how much of a rank an example takes in each of the four blocks."""
     flags = plan.flags
     vector = 16 // plan.itemsize
     tensor = any(layer.multiply != "fma" for layer in plan.layers)
@@ -124,10 +135,12 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
     behind = {layer.output: layer for layer in plan.layers if layer.pre >= 0}
     backward, tangents = plan.steps > 0 or flags["gradient"], flags["second_order"]
     used = {0} | {v for layer in plan.layers for v in (*layer.inputs, layer.output, layer.pre) if v >= 0}
-    sizes = {"x": 0, "d": 0, "rx": 0, "rd": 0}
-    # vectors first: rows of a few numbers need no alignment
-    for number in sorted(used, key=lambda i: plan.values[i].vector == 1):
+    sizes = {block: [0] * plan.ranks for block in ("x", "d", "rx", "rd")}
+    # vectors first: rows of a few numbers need no alignment; of those the largest, each to where there is most room
+    for number in sorted(used, key=lambda i: (plan.values[i].vector == 1, -plan.values[i].rows * plan.values[i].ld)):
         v = plan.values[number]
+        taken_up = [sum(size[rank] for size in sizes.values()) for rank in range(plan.ranks)]
+        v.rank = taken_up.index(min(taken_up))
         v.x = v.d = v.rx = v.rd = -1
         keeps = dict.fromkeys(sizes, True)
         keeps["x"] = number > 0
@@ -146,9 +159,9 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
             keeps["rd"] = keeps["rd"] and number in shared
         for block, kept in keeps.items():
             if kept:
-                setattr(v, block, sizes[block])
-                sizes[block] += v.rows * v.ld
-    return sizes
+                setattr(v, block, sizes[block][v.rank])
+                sizes[block][v.rank] += v.rows * v.ld
+    return {block: max(size) for block, size in sizes.items()}
 
 
 def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
@@ -170,7 +183,6 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
     plan.value_stride, plan.delta_stride = (values, deltas) if kept > 1 else (0, 0)
     writes = not plain or any(p.tied or (p.adapted and p.rate_element) for p in params)
     direction = flags["momentum"] or (gradient and writes and (flags["second_order"] or not plain))
-    tied = sum(pad(p.rows * p.ld, vector) for p in params if p.tied)
     plan.restores = theta_needed and not plan.keep_all
     checkpoints = max(steps - 1, 0) * plan.set if plan.restores else 0
     return {
@@ -186,8 +198,8 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
         "tangent_deltas": Area(plan.support * sizes["rd"], "scratch"),
         "lambda": Area(plan.frozen + plan.set if gradient else 0, "adjoint"),
         "direction": Area(plan.set if direction else 0, "adjoint"),
-        "gradient": Area(tied if steps > 0 or gradient else 0, "adjoint"),
+        "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),
         "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
-        "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
+        "sums": Area(plan.rate_slots * plan.ranks * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
         "terms": Area(max(plan.support, plan.query) + 32, "sums"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -22,24 +23,36 @@ from fastmeta.problem import Batch, Problem
 PRODUCTS = {"highest": "split", "high": "tf32", "medium": "bf16"}
 
 
-def make_plan(problem: Problem, wrt: frozenset[str], shared_bytes: int) -> Plan:
-    """The best plan for a block that has `shared_bytes` of shared memory.
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a plan depends on of a GPU, besides the network and the call."""
+
+    shared_bytes: int  # that a block can have
+    cluster: int = 1  # blocks that can share theirs: 1, 2 or 4
+
+
+def make_plan(problem: Problem, wrt: frozenset[str], chip: Chip) -> Plan:
+    """The best plan for a kind of GPU.
 
     All in shared memory if anything fits: with every step's values or one's, all of theta_0 .. theta_K or one at a
-    time. Of what is larger the largest pieces go to global memory.
+    time; in one block, else in a cluster of as few as are enough. Of what is larger the largest pieces go to global
+    memory, and as many blocks as possible share the work.
     """
     stores = {"store": (True,), "recompute": (False,), "auto": (True, False)}[problem.memory]
-    plans = [_draft(problem, wrt, store, keep) for keep in (True, False) for store in stores]
-    for plan in plans:
-        place(plan, shared_bytes)
-        if all(area.space == "shared" for name, area in plan.areas.items() if area.size and name != "checkpoints"):
-            return plan
+    for ranks in (1, 2, 4):
+        if ranks > chip.cluster:
+            break
+        plans = [_draft(problem, wrt, store, keep, ranks) for keep in (True, False) for store in stores]
+        for plan in plans:
+            place(plan, chip.shared_bytes)
+            if all(area.space == "shared" for name, area in plan.areas.items() if area.size and name != "checkpoints"):
+                return plan
     # theta_k is copied to shared memory step by step if one set fits, else read where it lies
     one_set = [plan for plan in plans if not plan.keep_all and plan.areas["theta"].space == "shared"]
     return one_set[-1] if one_set else plans[len(stores) - 1]
 
 
-def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool) -> Plan:
+def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, ranks: int) -> Plan:
     """A plan without places."""
     program = problem.program
     if program is None:
@@ -75,6 +88,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool) -
         (_loss(problem.loss, support), _loss(problem.query_loss, query)),
         store,
         keep_all,
+        ranks,
     )
     plan.params = [_param(problem, program, name, plan) for name in names]
     lay_out_params(plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends._cuda_launch import Kernels, kernels_for, shared_bytes
+from fastmeta.backends._cuda_launch import Kernels, chip, kernels_for
 from fastmeta.backends._precision import asked_for
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -77,12 +77,12 @@ class Job:
             *self._params(problem, own, keep),
             *self.step_weights,
         ]
-        self.kernels.launch("fastmeta_meta_step", self.blocks, plan.threads, plan.shared_bytes, words)
+        self.kernels.launch("fastmeta_meta_step", self.blocks, plan.ranks, plan.threads, plan.shared_bytes, words)
         if total is not None:
             blocks = -(-plan.columns // _SUM_COLUMNS)
             shared = _SUM_THREADS * self.dtype.itemsize
             words = [tasks, plan.columns, _address(partial), total.data_ptr()]
-            self.kernels.launch("fastmeta_sum", blocks, _SUM_THREADS, shared, words)
+            self.kernels.launch("fastmeta_sum", blocks, 1, _SUM_THREADS, shared, words)
             if problem.query_loss is not None:
                 result.loss = total[plan.columns - 1]
             self._sums(problem, total, own, grads)
@@ -186,7 +186,7 @@ class Job:
 
 def make_plan(problem: Problem, wrt: frozenset[str]) -> plans.Plan:
     """The plan for the device that the problem's tensors are on."""
-    return plans.make_plan(problem, wrt, shared_bytes(next(iter(problem.params.values())).device))
+    return plans.make_plan(problem, wrt, chip(next(iter(problem.params.values())).device))
 
 
 def _numbers(rule: object) -> tuple[float, float]:

@@ -24,6 +24,7 @@ class Value:
     rx: int = -1
     rd: int = -1
     from_params: bool = False
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Param:
     rate_column: int = 0
     rate_slot: int = 0
     gradient: int = 0
+    rank: int = 0
 
     @property
     def numel(self) -> int:
@@ -72,12 +74,13 @@ class Param:
 
 @dataclass(slots=True)
 class Area:
-    """A piece of memory: `at` is an offset in shared memory or in the block's workspace."""
+    """A piece of memory: `at` is an offset in a rank's shared memory or share of the workspace."""
 
     size: int
     group: str
     space: str = "shared"
     at: int = 0
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -96,7 +99,8 @@ class Plan:
     losses: tuple[str, str]  # as C++
     store: bool = True
     keep_all: bool = True
-    threads: int = 128
+    ranks: int = 1  # blocks of a cluster
+    threads: int = 128  # of a block
     areas: dict[str, Area] = field(default_factory=dict)
     value_stride: int = 0
     delta_stride: int = 0
@@ -104,9 +108,11 @@ class Plan:
     set: int = 0
     restores: bool = False
     rate_slots: int = 0
+    tied: int = 0
     columns: int = 1
-    shared_bytes: int = 0
-    workspace: int = 0
+    shared_bytes: int = 0  # of a block
+    slab: int = 0  # of global memory a rank
+    workspace: int = 0  # of all ranks
 
     @property
     def memory(self) -> str:
@@ -128,7 +134,7 @@ def _literal(item: object) -> str:
 
 def source(plan: Plan) -> str:
     """The C++ source of a specialisation: tables of constants, then the kernels."""
-    values = [(v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params) for v in plan.values]
+    values = [(v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params, v.rank) for v in plan.values]
     layers = [
         (
             f"Kind::{layer.kind}",
@@ -149,7 +155,7 @@ def source(plan: Plan) -> str:
         (
             *(p.rows, p.cols, p.ld, p.vector, p.at, p.per_task, p.adapted, p.tied),
             *(p.rate_element, p.rate_per_task, p.rate_per_step),
-            *(p.column, p.rate_column, p.rate_slot, p.gradient),
+            *(p.column, p.rate_column, p.rate_slot, p.gradient, p.rank),
         )
         for p in plan.params
     ]
@@ -159,19 +165,20 @@ def source(plan: Plan) -> str:
         *(flags["support_per_step"], flags["wants_params"], flags["wants_rates"], flags["wants_support_x"]),
         *(flags["wants_query_x"], flags["momentum"], flags["weight_decay"], flags["step_weights"], *plan.losses),
     )
-    area = {name: (f"Space::{a.space}", a.at) for name, a in plan.areas.items()}
+    area = {name: (f"Space::{a.space}", a.at, a.rank) for name, a in plan.areas.items()}
     layout = (
         *(plan.threads, area["theta"], plan.keep_all, plan.frozen, plan.set, plan.restores),
         plan.areas["checkpoints"].at if plan.areas["checkpoints"].size else -1,
         *(area["input"], area["query_input"], area["values"], area["deltas"], plan.value_stride, plan.delta_stride),
         *(area[name] for name in SCRATCH),
         *(area[name] for name in ("lambda", "direction", "gradient", "updates", "sums", "terms")),
-        *(plan.columns, plan.workspace),
+        *(plan.columns, plan.slab),
     )
     tables: dict[str, list[tuple[object, ...]]]
     tables = {"Value VALUES": [*values], "Layer LAYERS": [*layers], "Param PARAMS": [*params]}
     lines = [
         f"#define FM_SCALAR {'float' if plan.itemsize == 4 else 'double'}",
+        f"#define FM_RANKS {plan.ranks}",
         '#include "spec.h"',
         "namespace fm::cuda {",
         *(f"constexpr {name}[] = {{{', '.join(braces(*row) for row in rows)}}};" for name, rows in tables.items()),

@@ -82,8 +82,8 @@ def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
     spilled = plan.workspace * plan.itemsize
     if spilled > _WORKSPACE_AT_MOST:
         return (
-            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.shared_bytes / 1024:.0f} KiB of shared memory "
-            f"that a block has; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
+            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.ranks} x {plan.shared_bytes / 1024:.0f} KiB of "
+            f"shared memory that it can have; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
         )
     return ""
 
@@ -103,19 +103,26 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
     plan = runs.make_plan(problem, wrt)
+    first = next(iter(problem.params.values()))
     kinds = " ".join(layer.function or layer.kind for layer in problem.program.layers)  # type: ignore[union-attr]
     moved = sorted({area.group for area in plan.areas.values() if area.space == "global" and area.size})
     lines = [
         f"kernels: {kinds}",
         f"products: {_products(plan)}",
-        f"one block of {plan.threads} threads a task, {plan.shared_bytes / 1024:.0f} KiB of shared memory, memory: "
-        f"{plan.memory}",
+        f"{_crew(plan)} a task, memory: {plan.memory}",
     ]
     if moved:
-        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a block: {', '.join(moved)}")
+        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a task: {', '.join(moved)}")
+        if moved != ["checkpoints"] and launches.chip(first.device).cluster == 1:
+            lines.append("blocks of this device cannot share their memory: clusters need compute capability 9.0")
     if launches.emulated_threads():
         lines.append(f"EMULATED on the CPU, blocks of {launches.emulated_threads()} threads: for tests alone")
     return lines
+
+
+def _crew(plan: runs.plans.Plan) -> str:
+    blocks = "one block" if plan.ranks == 1 else f"a cluster of {plan.ranks} blocks"
+    return f"{blocks} of {plan.threads} threads and {plan.shared_bytes / 1024:.0f} KiB of shared memory"
 
 
 _SAID = {
@@ -140,13 +147,13 @@ def _products(plan: runs.plans.Plan) -> str:
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
     """Bytes of memory that one running task takes, on the chip and beside it."""
     plan = runs.make_plan(problem, wrt)
-    return plan.shared_bytes + plan.workspace * plan.itemsize
+    return plan.ranks * plan.shared_bytes + plan.workspace * plan.itemsize
 
 
 def parameter_set_bytes(problem: Problem) -> int:
     """Bytes of one set of parameters."""
     plan = runs.make_plan(problem, frozenset())
-    return (plan.frozen + plan.set) * plan.itemsize
+    return plan.ranks * (plan.frozen + plan.set) * plan.itemsize
 
 
 def poison(on: bool) -> None:

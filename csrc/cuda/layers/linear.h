@@ -38,7 +38,7 @@ FM_INLINE void output(const Pass& pass, const Add& add, const Put& put) {
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, COLS, ROWS);
     for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, OUT<L>), COLS, add, put);
   } else {
-    constexpr Tile tile = choose_tile(Form::by_rows, ROWS, COLS, 1, LAYOUT.threads);
+    constexpr Tile tile = choose_tile(Form::by_rows, ROWS, COLS, 1, CREW);
     for_tiles<COLS, tile.m, tile.n, 1>(rows(pass, OUT<L>), add, put);
   }
 }
@@ -71,7 +71,7 @@ FM_INLINE void input_gradient(const Pass& pass, const Add& add, const Put& put) 
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, in.cols, ROWS);
     for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, IN<L>), in.cols, add, put_at);
   } else {
-    constexpr Tile tile = choose_tile(Form::by_columns, ROWS, in.cols, in.vector, LAYOUT.threads);
+    constexpr Tile tile = choose_tile(Form::by_columns, ROWS, in.cols, in.vector, CREW);
     for_tiles<in.cols, tile.m, tile.n, in.vector>(rows(pass, IN<L>), add, put_at);
   }
 }
@@ -97,7 +97,7 @@ FM_INLINE void weight_gradient(const Pass& pass, const Add& add, const Dy& dy, c
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, w.rows, w.cols);
     busy = for_warp_tiles<HOW<L>, shape.m, shape.n, false>(w.rows, w.cols, add, put_w);
   } else {
-    constexpr Tile tile = choose_tile(Form::outer, w.rows, w.cols, w.vector, LAYOUT.threads);
+    constexpr Tile tile = choose_tile(Form::outer, w.rows, w.cols, w.vector, CREW);
     busy = for_tiles<w.cols, tile.m, tile.n, tile.chunk>(w.rows, add, put_w);
   }
   if constexpr (B<L> >= 0) {
