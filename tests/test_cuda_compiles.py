@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_cases import TWO
 
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
@@ -28,6 +29,9 @@ EVERYTHING = next(
 )
 FIELD = Case("siren", partial(mlp, (2, 256, 256, 3), "sin"), (2,), 16, 1024, 1024, 3, wrt_inputs=False)
 
+WIDE = Case("wide", partial(mlp, (8, 64, 256, 3), "tanh"), (8,), 16, 10, 15, 3, wrt_inputs=False)
+MLP = next(case for case in WORKLOADS["mlp"] if case.steps == 5)
+
 #: Case, dtype, architecture.
 SPECIALISATIONS = [
     *((SINUSOID, torch.float32, architecture) for architecture in ("sm_80", "sm_90a", "sm_100")),
@@ -35,6 +39,8 @@ SPECIALISATIONS = [
     (EVERYTHING, torch.float64, "sm_90a"),
     (RECOMMENDER, torch.float32, "sm_90a"),
     (FIELD, torch.float32, "sm_100"),
+    (TWO, torch.float32, "sm_90a"),
+    *((case, torch.float32, architecture) for case in (WIDE, MLP) for architecture in ("sm_80", "sm_90a", "sm_100")),
 ]
 
 
@@ -50,7 +56,21 @@ def _source(case: Case, dtype: torch.dtype, chip: plans.Chip = H100) -> plans.Pl
 )
 def test_kernels_compile_without_spills(case: Case, dtype: torch.dtype, architecture: str) -> None:
     chip = A100 if architecture == "sm_80" else H100
-    plan = _source(case, dtype, chip)
+    _compiles(_source(case, dtype, chip), chip, architecture)
+
+
+@pytest.mark.parametrize(("setting", "architecture"), [("high", "sm_90a"), ("medium", "sm_80")])
+def test_lower_precisions_compile_without_spills(setting: str, architecture: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        chip = A100 if architecture == "sm_80" else H100
+        _compiles(_source(WIDE, torch.float32, chip), chip, architecture)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _compiles(plan: plans.Plan, chip: plans.Chip, architecture: str) -> None:
     _, report = compiler.compile_for(plans.source(plan), architecture)
     found = compiler.resources(report)
     assert found.spills == 0, found

@@ -26,9 +26,10 @@ constexpr int warp_cost(Multiply how, int ms, int ns, WarpShape t, int warps) {
 
 constexpr WarpShape choose_warp_tile(Multiply how, int ms, int ns) {
   constexpr int warps = CREW / 32;
+  const int most = how == Multiply::split ? 4 : 8;  // more do not go into the registers
   WarpShape best = {1, 1};
   for (int m = 1; m <= 2; ++m)
-    for (int n = 1; n <= 4; n *= 2)
+    for (int n = 1; n <= 4 && m * n <= most; n *= 2)
       if (warp_cost(how, ms, ns, {m, n}, warps) < warp_cost(how, ms, ns, best, warps)) best = {m, n};
   return best;
 }

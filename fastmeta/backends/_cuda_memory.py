@@ -82,12 +82,10 @@ def _place(plan: Plan, room: int, user_input: bool) -> bool:
     sizes = {group: sum(area.size for area in areas) for group, areas in groups.items()}
     pairs = [[plan.areas[name] for name in names] for names in (SCRATCH[:2], SCRATCH[2:])]
     sizes["scratch"] = max(sum(area.size for area in pair) for pair in pairs)
-    # what is not here is spread over all ranks, and takes the same place in each
-    homes = {"input": plan.values[0].rank, "sums": plan.ranks - 1}
     ends = {space: [0] * plan.ranks for space in ("shared", "global", "user")}
     for group in sorted(groups, key=lambda group: (group != "sums", sizes[group])):
-        home = homes.get(group)
-        ranks = range(plan.ranks) if home is None else (home,)
+        # all else is spread over all ranks, and takes the same place in each
+        ranks = (plan.values[0].rank,) if group == "input" else range(plan.ranks)
         fits = max(ends["shared"][rank] for rank in ranks) + sizes[group] <= room
         if group == "input" and not user_input and not fits:
             return False
@@ -97,7 +95,7 @@ def _place(plan: Plan, room: int, user_input: bool) -> bool:
         for run in pairs if group == "scratch" else [groups[group]]:
             at = start
             for area in run:
-                area.space, area.at, area.rank = space, at, ranks[0]
+                area.space, area.at = space, at
                 at += area.size
         for rank in ranks:
             ends[space][rank] = start + sizes[group]
@@ -200,6 +198,6 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
         "direction": Area(plan.set if direction else 0, "adjoint"),
         "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),
         "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
-        "sums": Area(plan.rate_slots * plan.ranks * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
+        "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
         "terms": Area(max(plan.support, plan.query) + 32, "sums"),
     }

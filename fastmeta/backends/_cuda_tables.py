@@ -80,7 +80,6 @@ class Area:
     group: str
     space: str = "shared"
     at: int = 0
-    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -165,7 +164,7 @@ def source(plan: Plan) -> str:
         *(flags["support_per_step"], flags["wants_params"], flags["wants_rates"], flags["wants_support_x"]),
         *(flags["wants_query_x"], flags["momentum"], flags["weight_decay"], flags["step_weights"], *plan.losses),
     )
-    area = {name: (f"Space::{a.space}", a.at, a.rank) for name, a in plan.areas.items()}
+    area = {name: (f"Space::{a.space}", a.at) for name, a in plan.areas.items()}
     layout = (
         *(plan.threads, area["theta"], plan.keep_all, plan.frozen, plan.set, plan.restores),
         plan.areas["checkpoints"].at if plan.areas["checkpoints"].size else -1,
