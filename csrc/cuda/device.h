@@ -29,6 +29,7 @@ FM_INLINE int threads() { return int(blockDim.x); }
 FM_INLINE int block() { return int(blockIdx.x); }
 FM_INLINE int blocks() { return int(gridDim.x); }
 FM_INLINE void begin() {}
+FM_INLINE void end() {}
 FM_INLINE void barrier() { __syncthreads(); }
 FM_INLINE void* shared_memory(int) { return shared_bytes; }
 #else
@@ -49,8 +50,9 @@ FM_INLINE int blocks() { return special(3); }
 FM_INLINE void barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Another block's memory is there once that block runs.
+// Another block's memory is there from when that block begins until it ends.
 FM_INLINE void begin() { barrier(); }
+FM_INLINE void end() { barrier(); }
 FM_INLINE void* shared_memory(int rank) {
   void* address;
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(static_cast<void*>(shared_bytes)), "r"(rank));

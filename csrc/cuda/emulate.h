@@ -29,12 +29,17 @@ inline int threads() { return emulated->threads; }
 inline int block() { return emulated->block; }
 inline int blocks() { return emulated->blocks; }
 inline void begin() {}
+inline void end() {}
 inline void* shared_memory(int rank) { return emulated->shared[rank]; }
-inline void barrier() {
-#ifndef FASTMETA_EMULATE_NO_BARRIERS  // a race on purpose: the check for races must find it
-  emulated->barrier(emulated);
-#endif
+#ifdef FASTMETA_EMULATE_MUTANTS
+// Whether the barrier in this line is left out: a race on purpose, which the check for races must find.
+bool left_out(const char* file, int line);
+inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!left_out(file, line)) emulated->barrier(emulated);
 }
+#else
+inline void barrier() { emulated->barrier(emulated); }
+#endif
 
 // A warp is one thread, which holds the registers of all lanes.
 inline int warp() { return thread(); }

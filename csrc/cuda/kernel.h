@@ -24,6 +24,7 @@ FM_KERNEL(fm::cuda::LAYOUT.threads) FM_CLUSTERS fastmeta_meta_step(FM_ARGUMENT(f
   begin();
   S* const workspace = args.workspace + fm::i64(block()) * RANKS * LAYOUT.slab;
   for (fm::i64 t = block(); t < args.tasks; t += blocks()) MetaStep(args, workspace, t).run();
+  end();
 }
 
 FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::cuda::SumArgs) args) {
@@ -47,5 +48,4 @@ FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::
     for (int r = 0; r < ranges; ++r) total += sums[r * SUM_COLUMNS + c];
     args.total[column] = total;
   }
-  barrier();
 }

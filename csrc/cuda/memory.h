@@ -75,12 +75,12 @@ struct Matrix {
 
 // Offset `at` in the memory of this space that a rank has. Kept as numbers rather than pointers across calls, so that
 // the compiler knows which memory it reads.
-template <Space SPACE, int RANK>
-FM_INLINE S* memory(S* workspace, int at) {
+template <Space SPACE>
+FM_INLINE S* memory(S* workspace, int rank, int at) {
   if constexpr (SPACE == Space::shared)
-    return static_cast<S*>(shared_memory(RANK)) + at;
+    return static_cast<S*>(shared_memory(rank)) + at;
   else
-    return workspace + RANK * LAYOUT.slab + at;
+    return workspace + rank * LAYOUT.slab + at;
 }
 
 }  // namespace fm::cuda

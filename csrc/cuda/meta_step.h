@@ -19,6 +19,7 @@ class MetaStep : Task {
  public:
   using Task::Task;
 
+  // What a thread does behind the last barrier concerns its own elements alone: so the next task may begin.
   FM_INLINE void run() {
     load_theta(0);
     if (K > 0 && !OPTIONS.support_per_step) load_support(0);
@@ -54,7 +55,6 @@ class MetaStep : Task {
       if (args_.task_losses) args_.task_losses[t_] = S(value_);
       if (args_.partial) args_.partial[t_ * LAYOUT.columns + LAYOUT.columns - 1] = S(value_ * task_weight());
     }
-    barrier();  // the next task takes this one's memory
   }
 
  private:
@@ -123,7 +123,7 @@ class MetaStep : Task {
           if constexpr (OPTIONS.wants_query_x) add_input_gradient(pass, delta<0, Q>(pass), batch.grad_x);
         }
       }
-      barrier();
+      if constexpr (OPTIONS.wants_query_x) barrier();
     }
   }
   FM_INLINE void write_output(const Pass& pass, const S* z) const {

@@ -1,5 +1,6 @@
 // A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with a generated source,
-// which the compiler is told to include first. The file, in words of 8 bytes, for each launch:
+// which includes it. It prints the barriers that it came across, as "file:line", and does without the one that it is
+// told. The file, in words of 8 bytes, for each launch:
 //
 //   which kernel (0: meta-step, 1: sum), blocks or clusters, blocks of a cluster, threads, bytes of shared memory of a
 //   block, bytes of a number, words of
@@ -9,20 +10,39 @@
 // Memory of an address that came before is the same memory.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <map>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "emulate.cpp"
 
 namespace {
 
+std::set<std::string> seen;  // by thread 0: a lock would hide races
+std::string without;
+
 using Word = std::int64_t;
 
 bool read(std::FILE* file, Word* to, size_t count) { return std::fread(to, sizeof(Word), count, file) == count; }
 
+std::string name_of(const char* file, int line) {
+  const char* const slash = std::strrchr(file, '/');
+  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
+
 }  // namespace
 
-int main(int, char** argv) {
+bool fm::cuda::left_out(const char* file, int line) {
+  const std::string name = name_of(file, line);
+  if (thread() == 0) seen.insert(name);
+  return name == without;
+}
+
+// Arguments: the file of launches, and the barrier to do without, if any.
+int main(int count, char** argv) {
+  if (count > 2) without = argv[2];
   std::FILE* file = std::fopen(argv[1], "rb");
   if (!file) return 2;
   std::map<Word, std::vector<Word>> memory;
@@ -44,5 +64,5 @@ int main(int, char** argv) {
     fastmeta_emulate(kernel, fastmeta_enter, words.data(), int(head[1]), int(head[2]), int(head[3]), head[4],
                      int(head[5]));
   }
-  std::puts("done");
+  for (const std::string& name : seen) std::puts(name.c_str());
 }

@@ -10,10 +10,10 @@ namespace fm::cuda {
 enum class Space : int { shared, global, user };
 
 // Of a cluster of blocks each has a rank. What consists of parts, parameters or values, has each part in the memory of
-// one rank, and the area for them begins at the same place in all.
+// one rank. Areas begin at the same place in all ranks.
 struct Area {
   Space space;
-  int at, rank;
+  int at;
 };
 
 // How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded to TF32, to

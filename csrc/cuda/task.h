@@ -38,7 +38,7 @@ class Task {
   FM_INLINE void load_input(const S* from, const Area& area, int examples) const {
     constexpr Value in = VALUES[0];
     if constexpr (LAYOUT.input.space != Space::user) {
-      S* to = memory<LAYOUT.input.space, VALUES[0].rank>(at_, area.at);
+      S* to = memory<LAYOUT.input.space>(at_, VALUES[0].rank, area.at);
       for (int e = thread(); e < examples * in.rows * in.cols; e += step_threads())
         to[e / in.cols * in.ld + e % in.cols] = from[e];
     }
