@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 #: No divisor of the cases' sizes: else the same thread would write and read what others should.
 THREADS = 6
-FLAGS = "-std=c++17 -O1 -g1 -fsanitize=thread -fno-strict-aliasing -Wno-unknown-pragmas -pthread".split()
+FLAGS = "-std=c++17 -O0 -g1 -fsanitize=thread -fno-strict-aliasing -Wno-unknown-pragmas -pthread".split()
 FLAGS += ["-DFASTMETA_EMULATE", "-DFASTMETA_EMULATE_MUTANTS"]
 
 
