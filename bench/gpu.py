@@ -80,6 +80,7 @@ class Graphed:
 
 PEERS: tuple[Any, ...] = (
     MetaGradientPeer("fastmeta-triton", "triton"),
+    MetaGradientPeer("fastmeta-cuda", "cuda"),
     TorchFunc(),
     Graphed(TorchFunc()),
     TorchCompile(),

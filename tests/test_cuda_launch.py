@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,10 @@ from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
 from fastmeta.backends import _cuda_plan as plans
 from fastmeta.backends import _cuda_run as runs
-from fastmeta.cases import VERIFICATION, WORKLOADS
+from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases.networks import mlp
 from fastmeta.problem import Problem
+from fastmeta.verify import rule
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import quantities, relative_error
 
@@ -217,10 +220,58 @@ def test_gpu_graph_reads_rates_and_data_when_it_is_replayed() -> None:
         assert all(torch.equal(out[key], want[key]) for key in want)
 
 
+NEEDS_CLUSTERS = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="clusters need compute capability 9.0",
+)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@NEEDS_CLUSTERS
+@pytest.mark.parametrize("size", [1_500, 8_000, 14_000])
+@pytest.mark.parametrize("case_id", ["tied-T3-N7-M5-K3-mse-recompute", "residual-T3-N7-M5-K2-ce", CASE.id])
+def test_gpu_clusters_match_reference(case_id: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as small as if the network were large."""
+    case = next(case for case in VERIFICATION if case.id == case_id)
+    problem = problem_of(case, torch.float64, 0)
+    wrt = wanted(case, problem)
+    want = quantities(backends.get("reference").solve(problem, wrt, False))
+    monkeypatch.setattr(runs, "chip", lambda _: plans.Chip(size, cluster=4))
+    on_gpu = _on_gpu(problem)
+    assert runs.make_plan(on_gpu, wrt).ranks > 1
+    outs = [quantities(backends.get("cuda").solve(replace(on_gpu, scratch={}), wrt, False)) for _ in range(2)]
+    for key in want:
+        assert relative_error({key: outs[0][key].cpu()}, want, [key]) <= 1e-9, key
+        assert torch.equal(outs[0][key], outs[1][key]), key
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_gpu_tensor_cores_are_as_good_as_their_stand_in(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are at most twice those of the emulation, whose rounding and summing tests compare with the hardware's."""
+    case = Case("wide", partial(mlp, (5, 65, 70, 3), "tanh"), (5,), wrt_inputs=False)
+    monkeypatch.setattr(plans, "asked_for", lambda: setting)
+    problem, exact = (problem_of(case, dtype, 0) for dtype in (torch.float32, torch.float64))
+    wrt = wanted(case, problem)
+    truth = quantities(backends.get("reference").solve(exact, wrt, False))
+    found = quantities(backends.get("cuda").solve(_on_gpu(problem_of(case, torch.float32, 0)), wrt, False))
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
+    like = quantities(backends.get("cuda").solve(problem, wrt, False))
+    for name, error in rule.errors({key: value.cpu() for key, value in found.items()}, truth, torch.float32).items():
+        own = rule.errors(like, truth, torch.float32)[name]
+        assert error <= rule.FACTOR * own + rule.FLOOR, (name, error, own)
+
+
 SANITIZED = """
-import torch, fastmeta as fm
+import sys, torch, fastmeta as fm
 from torch import nn
-net = nn.Sequential(nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 5)).cuda()
+from fastmeta.backends import _cuda_plan, _cuda_run
+if sys.argv[1] == "cluster":
+    _cuda_run.chip = lambda _: _cuda_plan.Chip(20_000, cluster=4)
+width = 66 if sys.argv[1] == "wide" else 17
+net = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width), nn.Linear(width, 5)).cuda()
 data = [torch.randn(3, n, d, device="cuda") for n, d in ((7, 3), (7, 5), (5, 3), (5, 5))]
 out = fm.meta_gradient(
     net, dict(net.named_parameters()), data[:2], data[2:], loss="mse", lr=0.1, steps=2,
@@ -233,9 +284,10 @@ assert out.loss.isfinite()
 @pytest.mark.gpu
 @ON_GPU
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("what", ["thin", "wide", pytest.param("cluster", marks=NEEDS_CLUSTERS)])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_gpu_kernels_pass_compute_sanitizer(tool: str) -> None:
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+def test_gpu_kernels_pass_compute_sanitizer(tool: str, what: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, what]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
