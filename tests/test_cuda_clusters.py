@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cuda_cases import FOUR, TWO
+from cuda_cases import FOUR, TWO, ptx
 from torch import nn
 
 import fastmeta as fm
@@ -129,3 +129,16 @@ def test_older_devices_say_that_they_have_no_clusters(monkeypatch: pytest.Monkey
     text = str(maml.explain(*data))
     assert "a cluster of 4 blocks of 128 threads" in text
     assert "compute capability" not in text
+
+
+@pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
+def test_kernels_ask_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch need not: cuLaunchKernel takes the number of blocks from the kernel itself."""
+    case = EVERYTHING["tied-T3-N7-M5-K3-mse-recompute"]
+    alone = ptx(plans.source(_plan(case)), "compute_90")
+    assert not any(word in alone for word in (b"mapa", b"barrier.cluster", b"reqnctapercluster"))
+    _room_for(case, 2, monkeypatch)
+    together = ptx(plans.source(_plan(case)), "compute_90")
+    assert b".reqnctapercluster 2, 1, 1" in together
+    assert all(word in together for word in (b"mapa.u64", b"barrier.cluster.arrive.release.aligned"))
+    assert b"bar.sync" not in together

@@ -112,17 +112,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
-def _problem(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
-    monkeypatch.setattr(launches, "EMULATED", plans.Chip(budget))
+def _problem(chip: plans.Chip, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
+    monkeypatch.setattr(launches, "EMULATED", chip)
     problem = problem_of(CASE, torch.float64, 0)
     return problem, runs.make_plan(problem, wanted(CASE, problem))
 
 
 @pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
-@pytest.mark.parametrize(("budget", "blocks"), [(100_000, 18), (4_000, 6)], ids=["shared", "workspace"])
-def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block a task where shared memory is all it takes, else no more blocks than are resident at once."""
-    problem, plan = _problem(budget, monkeypatch)
+@pytest.mark.parametrize(
+    ("chip", "blocks"),
+    [(plans.Chip(100_000), 18), (plans.Chip(4_000), 6), (plans.Chip(8_000, cluster=4), 4)],
+    ids=["shared", "workspace", "cluster"],
+)
+def test_launches_match_reference(chip: plans.Chip, blocks: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block or cluster a task where shared memory is all it takes, else no more than are resident at once."""
+    problem, plan = _problem(chip, monkeypatch)
     driver = Driver(plan)
     gpu(driver)
     wrt = wanted(CASE, problem)
@@ -139,7 +143,7 @@ def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatc
 
 @pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
 def test_an_error_of_the_driver_is_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, plan = _problem(100_000, monkeypatch)
+    problem, plan = _problem(plans.Chip(100_000), monkeypatch)
     gpu(Driver(plan, fails="launch"))
     with pytest.raises(RuntimeError, match="CUDA: unspecified launch failure"):
         backends.get("cuda").solve(problem, wanted(CASE, problem), False)

@@ -6,12 +6,12 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from cuda_cases import ptx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -268,17 +268,8 @@ INSTRUCTIONS = {"highest": "m16n8k8", "high": "m16n8k8", "medium": "m16n8k16"}
 @pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
 @pytest.mark.parametrize("setting", INSTRUCTIONS)
 def test_tensor_instructions_are_there(setting: str, precision: Callable[[str], None]) -> None:
-    from cuda.bindings import nvrtc
-
     precision(setting)
     case = replace(WIDE, order="first", make=partial(mlp, (64, 64), "tanh"), input_shape=(64,))
-    options = f"-arch=compute_80 -std=c++17 -default-device -I{Path(compiler.source_folder(), 'cuda')}".encode().split()
-    _, program = nvrtc.nvrtcCreateProgram(plans.source(_plan(case)).encode(), b"kernel.cu", 0, [], [])
-    (done,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    assert done == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    _, size = nvrtc.nvrtcGetPTXSize(program)
-    text = b" " * size
-    nvrtc.nvrtcGetPTX(program, text)
-    nvrtc.nvrtcDestroyProgram(program)
+    text = ptx(plans.source(_plan(case)), "compute_80")
     kinds = {shape for shape in INSTRUCTIONS.values() if b"mma.sync.aligned.%b.row.col" % shape.encode() in text}
     assert kinds == {INSTRUCTIONS[setting]}

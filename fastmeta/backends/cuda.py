@@ -12,6 +12,7 @@ from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
 from fastmeta.backends import _cuda_run as runs
 from fastmeta.backends._cpu_plan import used_params
+from fastmeta.backends._cuda_tables import Plan
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
@@ -120,7 +121,7 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     return lines
 
 
-def _crew(plan: runs.plans.Plan) -> str:
+def _crew(plan: Plan) -> str:
     blocks = "one block" if plan.ranks == 1 else f"a cluster of {plan.ranks} blocks"
     return f"{blocks} of {plan.threads} threads and {plan.shared_bytes / 1024:.0f} KiB of shared memory"
 
@@ -132,7 +133,7 @@ _SAID = {
 }
 
 
-def _products(plan: runs.plans.Plan) -> str:
+def _products(plan: Plan) -> str:
     """How the linear layers multiply."""
     linear = [layer for layer in plan.layers if layer.kind == "linear"]
     wide = [layer for layer in linear if layer.multiply != "fma"]
