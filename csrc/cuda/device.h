@@ -35,18 +35,19 @@ FM_INLINE void* shared_memory(int) { return shared_bytes; }
 #else
 // A cluster of blocks acts as one block that has their threads, and their shared memories one after the other. A kernel
 // that is launched without clusters, the sums, finds itself in clusters of one block.
-FM_INLINE int special(int which) {
-  int value;
-  if (which == 0) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
-  if (which == 1) asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
-  if (which == 2) asm("mov.u32 %0, %%clusterid.x;" : "=r"(value));
-  if (which == 3) asm("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
-  return value;
-}
-FM_INLINE int thread() { return special(0) * int(blockDim.x) + int(threadIdx.x); }
-FM_INLINE int threads() { return special(1) * int(blockDim.x); }
-FM_INLINE int block() { return special(2); }
-FM_INLINE int blocks() { return special(3); }
+#define FM_SPECIAL(function, name)                \
+  FM_INLINE int function() {                      \
+    int value;                                    \
+    asm("mov.u32 %0, %%" name ";" : "=r"(value)); \
+    return value;                                 \
+  }
+FM_SPECIAL(rank, "cluster_ctarank")
+FM_SPECIAL(ranks, "cluster_nctarank")
+FM_SPECIAL(block, "clusterid.x")
+FM_SPECIAL(blocks, "nclusterid.x")
+#undef FM_SPECIAL
+FM_INLINE int thread() { return rank() * int(blockDim.x) + int(threadIdx.x); }
+FM_INLINE int threads() { return ranks() * int(blockDim.x); }
 FM_INLINE void barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
