@@ -114,6 +114,6 @@ def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
         )
     if problem.task_chunk is not None and chosen != "torch":
         lines.append(f"task_chunk={problem.task_chunk} has no use here: only the torch backend runs tasks side by side")
-    if problem.order == "first" and problem.steps:
+    if problem.order == "first" and problem.steps and problem.query is not None:
         lines.append("first order: derivatives of the inner gradients are dropped; the meta-gradient is not exact")
     return tuple(lines)

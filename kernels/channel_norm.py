@@ -320,7 +320,7 @@ def _tangent_backward_coefficients(
     rstd,
     sum_dy,
     sum_dy_x,
-    mean_rx,
+    mean_rx,  # nothing where the input does not move
     mean_rx_x,
     coefficients,
     to,
@@ -358,8 +358,11 @@ def _tangent_backward_coefficients(
         r = tl.load(rstd + at, mask=mask, other=0.0)
         s = tl.load(sum_dy + at, mask=mask, other=0.0)
         s_x = tl.load(sum_dy_x + at, mask=mask, other=0.0)
-        t = tl.load(mean_rx + at, mask=mask, other=0.0)
-        t_x = tl.load(mean_rx_x + at, mask=mask, other=0.0)
+        t = tl.zeros([BG, BJ], dtype)
+        t_x = tl.zeros([BG, BJ], dtype)
+        if mean_rx is not None:
+            t = tl.load(mean_rx + at, mask=mask, other=0.0)
+            t_x = tl.load(mean_rx_x + at, mask=mask, other=0.0)
         rs = _chunk_sum(parts, block, 0, c, mask, chunks, C)
         rs_x = _chunk_sum(parts, block, 1, c, mask, chunks, C)
         dy_rx = r * (_chunk_sum(parts, block, 2, c, mask, chunks, C) - t * s - r * t_x * s_x)
@@ -639,7 +642,9 @@ class ChannelNorm:
         """The tangents of dx, dw and db."""
         run, node = self.run, self.node
         dy, rdy = run.d[node.output], run.rd[node.output]
-        chunks, parts = self._products(rdy, dy if self._rx is not None else None)
+        moves = self._rx is not None
+        chunks, parts = self._products(rdy, dy if moves else None)
+        means = self._state("mean_rx", "mean_rx_x") if moves else {"mean_rx": None, "mean_rx_x": None}
         run.emit(
             _tangent_backward_coefficients,
             run.tasks,
@@ -650,7 +655,8 @@ class ChannelNorm:
             FIXED=self.fixed,
             **self._parameter("w", run.theta, 0),
             **self._parameter("vw", run.v, 0),
-            **self._state("rstd", "sum_dy", "sum_dy_x", "mean_rx", "mean_rx_x"),
+            **means,
+            **self._state("rstd", "sum_dy", "sum_dy_x"),
             **self._sinks(sinks),
             **self._sizes(),
         )

@@ -281,6 +281,13 @@ def test_gradients_follow_the_rules_of_autograd() -> None:
     assert torch.equal(copy.deepcopy(imaml)(*episode).loss, imaml(*episode).loss)
 
 
+def test_explain_names_the_backend_and_what_comes_on_top() -> None:
+    x, y = episodes()[:2]
+    told = _imaml(cg_steps=7).explain(x, y)
+    assert told.backend == "cpu"
+    assert "at most 7 steps of conjugate gradients" in str(told)
+
+
 def test_ordinary_optimiser_trains() -> None:
     imaml, episode = _imaml(), episodes()
     optimizer = torch.optim.Adam(imaml.parameters(), lr=1e-2)

@@ -150,6 +150,18 @@ def test_gradients_follow_the_rules_of_autograd() -> None:
     assert not reptile(x, y).loss.requires_grad
 
 
+def test_explain_names_the_backend_and_the_cost_of_the_inner_loop() -> None:
+    x, y = (tensor.float() for tensor in episodes()[:2])
+    reptile = _reptile().float()
+    told = reptile.explain(x, y)
+    tasks, shots = x.shape[:2]
+    sizes = [value.numel() for value in reptile.net.parameters() if value.dim() == 2]
+    assert told.backend == "cpu"
+    assert told.cost == {"store": tasks * shots * STEPS * (3 * sum(sizes) - sizes[0])}
+    assert f"K = {STEPS} inner steps" in str(told)
+    assert _reptile(backend="torch").float().explain(x, y).backend == "torch"
+
+
 def test_state_dict_holds_the_network_and_copies_work() -> None:
     reptile = _reptile(inner_lr=torch.tensor(LR, dtype=torch.float64))
     assert list(reptile.state_dict()) == [f"net.{name}" for name, _ in reptile.net.named_parameters()]

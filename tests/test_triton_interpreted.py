@@ -18,7 +18,7 @@ FILES = sorted((HERE / "interpreted").glob("test_*.py"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_under_the_interpreter(file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", str(file)],
         cwd=HERE.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from math import isfinite
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from fastmeta.ops.inner_sgd import inner_loop, inner_sgd
 from fastmeta.ops.options import Adapt
 from fastmeta.ops.plan import prepare
 from fastmeta.update_rules import SGD
+
+if TYPE_CHECKING:
+    from fastmeta.explain import Explanation
 
 
 class IMAMLLoss(NamedTuple):
@@ -141,6 +145,19 @@ class IMAML(InnerLoop):
         check_diverged(self.who, "adapted parameters or query gradients are", [*solution.values(), *query.values()])
         gradients, residuals, inner = self._implicit(params, solution, query, tensors)
         return IMAMLLoss(attached(loss, gradients, params), task_losses, output, residuals, inner)
+
+    def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
+        """Which backend runs the inner loop on these support sets, and why others do not; print it.
+
+        Args:
+            x, y, weights: as in `adapt`.
+        """
+        line = (
+            "each inner step is a call of its own; then one Hessian-vector product for each of at most "
+            f"{self.cg_steps} steps of conjugate gradients, which the cost does not count"
+        )
+        whole = super().explain(x, y, weights)
+        return replace(whole, conventions=(line, *whole.conventions))
 
     def adapted(
         self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,13 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
+from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
 from fastmeta.update_rules import SGD
+
+if TYPE_CHECKING:
+    from fastmeta.explain import Explanation
 
 
 class InnerLoop(nn.Module):
@@ -92,6 +97,18 @@ class InnerLoop(nn.Module):
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
         return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
+
+    def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
+        """Which backend runs the inner loop on these support sets, at what cost, and why others do not; print it.
+
+        Args:
+            x, y, weights: as in `adapt`.
+        """
+        from fastmeta.explain import explain
+
+        options = self._options(f"{self.who}.adapt")._replace(order="first")
+        params, lr = self.parameters_by_name(), self.inner_lrs.as_given({})
+        return explain(prepare(options, self.net, params, Tensors(x, y, weights), self.loss, None, lr))
 
     def adapted(
         self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False
