@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import TWO
 
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
@@ -39,7 +38,6 @@ SPECIALISATIONS = [
     (EVERYTHING, torch.float64, "sm_90a"),
     (RECOMMENDER, torch.float32, "sm_90a"),
     (FIELD, torch.float32, "sm_100"),
-    (TWO, torch.float32, "sm_90a"),
     *((case, torch.float32, architecture) for case in (WIDE, MLP) for architecture in ("sm_80", "sm_90a", "sm_100")),
 ]
 
@@ -68,6 +66,14 @@ def test_lower_precisions_compile_without_spills(setting: str, architecture: str
         _compiles(_source(WIDE, torch.float32, chip), chip, architecture)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+def test_clusters_compile_without_spills(architecture: str) -> None:
+    chip = plans.Chip(64 << 10, cluster=4)
+    plan = _source(WIDE, torch.float32, chip)
+    assert plan.ranks > 1
+    _compiles(plan, chip, architecture)
 
 
 def _compiles(plan: plans.Plan, chip: plans.Chip, architecture: str) -> None:

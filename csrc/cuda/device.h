@@ -62,10 +62,9 @@ FM_INLINE void* shared_memory(int rank) {
 #endif
 
 // ---- tensor cores -----------------------------------------------------------------------------------------------
-constexpr int HELD = 1;  // lanes whose registers a thread holds
+constexpr int WARP = 32;  // threads
+constexpr int HELD = 1;   // lanes whose registers a thread holds
 
-FM_INLINE int warp() { return thread() / 32; }
-FM_INLINE int warps() { return threads() / 32; }
 FM_INLINE int lane(int) { return thread() % 32; }
 
 FM_INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }

@@ -41,10 +41,6 @@ inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LI
 inline void barrier() { emulated->barrier(emulated); }
 #endif
 
-// A warp is one thread, which holds the registers of all lanes.
-inline int warp() { return thread(); }
-inline int warps() { return threads(); }
-
 }  // namespace fm::cuda
 
 #include "emulate_tensor.h"

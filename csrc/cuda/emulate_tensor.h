@@ -10,6 +10,7 @@
 
 namespace fm::cuda {
 
+constexpr int WARP = 1;   // threads
 constexpr int HELD = 32;  // lanes whose registers a thread holds
 
 inline int lane(int held) { return held; }

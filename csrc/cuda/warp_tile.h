@@ -186,8 +186,9 @@ FM_INLINE int for_warp_tiles(int rows, int cols, const Add& add, const Put& put)
   WarpTile<HOW, M, N> tile;
   tile.ms = TRANSPOSED ? cols : rows, tile.ns = TRANSPOSED ? rows : cols;
   const int across = (tile.ns + 8 * N - 1) / (8 * N), tiles = (tile.ms + 16 * M - 1) / (16 * M) * across;
+  const int warps = step_threads() / WARP;
   FM_UNROLL_BY(1)
-  for (int number = warp(); number < tiles; number += warps()) {
+  for (int number = thread() / WARP; number < tiles; number += warps) {
     tile.m = number / across * 16 * M, tile.n = number % across * 8 * N;
     clear(tile.acc);
     add(tile);
@@ -208,7 +209,7 @@ FM_INLINE int for_warp_tiles(int rows, int cols, const Add& add, const Put& put)
       }
     }
   }
-  return tiles % warps() * (step_threads() / warps());
+  return tiles % warps * WARP;
 }
 
 }  // namespace fm::cuda
