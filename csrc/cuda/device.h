@@ -23,31 +23,34 @@ namespace fm::cuda {
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
-#if FM_RANKS == 1
+// A block by itself, whatever the kernels of a task are launched as.
+namespace alone {
 FM_INLINE int thread() { return int(threadIdx.x); }
 FM_INLINE int threads() { return int(blockDim.x); }
 FM_INLINE int block() { return int(blockIdx.x); }
 FM_INLINE int blocks() { return int(gridDim.x); }
+FM_INLINE void barrier() { __syncthreads(); }
+FM_INLINE void* shared_memory() { return shared_bytes; }
+}  // namespace alone
+
+#if FM_RANKS == 1
+using alone::barrier;
+using alone::block;
+using alone::blocks;
+using alone::thread;
 FM_INLINE void begin() {}
 FM_INLINE void end() {}
-FM_INLINE void barrier() { __syncthreads(); }
 FM_INLINE void* shared_memory(int) { return shared_bytes; }
 #else
-// A cluster of blocks acts as one block that has their threads, and their shared memories one after the other. A kernel
-// that is launched without clusters, the sums, finds itself in clusters of one block.
-#define FM_SPECIAL(function, name)                \
-  FM_INLINE int function() {                      \
-    int value;                                    \
-    asm("mov.u32 %0, %%" name ";" : "=r"(value)); \
-    return value;                                 \
-  }
-FM_SPECIAL(rank, "cluster_ctarank")
-FM_SPECIAL(ranks, "cluster_nctarank")
-FM_SPECIAL(block, "clusterid.x")
-FM_SPECIAL(blocks, "nclusterid.x")
-#undef FM_SPECIAL
+// A cluster of blocks acts as one block that has their threads, and their shared memories one after the other.
+FM_INLINE int rank() {
+  int value;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+  return value;
+}
 FM_INLINE int thread() { return rank() * int(blockDim.x) + int(threadIdx.x); }
-FM_INLINE int threads() { return ranks() * int(blockDim.x); }
+FM_INLINE int block() { return int(blockIdx.x) / FM_RANKS; }
+FM_INLINE int blocks() { return int(gridDim.x) / FM_RANKS; }
 FM_INLINE void barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

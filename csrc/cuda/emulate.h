@@ -41,6 +41,14 @@ inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LI
 inline void barrier() { emulated->barrier(emulated); }
 #endif
 
+namespace alone {
+using cuda::barrier;
+using cuda::block;
+using cuda::thread;
+using cuda::threads;
+inline void* shared_memory() { return cuda::shared_memory(0); }
+}  // namespace alone
+
 }  // namespace fm::cuda
 
 #include "emulate_tensor.h"

@@ -29,10 +29,10 @@ FM_KERNEL(fm::cuda::LAYOUT.threads) FM_CLUSTERS fastmeta_meta_step(FM_ARGUMENT(f
 
 FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::cuda::SumArgs) args) {
   using namespace fm::cuda;
-  S* const sums = static_cast<S*>(shared_memory(0));  // [RANGES, SUM_COLUMNS]
+  S* const sums = static_cast<S*>(alone::shared_memory());  // [RANGES, SUM_COLUMNS]
   const fm::i64 ranges = args.tasks < RANGES ? args.tasks : RANGES;
-  for (int item = thread(); item < RANGES * SUM_COLUMNS; item += threads()) {
-    const fm::i64 range = item / SUM_COLUMNS, column = fm::i64(block()) * SUM_COLUMNS + item % SUM_COLUMNS;
+  for (int item = alone::thread(); item < RANGES * SUM_COLUMNS; item += alone::threads()) {
+    const fm::i64 range = item / SUM_COLUMNS, column = fm::i64(alone::block()) * SUM_COLUMNS + item % SUM_COLUMNS;
     if (range >= ranges || column >= args.columns) continue;
     S sum = 0;
     FM_UNROLL_BY(8)
@@ -40,9 +40,9 @@ FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::
       sum += args.partial[t * args.columns + column];
     sums[item] = sum;
   }
-  barrier();
-  for (int c = thread(); c < SUM_COLUMNS; c += threads()) {
-    const fm::i64 column = fm::i64(block()) * SUM_COLUMNS + c;
+  alone::barrier();
+  for (int c = alone::thread(); c < SUM_COLUMNS; c += alone::threads()) {
+    const fm::i64 column = fm::i64(alone::block()) * SUM_COLUMNS + c;
     if (column >= args.columns) continue;
     S total = 0;
     for (int r = 0; r < ranges; ++r) total += sums[r * SUM_COLUMNS + c];
