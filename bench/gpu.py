@@ -1,8 +1,8 @@
 """Everything that there is to run on a GPU, in one go: tests, verification, benchmark. `make gpu OUT=folder`.
 
 Says first what failed. Writes to the folder: triton.txt, others.txt, verify.txt, timing.txt, and gpu.csv, a line for
-each case, precision and peer, also of what was wrong or left out, and why. Prints a short table last. Keeps to a budget of
-seconds: what does not fit in is named, and what hangs or takes the process with it costs its own line alone.
+each case, precision and peer, also of what was wrong or left out, and why. Prints a short table last. Keeps to a budget
+of seconds: what does not fit in is named, and what hangs or takes the process with it costs its own line alone.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from fastmeta.kernels.channel_sums import merged, statistics
+from fastmeta.kernels.conv2d import product
 from torch import nn
 
 import fastmeta as fm
@@ -13,8 +15,6 @@ from fastmeta.backends import _triton_run as runs
 from fastmeta.backends._triton_step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
-from fastmeta.kernels.channel_sums import merged, statistics
-from fastmeta.kernels.conv2d import product
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted
 
