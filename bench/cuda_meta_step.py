@@ -1,22 +1,30 @@
-"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the kernels take.
+"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the kernels take, peers.
 
     python bench/cuda_meta_step.py --out runs/gpu          every workload that the backend takes
     python bench/cuda_meta_step.py --quick                  the sinusoid alone
 
 Device time is that of a CUDA graph of one `solve`, replayed: medians of events around a hundred replays. Every result
-is compared with the float64 reference first; one that is wrong is not timed. Writes cuda.csv.
+is compared with the float64 reference first; one that is wrong is not timed. Peers are timed from Python until the
+device is done (bench/gpu.py), as is `host_us`; `per_device` is their time by our device time.
+First calls are those of fresh processes, the second one with the first one's cache on disk. Writes cuda.csv and
+cuda_peers.csv.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import gpu
 import torch
 from torch import Tensor
 
@@ -34,6 +42,9 @@ SINUSOID = WORKLOADS["sinusoid"][-1]
 #: T = 4096 is the throughput case: its reference runs on the first tasks only.
 CASES = [*WORKLOADS["sinusoid"], replace(SINUSOID, tasks=4096), *WORKLOADS["recommender"], *WORKLOADS["mlp"]]
 CHECKED_TASKS = 32
+#: Cases that peers are timed on, and whose first calls are.
+COMPARED = [case for case in CASES if case.tasks == CHECKED_TASKS and case.steps == 5]
+PEER_SECONDS = 300
 
 
 def moved(thing: Any) -> Any:
@@ -105,16 +116,57 @@ def host_seconds(problem: Problem) -> float:
     return statistics.median(times[10:])
 
 
+def ffma_peak() -> float:
+    """Floating-point operations a second of plain multiply-adds at the highest clock."""
+    from cuda.bindings import driver
+
+    _, device = driver.cuDeviceGet(0)
+    _, kilohertz = driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE, device)
+    lanes = 64 if torch.cuda.get_device_capability(0) == (8, 0) else 128
+    return 2e3 * kilohertz * lanes * torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def first_calls(case: Case) -> tuple[float, float]:
+    """Seconds of the first `solve` of a process, with nothing compiled and with everything in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--first-call", case.id]
+        environment = {**os.environ, "FASTMETA_CACHE": folder}
+        runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    cold, cached = (float(done.stdout.split()[-1]) for done in runs)
+    return cold, cached
+
+
+def first_call(case: Case) -> float:
+    """The same in this process."""
+    problem = on_gpu(problem_of(case, torch.float32, 0))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    backends.get("cuda").solve(problem, WRT, False)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(case: Case, ours: dict[str, Any]) -> list[dict[str, object]]:
+    """A row for each peer, and what its time is in our device time and in our time from Python."""
+    rows = gpu.measure(case, "highest", time.monotonic() + PEER_SECONDS, click.echo)
+    return [
+        {
+            **asdict(row),
+            "per_device": 1e3 * row.median_ms / ours["device_us"],
+            "per_host": 1e3 * row.median_ms / ours["host_us"],
+        }
+        for row in rows
+    ]
+
+
 def measure(case: Case) -> dict[str, object]:
     """One row of the table."""
     problem = on_gpu(problem_of(case, torch.float32, 0))
     row: dict[str, object] = {"case": case.id, "precision": "float32"}
     if reason := backends.why_not("cuda", problem, WRT):
         return {**row, "status": f"refused: {reason}"}
-    start = time.perf_counter()
-    backends.get("cuda").solve(problem, WRT, False)
-    torch.cuda.synchronize()
-    row["first_call_s"] = time.perf_counter() - start
+    if case in COMPARED:
+        row["first_call_s"], row["cached_call_s"] = first_calls(case)
     wrong, allowed = error(case)
     row |= {"error": wrong, "allowed": allowed}
     if not wrong <= allowed:
@@ -127,38 +179,73 @@ def measure(case: Case) -> dict[str, object]:
         "device_us": 1e6 * seconds,
         "host_us": 1e6 * host_seconds(problem),
         "gflops": cost.flops(case) / seconds / 1e9,
+        "ffma_share": cost.flops(case) / seconds / ffma_peak(),
     }
-    row |= {"threads": plan.threads, "registers": taken.registers, "spills": taken.spills}
+    row |= {"ranks": plan.ranks, "threads": plan.threads, "registers": taken.registers, "spills": taken.spills}
     row |= {"shared_kib": plan.shared_bytes / 1024, "workspace_kib": plan.workspace * plan.itemsize / 1024}
     return {**row, "memory": plan.memory, "status": "timed"}
 
 
 FIELDS = (
-    *("case", "precision", "status", "device_us", "host_us", "gflops", "error", "allowed", "first_call_s"),
-    *("threads", "registers", "spills", "shared_kib", "workspace_kib", "memory", "device", "torch", "cuda"),
+    *("case", "precision", "status", "device_us", "host_us", "gflops", "ffma_share", "error", "allowed"),
+    *(
+        "first_call_s",
+        "cached_call_s",
+        "ranks",
+        "threads",
+        "registers",
+        "spills",
+        "shared_kib",
+        "workspace_kib",
+        "memory",
+        "device",
+        "torch",
+        "cuda",
+    ),
 )
+
+
+PEER_FIELDS = (*(field.name for field in fields(gpu.Row)), "per_device", "per_host")
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/gpu"))
 @click.option("--quick", is_flag=True, help="The sinusoid with up to 32 tasks alone.")
-def main(out: Path, quick: bool) -> None:
-    """Measure and write a table; exit code 1 if anything is wrong."""
+@click.option("--first-call", "first_call_of", hidden=True, help="Print the seconds of a case's first call and stop.")
+def main(out: Path, quick: bool, first_call_of: str | None) -> None:
+    """Measure and write two tables; exit code 1 if anything of ours is wrong."""
     if reason := backends.get("cuda").missing():
         raise click.ClickException(f"backend 'cuda' cannot run here: {reason}")
+    if first_call_of is not None:
+        click.echo(first_call(next(case for case in CASES if case.id == first_call_of)))
+        return
     facts = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda}
-    rows = []
+    rows: list[dict[str, object]] = []
+    peers: list[dict[str, object]] = []
     for case in [case for case in WORKLOADS["sinusoid"] if case.tasks <= CHECKED_TASKS] if quick else CASES:
         rows.append({**measure(case), **facts})
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()}
-        click.echo("  ".join(f"{key} {shown[key]}" for key in FIELDS[:-3] if key in shown))
+        _say(rows[-1], FIELDS[:-3])
+        if case in COMPARED and rows[-1]["status"] == "timed":
+            for row in compare(case, rows[-1]):
+                peers.append({**row, **facts})
+                _say(row, PEER_FIELDS)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "cuda.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    _write(out / "cuda.csv", FIELDS, rows)
+    _write(out / "cuda_peers.csv", (*PEER_FIELDS, *facts), peers)
     if any(row["status"] == "wrong" for row in rows):
         raise click.exceptions.Exit(1)
+
+
+def _say(row: dict[str, object], names: tuple[str, ...]) -> None:
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+    click.echo("  ".join(f"{key} {shown[key]}" for key in names if key in shown))
+
+
+def _write(path: Path, names: tuple[str, ...], rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

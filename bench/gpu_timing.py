@@ -108,6 +108,7 @@ class JaxOnce(JaxVmap):
 
 _ALL: tuple[Any, ...] = (
     MetaGradientPeer("fastmeta-triton", "triton"),
+    MetaGradientPeer("fastmeta-cuda", "cuda"),
     TorchFunc(),
     Graphed(TorchFunc()),
     JaxOnce(),
@@ -115,6 +116,7 @@ _ALL: tuple[Any, ...] = (
     Graphed(TorchCompile()),
 )
 PEERS = {peer.name: peer for peer in _ALL}
+OURS = ("fastmeta-triton", "fastmeta-cuda")
 
 
 @dataclass(slots=True)

@@ -34,10 +34,10 @@ def recorded(monkeypatch: Any, path: Path, threads: int) -> Iterator[None]:
     """While inside, launches go to a file as csrc/cuda/race_check.cpp reads it, and are not run."""
     with path.open("wb") as file:
 
-        def launch(self: Any, kernel: str, blocks: int, _: int, shared: int, words: list[int]) -> None:
+        def launch(self: Any, kernel: str, clusters: int, ranks: int, _: int, shared: int, words: list[int]) -> None:
             memory = _memory()
-            head = [KERNELS.index(kernel), blocks, threads, shared, self._itemsize, len(words)]
-            file.write(struct.pack("6q", *head))
+            head = [KERNELS.index(kernel), clusters, ranks, threads, shared, self._itemsize, len(words)]
+            file.write(struct.pack("7q", *head))
             for word in words:
                 content = memory.get(word, b"")
                 file.write(struct.pack("2q", word, len(content)) + content + b"\0" * (-len(content) % 8))

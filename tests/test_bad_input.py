@@ -112,14 +112,25 @@ def test_rejects_a_target_that_would_be_broadcast(backend: str) -> None:
         maml(x, y, x, y)
 
 
-def test_rejects_a_rate_tensor_that_is_not_finite() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rejects_rate_tensors_that_are_not_finite(backend: str) -> None:
     net, episode = _net(), _good()
     batch = ((episode["support_x"], episode["support_y"]), (episode["query_x"], episode["query_y"]))
-    rate = torch.tensor(float("nan"))
-    with pytest.raises(ValueError, match="finite"):
-        fm.meta_gradient(
-            net, dict(net.named_parameters()), *batch, loss="cross_entropy", lr=rate, steps=1, backend="cpu"
-        )
+    params, nan = dict(net.named_parameters()), torch.tensor(float("nan"))
+    options = {"loss": "cross_entropy", "backend": backend}
+    with pytest.raises(ValueError, match=r"meta_gradient: `lr` must hold finite numbers, got nan"):
+        fm.meta_gradient(net, params, *batch, lr=nan, steps=1, **options)
+    with pytest.raises(ValueError, match=r"MAML: `inner_lr`\['0.weight'\] must hold finite numbers, got nan"):
+        fm.MAML(net, inner_lr={"0.weight": nan, "*": 0.1}, inner_steps=1, **options)(**episode)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rejects_a_sparse_tensor_after_a_good_one(backend: str) -> None:
+    episode = _good()
+    maml = fm.MAML(_net(), loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend=backend)
+    maml(**episode)
+    with pytest.raises(TypeError, match="`support_x` must be a dense tensor"):
+        maml(**{**episode, "support_x": episode["support_x"].to_sparse()})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

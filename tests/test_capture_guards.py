@@ -336,6 +336,70 @@ def test_recaptures_on_change_of_the_class(monkeypatch):
     assert len(check(net).layers) == 1
 
 
+SCALE, TABLE = 1.0, {"scale": [1.0]}
+
+
+class Settings:
+    scale = 1.0
+
+
+def doubled(x):
+    return x * Settings.scale
+
+
+def scaled_by(cell):
+    return lambda x: x * cell[0]
+
+
+class Outside(nn.Module):
+    """Reads numbers from everywhere but itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.cell = nn.Linear(6, 3), [1.0]
+        self.closure = scaled_by(self.cell)
+        self.itself = lambda x: x + self.fc.out_features
+
+    @property
+    def offset(self):
+        return SCALE - 1.0
+
+    def forward(self, x):
+        return self.itself(self.closure(doubled(self.fc(x)))) * TABLE["scale"][0] + self.offset
+
+
+CHANGES_OUTSIDE = {
+    "global": lambda monkeypatch, net: monkeypatch.setitem(globals(), "SCALE", 2.0),
+    "table": lambda monkeypatch, net: monkeypatch.setitem(TABLE, "scale", [2.0]),
+    "class": lambda monkeypatch, net: monkeypatch.setattr(Settings, "scale", 2.0),
+    "closure": lambda monkeypatch, net: net.cell.__setitem__(0, 2.0),
+    "function": lambda monkeypatch, net: monkeypatch.setitem(globals(), "doubled", lambda x: 2 * x),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_OUTSIDE)
+def test_recaptures_on_change_outside_of(name, monkeypatch):
+    net = Outside()
+    before = check(net)
+    assert program_of(net) is before
+    CHANGES_OUTSIDE[name](monkeypatch, net)
+    assert check(net) is not before
+
+
+def test_a_function_that_holds_the_network_does_not_keep_it_alive():
+    net = Outside()
+    program_of(net)
+    dead = weakref.ref(net)
+    del net
+    gc.collect()
+    assert dead() is None
+
+
+def test_rejects_what_cannot_be_watched_outside(monkeypatch):
+    monkeypatch.setitem(globals(), "TABLE", {"scale": np.ones(1)})
+    assert "global `TABLE`" in reason_of(Outside())
+
+
 def test_recaptures_on_change_of_buffer_presence():
     net = Scaled()
     program = check(net)

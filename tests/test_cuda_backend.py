@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU"),
 ]
 
-H100 = launches.EMULATED_SHARED_BYTES
+H100 = launches.EMULATED
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ BUDGETS = {
 @pytest.mark.parametrize("where", BUDGETS)
 def test_small_shared_memory_matches_reference(where: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     budget, elsewhere = BUDGETS[where]
-    monkeypatch.setattr(launches, "EMULATED_SHARED_BYTES", budget)
+    monkeypatch.setattr(launches, "EMULATED", plans.Chip(budget))
     case = Case(
         where, partial(mlp, (6, 17, 13, 5), "tanh"), (6,), steps=4, loss="ce", memory=memory, step_weights=True,
         rates="tensor",
@@ -123,7 +123,7 @@ def test_small_shared_memory_matches_reference(where: str, memory: str, monkeypa
 
 
 def test_input_read_where_the_user_has_it_matches_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "EMULATED_SHARED_BYTES", 12_000)
+    monkeypatch.setattr(launches, "EMULATED", plans.Chip(12_000))
     for inputs in (50, 52):  # rows of whole vectors, and not
         case = Case("input", partial(mlp, (inputs, 5, 2), "tanh"), (inputs,), shots=8, queries=20)
         problem = problem_of(case, torch.float32, 0)
@@ -230,7 +230,7 @@ def test_explanation_says_that_it_is_emulated() -> None:
     text = str(maml.explain(*_data()))
     assert "backend: cuda" in text
     assert "EMULATED on the CPU" in text
-    assert re.search(r"block of 128 threads a task, \d+ KiB of shared memory", text)
+    assert re.search(r"one block of 128 threads and \d+ KiB of shared memory a task", text)
 
 
 @pytest.mark.parametrize(

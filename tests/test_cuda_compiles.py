@@ -17,8 +17,8 @@ from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())
 
-H100 = launches.EMULATED_SHARED_BYTES
-A100 = 163 << 10  # bytes of shared memory of a block
+H100 = launches.EMULATED
+A100 = plans.Chip(163 << 10)
 REGISTERS = 1 << 16  # of a multiprocessor, from sm_80 on
 
 SINUSOID = next(case for case in WORKLOADS["sinusoid"] if case.tasks == 32 and case.steps == 5)
@@ -28,6 +28,9 @@ EVERYTHING = next(
 )
 FIELD = Case("siren", partial(mlp, (2, 256, 256, 3), "sin"), (2,), 16, 1024, 1024, 3, wrt_inputs=False)
 
+WIDE = Case("wide", partial(mlp, (8, 64, 256, 3), "tanh"), (8,), 16, 10, 15, 3, wrt_inputs=False)
+MLP = next(case for case in WORKLOADS["mlp"] if case.steps == 5)
+
 #: Case, dtype, architecture.
 SPECIALISATIONS = [
     *((SINUSOID, torch.float32, architecture) for architecture in ("sm_80", "sm_90a", "sm_100")),
@@ -35,12 +38,13 @@ SPECIALISATIONS = [
     (EVERYTHING, torch.float64, "sm_90a"),
     (RECOMMENDER, torch.float32, "sm_90a"),
     (FIELD, torch.float32, "sm_100"),
+    *((case, torch.float32, architecture) for case in (WIDE, MLP) for architecture in ("sm_80", "sm_90a", "sm_100")),
 ]
 
 
-def _source(case: Case, dtype: torch.dtype, budget: int = H100) -> plans.Plan:
+def _source(case: Case, dtype: torch.dtype, chip: plans.Chip = H100) -> plans.Plan:
     problem = problem_of(case, dtype, 0)
-    return plans.make_plan(problem, wanted(case, problem), budget)
+    return plans.make_plan(problem, wanted(case, problem), chip)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +53,35 @@ def _source(case: Case, dtype: torch.dtype, budget: int = H100) -> plans.Plan:
     ids=lambda item: item.id if isinstance(item, Case) else str(item).removeprefix("torch."),
 )
 def test_kernels_compile_without_spills(case: Case, dtype: torch.dtype, architecture: str) -> None:
-    budget = A100 if architecture == "sm_80" else H100
-    plan = _source(case, dtype, budget)
+    chip = A100 if architecture == "sm_80" else H100
+    _compiles(_source(case, dtype, chip), chip, architecture)
+
+
+@pytest.mark.parametrize(("setting", "architecture"), [("high", "sm_90a"), ("medium", "sm_80")])
+def test_lower_precisions_compile_without_spills(setting: str, architecture: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        chip = A100 if architecture == "sm_80" else H100
+        _compiles(_source(WIDE, torch.float32, chip), chip, architecture)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+def test_clusters_compile_without_spills(architecture: str) -> None:
+    chip = plans.Chip(64 << 10, cluster=4)
+    plan = _source(WIDE, torch.float32, chip)
+    assert plan.ranks > 1
+    _compiles(plan, chip, architecture)
+
+
+def _compiles(plan: plans.Plan, chip: plans.Chip, architecture: str) -> None:
     _, report = compiler.compile_for(plans.source(plan), architecture)
     found = compiler.resources(report)
     assert found.spills == 0, found
     assert found.registers * max(plan.threads, 128) <= REGISTERS
-    assert plan.shared_bytes <= budget
+    assert plan.shared_bytes <= chip.shared_bytes
     # sine and cosine keep a table for huge arguments on the stack; nothing else may be there
     assert found.stack <= (64 if "sin(" in _functions(plan) else 0), found
 

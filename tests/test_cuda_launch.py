@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,10 @@ from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
 from fastmeta.backends import _cuda_plan as plans
 from fastmeta.backends import _cuda_run as runs
-from fastmeta.cases import VERIFICATION, WORKLOADS
+from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases.networks import mlp
 from fastmeta.problem import Problem
+from fastmeta.verify import rule
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import quantities, relative_error
 
@@ -40,7 +43,7 @@ class Driver(ModuleType):
 
     def __init__(self, plan: plans.Plan, fails: str = "") -> None:
         super().__init__("cuda.bindings.driver")
-        self.emulated = launches._Emulated(plan)
+        self.emulated, self.ranks = launches._Emulated(plan), plan.ranks
         self.fails = fails
         self.calls: list[tuple[object, ...]] = []
 
@@ -79,7 +82,8 @@ class Driver(ModuleType):
         assert extra == 0
         address = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))[0]
         assert address is not None
-        self.emulated.run(function, grid[0], grid[3], shared, address)
+        ranks = self.ranks if function == "fastmeta_meta_step" else 1
+        self.emulated.run(function, grid[0] // ranks, ranks, grid[3], shared, address)
         return self._answer("launch", function, grid[0], grid[3], shared, stream)
 
 
@@ -99,24 +103,30 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
 
         def kernels_for(plan: plans.Plan, _: torch.device) -> launches.Kernels:
-            return launches._OnGpu(plans.source(plan), plan.threads, plan.shared_bytes, bool(plan.workspace), 0)
+            return launches._OnGpu(
+                plans.source(plan), plan.ranks, plan.threads, plan.shared_bytes, bool(plan.workspace), 0
+            )
 
         monkeypatch.setattr(runs, "kernels_for", kernels_for)
 
     return use
 
 
-def _problem(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
-    monkeypatch.setattr(launches, "EMULATED_SHARED_BYTES", budget)
+def _problem(chip: plans.Chip, monkeypatch: pytest.MonkeyPatch) -> tuple[Problem, plans.Plan]:
+    monkeypatch.setattr(launches, "EMULATED", chip)
     problem = problem_of(CASE, torch.float64, 0)
     return problem, runs.make_plan(problem, wanted(CASE, problem))
 
 
 @pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
-@pytest.mark.parametrize(("budget", "blocks"), [(100_000, 18), (4_000, 6)], ids=["shared", "workspace"])
-def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block a task where shared memory is all it takes, else no more blocks than are resident at once."""
-    problem, plan = _problem(budget, monkeypatch)
+@pytest.mark.parametrize(
+    ("chip", "blocks"),
+    [(plans.Chip(100_000), 18), (plans.Chip(4_000), 6), (plans.Chip(8_000, cluster=4), 4)],
+    ids=["shared", "workspace", "cluster"],
+)
+def test_launches_match_reference(chip: plans.Chip, blocks: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block or cluster a task where shared memory is all it takes, else no more than are resident at once."""
+    problem, plan = _problem(chip, monkeypatch)
     driver = Driver(plan)
     gpu(driver)
     wrt = wanted(CASE, problem)
@@ -133,7 +143,7 @@ def test_launches_match_reference(budget: int, blocks: int, gpu: Any, monkeypatc
 
 @pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a GPU")
 def test_an_error_of_the_driver_is_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, plan = _problem(100_000, monkeypatch)
+    problem, plan = _problem(plans.Chip(100_000), monkeypatch)
     gpu(Driver(plan, fails="launch"))
     with pytest.raises(RuntimeError, match="CUDA: unspecified launch failure"):
         backends.get("cuda").solve(problem, wanted(CASE, problem), False)
@@ -214,10 +224,58 @@ def test_gpu_graph_reads_rates_and_data_when_it_is_replayed() -> None:
         assert all(torch.equal(out[key], want[key]) for key in want)
 
 
+NEEDS_CLUSTERS = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="clusters need compute capability 9.0",
+)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@NEEDS_CLUSTERS
+@pytest.mark.parametrize("size", [1_500, 8_000, 14_000])
+@pytest.mark.parametrize("case_id", ["tied-T3-N7-M5-K3-mse-recompute", "residual-T3-N7-M5-K2-ce", CASE.id])
+def test_gpu_clusters_match_reference(case_id: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as small as if the network were large."""
+    case = next(case for case in VERIFICATION if case.id == case_id)
+    problem = problem_of(case, torch.float64, 0)
+    wrt = wanted(case, problem)
+    want = quantities(backends.get("reference").solve(problem, wrt, False))
+    monkeypatch.setattr(runs, "chip", lambda _: plans.Chip(size, cluster=4))
+    on_gpu = _on_gpu(problem)
+    assert runs.make_plan(on_gpu, wrt).ranks > 1
+    outs = [quantities(backends.get("cuda").solve(replace(on_gpu, scratch={}), wrt, False)) for _ in range(2)]
+    for key in want:
+        assert relative_error({key: outs[0][key].cpu()}, want, [key]) <= 1e-9, key
+        assert torch.equal(outs[0][key], outs[1][key]), key
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_gpu_tensor_cores_are_as_good_as_their_stand_in(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are at most twice those of the emulation, whose rounding and summing tests compare with the hardware's."""
+    case = Case("wide", partial(mlp, (5, 65, 70, 3), "tanh"), (5,), wrt_inputs=False)
+    monkeypatch.setattr(plans, "asked_for", lambda: setting)
+    problem, exact = (problem_of(case, dtype, 0) for dtype in (torch.float32, torch.float64))
+    wrt = wanted(case, problem)
+    truth = quantities(backends.get("reference").solve(exact, wrt, False))
+    found = quantities(backends.get("cuda").solve(_on_gpu(problem_of(case, torch.float32, 0)), wrt, False))
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
+    like = quantities(backends.get("cuda").solve(problem, wrt, False))
+    for name, error in rule.errors({key: value.cpu() for key, value in found.items()}, truth, torch.float32).items():
+        own = rule.errors(like, truth, torch.float32)[name]
+        assert error <= rule.FACTOR * own + rule.FLOOR, (name, error, own)
+
+
 SANITIZED = """
-import torch, fastmeta as fm
+import sys, torch, fastmeta as fm
 from torch import nn
-net = nn.Sequential(nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 5)).cuda()
+from fastmeta.backends import _cuda_plan, _cuda_run
+if sys.argv[1] == "cluster":
+    _cuda_run.chip = lambda _: _cuda_plan.Chip(20_000, cluster=4)
+width = 66 if sys.argv[1] == "wide" else 17
+net = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width), nn.Linear(width, 5)).cuda()
 data = [torch.randn(3, n, d, device="cuda") for n, d in ((7, 3), (7, 5), (5, 3), (5, 5))]
 out = fm.meta_gradient(
     net, dict(net.named_parameters()), data[:2], data[2:], loss="mse", lr=0.1, steps=2,
@@ -230,9 +288,10 @@ assert out.loss.isfinite()
 @pytest.mark.gpu
 @ON_GPU
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("what", ["thin", "wide", pytest.param("cluster", marks=NEEDS_CLUSTERS)])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_gpu_kernels_pass_compute_sanitizer(tool: str) -> None:
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+def test_gpu_kernels_pass_compute_sanitizer(tool: str, what: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, what]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -207,3 +207,36 @@ def test_class_weights_are_read_at_every_call() -> None:
     want = torch.stack([loss(functional_call(net, params, (x[t],)), labels[t]) for t in range(3)]).mean()
     assert error(query_loss(), want.detach()) < TOLERANCE
     assert not torch.equal(first, query_loss())
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_task_without_targets_has_no_gradient(backend: str, smoothing: float) -> None:
+    torch.manual_seed(0)
+    net, (x, _, query_x, _) = nn.Linear(2, 3).double(), episodes()
+    y, query_y = torch.randint(0, 3, x.shape[:2]), torch.randint(0, 3, query_x.shape[:2])
+    y[1] = query_y[2] = -100  # PyTorch's mean over nothing is NaN, its gradient zero
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    batches, options = ((x, y), (query_x, query_y)), {"loss": loss, "lr": 0.1, "steps": 2, "wrt": ("params", "lr")}
+    want = fm.meta_gradient(net, leaves(net), *batches, backend="reference", **options)
+    got = fm.meta_gradient(net, leaves(net), *batches, backend=backend, **options)
+    assert want.task_losses.isnan().tolist() == got.task_losses.isnan().tolist() == [False, False, True]
+    assert error(got.task_losses[:2], want.task_losses[:2]) < TOLERANCE
+    assert error(got.lr, want.lr) < TOLERANCE
+    for name, gradient in want.grads.items():
+        assert error(got.grads[name], gradient) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_views_of_the_opposite_sign_match_reference(backend: str) -> None:
+    net, (x, y, query_x, query_y) = network(), episodes()
+    negative = torch._neg_view(x)
+    rate = torch.complex(torch.tensor(0.0).double(), torch.tensor(-0.1).double()).conj().imag
+    assert negative.is_neg()
+    assert rate.is_neg()
+    options = {"loss": "mse", "lr": rate, "steps": 2}
+    want = fm.meta_gradient(net, leaves(net), (negative, y), (query_x, query_y), backend="reference", **options)
+    got = fm.meta_gradient(net, leaves(net), (negative, y), (query_x, query_y), backend=backend, **options)
+    assert error(got.task_losses, want.task_losses) < TOLERANCE
+    for name, gradient in want.grads.items():
+        assert error(got.grads[name], gradient) < TOLERANCE

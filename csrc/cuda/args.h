@@ -24,7 +24,7 @@ struct ParamArgs {
 
 struct Args {
   i64 tasks;
-  S* workspace;  // [blocks, LAYOUT.workspace]
+  S* workspace;  // [clusters, RANKS, LAYOUT.slab]
   S* partial;    // [T, LAYOUT.columns]: what is summed over tasks
   BatchArgs support, query;
   const S *task_weights, *output_grad;  // [T], [T, M, *out]

@@ -1,5 +1,6 @@
-// Runs a kernel that was compiled as ordinary C++, block after block: a block is the calling thread alone, or several
-// std::threads that wait for each other at barriers.
+// Runs a kernel that was compiled as ordinary C++, block after block: a block, or a cluster of `ranks` blocks
+// that each have their own memory, is the calling thread alone, or several std::threads that wait for each other at
+// barriers.
 #include "emulate.h"
 
 #include <condition_variable>
@@ -54,13 +55,14 @@ void nobody_to_meet(Emulated*) {}
 // `element` is 4 or 8, the bytes of a number: shared memory is full of NaN before every block.
 extern "C" __attribute__((visibility("default"))) void fastmeta_emulate(void (*kernel)(const void*),
                                                                         void (*enter)(Emulated*), const void* args,
-                                                                        int blocks, int threads, std::int64_t bytes,
-                                                                        int element) {
+                                                                        int blocks, int ranks, int threads,
+                                                                        std::int64_t bytes, int element) {
   struct alignas(64) Line {
     char at[64];
   };
-  std::vector<Line> shared(bytes / 64 + 1);
-  const auto poison = [&] {
+  // allocations of their own: what lies beyond the end of one is not the next one
+  std::vector<std::vector<Line>> shared(ranks, std::vector<Line>(bytes / 64 + 1));
+  const auto poison = [&](std::vector<Line>& shared) {
     for (size_t i = 0; i < shared.size() * 64; i += element) {
       const float f = std::numeric_limits<float>::quiet_NaN();
       const double d = std::numeric_limits<double>::quiet_NaN();
@@ -69,10 +71,12 @@ extern "C" __attribute__((visibility("default"))) void fastmeta_emulate(void (*k
   };
   Barrier barriers[2] = {Barrier(threads), Barrier(threads)};
   const auto run = [&](int thread) {
-    Thread self{{thread, threads, 0, blocks, shared.data(), threads > 1 ? meet : nobody_to_meet}, barriers, 0};
+    Thread self{{thread, threads, 0, blocks, {}, threads > 1 ? meet : nobody_to_meet}, barriers, 0};
+    for (int rank = 0; rank < ranks; ++rank) self.shared[rank] = shared[rank].data();
     enter(&self);
     for (self.block = 0; self.block < blocks; ++self.block) {
-      if (thread == 0) poison();
+      if (thread == 0)
+        for (auto& one : shared) poison(one);
       self.barrier(&self);
       kernel(args);
       self.barrier(&self);

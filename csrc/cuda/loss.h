@@ -10,7 +10,7 @@ template <bool QUERY>
 constexpr LossSpec LOSS = QUERY ? OPTIONS.query_loss : OPTIONS.loss;
 
 // One number for each example, and 32 more.
-FM_INLINE S* terms(S* workspace) { return memory<LAYOUT.terms.space>(workspace, LAYOUT.terms.at); }
+FM_INLINE S* terms(S* workspace) { return memory<LAYOUT.terms.space>(workspace, 0, LAYOUT.terms.at); }
 
 // The sum of a term for each example, in an order that depends on their number alone; the same for every thread. To be
 // called by all threads after a barrier.

@@ -11,10 +11,13 @@ using S = FM_SCALAR;
 // Elements in 16 bytes, the widest load.
 constexpr int VECTOR = 16 / int(sizeof(S));
 
-// Threads of a block of the meta-step: a constant on a GPU.
+// Blocks of a cluster, and threads of all of them.
+constexpr int RANKS = FM_RANKS, CREW = RANKS * LAYOUT.threads;
+
+// Threads that run a meta-step: a constant on a GPU.
 FM_INLINE int step_threads() {
 #ifdef __CUDACC__
-  return LAYOUT.threads;
+  return CREW;
 #else
   return threads();
 #endif
@@ -70,14 +73,14 @@ struct Matrix {
   }
 };
 
-// Offset `at` in the block's memory of this space. Kept as numbers rather than pointers across calls, so that the
-// compiler knows which memory it reads.
+// Offset `at` in the memory of this space that a rank has. Kept as numbers rather than pointers across calls, so that
+// the compiler knows which memory it reads.
 template <Space SPACE>
-FM_INLINE S* memory(S* workspace, int at) {
+FM_INLINE S* memory(S* workspace, int rank, int at) {
   if constexpr (SPACE == Space::shared)
-    return static_cast<S*>(shared_memory()) + at;
+    return static_cast<S*>(shared_memory(rank)) + at;
   else
-    return workspace + at;
+    return workspace + rank * LAYOUT.slab + at;
 }
 
 }  // namespace fm::cuda

@@ -29,16 +29,22 @@ FM_INLINE int theta_at(int k) {
 }
 template <int P>
 FM_INLINE S* theta(S* workspace, int k) {
-  return memory<LAYOUT.theta.space>(workspace, theta_at<P>(k));
+  return memory<LAYOUT.theta.space>(workspace, PARAMS[P].rank, theta_at<P>(k));
 }
 template <int P>
 FM_INLINE S* lambda(S* workspace) {
-  return memory<LAYOUT.lambda.space>(workspace, LAYOUT.lambda.at + PARAMS[P].at);
+  return memory<LAYOUT.lambda.space>(workspace, PARAMS[P].rank, LAYOUT.lambda.at + PARAMS[P].at);
 }
 // Of adapted parameters only, as all sets but theta_0 and lambda.
 template <int P>
 FM_INLINE S* direction(S* workspace) {
-  return memory<LAYOUT.direction.space>(workspace, LAYOUT.direction.at + PARAMS[P].at - LAYOUT.frozen);
+  return memory<LAYOUT.direction.space>(workspace, PARAMS[P].rank, LAYOUT.direction.at + PARAMS[P].at - LAYOUT.frozen);
+}
+// Where theta_k is kept while another one is read, 0 < k < K.
+template <int P>
+FM_INLINE S* checkpoint(S* workspace, int k) {
+  constexpr Param p = PARAMS[P];
+  return memory<Space::global>(workspace, p.rank, LAYOUT.checkpoints + (k - 1) * LAYOUT.set + p.at - LAYOUT.frozen);
 }
 template <int P>
 constexpr Matrix<PARAMS[P].cols, PARAMS[P].ld, PARAMS[P].vector> weight_matrix(const S* data) {
@@ -52,29 +58,29 @@ using ValueMatrix = Matrix<VALUES[V].cols, VALUES[V].ld, VALUES[V].vector>;
 template <int V, Space X>
 FM_INLINE const S* value(const Pass& pass) {
   if constexpr (V > 0)
-    return memory<X>(pass.workspace, pass.x + pass.examples * VALUES[V].x);
+    return memory<X>(pass.workspace, VALUES[V].rank, pass.x + pass.examples * VALUES[V].x);
   else if constexpr (LAYOUT.input.space == Space::user)
     return pass.input;
   else
-    return memory<LAYOUT.input.space>(pass.workspace, pass.in);
+    return memory<LAYOUT.input.space>(pass.workspace, VALUES[0].rank, pass.in);
 }
 template <int V, Space X>
 FM_INLINE S* own_value(const Pass& pass) {
-  return memory<X>(pass.workspace, pass.x + pass.examples * VALUES[V].x);
+  return memory<X>(pass.workspace, VALUES[V].rank, pass.x + pass.examples * VALUES[V].x);
 }
 template <int V, Space X>
 FM_INLINE S* delta(const Pass& pass) {
-  return memory<X>(pass.workspace, pass.d + pass.examples * VALUES[V].d);
+  return memory<X>(pass.workspace, VALUES[V].rank, pass.d + pass.examples * VALUES[V].d);
 }
 // Tangents share their memory with the query's values.
 constexpr Space TANGENTS = LAYOUT.tangents.space;
 template <int V>
 FM_INLINE S* tangent(const Pass& pass) {
-  return memory<TANGENTS>(pass.workspace, pass.rx + pass.examples * VALUES[V].rx);
+  return memory<TANGENTS>(pass.workspace, VALUES[V].rank, pass.rx + pass.examples * VALUES[V].rx);
 }
 template <int V>
 FM_INLINE S* tangent_delta(const Pass& pass) {
-  return memory<TANGENTS>(pass.workspace, pass.rd + pass.examples * VALUES[V].rd);
+  return memory<TANGENTS>(pass.workspace, VALUES[V].rank, pass.rd + pass.examples * VALUES[V].rd);
 }
 
 // ---- activations in epilogues ---------------------------------------------------------------------------------
@@ -205,6 +211,17 @@ FM_INLINE void for_each(const Body& body) {
     body(Index<FROM>{});
     for_each<FROM + 1, TO>(body);
   }
+}
+
+template <class Body>
+FM_INLINE void for_params(const Body& body) {
+  for_each<0, PARAM_COUNT>(body);
+}
+// Calls body(element of torch's tensor, element of ours) for all of parameter P's.
+template <int P, class Body>
+FM_INLINE void for_param(const Body& body) {
+  constexpr Param p = PARAMS[P];
+  for (int e = thread(); e < p.numel(); e += step_threads()) body(e, e / p.cols * p.ld + e % p.cols);
 }
 
 }  // namespace fm::cuda

@@ -64,10 +64,12 @@ FM_INLINE Vec<N> rates(const Args& args, int k, i64 t, int r, int c) {
   return found;
 }
 
-// Of one scalar rate's gradient, every thread's own sum: of many terms, hence in double.
-FM_INLINE double* rate_sums(S* workspace, int slot) {
+// A thread's own sum of one scalar rate's gradient, in its own block's memory: of many terms, hence in double.
+FM_INLINE double& rate_sum(S* workspace, int slot, int thread) {
   constexpr int each = int(sizeof(double) / sizeof(S));
-  return reinterpret_cast<double*>(memory<LAYOUT.sums.space>(workspace, LAYOUT.sums.at + slot * LAYOUT.threads * each));
+  const int at = LAYOUT.sums.at + slot * LAYOUT.threads * each;
+  S* const sums = memory<LAYOUT.sums.space>(workspace, thread / LAYOUT.threads, at);
+  return reinterpret_cast<double*>(sums)[thread % LAYOUT.threads];
 }
 
 // The direction v of a Hessian-vector product.
@@ -167,12 +169,12 @@ struct Sink {
     }
     constexpr int place = PARAMS[P].at - LAYOUT.frozen;
     if constexpr (KEEPS_UPDATES)
-      store<N>(memory<LAYOUT.updates.space>(workspace, LAYOUT.updates.at + k * SET + place + at), u);
+      store<N>(memory<LAYOUT.updates.space>(workspace, PARAMS[P].rank, LAYOUT.updates.at + k * SET + place + at), u);
     FM_UNROLL
     for (int j = 0; j < N; ++j) next.at[j] -= alpha.at[j] * u.at[j];
     store<N>(theta<P>(workspace, k + 1) + at, next);
     if constexpr (LAYOUT.checkpoints >= 0)
-      if (k + 1 < OPTIONS.steps) store<N>(workspace + LAYOUT.checkpoints + k * SET + place + at, next);
+      if (k + 1 < OPTIONS.steps) store<N>(checkpoint<P>(workspace, k + 1) + at, next);
   }
 
   // -lambda u, summed over elements or each for itself. A scalar's sum is one for each thread until the end.
@@ -191,7 +193,7 @@ struct Sink {
         *to = first ? term : *to + term;
       }
     }
-    if constexpr (!p.rate_element) rate_sums(workspace, p.rate_slot)[thread()] += sum;
+    if constexpr (!p.rate_element) rate_sum(workspace, p.rate_slot, thread()) += sum;
   }
   // Where the gradient of P's rate goes.
   template <int P>
@@ -205,7 +207,7 @@ struct Sink {
  private:
   template <int P>
   FM_INLINE S* tied_gradient() const {
-    return memory<LAYOUT.gradient.space>(workspace, LAYOUT.gradient.at + PARAMS[P].gradient);
+    return memory<LAYOUT.gradient.space>(workspace, PARAMS[P].rank, LAYOUT.gradient.at + PARAMS[P].gradient);
   }
   template <int N>
   FM_INLINE void add(Vec<N>& to, const Vec<N>& from) const {

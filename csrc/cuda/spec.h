@@ -9,10 +9,16 @@ namespace fm::cuda {
 // Where something lies: in the block's shared memory, in its own piece of global memory, or where the user has it.
 enum class Space : int { shared, global, user };
 
+// Of a cluster of blocks each has a rank. What consists of parts, parameters or values, has each part in the memory of
+// one rank. Areas begin at the same place in all ranks.
 struct Area {
   Space space;
   int at;
 };
+
+// How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded to TF32, to
+// bfloat16, or split into two numbers of TF32 each, which together are as good as a float32.
+enum class Multiply : int { fma, split, tf32, bf16 };
 
 // A value: `rows` rows of `cols` columns an example, `ld` apart, of which vectors of `vector` elements can be loaded.
 // x, d, rx, rd: where it stands, for every example, in blocks of values, of their gradients, and of the tangents of
@@ -21,6 +27,7 @@ struct Value {
   int rows, cols, ld, vector;
   int x, d, rx, rd;
   bool from_params;  // depends on a parameter: has a tangent, and a gradient worth computing
+  int rank;
 };
 
 struct Layer {
@@ -30,6 +37,7 @@ struct Layer {
   int inputs[2];
   int output;
   int weight, bias;
+  Multiply multiply;
   int pre;       // linear: the value before the activation in its epilogue; -1: there is none
   bool adds[2];  // backward: another consumer has written the input's gradient before
   bool last[2];  // ... and none will after this one
@@ -45,6 +53,7 @@ struct Param {
   int rate_column;  // likewise of its rate's gradient
   int rate_slot;    // scalar rates: of the sum over its elements
   int gradient;     // tied: where its uses are summed
+  int rank;
   constexpr int numel() const { return rows * cols; }
   constexpr int size() const { return rows * ld; }
 };
@@ -59,7 +68,7 @@ struct Options {
 
 // Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's and the tangents'.
 struct Layout {
-  int threads;
+  int threads;    // of a block
   Area theta;     // [frozen parameters][adapted ones of step 0][of step 1] ..., or of one step at a time
   bool keep_all;  // theta_0 .. theta_K at once
   int frozen, set;
@@ -72,7 +81,7 @@ struct Layout {
   Area lambda, direction, gradient, updates;
   Area sums, terms;  // [rate slots][threads] doubles; one number for each example, and 32 more
   int columns;       // sums over tasks: gradients of shared parameters and rates, the loss
-  i64 workspace;     // elements of global memory of a block
+  int slab;          // elements of global memory of a rank
 };
 
 }  // namespace fm::cuda

@@ -33,7 +33,7 @@ constexpr int tile_cost(Form form, int rows, int cols, Tile t, int block_threads
     loads = t.m + VECTOR * chunks * load_cost(across, t.chunk);
   else
     loads = VECTOR * (ceil_div(t.m, VECTOR) + chunks * load_cost(across, t.chunk));
-  const int memory = ceil_div(tiles, 32) * loads;
+  const int memory = ceil_div(tiles, 32 * RANKS) * loads;
   const int arithmetic = ceil_div(tiles, block_threads) * t.m * t.n * VECTOR;
   return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
 }
@@ -52,41 +52,6 @@ constexpr Tile choose_tile(Form form, int rows, int cols, int width, int block_t
     }
   }
   return best;
-}
-
-// Calls add(acc, rows m, columns n) and then put(row, column, chunk) for every tile of a [rows, COLS] result; returns
-// how many threads the last round has kept busy. `n` holds the first column of each chunk.
-template <int COLS, int M, int N, int CHUNK, class Add, class Put>
-FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
-  constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);
-  const int tiles = (rows + M - 1) / M * across;
-  FM_UNROLL_BY(1)
-  for (int tile = thread(); tile < tiles; tile += step_threads()) {
-    const int row = tile / across * M, first = tile % across;
-    S acc[M][N];
-    int n[chunks];
-    FM_UNROLL
-    for (int c = 0; c < chunks; ++c) n[c] = (first + c * across < all ? first + c * across : 0) * CHUNK;
-    FM_UNROLL
-    for (int i = 0; i < M; ++i) {
-      FM_UNROLL
-      for (int j = 0; j < N; ++j) acc[i][j] = 0;
-    }
-    add(acc, row, n);
-    FM_UNROLL
-    for (int i = 0; i < M; ++i) {
-      if (M > 1 && row + i >= rows) break;
-      FM_UNROLL
-      for (int c = 0; c < chunks; ++c) {
-        if (chunks > 1 && first + c * across >= all) break;
-        Vec<CHUNK> chunk;
-        FM_UNROLL
-        for (int j = 0; j < CHUNK; ++j) chunk.at[j] = acc[i][c * CHUNK + j];
-        put(row + i, n[c], chunk);
-      }
-    }
-  }
-  return tiles % step_threads();
 }
 
 // acc += a b^T; rows of a beyond the last one are read as the last one.
@@ -186,6 +151,61 @@ FM_INLINE void add_outer(S (&acc)[M][N], const A& a, int row, const B& b, const 
       }
     }
   }
+}
+
+// A thread's tile of a result, and what is added to it: `n` holds the first column of each chunk.
+template <int M, int N, int CHUNK>
+struct ThreadTile {
+  S acc[M][N];
+  int row, n[N / CHUNK];
+
+  template <class A, class B>
+  FM_INLINE void by_rows(const A& a, int rows, const B& b) {
+    add_by_rows(acc, a, row, rows, b, n);
+  }
+  template <class A, class B>
+  FM_INLINE void by_columns(const A& a, int rows, const B& b) {
+    add_by_columns<CHUNK>(acc, a, row, rows, b, n);
+  }
+  template <class A, class B>
+  FM_INLINE void outer(const A& a, const B& b, int depth) {
+    add_outer<CHUNK>(acc, a, row, b, n, depth);
+  }
+};
+
+// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result; returns how many threads
+// the last round has kept busy.
+template <int COLS, int M, int N, int CHUNK, class Add, class Put>
+FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
+  constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);
+  const int tiles = (rows + M - 1) / M * across;
+  FM_UNROLL_BY(1)
+  for (int number = thread(); number < tiles; number += step_threads()) {
+    const int first = number % across;
+    ThreadTile<M, N, CHUNK> tile;
+    tile.row = number / across * M;
+    FM_UNROLL
+    for (int c = 0; c < chunks; ++c) tile.n[c] = (first + c * across < all ? first + c * across : 0) * CHUNK;
+    FM_UNROLL
+    for (int i = 0; i < M; ++i) {
+      FM_UNROLL
+      for (int j = 0; j < N; ++j) tile.acc[i][j] = 0;
+    }
+    add(tile);
+    FM_UNROLL
+    for (int i = 0; i < M; ++i) {
+      if (M > 1 && tile.row + i >= rows) break;
+      FM_UNROLL
+      for (int c = 0; c < chunks; ++c) {
+        if (chunks > 1 && first + c * across >= all) break;
+        Vec<CHUNK> chunk;
+        FM_UNROLL
+        for (int j = 0; j < CHUNK; ++j) chunk.at[j] = tile.acc[i][c * CHUNK + j];
+        put(tile.row + i, tile.n[c], chunk);
+      }
+    }
+  }
+  return tiles % step_threads();
 }
 
 }  // namespace fm::cuda

@@ -59,12 +59,17 @@ FM_INLINE bool out_of_range(const LossCall<S>& l, i64 index) {
   return index < 0 || index >= l.cols;
 }
 
+template <class S>
+FM_INLINE bool ignored(const LossCall<S>& l, i64 n) {
+  return l.spec.class_indices && static_cast<const i64*>(l.target)[n] == l.spec.ignore_index;
+}
+
 // What an example counts in the denominator of the mean: 1, the class weight of its index, or 0 if it is ignored.
 template <class S>
 FM_INLINE S example_share(const LossCall<S>& l, i64 n) {
   if (!l.spec.class_indices) return 1;
+  if (ignored(l, n)) return 0;
   const i64 y = static_cast<const i64*>(l.target)[n];
-  if (y == l.spec.ignore_index) return 0;
   if (out_of_range(l, y)) return log_(S(-1));
   return l.class_weights ? l.class_weights[y] : S(1);
 }
@@ -86,7 +91,6 @@ FM_INLINE S class_share(const LossCall<S>& l, i64 n, i64 c) {
   S y;
   if (l.spec.class_indices) {
     const i64 index = static_cast<const i64*>(l.target)[n];
-    if (index == l.spec.ignore_index) return 0;
     if (out_of_range(l, index)) return log_(S(-1));
     y = index == c ? S(1) : S(0);
   } else {
@@ -98,6 +102,11 @@ FM_INLINE S class_share(const LossCall<S>& l, i64 n, i64 c) {
 // One example of cross_entropy; `r` is the tangent of z or null (then the primal is computed). Returns l_n or R l_n.
 template <class S, bool TANGENT>
 S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
+  if (ignored(l, n)) {  // nothing depends on it, not even where all are ignored and the mean is 0 / 0
+    if (l.dz)
+      for (i64 c = 0; c < l.cols; ++c) l.dz[n * l.ld + c] = 0;
+    return 0;
+  }
   const S* z = l.z + n * l.ld;
   const S* rz = TANGENT ? l.rz + n * l.ld : nullptr;
   S top = z[0];

@@ -182,15 +182,16 @@ class Job:
 
 
 def _addresses(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
-    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense."""
+    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense or that is
+    to be read with the opposite sign (`torch.imag` of a conjugate)."""
     addresses = []
     for tensor in tensors:
         if tensor is None:
             addresses.append(0)
-        elif tensor.is_contiguous():
+        elif tensor.is_contiguous() and not tensor.is_neg():
             addresses.append(tensor.data_ptr())
         else:
-            keep.append(tensor.detach().contiguous())
+            keep.append(tensor.detach().resolve_neg().contiguous())
             addresses.append(keep[-1].data_ptr())
     return addresses
 

@@ -189,7 +189,7 @@ def emulator() -> ctypes.CDLL:
     if not target.exists():
         build_host(source, [*_FLAGS, "-shared", "-pthread"], target)
     library = ctypes.CDLL(str(target))
-    library.fastmeta_emulate.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2 + [ctypes.c_int64, ctypes.c_int]
+    library.fastmeta_emulate.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_int]
     library.fastmeta_emulate.restype = None
     return library
 

@@ -17,8 +17,8 @@ import torch
 from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_plan as plans
 
-#: Shared memory of a block where a GPU is stood in for, and of an H100.
-EMULATED_SHARED_BYTES = 227 << 10
+#: What is stood in for: an H100.
+EMULATED = plans.Chip(227 << 10, cluster=4)
 
 
 def emulated_threads() -> int:
@@ -30,18 +30,18 @@ class Kernels(Protocol):
     """The kernels of one plan, loaded on one device."""
 
     def blocks(self, tasks: int) -> int:
-        """How many blocks share out the tasks."""
+        """How many blocks, or clusters of blocks, share out the tasks."""
 
-    def launch(self, kernel: str, blocks: int, threads: int, shared: int, words: list[int]) -> None:
-        """Run `kernel` on an argument of these words of 8 bytes."""
+    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
+        """Run `kernel` on an argument of these words of 8 bytes, by clusters of `ranks` blocks."""
 
 
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a block can have."""
+def chip(device: torch.device) -> plans.Chip:
+    """What a plan depends on of a device."""
     if device.type != "cuda":
-        return EMULATED_SHARED_BYTES
+        return EMULATED
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return plans.Chip(int(properties.shared_memory_per_block_optin), cluster=4 if properties.major >= 9 else 1)
 
 
 def kernels_for(plan: plans.Plan, device: torch.device) -> Kernels:
@@ -53,11 +53,11 @@ def kernels_for(plan: plans.Plan, device: torch.device) -> Kernels:
     if device.type != "cuda":
         return _Emulated(plan)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _on_gpu(plans.source(plan), plan.threads, plan.shared_bytes, bool(plan.workspace), index)
+    return _on_gpu(plans.source(plan), plan.ranks, plan.threads, plan.shared_bytes, bool(plan.workspace), index)
 
 
 class _Emulated:
-    """A block is `emulated_threads()` threads of this process; blocks run one after the other."""
+    """A block, or a cluster, is `emulated_threads()` threads of this process; one runs after the other."""
 
     def __init__(self, plan: plans.Plan) -> None:
         self._library = compiler.emulated(plans.source(plan))
@@ -67,17 +67,18 @@ class _Emulated:
         # fewer than tasks, so that a block takes several
         return -(-tasks // 2)
 
-    def launch(self, kernel: str, blocks: int, threads: int, shared: int, words: list[int]) -> None:
+    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
         memory = array("q", words)
-        self.run(kernel, blocks, threads, shared, memory.buffer_info()[0])
+        self.run(kernel, clusters, ranks, threads, shared, memory.buffer_info()[0])
 
-    def run(self, kernel: str, blocks: int, threads: int, shared: int, address: int) -> None:
+    def run(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, address: int) -> None:
         """`launch`, of an argument in memory."""
         compiler.emulator().fastmeta_emulate(
             ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p),
             ctypes.cast(self._library.fastmeta_enter, ctypes.c_void_p),
             address,
-            blocks,
+            clusters,
+            ranks,
             min(max(emulated_threads(), 1), threads),
             shared,
             self._itemsize,
@@ -85,14 +86,14 @@ class _Emulated:
 
 
 @lru_cache(maxsize=256)
-def _on_gpu(source: str, threads: int, shared: int, workspace: bool, device: int) -> _OnGpu:
-    return _OnGpu(source, threads, shared, workspace, device)
+def _on_gpu(source: str, ranks: int, threads: int, shared: int, workspace: bool, device: int) -> _OnGpu:
+    return _OnGpu(source, ranks, threads, shared, workspace, device)
 
 
 class _OnGpu:
     """Kernels in a module of the device's primary context, which is torch's."""
 
-    def __init__(self, source: str, threads: int, shared: int, workspace: bool, device: int) -> None:
+    def __init__(self, source: str, ranks: int, threads: int, shared: int, workspace: bool, device: int) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
@@ -112,13 +113,14 @@ class _OnGpu:
             resident = self._checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared))
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         # a block that needs no global memory costs nothing while it waits
-        self._most = max(int(resident), 1) * processors if workspace else 1 << 30
+        self._most = max(int(resident) * processors // ranks, 1) if workspace else 1 << 30
 
     def blocks(self, tasks: int) -> int:
         return min(tasks, self._most)
 
-    def launch(self, kernel: str, blocks: int, threads: int, shared: int, words: list[int]) -> None:
+    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
         memory = array("q", words)
+        blocks = clusters * ranks  # the kernel itself says how many are a cluster
         argument = (ctypes.c_void_p * 1)(memory.buffer_info()[0])
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends._cuda_launch import Kernels, kernels_for, shared_bytes
+from fastmeta.backends._cuda_launch import Kernels, chip, kernels_for
+from fastmeta.backends._precision import asked_for
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -23,7 +24,7 @@ class Job:
     """All calls that differ in nothing but the values of tensors."""
 
     def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> None:
-        self.wrt, self.adapted = wrt, adapted
+        self.wrt, self.adapted, self.precision = wrt, adapted, asked_for()
         first = next(iter(problem.params.values()))
         self.device, self.dtype = first.device, first.dtype
         self.plan = make_plan(problem, wrt)
@@ -45,6 +46,10 @@ class Job:
         # gradients of shared parameters stand side by side among the sums, in the network's order
         self.flat_size = sum(p.numel for p in self.plan.params)
         self.is_flat = not self.unused and not any(p.per_task for p in self.plan.params)
+
+    def fits(self, wrt: frozenset[str], adapted: bool) -> bool:
+        """Whether a problem of the same shapes and options can be answered, as the user wants its products now."""
+        return self.wrt == wrt and self.adapted == adapted and self.precision == asked_for()
 
     def run(self, problem: Problem) -> Result:
         """The kernels' answer; nothing is waited for."""
@@ -72,12 +77,12 @@ class Job:
             *self._params(problem, own, keep),
             *self.step_weights,
         ]
-        self.kernels.launch("fastmeta_meta_step", self.blocks, plan.threads, plan.shared_bytes, words)
+        self.kernels.launch("fastmeta_meta_step", self.blocks, plan.ranks, plan.threads, plan.shared_bytes, words)
         if total is not None:
             blocks = -(-plan.columns // _SUM_COLUMNS)
             shared = _SUM_THREADS * self.dtype.itemsize
             words = [tasks, plan.columns, _address(partial), total.data_ptr()]
-            self.kernels.launch("fastmeta_sum", blocks, _SUM_THREADS, shared, words)
+            self.kernels.launch("fastmeta_sum", blocks, 1, _SUM_THREADS, shared, words)
             if problem.query_loss is not None:
                 result.loss = total[plan.columns - 1]
             self._sums(problem, total, own, grads)
@@ -181,7 +186,7 @@ class Job:
 
 def make_plan(problem: Problem, wrt: frozenset[str]) -> plans.Plan:
     """The plan for the device that the problem's tensors are on."""
-    return plans.make_plan(problem, wrt, shared_bytes(next(iter(problem.params.values())).device))
+    return plans.make_plan(problem, wrt, chip(next(iter(problem.params.values())).device))
 
 
 def _numbers(rule: object) -> tuple[float, float]:

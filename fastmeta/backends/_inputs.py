@@ -90,6 +90,17 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
         return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
 
 
+def check_rates(problem: Problem) -> None:
+    """Check that learning rates are finite, unless an accelerator would have to be waited for.
+
+    Raises:
+        ValueError: one is not.
+    """
+    rates = problem.rates.values() if problem.steps else ()
+    if not all(rate.isfinite().all() for rate in rates if rate.device.type == "cpu"):
+        raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
+
+
 def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, ...]] = output_shape) -> None:
     """Check the range of class indices, where there are any: on an accelerator they would end in a device assertion.
 

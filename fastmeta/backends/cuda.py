@@ -12,6 +12,7 @@ from fastmeta.backends import _cuda_compile as compiler
 from fastmeta.backends import _cuda_launch as launches
 from fastmeta.backends import _cuda_run as runs
 from fastmeta.backends._cpu_plan import used_params
+from fastmeta.backends._cuda_tables import Plan
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
@@ -82,8 +83,8 @@ def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
     spilled = plan.workspace * plan.itemsize
     if spilled > _WORKSPACE_AT_MOST:
         return (
-            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.shared_bytes / 1024:.0f} KiB of shared memory "
-            f"that a block has; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
+            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.ranks} x {plan.shared_bytes / 1024:.0f} KiB of "
+            f"shared memory that it can have; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
         )
     return ""
 
@@ -95,7 +96,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """
     scratch = problem.scratch
     job = scratch.get("cuda")
-    if job is None or job.wrt != wrt or job.adapted != adapted:
+    if job is None or not job.fits(wrt, adapted):
         job = scratch["cuda"] = runs.Job(problem, wrt, adapted)
     return job.run(problem)
 
@@ -107,27 +108,53 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     kinds = " ".join(layer.function or layer.kind for layer in problem.program.layers)  # type: ignore[union-attr]
     moved = sorted({area.group for area in plan.areas.values() if area.space == "global" and area.size})
     lines = [
-        f"kernels: {kinds} ({str(first.dtype).removeprefix('torch.')} multiply-adds, no tensor cores)",
-        f"one block of {plan.threads} threads a task, {plan.shared_bytes / 1024:.0f} KiB of shared memory, memory: "
-        f"{plan.memory}",
+        f"kernels: {kinds}",
+        f"products: {_products(plan)}",
+        f"{_crew(plan)} a task, memory: {plan.memory}",
     ]
     if moved:
-        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a block: {', '.join(moved)}")
+        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a task: {', '.join(moved)}")
+        if moved != ["checkpoints"] and launches.chip(first.device).cluster == 1:
+            lines.append("blocks of this device cannot share their memory: clusters need compute capability 9.0")
     if launches.emulated_threads():
         lines.append(f"EMULATED on the CPU, blocks of {launches.emulated_threads()} threads: for tests alone")
     return lines
 
 
+def _crew(plan: Plan) -> str:
+    blocks = "one block" if plan.ranks == 1 else f"a cluster of {plan.ranks} blocks"
+    return f"{blocks} of {plan.threads} threads and {plan.shared_bytes / 1024:.0f} KiB of shared memory"
+
+
+_SAID = {
+    "split": "operands split into two numbers of TF32, accurate to float32",
+    "tf32": "operands rounded to TF32 (ten bits), as torch.set_float32_matmul_precision('high') allows",
+    "bf16": "operands rounded to bfloat16, as torch.set_float32_matmul_precision('medium') allows",
+}
+
+
+def _products(plan: Plan) -> str:
+    """How the linear layers multiply."""
+    linear = [layer for layer in plan.layers if layer.kind == "linear"]
+    wide = [layer for layer in linear if layer.multiply != "fma"]
+    plain = f"{'float32' if plan.itemsize == 4 else 'float64'} multiply-adds"
+    if not wide:
+        return f"{plain}, no tensor cores"
+    shapes = {f"{plan.params[layer.weight].cols}-{plan.params[layer.weight].rows}": None for layer in wide}
+    rest = f"; others: {plain}" if len(wide) < len(linear) else ""
+    return f"tensor cores for layers {' '.join(shapes)}, {_SAID[wide[0].multiply]}{rest}"
+
+
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
     """Bytes of memory that one running task takes, on the chip and beside it."""
     plan = runs.make_plan(problem, wrt)
-    return plan.shared_bytes + plan.workspace * plan.itemsize
+    return plan.ranks * plan.shared_bytes + plan.workspace * plan.itemsize
 
 
 def parameter_set_bytes(problem: Problem) -> int:
     """Bytes of one set of parameters."""
     plan = runs.make_plan(problem, frozenset())
-    return (plan.frozen + plan.set) * plan.itemsize
+    return plan.ranks * (plan.frozen + plan.set) * plan.itemsize
 
 
 def poison(on: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._inputs import any_batch, check_class_indices, detached, gradients, inner_loop
+from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
 from fastmeta.network.functional import call, isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -30,6 +30,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
     with isolated(any_batch(problem).x.device):
         p = detached(problem, requires_grad=True)
+        check_rates(p)
         check_class_indices(p)
         answers = [_one_task(p, t) for t in range(p.tasks)]
         result = Result(grads=_gradients(p, _objective(p, answers), wrt))

@@ -46,6 +46,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     device = _inputs.any_batch(problem).x.device
     with isolated(device):
         p = _inputs.detached(problem)
+        _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
         if _at_once(p) == 1 or tasks.why_loop(p):
             return _sweep(p, wrt, adapted, vectorised=False)

@@ -3,9 +3,8 @@
 A guard is a flat record of everything that a forward can read besides its input: the modules and their types,
 their attributes (the training flag among them), hooks, which parameters there are, which of them are tied, and
 their shapes. Values of tensors are no part of it, so that parameters may be trained or replaced. It is checked
-at every training step: what is in it is compared by identity first, in a handful of C calls.
-
-What a forward reads from beyond its modules and their classes (globals, closures) is read once, at capture.
+at every training step: what is in it is compared by identity first, in a handful of C calls. Globals and closures
+that a user's own code reads are part of it as well (`outside.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+
+from fastmeta.network.outside import reads_of
 
 #: Where a module keeps its hooks on the call.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,6 +59,12 @@ class Guard:
         self._attributes = [self._module_attributes(name, module) for name, module in named.items()]
         self._classes = _user_classes(modules)
         self._class_attributes = [self._frozen_class(cls) for cls in self._classes]
+        called = [getattr(cls, "forward", None) for cls in self._classes]
+        held = [value for module in modules for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES]
+        reads = reads_of([*called, *held], [*self._classes, *map(type, filter(_is_plain, held))])
+        # a function's closure over the network itself: its modules are guarded anyway
+        self._outside = [read for read in reads if id(read.value()) not in self._registered]
+        self._outside_values = [self._frozen(read.value(), read.place, ()) for read in self._outside]
         self._parameter_dicts = [module._parameters for module in modules if module._parameters]
         self._without_parameters = [module._parameters for module in modules if not module._parameters]
         self._names = [*_joined(self._parameter_dicts)]
@@ -74,6 +81,7 @@ class Guard:
                 and [type(net), *map(type, self._children)] == self._types
                 and self._same_parameters()
                 and (not self._classes or [*map(vars, self._classes)] == self._class_attributes)
+                and (not self._outside or [read.value() for read in self._outside] == self._outside_values)
                 and (not self._objects or all(_watched(live) == frozen for live, frozen in self._objects.values()))
             )
         except Exception:  # attributes of any type are compared here; one that cannot be has changed
@@ -115,6 +123,8 @@ class Guard:
             return ANY_TENSOR
         if isinstance(value, MethodType):
             return _Method(value)
+        if isinstance(value, FunctionType) and value.__closure__:
+            return _Function(value)
         if id(value) in parents:
             return value
         parents = (*parents, id(value))
@@ -162,6 +172,18 @@ class _Method:
         if not isinstance(other, MethodType):
             return False
         return other.__func__ is self.function and other.__self__ is self.owner()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Function:
+    """Equal to one function, without keeping alive what that holds: often the network."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = ref(function)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.function()
 
     __hash__ = None  # type: ignore[assignment]
 

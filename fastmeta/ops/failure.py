@@ -13,6 +13,7 @@ from fastmeta.losses import Loss
 from fastmeta.network.functional import call
 from fastmeta.ops.checks import Shapes, Tensors
 from fastmeta.ops.options import Options, argument
+from fastmeta.ops.rates import Rates, check_finite
 
 
 def diagnose(
@@ -22,16 +23,20 @@ def diagnose(
     tensors: Tensors,
     shapes: Shapes,
     losses: tuple[Loss | None, Loss | None],
+    lr: Rates,
 ) -> None:
-    """Look for the input or the target that the network or the loss cannot take.
+    """Look for the learning rate, the input or the target that the network or the loss cannot take.
 
     Args:
         options, net, params, tensors, shapes: of the call that failed.
         losses: of the support and of the query set.
+        lr: as given.
 
     Raises:
         ValueError, TypeError: names the argument. Returns if nothing is found: the backend's own error then stands.
     """
+    if options.steps:
+        check_finite(options.who, lr)
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
         x, y = getattr(tensors, f"{part}_x"), getattr(tensors, f"{part}_y")

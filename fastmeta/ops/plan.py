@@ -26,7 +26,7 @@ from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result
 
 NOTHING: frozenset[str] = frozenset()
-_sort = attrgetter("shape", "dtype", "device")
+_sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
 _MOST_PLANS = 256
 # These backends evaluate the module itself and need no program.
@@ -71,7 +71,7 @@ class Call:
             return self.plan.backend.solve(problem, self.wrt, adapted)
         except Exception:
             losses = (problem.loss, problem.query_loss)
-            diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses)
+            diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
             raise
 
 

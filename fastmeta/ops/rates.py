@@ -126,6 +126,19 @@ def plan_rates(
     return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, {}, device, dtype)
 
 
+def check_finite(who: str, lr: Rates) -> None:
+    """Check the values of tensors; `plan_rates` has checked those of numbers.
+
+    Raises:
+        ValueError: names the rate.
+    """
+    what = argument(who, "lr")
+    named = {f"{what}[{key!r}]": rate for key, rate in lr.items()} if isinstance(lr, Mapping) else {what: lr}
+    for label, rate in named.items():
+        if isinstance(rate, Tensor) and not rate.isfinite().all():
+            raise ValueError(f"{label} must hold finite numbers, got {rate[~rate.isfinite()][0].item()}")
+
+
 def _shape_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> tuple[int, ...]:
     ones = (1,) * (2 + len(shape))
     if not isinstance(rate, Tensor) or rate.dim() == 0:

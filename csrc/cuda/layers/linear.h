@@ -5,6 +5,7 @@
 
 #include "../pass.h"
 #include "../sink.h"
+#include "../warp_tile.h"
 
 namespace fm::cuda::linear {
 
@@ -18,6 +19,8 @@ constexpr int IN = LAYERS[L].inputs[0];
 template <int L>
 constexpr int OUT = LAYERS[L].output;
 template <int L>
+constexpr Multiply HOW = LAYERS[L].multiply;
+template <int L>
 constexpr int PRE = LAYERS[L].pre;
 template <int L>
 constexpr int W = LAYERS[L].weight;
@@ -27,11 +30,17 @@ constexpr int B = LAYERS[L].bias;
 template <int L>
 constexpr int PRODUCT = PRE<L> >= 0 ? PRE<L> : OUT<L>;
 
+// y = [x V^T scale +] x W^T by tiles, `add` says which.
 template <int L, class Add, class Put>
-FM_INLINE void multiply(const Pass& pass, const Add& add, const Put& put) {
-  constexpr int O = VALUES[OUT<L>].cols;
-  constexpr Tile tile = choose_tile(Form::by_rows, usual_rows(OUT<L>), O, 1, LAYOUT.threads);
-  for_tiles<O, tile.m, tile.n, 1>(rows(pass, OUT<L>), add, put);
+FM_INLINE void output(const Pass& pass, const Add& add, const Put& put) {
+  constexpr int ROWS = usual_rows(OUT<L>), COLS = VALUES[OUT<L>].cols;
+  if constexpr (HOW<L> != Multiply::fma) {
+    constexpr WarpShape shape = choose_warp_tile(HOW<L>, COLS, ROWS);
+    for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, OUT<L>), COLS, add, put);
+  } else {
+    constexpr Tile tile = choose_tile(Form::by_rows, ROWS, COLS, 1, CREW);
+    for_tiles<COLS, tile.m, tile.n, 1>(rows(pass, OUT<L>), add, put);
+  }
 }
 
 template <int L, Space X>
@@ -40,8 +49,8 @@ FM_INLINE void forward(const Pass& pass) {
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const auto w = weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k));
   const int last = rows(pass, OUT<L>);
-  multiply<L>(
-      pass, [&](auto& acc, int row, const auto& n) { add_by_rows(acc, x, row, last, w, n); },
+  output<L>(
+      pass, [&](auto& tile) { tile.by_rows(x, last, w); },
       [&](int r, int c, Vec<1> z) {
         if constexpr (B<L> >= 0) z.at[0] += theta<B<L>>(pass.workspace, pass.k)[c];
         if constexpr (PRE<L> >= 0) {
@@ -52,14 +61,19 @@ FM_INLINE void forward(const Pass& pass) {
       });
 }
 
-// dx = [dy scale V +] dy W by tiles, `add` says which.
+// dx = [dy V scale +] dy W by tiles, `add` says which.
 template <int L, class Add, class Put>
 FM_INLINE void input_gradient(const Pass& pass, const Add& add, const Put& put) {
-  constexpr int CHUNK = VALUES[IN<L>].vector;
-  constexpr Tile tile = choose_tile(Form::by_columns, usual_rows(IN<L>), VALUES[IN<L>].cols, CHUNK, LAYOUT.threads);
-  for_tiles<VALUES[IN<L>].cols, tile.m, tile.n, CHUNK>(
-      rows(pass, IN<L>), [&](auto& acc, int row, const auto& n) { add(Index<CHUNK>{}, acc, row, n); },
-      [&](int r, int c, const auto& g) { put(r * VALUES[IN<L>].ld + c, g); });
+  constexpr Value in = VALUES[IN<L>];
+  constexpr int ROWS = usual_rows(IN<L>);
+  const auto put_at = [&](int r, int c, const auto& g) { put(r * VALUES[IN<L>].ld + c, g); };
+  if constexpr (HOW<L> != Multiply::fma) {
+    constexpr WarpShape shape = choose_warp_tile(HOW<L>, in.cols, ROWS);
+    for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, IN<L>), in.cols, add, put_at);
+  } else {
+    constexpr Tile tile = choose_tile(Form::by_columns, ROWS, in.cols, in.vector, CREW);
+    for_tiles<in.cols, tile.m, tile.n, in.vector>(rows(pass, IN<L>), add, put_at);
+  }
 }
 
 template <int L, Space X, bool INPUT>
@@ -68,10 +82,7 @@ FM_INLINE void backward_input(const Pass& pass) {
   const auto w = weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k));
   const int last = rows(pass, IN<L>);
   input_gradient<L>(
-      pass,
-      [&](auto chunk, auto& acc, int row, const auto& n) {
-        add_by_columns<decltype(chunk)::value>(acc, dy, row, last, w, n);
-      },
+      pass, [&](auto& tile) { tile.by_columns(dy, last, w); },
       [&](int at, const auto& g) { put_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g); });
 }
 
@@ -80,10 +91,15 @@ FM_INLINE void backward_input(const Pass& pass) {
 template <int L, class Add, class Dy, class Put>
 FM_INLINE void weight_gradient(const Pass& pass, const Add& add, const Dy& dy, const Put& put) {
   constexpr Param w = PARAMS[W<L>];
-  constexpr Tile tile = choose_tile(Form::outer, w.rows, w.cols, w.vector, LAYOUT.threads);
-  const int busy = for_tiles<w.cols, tile.m, tile.n, tile.chunk>(
-      w.rows, [&](auto& acc, int row, const auto& n) { add(Index<tile.chunk>{}, acc, row, n); },
-      [&](int r, int c, const auto& g) { put(Index<W<L>>{}, r, c, g); });
+  const auto put_w = [&](int r, int c, const auto& g) { put(Index<W<L>>{}, r, c, g); };
+  int busy;
+  if constexpr (HOW<L> != Multiply::fma) {
+    constexpr WarpShape shape = choose_warp_tile(HOW<L>, w.rows, w.cols);
+    busy = for_warp_tiles<HOW<L>, shape.m, shape.n, false>(w.rows, w.cols, add, put_w);
+  } else {
+    constexpr Tile tile = choose_tile(Form::outer, w.rows, w.cols, w.vector, CREW);
+    busy = for_tiles<w.cols, tile.m, tile.n, tile.chunk>(w.rows, add, put_w);
+  }
   if constexpr (B<L> >= 0) {
     const int depth = rows(pass, OUT<L>);
     for (int c = thread() < busy ? thread() - busy + step_threads() : thread() - busy; c < w.rows;
@@ -103,11 +119,8 @@ FM_INLINE void backward_params(const Pass& pass, Sink& sink) {
   if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) && !sink.takes_frozen()) return;
   const int depth = rows(pass, OUT<L>);
   weight_gradient<L>(
-      pass,
-      [&](auto chunk, auto& acc, int row, const auto& n) {
-        add_outer<decltype(chunk)::value>(acc, dy, row, x, n, depth);
-      },
-      dy, [&](auto p, int r, int c, const auto& g) { sink.template put<decltype(p)::value, L>(r, c, g); });
+      pass, [&](auto& tile) { tile.outer(dy, x, depth); }, dy,
+      [&](auto p, int r, int c, const auto& g) { sink.template put<decltype(p)::value, L>(r, c, g); });
 }
 
 // Ry = (x V^T + Rx W^T + vb) f', V = scale * lambda or the direction as it stands
@@ -116,16 +129,16 @@ FM_INLINE void tangent(const Pass& pass, const Along& along) {
   constexpr int LD = VALUES[OUT<L>].ld;
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const int last = rows(pass, OUT<L>);
-  multiply<L>(
+  output<L>(
       pass,
-      [&](auto& acc, int row, const auto& n) {
+      [&](auto& tile) {
         if constexpr (PARAMS[W<L>].adapted) {
-          add_by_rows(acc, x, row, last, weight_matrix<W<L>>(along.vector<W<L>>()), n);
-          along.scale<W<L>>(acc);
+          tile.by_rows(x, last, weight_matrix<W<L>>(along.vector<W<L>>()));
+          along.scale<W<L>>(tile.acc);
         }
         if constexpr (has_tangent<IN<L>>) {
           const ValueMatrix<IN<L>> rx{cuda::tangent<IN<L>>(pass)};
-          add_by_rows(acc, rx, row, last, weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k)), n);
+          tile.by_rows(rx, last, weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k)));
         }
       },
       [&](int r, int c, Vec<1> rz) {
@@ -151,13 +164,12 @@ FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {
   const int last = rows(pass, IN<L>);
   input_gradient<L>(
       pass,
-      [&](auto chunk, auto& acc, int row, const auto& n) {
-        constexpr int CHUNK = decltype(chunk)::value;
+      [&](auto& tile) {
         if constexpr (PARAMS[W<L>].adapted) {
-          add_by_columns<CHUNK>(acc, dy, row, last, weight_matrix<W<L>>(along.vector<W<L>>()), n);
-          along.scale<W<L>>(acc);
+          tile.by_columns(dy, last, weight_matrix<W<L>>(along.vector<W<L>>()));
+          along.scale<W<L>>(tile.acc);
         }
-        add_by_columns<CHUNK>(acc, rdy, row, last, w, n);
+        tile.by_columns(rdy, last, w);
       },
       [&](int at, const auto& g) { put_tangent_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g); });
 }
@@ -170,12 +182,11 @@ FM_INLINE void tangent_backward_params(const Pass& pass, Sink& sink) {
   const int depth = rows(pass, OUT<L>);
   weight_gradient<L>(
       pass,
-      [&](auto chunk, auto& acc, int row, const auto& n) {
-        constexpr int CHUNK = decltype(chunk)::value;
-        add_outer<CHUNK>(acc, rdy, row, x, n, depth);
+      [&](auto& tile) {
+        tile.outer(rdy, x, depth);
         if constexpr (has_tangent<IN<L>>) {
           const ValueMatrix<IN<L>> rx{cuda::tangent<IN<L>>(pass)};
-          add_outer<CHUNK>(acc, dy, row, rx, n, depth);
+          tile.outer(dy, rx, depth);
         }
       },
       rdy, [&](auto p, int r, int c, const auto& g) { sink.template put<decltype(p)::value, L>(r, c, g); });

@@ -1,0 +1,66 @@
+// Gradients of learning rates, beside what a gradient leaves as it is made (sink.h).
+#pragma once
+
+#include "sink.h"
+
+namespace fm::cuda {
+
+// Every thread's own sums.
+FM_INLINE void start_rates(S* workspace) {
+  if constexpr (OPTIONS.wants_rates)
+    for (int slot = 0; slot < RATE_SLOTS; ++slot) rate_sum(workspace, slot, thread()) = 0;
+}
+
+// Calls body(parameter, sum of a thread) for every scalar rate whose gradient is complete at step k.
+template <class Body>
+FM_INLINE void for_scalar_rates(const Sink& to, const Body& body) {
+  for_params([&](auto index) {
+    constexpr Param p = PARAMS[decltype(index)::value];
+    if constexpr (p.adapted && !p.rate_element)
+      if (p.rate_per_step || to.k == 0)
+        body(index, [&](int thread) -> double& { return rate_sum(to.workspace, p.rate_slot, thread); });
+  });
+}
+
+FM_INLINE void rates_from_updates(const Sink& to) {
+  for_params([&](auto index) {
+    constexpr int P = decltype(index)::value;
+    constexpr Param p = PARAMS[P];
+    if constexpr (p.adapted) {
+      const S* u =
+          memory<LAYOUT.updates.space>(to.workspace, p.rank, LAYOUT.updates.at + to.k * SET + p.at - LAYOUT.frozen);
+      for (int e = thread(); e < p.numel(); e += step_threads()) {
+        const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
+        to.rate_gradient<P>(r, c, one(lambda<P>(to.workspace)[at]), one(u[at]));
+      }
+    }
+  });
+}
+
+// Adds up the threads' sums where a scalar rate's gradient is complete: of one step, or of all. The order depends on
+// nothing but the number of threads.
+FM_INLINE void finish_rates(const Sink& to) {
+  barrier();
+  if (!RATE_PER_STEP && to.k > 0) return;
+  for_scalar_rates(to, [&](auto index, const auto& sum) {
+    constexpr int first = PARAMS[decltype(index)::value].rate_slot * 32;
+    for (int j = (thread() + step_threads() - first % step_threads()) % step_threads(); j < 32; j += step_threads()) {
+      double total = 0;
+      for (int i = j; i < step_threads(); i += 32) total += sum(i);
+      sum(j) = total;
+    }
+  });
+  barrier();
+  for_scalar_rates(to, [&](auto index, const auto& sum) {
+    constexpr int P = decltype(index)::value;
+    if (thread() == PARAMS[P].rate_slot % step_threads()) {
+      double total = 0;
+      for (int i = 0; i < 32; ++i) total += sum(i);
+      *to.rate_place<P>() = S(total);
+    }
+  });
+  barrier();
+  for_scalar_rates(to, [&](auto, const auto& sum) { sum(thread()) = 0; });
+}
+
+}  // namespace fm::cuda

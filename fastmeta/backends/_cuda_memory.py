@@ -1,0 +1,203 @@
+"""A place for everything that a specialisation of the CUDA kernels keeps: parameters, values, scratch.
+
+Sizes and offsets count elements. A cluster of blocks is a block of several ranks to the kernels: whatever consists of
+parts, parameters or values, has each of them in the memory of one rank.
+"""
+
+from __future__ import annotations
+
+from fastmeta.backends._cuda_tables import SCRATCH, Area, Plan
+
+#: Layers from so many inputs to so many outputs are multiplied on tensor cores.
+WIDE = 64
+#: Activations whose derivatives the value behind them tells; of the others the value before is kept.
+_TOLD_BY_OUTPUT = frozenset({"relu", "leaky_relu", "tanh", "sigmoid", "affine"})
+#: Activations whose second derivative is zero.
+_LINEAR_PIECES = frozenset({"relu", "leaky_relu", "affine"})
+
+
+def odd(length: int, vector: int) -> int:
+    """An odd number of vectors from row to row: neighbouring rows begin in different banks."""
+    return length + vector if length // vector % 2 == 0 else length
+
+
+def pad(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def lay_out_params(plan: Plan) -> None:
+    """A rank and a place for every parameter, columns of the sums.
+
+    Frozen parameters come first, so that sets of later steps hold the adapted ones alone.
+    """
+    vector = 16 // plan.itemsize
+    start = 0
+    for adapted in (False, True):
+        ends = [start] * plan.ranks
+        # the largest first, each to where there is most room
+        for param in sorted((p for p in plan.params if p.adapted == adapted), key=lambda p: -p.rows * p.ld):
+            param.rank = ends.index(min(ends))
+            param.at = ends[param.rank]
+            ends[param.rank] += pad(param.rows * param.ld, vector)
+        start = max(ends)
+        if not adapted:
+            plan.frozen = start
+    plan.set = start - plan.frozen
+    columns = slots = 0
+    gradient = [0] * plan.ranks
+    for param in plan.params:
+        if plan.flags["wants_params"] and not param.per_task:
+            param.column = columns
+            columns += param.numel
+        if param.tied:
+            param.gradient = gradient[param.rank]
+            gradient[param.rank] += pad(param.rows * param.ld, vector)
+    for param in plan.params:
+        if plan.flags["wants_rates"] and param.adapted:
+            if not param.rate_per_task:
+                param.rate_column = columns
+                columns += (plan.steps if param.rate_per_step else 1) * (param.numel if param.rate_element else 1)
+            if not param.rate_element:
+                param.rate_slot = slots
+                slots += 1
+    plan.rate_slots, plan.columns, plan.tied = slots, columns + 1, max(gradient)
+
+
+def place(plan: Plan, shared_bytes: int) -> None:
+    """Give every area its place: in shared memory as far as it goes, the smallest groups first."""
+    _choose_threads(plan)
+    room = shared_bytes // plan.itemsize
+    if not _place(plan, room, user_input=False):
+        _place(plan, room, user_input=True)
+
+
+def _place(plan: Plan, room: int, user_input: bool) -> bool:
+    """`place`, with the input in shared memory or where the user has it; False: there is no room for it."""
+    vector = 16 // plan.itemsize
+    plan.areas = _areas(plan, _lay_out_values(plan, user_input))
+    groups: dict[str, list[Area]] = {}
+    for area in plan.areas.values():
+        area.size = pad(area.size, vector)
+        groups.setdefault(area.group, []).append(area)
+    sizes = {group: sum(area.size for area in areas) for group, areas in groups.items()}
+    pairs = [[plan.areas[name] for name in names] for names in (SCRATCH[:2], SCRATCH[2:])]
+    sizes["scratch"] = max(sum(area.size for area in pair) for pair in pairs)
+    ends = {space: [0] * plan.ranks for space in ("shared", "global", "user")}
+    for group in sorted(groups, key=lambda group: (group != "sums", sizes[group])):
+        # all else is spread over all ranks, and takes the same place in each
+        ranks = (plan.values[0].rank,) if group == "input" else range(plan.ranks)
+        fits = max(ends["shared"][rank] for rank in ranks) + sizes[group] <= room
+        if group == "input" and not user_input and not fits:
+            return False
+        space = "shared" if fits and group != "checkpoints" else "global"
+        space = "user" if group == "input" and user_input else space
+        start = max(ends[space][rank] for rank in ranks)
+        for run in pairs if group == "scratch" else [groups[group]]:
+            at = start
+            for area in run:
+                area.space, area.at = space, at
+                at += area.size
+        for rank in ranks:
+            ends[space][rank] = start + sizes[group]
+    plan.shared_bytes, plan.slab = max(ends["shared"]) * plan.itemsize, max(ends["global"])
+    plan.workspace = plan.slab * plan.ranks
+    return True
+
+
+def _choose_threads(plan: Plan) -> None:
+    """As many as there are tiles of a few numbers in the largest product."""
+    largest = 0
+    for layer in plan.layers:
+        if layer.kind == "linear":
+            out = plan.values[layer.output]
+            weight = plan.params[layer.weight]
+            largest = max(largest, weight.numel, max(plan.support, plan.query) * out.rows * out.cols)
+    plan.threads = 128 if largest <= 2048 else 256
+
+
+def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
+    """Row lengths and offsets of all values; how much of a rank an example takes in each of the four blocks."""
+    flags = plan.flags
+    vector = 16 // plan.itemsize
+    tensor = any(layer.multiply != "fma" for layer in plan.layers)
+    for v in plan.values:
+        v.vector = vector if v.cols >= vector else 1
+        v.ld = pad(v.cols, v.vector)
+        if tensor and v.cols >= WIDE:
+            v.ld = odd(v.ld, vector)
+    if user_input:
+        first = plan.values[0]
+        first.ld, first.vector = first.cols, vector if first.cols % vector == 0 else 1
+    shared = {v for layer in plan.layers for v, adds in zip(layer.inputs, layer.adds, strict=True) if adds}
+    taken = {layer.pre: layer for layer in plan.layers if layer.pre >= 0}
+    behind = {layer.output: layer for layer in plan.layers if layer.pre >= 0}
+    backward, tangents = plan.steps > 0 or flags["gradient"], flags["second_order"]
+    used = {0} | {v for layer in plan.layers for v in (*layer.inputs, layer.output, layer.pre) if v >= 0}
+    sizes = {block: [0] * plan.ranks for block in ("x", "d", "rx", "rd")}
+    # vectors first: rows of a few numbers need no alignment; of those the largest, each to where there is most room
+    for number in sorted(used, key=lambda i: (plan.values[i].vector == 1, -plan.values[i].rows * plan.values[i].ld)):
+        v = plan.values[number]
+        taken_up = [sum(size[rank] for size in sizes.values()) for rank in range(plan.ranks)]
+        v.rank = taken_up.index(min(taken_up))
+        v.x = v.d = v.rx = v.rd = -1
+        keeps = dict.fromkeys(sizes, True)
+        keeps["x"] = number > 0
+        keeps["d"] = backward and (v.from_params or flags["wants_query_x"])
+        keeps["rx"] = tangents and v.from_params
+        keeps["rd"] = tangents and (v.from_params or flags["wants_support_x"])
+        if number in taken:
+            function = taken[number].function
+            keeps["x"] = function not in _TOLD_BY_OUTPUT or (
+                function == "leaky_relu" and taken[number].constants[0] < 0
+            )
+            keeps["rx"] = keeps["rx"] and function not in _LINEAR_PIECES
+        elif number in behind:
+            smooth = behind[number].function not in _LINEAR_PIECES
+            keeps["d"] = keeps["d"] and (number in shared or (tangents and smooth))
+            keeps["rd"] = keeps["rd"] and number in shared
+        for block, kept in keeps.items():
+            if kept:
+                setattr(v, block, sizes[block][v.rank])
+                sizes[block][v.rank] += v.rows * v.ld
+    return {block: max(size) for block, size in sizes.items()}
+
+
+def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
+    """Everything that needs memory."""
+    flags, steps, params = plan.flags, plan.steps, plan.params
+    vector = 16 // plan.itemsize
+    gradient = flags["gradient"]
+    plain = not flags["momentum"] and not flags["weight_decay"]
+    from_gradient = flags["wants_rates"] and not flags["momentum"]
+    values_needed = gradient and (flags["second_order"] or from_gradient)
+    theta_needed = gradient and steps > 0 and (values_needed or flags["step_weights"])
+    if not values_needed:
+        plan.store = True
+    if not theta_needed:
+        plan.keep_all = False
+    kept = min(steps, 1) if not (values_needed and plan.store) else steps
+    first = plan.values[0].rows * plan.values[0].ld
+    values, deltas = (pad(plan.support * sizes[block], vector) for block in ("x", "d"))
+    plan.value_stride, plan.delta_stride = (values, deltas) if kept > 1 else (0, 0)
+    writes = not plain or any(p.tied or (p.adapted and p.rate_element) for p in params)
+    direction = flags["momentum"] or (gradient and writes and (flags["second_order"] or not plain))
+    plan.restores = theta_needed and not plan.keep_all
+    checkpoints = max(steps - 1, 0) * plan.set if plan.restores else 0
+    return {
+        "theta": Area(plan.frozen + plan.set * (steps + 1 if plan.keep_all else 1), "theta"),
+        "checkpoints": Area(checkpoints, "checkpoints"),
+        "input": Area(plan.support * first, "input"),
+        "query_input": Area(plan.query * first, "input"),
+        "values": Area(values * kept, "values"),
+        "deltas": Area(deltas * kept, "values"),
+        "query_values": Area(plan.query * sizes["x"], "scratch"),
+        "query_deltas": Area(plan.query * sizes["d"] if gradient else 0, "scratch"),
+        "tangents": Area(plan.support * sizes["rx"], "scratch"),
+        "tangent_deltas": Area(plan.support * sizes["rd"], "scratch"),
+        "lambda": Area(plan.frozen + plan.set if gradient else 0, "adjoint"),
+        "direction": Area(plan.set if direction else 0, "adjoint"),
+        "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),
+        "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
+        "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
+        "terms": Area(max(plan.support, plan.query) + 32, "sums"),
+    }

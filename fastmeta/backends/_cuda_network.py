@@ -1,0 +1,83 @@
+"""A captured network as the CUDA kernels run it: without reshapes that move nothing, activations in epilogues."""
+
+from __future__ import annotations
+
+from fastmeta.backends._cuda_tables import Layer, Value
+from fastmeta.backends._layout import lay_out
+from fastmeta.network.program import Program
+
+
+def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Layer], int]:
+    """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues."""
+    index = {name: i for i, name in enumerate(names)}
+    engine = lay_out(program)
+    values = [Value(rows, cols) for rows, cols, *_ in engine.values]
+    layers, output = [], engine.output
+    for layer, inputs, out in engine.layers:
+        weight, bias = [index[name] if name is not None else -1 for name in (*layer.params, None, None)[:2]]
+        c0, c1 = (*layer.constants, 0.0, 0.0)[:2]
+        a, b = (*inputs, -1)[:2]
+        layers.append(Layer(layer.kind, layer.function, (c0, c1), (a, b), out, weight, bias))
+    layers, output = _without_reshapes(values, layers, output)
+    layers = _with_activations(layers, output)
+    for made in layers:
+        moves = made.weight >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
+        values[made.output].from_params = moves
+        if made.pre >= 0:
+            values[made.pre].from_params = moves
+    _mark_last(layers, output)
+    return values, layers, output
+
+
+def _readers(layers: list[Layer], value: int) -> list[Layer]:
+    return [layer for layer in layers for v in layer.inputs if v == value]
+
+
+def _without_reshapes(values: list[Value], layers: list[Layer], output: int) -> tuple[list[Layer], int]:
+    kept: list[Layer] = []
+    for i, layer in enumerate(layers):
+        a, out = layer.inputs[0], layer.output
+        if layer.kind == "reshape":
+            same = (values[a].rows, values[a].cols) == (values[out].rows, values[out].cols)
+            # the user's input is dense: its only reader just says how to read it
+            if not same and a == 0 and len(_readers(layers[i:] + kept, 0)) == 1:
+                values[0].rows, values[0].cols, same = values[out].rows, values[out].cols, True
+            if same:
+                output = a if output == out else output
+                for later in layers[i:]:
+                    later.inputs = tuple(a if v == out else v for v in later.inputs)  # type: ignore[assignment]
+                continue
+        kept.append(layer)
+    return kept, output
+
+
+def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
+    """linear -> elementwise, where nobody else reads what lies between and the loss does not read what comes out."""
+    gone: set[int] = set()
+    for layer in layers:
+        readers = _readers(layers, layer.output)
+        if layer.kind != "linear" or len(readers) != 1 or readers[0].kind != "elementwise" or layer.output == output:
+            continue
+        activation = readers[0]
+        if activation.output == output:
+            continue
+        layer.pre, layer.output = layer.output, activation.output
+        layer.function, layer.constants = activation.function, activation.constants
+        gone.add(id(activation))
+    return [layer for layer in layers if id(layer) not in gone]
+
+
+def _mark_last(layers: list[Layer], output: int) -> None:
+    """In a backward pass: who adds to a value's gradient, and who is last. The loss is the first at the output."""
+    written = {output}
+    final: dict[int, tuple[Layer, int]] = {}
+    for layer in reversed(layers):
+        adds = []
+        for j, v in enumerate(layer.inputs):
+            adds.append(v in written)
+            if v >= 0:
+                written.add(v)
+                final[v] = (layer, j)
+        layer.adds = (adds[0], adds[1])
+    for layer, j in final.values():
+        layer.last = (j == 0 or layer.last[0], j == 1 or layer.last[1])
