@@ -169,7 +169,7 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
             console.print(f"{row.case} {row.precision} {row.peer}: {row.status} {row.reason}", markup=False)
     console.print(_table(rows))
     console.print(f"{time.monotonic() - begin:.0f} s; wrote {out / 'gpu.csv'}", markup=False)
-    if failures or any(row.status in ("wrong", "broken") for row in rows if row.peer in timing.OURS):
+    if failures or any(row.status in ("wrong", "broken", "stopped") for row in rows if row.peer in timing.OURS):
         raise click.exceptions.Exit(1)
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import fastmeta as fm
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
@@ -103,6 +105,15 @@ def test_a_wrong_gradient_is_not_timed(bench: ModuleType):
     assert bench.timing.judge(row, [{key: ref[key] * (1 + 1e-7)}], [ref], (1e-7,))
     assert not bench.timing.judge(row, [{key: ref[key] * (1 + 1e-5)}], [ref], (1e-7,))
     assert not bench.timing.judge(row, [{key: ref[key] * math.nan}], [ref], (1e-7,))
+
+
+def test_a_network_that_a_backend_refuses_is_missing(bench: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise fm.BackendUnavailable("conv2d has no kernels")
+
+    monkeypatch.setattr(bench.timing, "_measure", refuse)
+    row = bench.timing.measure(next(iter(bench.timing.DRY.values())), "highest", "torch.func")
+    assert (row.status, row.reason) == ("missing", "conv2d has no kernels")
 
 
 def test_traffic_is_what_the_launches_touch(bench: ModuleType):
