@@ -27,6 +27,7 @@ from fastmeta.benchmark.peers.jax_peers import JaxVmap
 from fastmeta.benchmark.peers.ours import MetaGradientPeer
 from fastmeta.benchmark.peers.torch_func import TorchCompile, TorchFunc
 from fastmeta.cases import WORKLOADS, Case
+from fastmeta.errors import BackendUnavailable
 from fastmeta.models import Siren
 from fastmeta.verify import rule
 from fastmeta.verify.problems import problem_of
@@ -236,6 +237,8 @@ def measure(case: Case, precision: str, name: str) -> Row:
     torch.backends.cudnn.allow_tf32 = precision != "highest"
     try:
         _measure(row, peer, case, precision)
+    except BackendUnavailable as error:
+        row.status, row.reason = "missing", str(error)
     except Exception as error:  # a peer that breaks is reported; the others still count
         row.status, row.reason = "broken", f"{type(error).__name__}: {str(error)[:300]}"
     return row
