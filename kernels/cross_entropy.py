@@ -165,6 +165,8 @@ def loss(
         w = tl.zeros([BN], dtype=dtype) + scale
         if weights is not None:
             w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
+        if INDICES:  # nothing depends on an ignored one, not even where all are and w is infinite
+            w = tl.where(tl.load(y + task * N + n, mask=n < N, other=IGNORE) != IGNORE, w, 0.0)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             at = task * N * C + n[:, None] * C + c[None, :]

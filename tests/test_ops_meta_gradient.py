@@ -209,9 +209,12 @@ def test_class_weights_are_read_at_every_call() -> None:
     assert not torch.equal(first, query_loss())
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_task_without_targets_has_no_gradient(backend: str, smoothing: float) -> None:
+def test_a_task_without_targets_has_no_gradient(
+    backend: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
     torch.manual_seed(0)
     net, (x, _, query_x, _) = nn.Linear(2, 3).double(), episodes()
     y, query_y = torch.randint(0, 3, x.shape[:2]), torch.randint(0, 3, query_x.shape[:2])
@@ -227,8 +230,9 @@ def test_a_task_without_targets_has_no_gradient(backend: str, smoothing: float) 
         assert error(got.grads[name], gradient) < TOLERANCE
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_views_of_the_opposite_sign_match_reference(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"])
+def test_views_of_the_opposite_sign_match_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
     net, (x, y, query_x, query_y) = network(), episodes()
     negative = torch._neg_view(x)
     rate = torch.complex(torch.tensor(0.0).double(), torch.tensor(-0.1).double()).conj().imag

@@ -165,7 +165,7 @@ class Job:
         y = None if loss is None else batch.y
         x = batch.x
         if self.plan.areas["input"].space == "user" and (x.data_ptr() % 16 or not x.is_contiguous()):
-            x = x.detach().clone(memory_format=torch.contiguous_format)  # for loads of 16 bytes
+            x = x.detach().resolve_neg().clone(memory_format=torch.contiguous_format)  # for loads of 16 bytes
         words = _dense([x, y, batch.weights, None if loss is None else self._class_weights(loss)], keep)
         for field, tensor in zip(_FIELDS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
@@ -203,11 +203,12 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _dense(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
-    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense."""
+    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense or that is
+    to be read with the opposite sign (`torch.imag` of a conjugate)."""
     words = []
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            tensor = tensor.detach().contiguous()
+        if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):
+            tensor = tensor.detach().resolve_neg().contiguous()
         if tensor is not None:
             keep.append(tensor)
         words.append(_address(tensor))

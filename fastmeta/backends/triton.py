@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from fastmeta.backends._inputs import check_class_indices
+from fastmeta.backends._inputs import check_class_indices, check_rates
 from fastmeta.backends._precision import exact as exact
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
@@ -100,6 +100,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """
     # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
     with torch.inference_mode(False), torch.no_grad():
+        check_rates(problem)
         check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
         scratch = problem.scratch
         job = scratch.get("triton")

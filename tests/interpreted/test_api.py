@@ -42,6 +42,29 @@ def _close(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
 
 
+def test_odd_tensors_match_reference():
+    """A view of the opposite sign, and a task without targets, where PyTorch's gradient is zero."""
+    torch.manual_seed(0)
+    net, (x, _, query_x, _) = nn.Linear(2, 3).double(), _episode()
+    params = {name: value.detach() for name, value in net.named_parameters()}
+    y, query_y = torch.randint(0, 3, x.shape[:2]), torch.randint(0, 3, query_x.shape[:2])
+    y[1] = -100
+    found = [
+        fm.meta_gradient(
+            net,
+            params,
+            (torch._neg_view(x), y),
+            (query_x, query_y),
+            loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+            lr=LR,
+            steps=STEPS,
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    ]
+    assert _close(*([out.task_losses, *out.grads.values()] for out in found))
+
+
 def test_maml_matches_reference_over_steps_of_an_optimiser():
     """The parameters change between calls, and the plan stays."""
     results = []
