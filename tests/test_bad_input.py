@@ -231,15 +231,18 @@ def test_says_what_the_network_raised(backend: str) -> None:
     assert isinstance(raised.value.__cause__, KeyError)
 
 
-def test_says_that_an_index_is_out_of_range() -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("index", [6, -1])
+def test_says_that_an_index_is_out_of_range(index: int, backend: str) -> None:
     net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, C))
     x, y = torch.randint(0, 6, (T, N)), torch.randint(0, C, (T, N))
-    maml = fm.MAML(net, loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend="reference")
-    maml(x, y, x, y)
+    maml = fm.MAML(net, loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend=backend)
     wrong = x.clone()
-    wrong[0, 1] = 6
-    with pytest.raises(ValueError, match="`query_x`: the network raised IndexError: index out of range"):
-        maml(x, y, wrong, y)
+    wrong[0, 1] = index
+    for sets, name in (((x, y, wrong, y), "query_x"), ((wrong, y, x, y), "support_x")):
+        maml(x, y, x, y)
+        with pytest.raises(ValueError, match=f"`{name}`: the network raised IndexError: index out of range"):
+            maml(*sets)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
