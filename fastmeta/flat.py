@@ -13,10 +13,14 @@ def flatten(maml: MAML) -> Tensor:
     """Move all parameters of `maml` that require grad, learned rates last, into one vector.
 
     The vector is the only leaf from here on: backward fills `flat.grad` and no other, the parameters are views of
-    it that require no grad themselves. `state_dict` and `load_state_dict` work as before.
+    it that require no grad themselves: an optimiser must get the vector, one on `maml.parameters()` moves nothing.
+    `state_dict` and `load_state_dict` work as before.
 
         flat = fm.flatten(maml)
         optimizer = torch.optim.Adam([flat], fused=True)
+
+    A copy (deepcopy, pickle), a conversion (.double(), .to()) or a replaced layer has parameters outside the vector:
+    the next call raises RuntimeError until `fm.flatten` is called again, on the copy for a copy.
 
     Args:
         maml: is modified. Flattening it again returns the same vector, or a new one if the old was lost.

@@ -49,6 +49,16 @@ TENSORS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
     "no-query-examples": ("query_x", lambda x: x[:, :0], "query_x"),
     "other-dtype": ("support_x", lambda x: x.double(), "support_x"),
     "other-device": ("support_x", lambda x: x.to("meta"), "support_x"),
+    "sparse": ("support_x", lambda x: x.to_sparse(), "`support_x` must be a dense tensor, got torch.sparse_coo"),
+    "nested": (
+        "support_x",
+        lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]),
+        "`support_x` must be a dense tensor, got nested",
+    ),
+    "no-width": ("support_x", lambda x: x[..., 0], r"`support_x` must be \[T, N, 2\] .* got \(4, 7\)"),
+    "support-of-booleans": ("support_x", lambda x: x > 0, "`support_x`: the network raised RuntimeError"),
+    "support-of-integers": ("support_x", lambda x: x.long(), "`support_x`: the network raised RuntimeError"),
+    "query-of-integers": ("query_x", lambda x: x.long(), "`query_x`: the network raised RuntimeError"),
     "not-a-tensor": ("support_x", lambda x: x.tolist(), "support_x"),
     "class-too-large": ("support_y", _classes(C), "support_y"),
     "class-negative": ("query_y", _classes(-1), "query_y"),
@@ -68,7 +78,7 @@ def test_rejects_tensors(what: str, backend: str) -> None:
     episode[field] = change(episode.get(field))
     maml = fm.MAML(_net(), loss="cross_entropy", inner_lr=0.1, inner_steps=2, backend=backend)
     before = {name: value.clone() for name, value in maml.state_dict().items()}
-    kept = {name: x.clone() for name, x in episode.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+    kept = {name: x.clone() for name, x in episode.items() if _comparable(x)}
     with pytest.raises((ValueError, TypeError), match=named):
         maml(**episode)
     assert all(torch.equal(value, before[name]) for name, value in maml.state_dict().items())
@@ -76,6 +86,12 @@ def test_rejects_tensors(what: str, backend: str) -> None:
     assert all(p.grad is None for p in maml.parameters())
     good = maml(**_good())  # and the next call is as good as ever
     assert torch.isfinite(good.loss)
+    with pytest.raises((ValueError, TypeError), match=named):  # also where all but the values is known already
+        maml(**episode)
+
+
+def _comparable(x: object) -> bool:
+    return isinstance(x, Tensor) and x.device.type == "cpu" and x.layout == torch.strided and not x.is_nested
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -91,6 +107,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"backend": "gpu"}, "backend"),
     "adapt": ({"adapt": ["no.such.weight"]}, "adapt"),
     "step-weights": ({"step_weights": [1.0]}, "step_weights"),
+    "one-step-weight": ({"step_weights": 1.0}, "`step_weights` must be a sequence of numbers, got 1.0"),
+    "adapt-a-typo": ({"adapt": "tail"}, "`adapt`: the network has no parameter 'tail'; .*; 'all', 'head' and 'body'"),
     "loss": ({"loss": "no_such_loss"}, "loss"),
 }
 
@@ -148,3 +166,99 @@ def test_a_module_without_parameters_runs_or_says_why() -> None:
     y = torch.randn(T, N, C)
     with pytest.raises(ValueError, match="parameter"):
         fm.MAML(nn.Sequential(nn.ReLU()), loss="mse", inner_lr=0.1, inner_steps=1)(x, y, x, y)
+
+
+@pytest.mark.parametrize("wrt", [3, [3], None, [["params"]]], ids=str)
+def test_rejects_wrt(wrt: Any) -> None:
+    with pytest.raises(TypeError, match="meta_gradient: `wrt` must hold names"):
+        _meta_gradient(wrt=wrt)
+
+
+@pytest.mark.parametrize("field", ["support", "query"])
+@pytest.mark.parametrize(("batch", "got"), [((1, 2, 3), "tuple of 3"), (torch.ones(1), "Tensor of 1"), (5, "int")])
+def test_rejects_what_is_no_pair(field: str, batch: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"`{field}` must be a pair \(x, y\), got {got}$"):
+        _meta_gradient(**{field: batch})
+
+
+def _meta_gradient(**changed: Any) -> None:
+    net, episode = _net(), _good()
+    sets = {part: (episode[f"{part}_x"], episode[f"{part}_y"]) for part in ("support", "query")}
+    params = dict(net.named_parameters())
+    fm.meta_gradient(net, params, **{**sets, "loss": "cross_entropy", "lr": 0.1, "steps": 1, **changed})
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("algorithm", [fm.MAML, fm.Reptile])
+@pytest.mark.parametrize("value", ["yes", 1, None], ids=str)
+def test_rejects_support_per_step(value: Any, algorithm: type[nn.Module], backend: str) -> None:
+    module = algorithm(_net(), loss="cross_entropy", inner_lr=0.1, inner_steps=N, backend=backend)
+    episode = [x[:, None].expand(T, N, *x.shape[1:]) for x in list(_good().values())[:2]]
+    sets = [*episode, *(list(_good().values())[2:] if algorithm is fm.MAML else [])]
+    module(*sets, support_per_step=True)
+    with pytest.raises(TypeError, match=f"`support_per_step` must be True or False, got {value!r}"):
+        module(*sets, support_per_step=value)
+
+
+@pytest.mark.parametrize("algorithm", [fm.MAML, fm.Reptile])
+def test_rejects_a_network_without_shapes(algorithm: type[nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(C))
+    message = "`net` must be initialised, '1.weight' has no shape yet"
+    with pytest.raises(ValueError, match=message):
+        algorithm(net, loss="mse", inner_lr=0.1, inner_steps=1)
+    with pytest.raises(ValueError, match=message):
+        fm.task_forward(net, dict(net.named_parameters()), torch.ones(T, N, 2))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rejects_vmap(backend: str, warm: bool) -> None:
+    maml = fm.MAML(_net(), loss="cross_entropy", inner_lr=0.1, inner_steps=2, backend=backend)
+    episode = list(_good().values())
+    if warm:
+        maml(*episode)
+    with pytest.raises(TypeError, match=r"`support_x` must be an ordinary tensor: torch\.vmap"):
+        torch.vmap(lambda *sets: maml(*sets).loss)(*(torch.stack([x, x]) for x in episode))
+
+
+class _Boom(nn.Module):
+    """Raises, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("boom")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_says_what_the_network_raised(backend: str) -> None:
+    maml = fm.MAML(_Boom(), loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend=backend)
+    with pytest.raises(
+        ValueError, match="MAML: `support_x`: the network raised KeyError: 'boom'; given were"
+    ) as raised:
+        maml(**_good())
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("index", [6, -1])
+def test_says_that_an_index_is_out_of_range(index: int, backend: str) -> None:
+    net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, C))
+    x, y = torch.randint(0, 6, (T, N)), torch.randint(0, C, (T, N))
+    maml = fm.MAML(net, loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend=backend)
+    wrong = x.clone()
+    wrong[0, 1] = index
+    for sets, name in (((x, y, wrong, y), "query_x"), ((wrong, y, x, y), "support_x")):
+        maml(x, y, x, y)
+        with pytest.raises(ValueError, match=f"`{name}`: the network raised IndexError: index out of range"):
+            maml(*sets)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_a_backend_named_blames_the_tensor_too(backend: str) -> None:
+    maml = fm.MAML(_net(), loss="cross_entropy", inner_lr=0.1, inner_steps=1, backend=backend)
+    episode = {**_good(), "support_x": torch.ones(T, N, 3), "query_x": torch.ones(T, M, 3)}
+    with pytest.raises(ValueError, match=r"`support_x` must be \[T, N, 2\] \(network input 2\), got \(4, 7, 3\)"):
+        maml(**episode)

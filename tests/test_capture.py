@@ -102,8 +102,10 @@ def run(program: Program, params: dict[str, Tensor], x: Tensor) -> Tensor:
             out = inputs[0] + inputs[1]
         elif layer.kind in IMAGES:
             out = IMAGES[layer.kind](layer, params, *inputs).reshape(len(x), *layer.shape)
-        else:
+        elif layer.kind == "reshape":
             out = inputs[0].reshape(len(x), *layer.shape)
+        else:
+            raise AssertionError(f"`run` has no branch for the layer kind {layer.kind!r}")
         assert tuple(out.shape[1:]) == layer.shape
         values.append(out)
     return values[program.output]

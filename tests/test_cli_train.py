@@ -153,6 +153,49 @@ def test_rejects_to_overwrite_a_run_silently(tmp_path):
     assert checkpoint(tmp_path)["iteration"] == 2
 
 
+@pytest.mark.parametrize("command", ["sinusoid", "omniglot"])
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--inner-lr nan", 2, "'--inner-lr': nan is not finite"),
+        ("--inner-lr inf", 2, "'--inner-lr': inf is not finite"),
+        ("--outer-lr nan", 2, "'--outer-lr': nan is not finite"),
+        ("--outer-lr -1", 2, "'--outer-lr': -1.0 is not in the range x>=0"),
+        ("--backend triton", 1, "backend 'triton' cannot run here: out of order"),
+        ("--resume --overwrite", 2, "--overwrite begins anew: pass one"),
+        ("--threads 3", 2, "'--threads': there are 2 cores, got 3"),
+    ],
+    ids=["inner-nan", "inner-inf", "outer-nan", "outer-negative", "backend", "resume-overwrite", "threads"],
+)
+def test_rejects_options(tmp_path, monkeypatch, command, options, code, message):
+    monkeypatch.setattr("fastmeta.backends.triton.missing", lambda: "out of order")
+    monkeypatch.setattr(sys.modules["fastmeta.cli.train.run"], "usable_cores", lambda: [0, 1])
+    done = CliRunner().invoke(main, ["train", command, "--out", str(tmp_path / "run"), *options.split()])
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == code
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_rejects_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    done = sinusoid(tmp_path / "file" / "run", "--iterations", "2")
+    assert done.exit_code == 1
+    assert "--out: cannot make the folder" in done.output
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    done = sinusoid(tmp_path / "run", "--iterations", "2")
+    assert done.exit_code == 1
+    assert "--out: cannot write into the folder" in done.output
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_rejects_a_backend_that_cannot_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmeta.backends.cpu.refuses", lambda problem, wrt: "not today")
+    done = sinusoid(tmp_path, "--backend", "cpu")
+    assert done.exit_code == 1
+    assert "backend='cpu' cannot run this call: not today" in " ".join(done.output.split())
+
+
 def test_rejects_a_loss_that_diverges(tmp_path):
     done = sinusoid(tmp_path, "--iterations", "4", "--inner-lr", "1e30", "--inner-steps", "3", "--outer-lr", "10")
     assert done.exit_code == 1

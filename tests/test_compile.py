@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)` around a training step gives eager's bits."""
+"""`torch.compile(fullgraph=True)` around forward and loss, or with backward inside, gives eager's bits."""
 
 from __future__ import annotations
 

@@ -195,3 +195,9 @@ def test_rejects_examples_that_are_no_tensors():
 def test_rejects_an_index_out_of_range():
     with pytest.raises(IndexError, match="Episodes: `index` must be below iterations = 30, got 30"):
         Episodes(images(), **SIZES)[30]
+
+
+@pytest.mark.parametrize("index", [1.0, slice(0, 2), "0"], ids=["float", "slice", "string"])
+def test_rejects_an_index_that_is_no_integer(index):
+    with pytest.raises(TypeError, match="Episodes: `index` must be an integer, the number of a meta-batch, got "):
+        Episodes(images(), **SIZES)[index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -117,6 +118,8 @@ BROKEN = {
     "data": lambda maml: setattr(maml.net[0].weight, "data", maml.net[0].weight.data.clone()),
     "parameter": lambda maml: setattr(maml.net[0], "weight", nn.Parameter(maml.net[0].weight.detach().clone())),
     "transposed": lambda maml: setattr(maml.net[2].weight, "data", maml.net[2].weight.data.t()),
+    "pickle": lambda maml: pickle.loads(pickle.dumps(maml)),
+    "layer": lambda maml: maml.net.__setitem__(0, nn.Linear(2, 13).double()),
     "assigned": lambda maml: maml.load_state_dict(
         {name: value.clone() for name, value in maml.state_dict().items()}, assign=True
     ),

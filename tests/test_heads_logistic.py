@@ -158,11 +158,17 @@ def test_rejects_bad_options() -> None:
     with pytest.raises(ValueError, match="logistic: `max_iterations` must be positive, got 0"):
         logistic(*episode, max_iterations=0)
     for tolerance in (0.0, float("nan")):
-        with pytest.raises(ValueError, match="logistic: `tolerance` must be positive"):
+        with pytest.raises(ValueError, match="logistic: `tolerance` must be finite and positive"):
             logistic(*episode, tolerance=tolerance)
     with pytest.raises(
         TypeError, match=r"logistic: `support_y` must be torch.int64 \(class indices\), got torch.float64"
     ):
         logistic(episode[0], episode[1].double(), episode[2])
-    with pytest.raises(ValueError, match="Logistic: `penalty` must be positive"):
-        Logistic(penalty=-1.0)
+    for option, value, problem in (
+        ("penalty", -1.0, "finite and positive"),
+        ("penalty", "a", "a number"),
+        ("tolerance", "a", "a number"),
+        ("max_iterations", 0, "positive"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"Logistic: `{option}` must be {problem}"):
+            Logistic(**{option: value})

@@ -109,3 +109,6 @@ def test_rejects_an_unknown_metric() -> None:
         prototypes(*_features(), metric="l1")
     with pytest.raises(ValueError, match="`metric`"):
         Prototypes(metric="l1")
+    for scale, problem in (("a", "a number, got 'a'"), (float("inf"), "finite, got inf")):
+        with pytest.raises((TypeError, ValueError), match=f"Prototypes: `scale` must be {problem}"):
+            Prototypes(scale=scale)

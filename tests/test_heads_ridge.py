@@ -141,5 +141,12 @@ def test_rejects_bad_targets() -> None:
     for name in ("scale", "shift"):
         with pytest.raises(ValueError, match=f"ridge: `{name}` must be finite"):
             ridge(x, y, q, **{name: float("inf")})
-    with pytest.raises(ValueError, match="Ridge: `penalty` must be positive"):
-        Ridge(penalty=0.0)
+    for option, value, problem in (
+        ("penalty", 0.0, "finite and positive"),
+        ("penalty", float("inf"), "finite and positive"),
+        ("penalty", "a", "a number"),
+        ("scale", "a", "a number"),
+        ("shift", float("nan"), "finite"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"Ridge: `{option}` must be {problem}"):
+            Ridge(**{option: value})

@@ -72,6 +72,25 @@ def test_losses_with_denominators_of_their_own(loss: Any) -> None:
     assert error(out.task_losses, torch.stack(losses)) < TOLERANCE
 
 
+@BACKENDS
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_masked_examples_may_have_any_class(ignored: int, backend: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    x, _, query_x, _ = episodes()
+    y, query_y = (1 + torch.arange(3 * n).reshape(3, n) % 2 for n in (5, 7))
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.1, ignore_index=ignored)
+    module = _make(net=net, loss=loss, backend=backend)
+    want = module(x, y, query_x, query_y, support_weights=SUPPORT, query_weights=QUERY)
+    wild, query_wild = y.masked_fill(~SUPPORT, 99), query_y.masked_fill(~QUERY, -7)
+    got = module(x, wild, query_x, query_wild, support_weights=SUPPORT, query_weights=QUERY)
+    assert torch.equal(got.task_losses, want.task_losses)
+    assert (wild[~SUPPORT] == 99).all()
+    with pytest.raises(ValueError, match="`support_y` must hold class indices"):
+        module(x, wild, query_x, query_y, query_weights=QUERY)
+
+
 @pytest.mark.parametrize("algorithm", [fm.MetaCurvature, fm.IMAML, fm.FOMAML])
 def test_relatives_take_masks(algorithm: type[nn.Module]) -> None:
     options = {"proximal": 2.0, "cg_tolerance": 1e-12} if algorithm is fm.IMAML else {}

@@ -201,13 +201,15 @@ def test_task_forward_matches_reference() -> None:
     assert_same(found, reference.solve(problem, EVERYTHING, False))
 
 
-def test_integer_inputs_match_reference() -> None:
-    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2)).double()
+@pytest.mark.parametrize("padding", [None, -2])
+def test_integer_inputs_match_reference(padding: int | None) -> None:
+    net = nn.Sequential(nn.Embedding(9, 4, padding_idx=padding), nn.Flatten(), nn.Linear(12, 2)).double()
     problem = make_problem(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).double())
     problem.net, problem.params = net, {name: value.detach() for name, value in net.named_parameters()}
     problem.rates = {name: torch.full((1,) * (value.dim() + 2), 0.2).double() for name, value in problem.params.items()}
     for batch in (problem.support, problem.query):
         batch.x = torch.randint(9, batch.x.shape)
+        batch.x[0, 0, 0] = 7  # the row of padding
     found = backend.solve(problem, EVERYTHING, True)
     assert found.grads.support_x is None
     assert_same(found, reference.solve(problem, EVERYTHING, True))

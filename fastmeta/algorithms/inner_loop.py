@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta.algorithms.inner_rates import InnerRates, repeated
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_names
-from fastmeta.ops.checks import Tensors
+from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
@@ -51,8 +51,7 @@ class InnerLoop(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"{argument(self.who, 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+        check_net(self.who, net)
         self.net = net
         self.loss = resolve(loss, weight_norm=weight_norm)
         self.inner_steps = inner_steps
@@ -62,8 +61,6 @@ class InnerLoop(nn.Module):
         self.backend = backend
         check_options(self._options(self.who))
         params = self.parameters_by_name()
-        if not params:
-            raise ValueError(f"{argument(self.who, 'net')} must have parameters, {type(net).__name__} has none")
         self.names = adapted_names(self.who, net, self.adapts)
         self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, self.names, params)
 

@@ -17,10 +17,10 @@ from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_names
-from fastmeta.ops.checks import Tensors
+from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, numbers_of, rule_of
+from fastmeta.ops.options import Adapt, Options, check_options, names_of, numbers_of, rule_of
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
@@ -102,8 +102,7 @@ class MAML(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"{argument(self.who, 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+        check_net(self.who, net)
         self.net = net
         self.loss = resolve(loss, weight_norm=weight_norm)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
@@ -118,8 +117,6 @@ class MAML(nn.Module):
         self.backend = backend
         check_options(self._options(self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
-        if not params:
-            raise ValueError(f"{argument(self.who, 'net')} must have parameters, {type(net).__name__} has none")
         names = adapted_names(self.who, net, self.adapts)
         self.inner_lrs = InnerRates(self.who, inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
         self.flat: FlatParameters | None = None
@@ -145,7 +142,7 @@ class MAML(nn.Module):
             query_y: as the query loss wants it.
             task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
             support_weights: [T, N] or [T, K, N]; of booleans: a mask, for tasks of different sizes. The mean is over
-                the examples that it keeps; the others may hold anything finite.
+                the examples that it keeps; the others may hold anything finite, and any class.
             query_weights: [T, M]; of booleans: a mask.
             support_per_step: there is a support set of its own for every inner step.
 

@@ -24,12 +24,17 @@ def limit(threads: int) -> None:
     Raises:
         ValueError: there are fewer cores.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = usable_cores()
     if not 1 <= threads <= len(cores):
         raise ValueError(f"bench: `threads` must be 1 to {len(cores)} (the cores of this machine), got {threads}")
     if hasattr(os, "sched_setaffinity") and threads < len(cores):
         os.sched_setaffinity(0, cores[:threads])
     torch.set_num_threads(threads)
+
+
+def usable_cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def twice_differentiable() -> None:

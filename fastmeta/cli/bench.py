@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
 from fastmeta.cases import WORKLOADS
+from fastmeta.cli import folder
 
 #: Columns of the tables where the output is no terminal.
 WIDTH = 128
@@ -25,7 +26,7 @@ BUSY = 0.15
 @click.option("--steps", type=int, multiple=True, help="Only cases with this many inner steps; repeatable.")
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
 @click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
-@click.option("--quick", is_flag=True, help="A shorter clock, and no more than 32 tasks.")
+@click.option("--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench"))
 def bench(
     workloads: tuple[str, ...],
@@ -49,6 +50,7 @@ def bench(
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    folder.make(out)
     rows: list[Row] = []
     with console.status("") as status:
         for workload in workloads or tuple(WORKLOADS):
@@ -67,7 +69,6 @@ def bench(
             except ValueError as error:
                 raise click.UsageError(str(error)) from error
     _report(console, rows)
-    out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "bench.csv", rows)
     console.print(f"wrote {out / 'bench.csv'}")
     try:

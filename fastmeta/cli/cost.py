@@ -11,6 +11,7 @@ from rich.table import Table
 from fastmeta import backends
 from fastmeta.benchmark import QUICK, Protocol, inner_memory, orders, write_csv
 from fastmeta.cases import WORKLOADS
+from fastmeta.cli import folder
 
 _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 
@@ -33,7 +34,7 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    out.mkdir(parents=True, exist_ok=True)
+    folder.make(out)
     times: list[orders.OrderRow] = []
     with console.status("") as status:
         peaks = inner_memory.run(steps=steps or inner_memory.STEPS, say=status.update)

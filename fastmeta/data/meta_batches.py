@@ -60,11 +60,14 @@ class MetaBatches(Dataset[Episode]):
 
     def _position(self, index: int) -> int:
         """`index` as a number in 0 .. iterations - 1; negative ones count from the end, as in a list."""
-        position = as_index(index)
+        name = type(self).__name__
+        try:
+            position = as_index(index)
+        except TypeError:
+            raise TypeError(f"{name}: `index` must be an integer, the number of a meta-batch, got {index!r}") from None
         if position < 0:
             position += self.iterations
         if not 0 <= position < self.iterations:
-            name = type(self).__name__
             raise IndexError(f"{name}: `index` must be below iterations = {self.iterations}, got {index}")
         return position
 

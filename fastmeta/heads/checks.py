@@ -70,12 +70,14 @@ def check_classes(
         raise ValueError(f"{what} must be [T, N] = {lead}, got {tuple(support_y.shape)}")
     if support_y.device != support_features.device:
         raise ValueError(f"{what} must be on {support_features.device}, as the features, got {support_y.device}")
-    ways = int(support_y.max()) + 1 if ways is None else positive(who, "ways", ways)
-    wrong = (support_y < 0) | (support_y >= ways)
+    above = "" if ways is None else f" below {positive(who, 'ways', ways)}"
+    count = int(support_y.max()) + 1 if ways is None else ways
+    wrong = (support_y < 0) | (support_y >= count)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        raise ValueError(f"{what} must hold classes in [0, {ways}), got {support_y[tuple(place)].item()} at {place}")
-    return F.one_hot(support_y, ways).to(support_features.dtype)
+        got = support_y[tuple(place)].item()
+        raise ValueError(f"{what} must hold classes from 0 on{above}, got {got} at {place}")
+    return F.one_hot(support_y, count).to(support_features.dtype)
 
 
 def check_weights(

@@ -16,7 +16,7 @@ from fastmeta.heads.checks import (
     check_weights,
     tasks_where,
 )
-from fastmeta.models.check import positive
+from fastmeta.models.check import positive, positive_number
 
 
 def logistic(
@@ -66,10 +66,8 @@ def logistic(
     targets = check_classes(who, support_y, support_features, ways)
     weights = check_weights(who, support_weights, support_features)
     penalty = check_factor(who, "penalty", penalty, support_features, above_zero=True)
-    positive(who, "max_iterations", max_iterations)
+    _check_newton(who, max_iterations, tolerance)
     tolerance = torch.finfo(support_features.dtype).eps ** 0.5 if tolerance is None else tolerance
-    if not tolerance > 0:
-        raise ValueError(f"{who}: `tolerance` must be positive, got {tolerance!r}")
     examples, width = support_features.shape[1:]
     with torch.autocast(support_features.device.type, enabled=False):
         if width <= examples:
@@ -92,16 +90,15 @@ class Logistic(nn.Module):
     Shapes: as `logistic`.
 
     Raises:
-        ValueError: the penalty is not positive.
+        TypeError, ValueError: one of them is no finite, positive number.
 
     Source: as `logistic`.
     """
 
     def __init__(self, *, penalty: float = 1.0, max_iterations: int = 50, tolerance: float | None = None) -> None:
         super().__init__()
-        if not penalty > 0:
-            raise ValueError(f"Logistic: `penalty` must be positive, got {penalty!r}")
-        self.log_penalty = nn.Parameter(torch.tensor(math.log(penalty)))
+        _check_newton("Logistic", max_iterations, tolerance)
+        self.log_penalty = nn.Parameter(torch.tensor(math.log(positive_number("Logistic", "penalty", penalty))))
         self.max_iterations = max_iterations
         self.tolerance = tolerance
 
@@ -125,6 +122,17 @@ class Logistic(nn.Module):
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
         )
+
+
+def _check_newton(who: str, max_iterations: int, tolerance: float | None) -> None:
+    """Check the options of Newton's method.
+
+    Raises:
+        TypeError, ValueError: names the option.
+    """
+    positive(who, "max_iterations", max_iterations)
+    if tolerance is not None:
+        positive_number(who, "tolerance", tolerance)
 
 
 class _Equation(NamedTuple):

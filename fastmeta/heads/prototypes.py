@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.heads.checks import check_classes, check_factor, check_features, check_logits, check_weights
+from fastmeta.models.check import finite_number
 
 METRICS = ("squared_euclidean", "cosine")
 
@@ -71,14 +72,14 @@ class Prototypes(nn.Module):
     Shapes: as `prototypes`.
 
     Raises:
-        ValueError: an unknown metric.
+        TypeError, ValueError: an unknown metric, or a scale that is no finite number.
     """
 
     def __init__(self, *, metric: str = "squared_euclidean", scale: float = 1.0) -> None:
         super().__init__()
         check_metric(metric)
         self.metric = metric
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.scale = nn.Parameter(torch.tensor(finite_number("Prototypes", "scale", scale)))
 
     def forward(
         self,

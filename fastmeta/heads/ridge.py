@@ -17,6 +17,7 @@ from fastmeta.heads.checks import (
     check_weights,
     tasks_where,
 )
+from fastmeta.models.check import finite_number, positive_number
 from fastmeta.ops.options import argument
 
 
@@ -78,18 +79,16 @@ class Ridge(nn.Module):
     Shapes: as `ridge`.
 
     Raises:
-        ValueError: the penalty is not positive.
+        TypeError, ValueError: one of them is no finite number, or the penalty is not positive.
 
     Source: as `ridge`.
     """
 
     def __init__(self, *, penalty: float = 1.0, scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
-        if not penalty > 0:
-            raise ValueError(f"Ridge: `penalty` must be positive, got {penalty!r}")
-        self.log_penalty = nn.Parameter(torch.tensor(math.log(penalty)))
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
-        self.shift = nn.Parameter(torch.tensor(float(shift)))
+        self.log_penalty = nn.Parameter(torch.tensor(math.log(positive_number("Ridge", "penalty", penalty))))
+        self.scale = nn.Parameter(torch.tensor(finite_number("Ridge", "scale", scale)))
+        self.shift = nn.Parameter(torch.tensor(finite_number("Ridge", "shift", shift)))
 
     def forward(
         self,

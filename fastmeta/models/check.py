@@ -1,4 +1,4 @@
-"""Checks of the models' arguments."""
+"""Checks of the arguments of models and heads."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def positives(
     if len(values) < least or (most is not None and len(values) > most):
         raise ValueError(f"{model}: `{argument}` must be {what}, got {tuple(values)}")
     return tuple(positive(model, argument, value) for value in values)
+
+
+def finite_number(model: str, argument: str, value: object) -> float:
+    """`value`, if it is a finite number.
+
+    Raises:
+        TypeError, ValueError: otherwise; the message names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{model}: `{argument}` must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{model}: `{argument}` must be finite, got {value}")
+    return float(value)
 
 
 def positive_number(model: str, argument: str, value: object) -> float:

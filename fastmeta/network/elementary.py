@@ -1,4 +1,4 @@
-"""Norms and attention out of elementary operators, where vmap and double backward are right together.
+"""Norms, attention and embeddings out of elementary operators, where vmap and double backward are right together.
 
 Signatures are those of `torch.nn.functional`; variances are biased and two-pass.
 """
@@ -136,3 +136,23 @@ def scaled_dot_product_attention(
         lowest = torch.finfo(scores.dtype).min
         attention = torch.softmax(scores.masked_fill(hidden, lowest), -1).masked_fill(hidden, 0.0)
     return F.dropout(attention, dropout_p) @ value
+
+
+def embedding(
+    input: Tensor,  # [...], int
+    weight: Tensor,  # [E, D]
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row of another task."""
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    index = input.long().reshape(-1, 1).expand(-1, weight.shape[1])
+    rows = weight.gather(0, index).reshape(*input.shape, weight.shape[1])
+    if padding_idx is None:
+        return rows
+    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(padding, rows.detach(), rows)

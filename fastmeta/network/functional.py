@@ -38,9 +38,9 @@ def call(
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
             leave the running ones alone. "running": norms that track running statistics use those.
-        decompose: compute norms, attention and recurrent networks from elementary operators, so that vmap and double
-            backward are right together however they nest (autograd over `vmap(grad)` of fused norms is silently
-            wrong, pytorch/functorch#534).
+        decompose: compute norms, attention, embeddings and recurrent networks from elementary operators, so that vmap
+            and double backward are right together however they nest (autograd over `vmap(grad)` of fused norms is
+            silently wrong, pytorch/functorch#534).
 
     Returns:
         The output [N, *out].
@@ -193,6 +193,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     F.rms_norm: elementary.rms_norm,
     F.scaled_dot_product_attention: elementary.scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    F.embedding: elementary.embedding,
     **CELLS,
     **LAYERS,
 }

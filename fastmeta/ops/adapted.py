@@ -34,8 +34,8 @@ def adapted_names(who: str, net: nn.Module, adapt: str | tuple[str, ...]) -> tup
             found = matching(pattern, parameters)
             if not found:
                 raise ValueError(
-                    f"{argument(who, 'adapt')}: the network has no parameter {pattern!r}; "
-                    f"it has {', '.join(parameters)}"
+                    f"{argument(who, 'adapt')}: the network has no parameter {pattern!r}; it has "
+                    f"{', '.join(parameters)}; 'all', 'head' and 'body' stand for many of them"
                 )
             chosen.update(found)
         names = tuple(name for name in parameters if name in chosen)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
 
 from fastmeta.ops.options import Options, argument
 from fastmeta.problem import DIFFERENTIABLE
@@ -52,11 +54,41 @@ def check_tensors(options: Options, net: nn.Module, params: Mapping[str, Tensor]
     query = _check_query(who, tensors)
     lead = support or query
     tasks = lead[0]
-    input_shape = _check_inputs(who, tensors, support, query)
     _check_shape(who, "task_weights", tensors.task_weights, "[T]", (tasks,))
     shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
     per_task = _per_task(who, params, shapes, tasks)
-    return Shapes(tasks, support, query, input_shape, shapes, per_task, device, dtype)
+    first = tensors.query_x if tensors.support_x is None else tensors.support_x
+    example = () if first is None else tuple(first.shape[len(lead) :])
+    return Shapes(tasks, support, query, example, shapes, per_task, device, dtype)
+
+
+def check_net(who: str, net: nn.Module) -> None:
+    """Check that a network is a module whose parameters are there.
+
+    Raises:
+        TypeError, ValueError: says what it is instead.
+    """
+    what = argument(who, "net")
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{what} must be a torch.nn.Module, got {type(net).__name__}")
+    parameters = dict(net.named_parameters())
+    if not parameters:
+        raise ValueError(f"{what} must have parameters, {type(net).__name__} has none")
+    lazy = [name for name, value in parameters.items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(f"{what} must be initialised, {lazy[0]!r} has no shape yet: call the network once before")
+
+
+def check_ordinary(what: str, tensor: Tensor) -> None:
+    """Check that a tensor has memory that kernels can read.
+
+    Raises:
+        TypeError: it is sparse or nested, or one of torch.func's wrappers.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{what} must be a dense tensor, got {'nested, ' * tensor.is_nested}{tensor.layout}")
+    if is_functorch_wrapped_tensor(tensor):
+        raise TypeError(f"{what} must be an ordinary tensor: torch.vmap and torch.func do not reach into fastmeta")
 
 
 def check_wrt(who: str, wrt: frozenset[str], tensors: Tensors) -> None:
@@ -81,11 +113,8 @@ def check_wrt(who: str, wrt: frozenset[str], tensors: Tensors) -> None:
 
 def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
     what = argument(who, "params")
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"{argument(who, 'net')} must be a torch.nn.Module, got {type(net).__name__}")
+    check_net(who, net)
     own = dict(net.named_parameters())
-    if not own:
-        raise ValueError(f"{argument(who, 'net')} must have parameters, {type(net).__name__} has none")
     if not isinstance(params, Mapping):
         raise TypeError(f"{what} must be a dict from parameter name to tensor, got {type(params).__name__}")
     missing = [name for name in own if name not in params]
@@ -98,6 +127,7 @@ def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tup
     for name, value in params.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value).__name__}")
+        check_ordinary(f"{what}[{name!r}]", value)
         if not value.is_floating_point():
             raise TypeError(f"{what}[{name!r}] must be floating point, got {value.dtype}")
         first = value if first is None else first
@@ -125,8 +155,7 @@ def _check_sort(what: str, field: str, tensor: object, device: torch.device, dty
     """Tensor, device and dtype; inputs and targets may hold integers."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{what} must be a dense tensor, got {tensor.layout}")
+    check_ordinary(what, tensor)
     if tensor.device != device:
         raise ValueError(f"{what} must be on {device}, as the parameters, got {tensor.device}")
     weights = field.endswith("weights")
@@ -189,23 +218,3 @@ def _check_lead(who: str, field: str, target: Tensor | None, dims: str, lead: tu
 def _check_shape(who: str, field: str, weights: Tensor | None, dims: str, shape: tuple[int, ...]) -> None:
     if weights is not None and tuple(weights.shape) != shape:
         raise ValueError(f"{argument(who, field)} must be {dims} = {shape}, got {tuple(weights.shape)}")
-
-
-def _check_inputs(who: str, tensors: Tensors, support: tuple[int, ...], query: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one example, the same in both sets."""
-    given = [
-        (field, x, tuple(x.shape[len(lead) :]))
-        for field, x, lead in (("support_x", tensors.support_x, support), ("query_x", tensors.query_x, query))
-        if x is not None
-    ]
-    _, first, shape = given[0]
-    for field, x, other in given[1:]:
-        if other != shape:
-            raise ValueError(
-                f"{argument(who, field)} must hold examples of shape {shape}, as {argument(who, given[0][0])}, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.dtype != first.dtype:
-            other_set = argument(who, given[0][0])
-            raise TypeError(f"{argument(who, field)} must be {first.dtype}, as {other_set}, got {x.dtype}")
-    return shape

@@ -1,19 +1,44 @@
-"""What the user did wrong, worked out after a backend has raised: it costs nothing while all is well."""
+"""What the user did wrong, worked out after something has failed: it costs nothing while all is well."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from math import prod
+from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call
-from fastmeta.ops.checks import Shapes, Tensors
+from fastmeta.ops.checks import Shapes, Tensors, check_ordinary
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates, check_finite
+
+
+def check_examples(
+    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, shapes: Shapes
+) -> None:
+    """Check that the examples of both sets have one shape and one dtype.
+
+    Args:
+        options, net, params, tensors, shapes: of the call.
+
+    Raises:
+        TypeError, ValueError: names the set that the network cannot take, or the query set if that does not tell.
+    """
+    support, query = tensors.support_x, tensors.query_x
+    if support is None or query is None:
+        return
+    shape = tuple(query.shape[2:])
+    if shape == shapes.input and query.dtype == support.dtype:
+        return
+    _forward(options, net, params, tensors, shapes, "support")
+    _forward(options, net, params, tensors, shapes, "query")
+    what, other = argument(options.who, "query_x"), argument(options.who, "support_x")
+    if shape != shapes.input:
+        raise ValueError(f"{what} must hold examples of shape {shapes.input}, as {other}, got {tuple(query.shape)}")
+    raise TypeError(f"{what} must be {support.dtype}, as {other}, got {query.dtype}")
 
 
 def diagnose(
@@ -37,39 +62,57 @@ def diagnose(
     """
     if options.steps:
         check_finite(options.who, lr)
-    own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
+    # a plan is found by shapes, dtypes and devices alone
+    for name, value in params.items():
+        check_ordinary(f"{argument(options.who, 'params')}[{name!r}]", value)
+    for field, tensor in zip(tensors._fields, tensors, strict=True):
+        if tensor is not None:
+            check_ordinary(argument(options.who, field), tensor)
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
-        x, y = getattr(tensors, f"{part}_x"), getattr(tensors, f"{part}_y")
-        if x is None or 0 in lead:
-            continue
-        what = argument(options.who, f"{part}_x")
-        dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))
-        example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
-        output = _forward(what, dims, net, partial(call, net, own, example, batch_stats=options.batch_stats), x)
-        if y is not None and loss is not None:
+        output = _forward(options, net, params, tensors, shapes, part)
+        y = getattr(tensors, f"{part}_y")
+        if output is not None and y is not None and loss is not None:
             label = argument(options.who, f"{part}_y")
             loss.check_target(label, y, lead, tuple(output.shape[1:]), output.dtype)
             if output.dim() > 1:
                 loss.check_values(label, y, output.shape[1])
 
 
-def _forward(what: str, dims: str, net: nn.Module, forward: Callable[[], Tensor], x: Tensor) -> Tensor:
+def _forward(
+    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, shapes: Shapes, part: str
+) -> Tensor | None:
+    """The output of the first task, [N, *out]; None for a set that is not there or holds nothing.
+
+    Raises:
+        ValueError: the network raised.
+    """
+    x, lead = (tensors.support_x, shapes.support) if part == "support" else (tensors.query_x, shapes.query)
+    if x is None or 0 in lead:
+        return None
+    own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
+    example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
-            return forward()
+            return call(net, own, example, batch_stats=options.batch_stats)
     except Exception as error:
-        lead = dims.count(",") + 1
+        what, got = argument(options.who, f"{part}_x"), tuple(x.shape)
+        dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))
         linear, flattened = _first_layer(net)
-        if linear is not None and flattened and prod(x.shape[lead:]) != linear.in_features:
-            expected = f"{dims}, ...] with {linear.in_features} numbers an example (network input {linear.in_features})"
-        elif linear is not None and x.shape[-1] != linear.in_features and not flattened:
-            expected = f"{dims}, {linear.in_features}] (network input {linear.in_features})"
-        else:
-            raise ValueError(
-                f"{what}: the network does not take {tuple(x.shape)} {x.dtype}, examples of shape "
-                f"{tuple(x.shape[lead:])}: {error}"
-            ) from error
-        raise ValueError(f"{what} must be {expected}, got {tuple(x.shape)}") from error
+        # another layer may have raised, or the user's own code
+        if linear is not None and any(
+            frame.f_locals.get("self") is linear for frame, _ in walk_tb(error.__traceback__)
+        ):
+            width = linear.in_features
+            if flattened and prod(got[len(lead) :]) != width:
+                raise ValueError(
+                    f"{what} must be {dims}, ...] with {width} numbers an example (network input {width}), got {got}"
+                ) from error
+            if not flattened and got[-1] != width:
+                raise ValueError(f"{what} must be {dims}, {width}] (network input {width}), got {got}") from error
+        raise ValueError(
+            f"{what}: the network raised {type(error).__name__}: {error}; given were {got} {x.dtype}, examples of "
+            f"shape {got[len(lead) :]}"
+        ) from error
 
 
 def _first_layer(net: nn.Module) -> tuple[nn.Linear | None, bool]:

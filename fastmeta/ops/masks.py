@@ -46,11 +46,23 @@ def without_masks(
         first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
         if isinstance(first, Tensor) and first.is_floating_point():
             tensors = tensors._replace(**{field: mask.to(first.dtype)})
-        if field == "support_weights" and loss is not None:
-            loss = replace(loss, weight_norm="sum")
-        if field == "query_weights" and query_loss is not None:
-            query_loss = replace(query_loss, weight_norm="sum")
+        used = loss if field == "support_weights" else query_loss
+        if used is None:
+            continue
+        target = f"{field.partition('_')[0]}_y"
+        tensors = tensors._replace(**{target: _in_range(used, getattr(tensors, target), mask)})
+        used = replace(used, weight_norm="sum")
+        loss, query_loss = (used, query_loss) if field == "support_weights" else (loss, used)
     return tensors, loss, query_loss
+
+
+def _in_range(loss: Loss, target: Tensor | None, mask: Tensor) -> Tensor | None:
+    """`target`; class indices that are masked become 0, which every network has."""
+    if not isinstance(target, Tensor) or not loss.needs_class_indices(target):
+        return target
+    if target.shape[: mask.dim()] != mask.shape or target.device != mask.device:
+        return target  # which the checks will refuse
+    return target.masked_fill(~mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim())), 0)
 
 
 def check_layers(options: Options, fields: list[str], program: Program | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of
+from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of, wrt_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.problem import Result
@@ -82,7 +82,7 @@ def meta_gradient(
         task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
             for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
-            finite.
+            finite, and any class.
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
@@ -129,7 +129,7 @@ def meta_gradient(
         support_loss,
         support_loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm),
         lr,
-        frozenset((wrt,) if isinstance(wrt, str) else wrt),
+        wrt_of("meta_gradient", wrt),
     )
     result = call.solve()
     task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
@@ -163,5 +163,6 @@ def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
     except (TypeError, ValueError):
         what = argument("meta_gradient", field)
-        raise TypeError(f"{what} must be a pair (x, y), got {type(batch).__name__}") from None
+        many = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+        raise TypeError(f"{what} must be a pair (x, y), got {type(batch).__name__}{many}") from None
     return x, y

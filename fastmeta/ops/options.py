@@ -93,6 +93,8 @@ def check_options(options: Options) -> None:
             raise TypeError(f"{argument(who, 'task_chunk')} must be an int or None, got {chunk!r}")
         if chunk < 1:
             raise ValueError(f"{argument(who, 'task_chunk')} must be at least 1, got {chunk}")
+    if not isinstance(options.support_per_step, bool):
+        raise TypeError(f"{argument(who, 'support_per_step')} must be True or False, got {options.support_per_step!r}")
     if not isinstance(options.rule, SGD):
         raise TypeError(f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}")
     if options.step_weights is not None and len(options.step_weights) != steps + 1:
@@ -139,9 +141,22 @@ def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, .
     """
     if step_weights is None:
         return None
-    if isinstance(step_weights, (str, Tensor)) or not all(isinstance(weight, Real) for weight in step_weights):
+    numbers = isinstance(step_weights, Iterable) and not isinstance(step_weights, (str, Tensor))
+    if not numbers or not all(isinstance(weight, Real) for weight in step_weights):
         raise TypeError(f"{argument(who, 'step_weights')} must be a sequence of numbers, got {step_weights!r}")
     weights = tuple(float(weight) for weight in step_weights)
     if not all(map(isfinite, weights)):
         raise ValueError(f"{argument(who, 'step_weights')} must be finite, got {weights}")
     return weights
+
+
+def wrt_of(who: str, wrt: Iterable[str]) -> frozenset[str]:
+    """`wrt=` in a form that can be a key; whether there are such names is `check_wrt`'s to say.
+
+    Raises:
+        TypeError: neither a name nor names.
+    """
+    names = (wrt,) if isinstance(wrt, str) or not isinstance(wrt, Iterable) else tuple(wrt)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument(who, 'wrt')} must hold names of what to differentiate by, got {wrt!r}")
+    return frozenset(names)

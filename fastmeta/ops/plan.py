@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from fastmeta import backends
+from fastmeta.errors import BackendUnavailable
 from fastmeta.losses import Loss
 from fastmeta.network.capture import captured
 from fastmeta.network.functional import check_batch_stats
@@ -19,7 +20,7 @@ from fastmeta.network.program import Program
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
-from fastmeta.ops.failure import diagnose
+from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
@@ -128,6 +129,7 @@ def prepare(
             options,
             options.steps.__class__,  # True == 1 == 1.0
             options.task_chunk.__class__,
+            options.support_per_step.__class__,
             wrt,
             None if loss is None else loss.key,
             None if query_loss is None else query_loss.key,
@@ -142,7 +144,7 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError):  # something that the full check will name
+    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
@@ -160,6 +162,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     check_options(options)
     _check_given(given)
     shapes = check_tensors(options, net, given.params, tensors)
+    check_examples(options, net, given.params, tensors, shapes)
     check_wrt(options.who, wrt, tensors)
     check_batch_stats(net, options.batch_stats)
     names = () if tensors.support_x is None else adapted_names(options.who, net, options.adapt)
@@ -173,7 +176,11 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     own = tuple(shapes.params)
     plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
     problem = _problem(plan, given)
-    plan.backend = backends.select(options.backend, problem, wrt)
+    try:
+        plan.backend = backends.select(options.backend, problem, wrt)
+    except BackendUnavailable:  # it may be the tensors that do not fit
+        diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss))
+        raise
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
         check_capture(plan.backend, problem)
         if key is not None:

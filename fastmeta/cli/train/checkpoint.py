@@ -45,13 +45,14 @@ def begin(run: Run, maml: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     Raises:
         click.UsageError: --resume without a checkpoint or with other settings, or a run that would be overwritten.
     """
+    there = os.path.exists(run.checkpoint)  # Path.exists raises where a folder may not be looked into
     if not run.resume:
-        if run.checkpoint.exists() and not run.overwrite:
+        if there and not run.overwrite:
             raise click.UsageError(
                 f"{run.out} holds a run already: pass --resume to go on, or --overwrite to begin anew"
             )
         return State()
-    if not run.checkpoint.exists():
+    if not there:
         raise click.UsageError(f"--resume: there is no checkpoint in {run.out}")
     content = torch.load(run.checkpoint, weights_only=True)
     for name, value in run.settings.items():

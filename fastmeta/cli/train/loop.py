@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import fastmeta as fm
+from fastmeta.cli import folder
 from fastmeta.cli.train.checkpoint import State, begin, save
 from fastmeta.cli.train.interrupt import Interrupt
 from fastmeta.cli.train.metrics import Metrics
@@ -42,13 +43,14 @@ def fit(
 
     Raises:
         click.UsageError: the folder and the options do not fit together.
-        click.ClickException: the loss is not finite any more.
+        click.ClickException: the loss is not finite any more, the backend asked for cannot run this, or the folder
+            cannot be written into.
         click.exceptions.Exit: interrupted; the checkpoint is saved.
     """
     measures = measures or {}
     optimizer = torch.optim.Adam([fm.flatten(maml)], lr=outer_lr, fused=True)
     state = begin(run, maml, optimizer)
-    run.out.mkdir(parents=True, exist_ok=True)
+    folder.make(run.out)
     if state.iteration:
         console.print(f"resumed at iteration {state.iteration} from {run.checkpoint}")
     columns = ["loss", *measures, "seconds"]
@@ -84,12 +86,14 @@ def _forward(maml: fm.MAML, episode: Episode, state: State) -> fm.MetaLoss:
     """`maml(*episode)`.
 
     Raises:
-        click.ClickException: tasks diverged.
+        click.ClickException: tasks diverged, or the backend asked for cannot run this.
     """
     try:
         return maml(*episode)
     except FloatingPointError as error:
         raise click.ClickException(f"at iteration {state.iteration + 1} {error}; try a smaller --inner-lr") from error
+    except fm.BackendUnavailable as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:

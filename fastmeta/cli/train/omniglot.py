@@ -17,7 +17,7 @@ import fastmeta as fm
 from fastmeta.cli.train import plots, reported
 from fastmeta.cli.train.loop import fit
 from fastmeta.cli.train.result import write_result
-from fastmeta.cli.train.run import Run, held_out_seed, run_options
+from fastmeta.cli.train.run import Finite, Run, held_out_seed, run_options
 from fastmeta.data import Episode
 
 #: Test tasks computed at once.
@@ -49,7 +49,7 @@ class Accuracy(NamedTuple):
 @click.option("--ways", type=click.IntRange(2), default=5, help="Classes of a task.")
 @click.option("--shots", type=click.IntRange(1), default=1, help="Support drawings of a class.")
 @click.option("--query", type=click.IntRange(1), default=5, help="Query drawings of a class in training.")
-@click.option("--inner-lr", type=float, help="Inner learning rate [default: 0.4, and 0.1 for mlp].")
+@click.option("--inner-lr", type=Finite(), help="Inner learning rate [default: 0.4, and 0.1 for mlp].")
 @click.option("--inner-steps", type=click.IntRange(0), help="Inner steps in training [default: 1, and 5 for mlp].")
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=click.IntRange(1), default=16, help="Tasks of a meta-batch.")
@@ -83,7 +83,10 @@ def omniglot(
     backend: str,
     run: Run,
 ) -> None:
-    """Few-shot Omniglot on the two small background sets, tested on alphabets never seen in training."""
+    """Few-shot classification of Omniglot characters.
+
+    On the two small background sets, tested on alphabets never seen in training.
+    """
     console = Console()
     defaults = DEFAULTS[model]
     eval_steps = int(defaults["eval_steps"]) if eval_steps is None else eval_steps

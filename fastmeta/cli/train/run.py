@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -11,9 +12,20 @@ from typing import Any
 import click
 import torch
 
-from fastmeta.backends import NAMES
+from fastmeta import backends
+from fastmeta.benchmark.machine import usable_cores
 
 FREE = ("eval_", "data", "backend")
+
+
+class Finite(click.FloatRange):
+    """A number of the range, neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not finite.", param, ctx)
+        return number
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
     count = click.IntRange(min=1)
     options = [
         click.option("--iterations", type=count, default=iterations, help="Outer steps in all."),
-        click.option("--outer-lr", type=float, default=1e-3, help="Learning rate of the outer loop (Adam)."),
+        click.option("--outer-lr", type=Finite(min=0), default=1e-3, help="Learning rate of the outer loop (Adam)."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of weights and tasks."),
         click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=out, help="Folder of the run."),
         click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder."),
@@ -63,7 +75,13 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
         click.option("--log-every", type=count, default=100, help="Iterations between two rows of metrics.csv."),
         click.option("--checkpoint-every", type=count, default=1000, help="Iterations between two checkpoints."),
         click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too."),
-        click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", help="Which kernels run."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", *backends.NAMES]),
+            default="auto",
+            callback=_present,
+            help="Which kernels run.",
+        ),
         click.option(
             "--threads", type=count, callback=_set_threads, expose_value=False, help="CPU threads [default: PyTorch's]."
         ),
@@ -73,6 +91,8 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
         @wraps(command)
         def with_run(**given: Any) -> None:
             of_run = {field.name: given.pop(field.name) for field in fields(Run) if field.name != "settings"}
+            if of_run["resume"] and of_run["overwrite"]:
+                raise click.UsageError("--resume goes on with the run in the folder, --overwrite begins anew: pass one")
             settings = {name.replace("_", "-"): value for name, value in given.items() if not name.startswith(FREE)}
             command(run=Run(**of_run, settings=settings), **given)
 
@@ -90,5 +110,16 @@ def held_out_seed(seed: int) -> int:
 
 
 def _set_threads(context: click.Context, parameter: click.Parameter, threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if threads is None:
+        return
+    cores = len(usable_cores())
+    if threads > cores:
+        raise click.BadParameter(f"there are {cores} cores, got {threads}", context, parameter)
+    torch.set_num_threads(threads)
+
+
+def _present(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    reason = "" if name == "auto" else backends.get(name).missing()
+    if reason:
+        raise click.ClickException(f"backend {name!r} cannot run here: {reason}")
+    return name

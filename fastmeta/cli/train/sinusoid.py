@@ -16,7 +16,7 @@ from fastmeta.cli.train import plots, reported
 from fastmeta.cli.train.checkpoint import State
 from fastmeta.cli.train.loop import fit
 from fastmeta.cli.train.result import write_result
-from fastmeta.cli.train.run import Run, held_out_seed, run_options
+from fastmeta.cli.train.run import Finite, Run, held_out_seed, run_options
 
 #: A query MSE above this has diverged: predicting zero gives 12.5 at most, at amplitude 5.
 DIVERGED = 100.0
@@ -47,7 +47,7 @@ class Errors(NamedTuple):
 
 @click.command()
 @click.option("--shots", type=click.IntRange(1), default=10, help="Support points of a task, and query points.")
-@click.option("--inner-lr", type=float, default=0.01, help="Inner learning rate.")
+@click.option("--inner-lr", type=Finite(), default=0.01, help="Inner learning rate.")
 @click.option("--inner-steps", type=click.IntRange(0), default=1, help="Inner steps in training.")
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=click.IntRange(1), default=25, help="Tasks of a meta-batch.")
@@ -67,7 +67,10 @@ def sinusoid(
     backend: str,
     run: Run,
 ) -> None:
-    """Sinusoid regression (Finn et al. 2017, section 5.1) with a 1-40-40-1 network."""
+    """Regression of sinusoids with a 1-40-40-1 network.
+
+    Finn, Abbeel, Levine (2017), section 5.1.
+    """
     console = Console()
     setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
     console.print(f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
