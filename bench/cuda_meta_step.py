@@ -29,7 +29,10 @@ import torch
 from torch import Tensor
 
 from fastmeta import backends
-from fastmeta.backends import _cuda_compile, _cuda_launch, _cuda_plan, _cuda_run
+from fastmeta.backends.cuda import compile as cuda_compile
+from fastmeta.backends.cuda import launch as cuda_launch
+from fastmeta.backends.cuda import plan as cuda_plan
+from fastmeta.backends.cuda import run as cuda_run
 from fastmeta.benchmark import cost
 from fastmeta.cases import WORKLOADS, Case
 from fastmeta.problem import Problem
@@ -171,9 +174,9 @@ def measure(case: Case) -> dict[str, object]:
     row |= {"error": wrong, "allowed": allowed}
     if not wrong <= allowed:
         return {**row, "status": "wrong"}
-    plan = _cuda_run.make_plan(problem, WRT)
-    _, report = _cuda_compile.compile_for(_cuda_plan.source(plan), _cuda_launch.architecture(0))
-    taken = _cuda_compile.resources(report)
+    plan = cuda_run.make_plan(problem, WRT)
+    _, report = cuda_compile.compile_for(cuda_plan.source(plan), cuda_launch.architecture(0))
+    taken = cuda_compile.resources(report)
     seconds = device_seconds(problem)
     row |= {
         "device_us": 1e6 * seconds,

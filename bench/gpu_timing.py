@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends import _triton_run as runs
-from fastmeta.backends._triton_step import MetaStep
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.benchmark import cost
 from fastmeta.benchmark.peers import Prepared
 from fastmeta.benchmark.peers.jax_peers import JaxVmap

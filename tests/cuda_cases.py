@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from fastmeta.backends import _cuda_compile as compiler
+from fastmeta.backends.cuda import compile as compiler
 from fastmeta.cases import Case
 from fastmeta.cases.networks import mlp
 

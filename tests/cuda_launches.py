@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmeta.backends import _cuda_launch
+from fastmeta.backends.cuda import launch as cuda_launch
 
 KERNELS = ("fastmeta_meta_step", "fastmeta_sum")
 
@@ -43,5 +43,5 @@ def recorded(monkeypatch: Any, path: Path, threads: int) -> Iterator[None]:
                 file.write(struct.pack("2q", word, len(content)) + content + b"\0" * (-len(content) % 8))
 
         with monkeypatch.context() as patch:
-            patch.setattr(_cuda_launch._Emulated, "launch", launch)
+            patch.setattr(cuda_launch._Emulated, "launch", launch)
             yield

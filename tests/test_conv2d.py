@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.backends._cpu_plan import make_plan
+from fastmeta.backends.cpu.plan import make_plan
 from fastmeta.cases import Case
 from fastmeta.verify.problems import problem_of
 

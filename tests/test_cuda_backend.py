@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda import run as runs
 from fastmeta.cases import VERIFICATION, Case
 from fastmeta.cases.networks import mlp
 from fastmeta.network.capture import captured

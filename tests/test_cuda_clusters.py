@@ -10,10 +10,10 @@ from cuda_cases import FOUR, TWO, ptx
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda import run as runs
 from fastmeta.cases import VERIFICATION, Case
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted

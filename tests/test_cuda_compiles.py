@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import plan as plans
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
 from fastmeta.cases.networks import mlp
 from fastmeta.verify.problems import problem_of, wanted

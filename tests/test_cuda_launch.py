@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda import run as runs
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
 from fastmeta.cases.networks import mlp
 from fastmeta.problem import Problem
@@ -271,9 +271,10 @@ def test_gpu_tensor_cores_are_as_good_as_their_stand_in(setting: str, monkeypatc
 SANITIZED = """
 import sys, torch, fastmeta as fm
 from torch import nn
-from fastmeta.backends import _cuda_plan, _cuda_run
+from fastmeta.backends.cuda import plan as cuda_plan
+from fastmeta.backends.cuda import run as cuda_run
 if sys.argv[1] == "cluster":
-    _cuda_run.chip = lambda _: _cuda_plan.Chip(20_000, cluster=4)
+    cuda_run.chip = lambda _: cuda_plan.Chip(20_000, cluster=4)
 width = 66 if sys.argv[1] == "wide" else 17
 net = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width), nn.Linear(width, 5)).cuda()
 data = [torch.randn(3, n, d, device="cuda") for n, d in ((7, 3), (7, 5), (5, 3), (5, 5))]

@@ -18,10 +18,10 @@ from cuda_launches import recorded
 from torch import Tensor, nn
 
 from fastmeta import backends
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends import _cuda_run as runs
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda import run as runs
 from fastmeta.cases import VERIFICATION, Case
 from fastmeta.cases.networks import mlp
 from fastmeta.verify.problems import problem_of, wanted

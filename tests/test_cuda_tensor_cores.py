@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends import _cuda_run as cuda_runs
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda import run as cuda_runs
 from fastmeta.cases import Case
 from fastmeta.cases.networks import mlp
 from fastmeta.verify import rule, runs, verify_case

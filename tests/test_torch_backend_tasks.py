@@ -10,8 +10,10 @@ from problems import EVERYTHING, assert_same, error, make_problem, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.backends import _torch_memory, _torch_tasks, reference
+from fastmeta.backends import reference
 from fastmeta.backends import torch as backend
+from fastmeta.backends.torch import memory as torch_memory
+from fastmeta.backends.torch import tasks as torch_tasks
 from fastmeta.problem import Problem
 
 
@@ -170,10 +172,10 @@ def test_auto_stores_while_the_graphs_of_what_runs_at_once_stay_below_the_limit(
 ) -> None:
     net = Counting(nn.Linear(3, 13), nn.Tanh(), nn.Linear(13, 2)).double()
     problem = make_problem(net, tasks=4, steps=3)
-    one = _torch_tasks.graph_bytes(problem, vectorised=True)
+    one = torch_tasks.graph_bytes(problem, vectorised=True)
     hidden = 7 * 13 * 8  # the activations of one task's hidden layer
     assert hidden < one < 10 * hidden + 4 * 8 * sum(value.numel() for value in problem.params.values())
-    monkeypatch.setattr(_torch_memory, "STORE_AT_MOST", 2 * 3 * one)
+    monkeypatch.setattr(torch_memory, "STORE_AT_MOST", 2 * 3 * one)
     for chunk, calls in ((None, 7), (2, 2 * 4), (3, 2 * 7)):
         backend.solve(replace(problem, task_chunk=chunk), EVERYTHING, False)
         net.calls = 0

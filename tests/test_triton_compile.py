@@ -21,9 +21,9 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastmeta.backends import _triton_compile as ahead
-from fastmeta.backends import _triton_run as runs
-from fastmeta.backends._triton_step import MetaStep
+from fastmeta.backends.triton import compile as ahead
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
 from fastmeta.models import Siren
 from fastmeta.verify.problems import problem_of, wanted

@@ -24,10 +24,11 @@ import triton
 from fastmeta.kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 
-from fastmeta.backends import _disk_cache, _triton_compile
-from fastmeta.backends import _triton_run as runs
-from fastmeta.backends import _triton_tune as tuning
-from fastmeta.backends._triton_step import MetaStep
+from fastmeta.backends import _disk_cache
+from fastmeta.backends.triton import compile as triton_compile
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton import tune as tuning
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -309,5 +310,5 @@ def test_launches_are_compiled_together(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        _triton_compile.compile_together(launches)
+        triton_compile.compile_together(launches)
     assert len(compiled) == 2  # of the two sizes one, and what is broken raises when it is launched

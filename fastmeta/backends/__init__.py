@@ -1,6 +1,6 @@
 """The registry of backends: which are present, which can run a problem, and why the others cannot.
 
-A backend is a module of this package with three functions:
+A backend is a module or package of this package with three functions:
 
     missing() -> str                      why it cannot run anything here, "" if it can
     refuses(problem, wrt) -> str          why it cannot run this problem, "" if it can

@@ -179,7 +179,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     try:
         plan.backend = backends.select(options.backend, problem, wrt)
     except BackendUnavailable:  # it may be the tensors that do not fit
-        diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss))
+        diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
         check_capture(plan.backend, problem)

@@ -11,8 +11,8 @@ from fastmeta.kernels.conv2d import product
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.backends import _triton_run as runs
-from fastmeta.backends._triton_step import MetaStep
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.verify import verify_case

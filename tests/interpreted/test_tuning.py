@@ -9,9 +9,9 @@ import torch
 from fastmeta.kernels.launch import Launch
 from torch import nn
 
-from fastmeta.backends import _triton_run as runs
-from fastmeta.backends import _triton_tune as tuning
-from fastmeta.backends._triton_step import MetaStep
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton import tune as tuning
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.verify.problems import problem_of, wanted

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_launch as launches
-from fastmeta.backends import _cuda_run as runs
-from fastmeta.backends._cpu_plan import used_params
-from fastmeta.backends._cuda_tables import Plan
+from fastmeta.backends.cpu.plan import used_params
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import launch as launches
+from fastmeta.backends.cuda import run as runs
+from fastmeta.backends.cuda.tables import Plan
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 

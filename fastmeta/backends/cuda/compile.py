@@ -70,7 +70,7 @@ def cubin(source: str, architecture: str) -> bytes:
     """Machine code for one architecture.
 
     Args:
-        source: of `_cuda_plan.source`.
+        source: of `cuda_plan.source`.
         architecture: such as "sm_90a".
 
     Raises:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._triton_memory import Memory
-from fastmeta.backends._triton_network import Network
+from fastmeta.backends.triton.memory import Memory
+from fastmeta.backends.triton.network import Network
 from fastmeta.kernels import cross_entropy, elementwise_losses
 from fastmeta.kernels.launch import Recorder
 from fastmeta.losses import Loss

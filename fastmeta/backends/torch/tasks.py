@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import RandomState, preserved
-from fastmeta.backends._torch_chunks import cut
+from fastmeta.backends.torch.chunks import cut
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
-from fastmeta.backends import _torch_tasks as tasks
 from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends.torch import tasks
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Gradients, Problem, Result

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastmeta.backends._cuda_tables import Layer, Value
 from fastmeta.backends._layout import lay_out
+from fastmeta.backends.cuda.tables import Layer, Value
 from fastmeta.network.program import Program
 
 

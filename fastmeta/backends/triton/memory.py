@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastmeta.backends._triton_network import Network, engine_shape
+from fastmeta.backends.triton.network import Network, engine_shape
 from fastmeta.kernels.passes import Operand
 from fastmeta.problem import Problem
 

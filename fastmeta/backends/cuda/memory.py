@@ -6,7 +6,7 @@ parts, parameters or values, has each of them in the memory of one rank.
 
 from __future__ import annotations
 
-from fastmeta.backends._cuda_tables import SCRATCH, Area, Plan
+from fastmeta.backends.cuda.tables import SCRATCH, Area, Plan
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64

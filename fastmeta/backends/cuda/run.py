@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.backends import _cuda_plan as plans
-from fastmeta.backends._cuda_launch import Kernels, chip, kernels_for
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends.cuda import plan as plans
+from fastmeta.backends.cuda.launch import Kernels, chip, kernels_for
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 
 from fastmeta.backends import _inputs
-from fastmeta.backends import _torch_tasks as tasks
 from fastmeta.backends._random_state import RandomState
-from fastmeta.backends._torch_chunks import Joined, chunks
-from fastmeta.backends._torch_memory import stores
-from fastmeta.backends._torch_sweep import Sweep
+from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.chunks import Joined, chunks
+from fastmeta.backends.torch.memory import stores
+from fastmeta.backends.torch.sweep import Sweep
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
 

@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmeta.backends import _triton_tune as tuning
 from fastmeta.backends._precision import asked_for
-from fastmeta.backends._triton_compile import compile_together
-from fastmeta.backends._triton_network import Network, build
-from fastmeta.backends._triton_step import KINDS, MetaStep
+from fastmeta.backends.triton import tune as tuning
+from fastmeta.backends.triton.compile import compile_together
+from fastmeta.backends.triton.network import Network, build
+from fastmeta.backends.triton.step import KINDS, MetaStep
 from fastmeta.problem import Gradients, Problem, Result
 
 __all__ = ["KINDS", "Job", "describe"]

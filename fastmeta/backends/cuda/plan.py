@@ -7,14 +7,14 @@ from math import prod
 
 import torch
 
-from fastmeta.backends._cpu_plan import used_params
-from fastmeta.backends._cuda_memory import WIDE, lay_out_params, odd, pad, place
-from fastmeta.backends._cuda_network import simplify
-from fastmeta.backends._cuda_tables import Param as Param
-from fastmeta.backends._cuda_tables import Plan as Plan
-from fastmeta.backends._cuda_tables import braces
-from fastmeta.backends._cuda_tables import source as source
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends.cpu.plan import used_params
+from fastmeta.backends.cuda.memory import WIDE, lay_out_params, odd, pad, place
+from fastmeta.backends.cuda.network import simplify
+from fastmeta.backends.cuda.tables import Param as Param
+from fastmeta.backends.cuda.tables import Plan as Plan
+from fastmeta.backends.cuda.tables import braces
+from fastmeta.backends.cuda.tables import source as source
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import Batch, Problem

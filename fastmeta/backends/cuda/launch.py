@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fastmeta.backends import _cuda_compile as compiler
-from fastmeta.backends import _cuda_plan as plans
+from fastmeta.backends.cuda import compile as compiler
+from fastmeta.backends.cuda import plan as plans
 
 #: What is stood in for: an H100.
 EMULATED = plans.Chip(227 << 10, cluster=4)

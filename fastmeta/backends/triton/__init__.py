@@ -14,7 +14,7 @@ from fastmeta.problem import Problem, Result
 try:
     import triton
 
-    from fastmeta.backends import _triton_run as runs
+    from fastmeta.backends.triton import run as runs
 
     _IMPORT_ERROR = ""
 except ImportError as error:  # said by missing()

@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastmeta.backends._triton_batch import StaticBatch
-from fastmeta.backends._triton_network import Network
-from fastmeta.backends._triton_state import StepState
+from fastmeta.backends.triton.batch import StaticBatch
+from fastmeta.backends.triton.network import Network
+from fastmeta.backends.triton.state import StepState
 from fastmeta.kernels import (
     add,
     avg_pool2d,

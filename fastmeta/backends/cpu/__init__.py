@@ -6,8 +6,8 @@ from math import prod
 
 import torch
 
-from fastmeta.backends import _cpu_plan as plans
-from fastmeta.backends import _cpu_run as runs
+from fastmeta.backends.cpu import plan as plans
+from fastmeta.backends.cpu import run as runs
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 

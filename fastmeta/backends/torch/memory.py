@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastmeta.backends import _torch_tasks as tasks
-from fastmeta.backends._torch_sweep import needs_sweep_back
+from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.sweep import needs_sweep_back
 from fastmeta.problem import STORE_AT_MOST, Problem
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.backends._triton_batch import StaticBatch
-from fastmeta.backends._triton_memory import Memory, ParameterLayout
-from fastmeta.backends._triton_network import Network
-from fastmeta.backends._triton_pass import PassMemory
+from fastmeta.backends.triton.batch import StaticBatch
+from fastmeta.backends.triton.memory import Memory, ParameterLayout
+from fastmeta.backends.triton.network import Network
+from fastmeta.backends.triton.pass_memory import PassMemory
 from fastmeta.kernels import reduce
 from fastmeta.kernels.launch import Recorder
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmeta.backends._triton_batch import StaticBatch
+from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.kernels.passes import Pass
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from fastmeta.backends import _disk_cache
-from fastmeta.backends._triton_compile import compile_together, source
+from fastmeta.backends.triton.compile import compile_together, source
 from fastmeta.kernels.launch import Launch
 
 #: Only products that together make up this share of a plan's multiply-adds are worth the time that compiling takes.
