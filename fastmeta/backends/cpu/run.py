@@ -152,6 +152,8 @@ class Job:
             return []
         y = None if loss is None else batch.y
         class_weights = None if loss is None else self._class_weights(loss)
+        if class_weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
+            keep.append(class_weights)
         addresses = _addresses([batch.x, y, batch.weights, class_weights], keep)
         if not self.input_gradients:
             return [*addresses, 0, 0, 0]
