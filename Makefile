@@ -1,7 +1,7 @@
 # Each target sets itself up from a fresh clone: `.venv`, the dependencies, the C++ extension.
 #
 #   make demo      build, verify every backend, run the sinusoid experiment, result table and plot in runs/
-#   make test      the whole test suite
+#   make test      the whole test suite, in two processes
 #   make lint      ruff, mypy, clang-format
 #   make bench     the comparison with other libraries; CSV and chart in runs/
 #   make gpu       on a machine with a GPU, in its own Python environment (PYTHON): tests, verification and benchmark of
@@ -31,7 +31,7 @@ demo: $(VENV)/installed-demo extension
 	$(BIN)/fastmeta train sinusoid --out runs/sinusoid --overwrite
 
 test: $(VENV)/installed-test extension
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check
