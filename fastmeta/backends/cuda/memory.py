@@ -22,6 +22,7 @@ def odd(length: int, vector: int) -> int:
 
 
 def pad(n: int, to: int) -> int:
+    """The least multiple of `to` that is not below n."""
     return -(-n // to) * to
 
 

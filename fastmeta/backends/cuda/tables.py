@@ -120,6 +120,7 @@ class Plan:
 
 
 def braces(*items: object) -> str:
+    """A C++ initialiser of these items; lists in it are initialisers too."""
     return "{" + ", ".join(map(_literal, items)) + "}"
 
 
