@@ -95,7 +95,7 @@ def test_rejects_one_value_per_channel() -> None:
     params = dict(net.named_parameters())
     x, y = torch.randn(3, 1, 4), torch.zeros(3, 1, dtype=torch.int64)
     for backend in ("cpu", "auto"):
-        with pytest.raises(ValueError, match="`support_x`.*more than one value per channel"):
+        with pytest.raises(ValueError, match=r"`support_x`.*more than one value per channel"):
             fm.meta_gradient(net, params, (x, y), (x, y), **{**CPU, "backend": backend})
 
 
