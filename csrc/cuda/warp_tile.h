@@ -24,9 +24,16 @@ constexpr int warp_cost(Multiply how, int ms, int ns, WarpShape t, int warps) {
   return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
 }
 
+// More tiles of a split product than these do not go into the registers that the assembler finds.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int SPLIT_TILES = 2;
+#else
+constexpr int SPLIT_TILES = 4;
+#endif
+
 constexpr WarpShape choose_warp_tile(Multiply how, int ms, int ns) {
   constexpr int warps = CREW / 32;
-  const int most = how == Multiply::split ? 4 : 8;  // more do not go into the registers
+  const int most = how == Multiply::split ? SPLIT_TILES : 8;
   WarpShape best = {1, 1};
   for (int m = 1; m <= 2; ++m)
     for (int n = 1; n <= 4 && m * n <= most; n *= 2)
