@@ -6,9 +6,9 @@ from math import prod
 
 import torch
 
+from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
-from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
 try:
@@ -59,7 +59,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
             return f"the network's input is {batch.x.dtype}"
-        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+        if loss is not None and (reason := refuses_loss(loss, program.output_shape)):
             return reason
     return ""
 
@@ -73,19 +73,6 @@ def _refuses_batch(problem: Problem) -> str:
     for batch in (problem.support, problem.query):
         if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
             return "batch norm over one value per channel"
-    return ""
-
-
-def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
-    if loss.kind == "custom":
-        return f"the loss {loss.function!r} is a function of its own"
-    if loss.kind == "cross_entropy" and len(out) != 1:
-        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
-    if loss.kind == "bce_with_logits":
-        if loss.weight is not None:
-            return "bce_with_logits with `weight`"
-        if loss.pos_weight is not None and any(size != 1 for size in loss.pos_weight.shape[:-1]):
-            return "bce_with_logits with a `pos_weight` that differs along more than the last dimension"
     return ""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from fastmeta.backends._losses import class_weights
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -151,10 +152,10 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        class_weights = None if loss is None else self._class_weights(loss)
-        if class_weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
-            keep.append(class_weights)
-        addresses = _addresses([batch.x, y, batch.weights, class_weights], keep)
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, "cpu")
+        if weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
+            keep.append(weights)
+        addresses = _addresses([batch.x, y, batch.weights, weights], keep)
         if not self.input_gradients:
             return [*addresses, 0, 0, 0]
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
@@ -166,13 +167,6 @@ class Job:
             else:
                 addresses.append(0)
         return addresses
-
-    def _class_weights(self, loss: Loss) -> Tensor | None:
-        """Class weights [C], or pos_weight spread over the last dimension."""
-        if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
-            last = self.output_shape[-1] if self.output_shape else 1
-            return loss.pos_weight.to(self.dtype).reshape(-1).expand(last)
-        return None if loss.weight is None else loss.weight.to(self.dtype)
 
     def _refuse(self, verdict: int, problem: Problem) -> None:
         if verdict not in _VERDICTS:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
 from fastmeta.backends.cuda import run as runs
 from fastmeta.backends.cuda.tables import Plan
-from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
 _DTYPES = (torch.float32, torch.float64)
@@ -56,22 +56,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
             return f"the network's input is {batch.x.dtype}"
-        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+        if loss is not None and (reason := refuses_loss(loss, program.output_shape)):
             return reason
     return _refuses_size(problem, wrt)
-
-
-def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
-    if loss.kind == "custom":
-        return f"the loss {loss.function!r} is a function of its own"
-    if loss.kind == "cross_entropy" and len(out) != 1:
-        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
-    if loss.kind == "bce_with_logits":
-        if loss.weight is not None:
-            return "bce_with_logits with `weight`"
-        if loss.pos_weight is not None and any(size != 1 for size in loss.pos_weight.shape[:-1]):
-            return "bce_with_logits with a `pos_weight` that differs along more than the last dimension"
-    return ""
 
 
 def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmeta.backends._losses import class_weights
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.cuda import plan as plans
 from fastmeta.backends.cuda.launch import Kernels, chip, kernels_for
@@ -166,7 +167,8 @@ class Job:
         x = batch.x
         if self.plan.areas["input"].space == "user" and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.detach().resolve_neg().clone(memory_format=torch.contiguous_format)  # for loads of 16 bytes
-        words = _dense([x, y, batch.weights, None if loss is None else self._class_weights(loss)], keep)
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, self.device)
+        words = _dense([x, y, batch.weights, weights], keep)
         for field, tensor in zip(_FIELDS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
             grad = None
@@ -175,13 +177,6 @@ class Job:
                 setattr(grads, key, grad)
             words.append(_address(grad))
         return words
-
-    def _class_weights(self, loss: Loss) -> Tensor | None:
-        """Class weights [C], or pos_weight spread over the last dimension."""
-        if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
-            last = self.output_shape[-1] if self.output_shape else 1
-            return loss.pos_weight.to(self.device, self.dtype).reshape(-1).expand(last)
-        return None if loss.weight is None else loss.weight.to(self.device, self.dtype)
 
 
 def make_plan(problem: Problem, wrt: frozenset[str]) -> plans.Plan:
