@@ -14,10 +14,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import fastmeta
 from fastmeta.backends import _disk_cache
@@ -56,13 +58,15 @@ def _cached(key: tuple[object, ...], suffix: str) -> Path:
 # ---- for a GPU ---------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def missing_compiler() -> str:
     """Why nothing can be compiled for a GPU here, "" if it can."""
     try:
-        import cuda.bindings.driver
-        import cuda.core  # noqa: F401
-    except ImportError as error:
-        return f"NVIDIA's cuda-core is not installed ({error}); pip install 'fastmeta[cuda]'"
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # the bindings, or the library itself
+        return f"NVIDIA's cuda-bindings with NVRTC are not installed ({error}); pip install 'fastmeta[cuda]'"
     return ""
 
 
@@ -76,7 +80,7 @@ def cubin(source: str, architecture: str) -> bytes:
     Raises:
         RuntimeError: NVRTC did not compile it; the message holds what it said.
     """
-    target = _cached(("cubin", source, architecture, *_versions()), ".cubin")
+    target = _cached(("cubin", source, architecture, _version()), ".cubin")
     if target.exists():
         return target.read_bytes()
     code, _ = compile_for(source, architecture)
@@ -90,22 +94,34 @@ def compile_for(source: str, architecture: str) -> tuple[bytes, str]:
     Raises:
         RuntimeError: NVRTC did not compile it; the message holds what it said.
     """
-    from cuda.core import Program, ProgramOptions
+    from cuda.bindings import nvrtc
 
-    csrc = source_folder()
-    options = ProgramOptions(
-        arch=architecture,
-        std=_STANDARD,
-        include_path=str(csrc / "cuda"),
-        device_as_default_execution_space=True,
-        ptxas_options=["-v"],
-    )
-    log = _Log()
+    options = [f"--gpu-architecture={architecture}", f"--std={_STANDARD}", f"-I{source_folder() / 'cuda'}"]
+    options += ["--device-as-default-execution-space", "--ptxas-options=-v"]
+    made, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
+    _check(nvrtc, made)
     try:
-        made = Program(source, "c++", options).compile("cubin", logs=log)
-    except Exception as error:
-        raise RuntimeError(f"NVRTC did not compile a kernel for {architecture}: {error}\n{log.text}") from error
-    return bytes(made.code), log.text
+        (done,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = _read(nvrtc, program, "ProgramLog").rstrip(b"\0\n").decode(errors="replace")
+        if done != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"NVRTC did not compile a kernel for {architecture}: {done.name}\n{log}")
+        return _read(nvrtc, program, "CUBIN"), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _check(nvrtc: Any, code: Any) -> None:
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC: {code.name}")
+
+
+def _read(nvrtc: Any, program: Any, what: str) -> bytes:
+    """What there is of a program, by the end of the name of the function that gets it."""
+    found, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
+    _check(nvrtc, found)
+    content = bytearray(size)
+    _check(nvrtc, *getattr(nvrtc, f"nvrtcGet{what}")(program, content))
+    return bytes(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +148,16 @@ def resources(report: str) -> Resources:
     )
 
 
-class _Log:
-    """Takes what the compiler says."""
+def _version() -> str:
+    """Of the compiler."""
+    from cuda.bindings import nvrtc
 
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-
-def _versions() -> tuple[str, ...]:
-    found = []
-    for name in ("cuda-core", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
+    found, *numbers = nvrtc.nvrtcVersion()
+    _check(nvrtc, found)
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        with suppress(metadata.PackageNotFoundError):
+            numbers.append(metadata.version(name))
+    return f"nvrtc {numbers}"
 
 
 # ---- to stand in for one -----------------------------------------------------------------------------------
