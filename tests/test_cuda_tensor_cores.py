@@ -262,6 +262,16 @@ def test_precision_is_the_user_s_at_every_call(precision: Callable[[str], None])
     assert not torch.equal(results[0], results[1])
 
 
+def test_rounding_that_was_asked_for_is_no_wrong_capture(precision: Callable[[str], None]) -> None:
+    """The check of a captured network is exact, whatever the user asked for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    data = [torch.randn(2, 4, 64) for _ in range(4)]
+    precision("medium")
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1, backend="cuda")
+    assert maml(*data).loss.isfinite()
+
+
 INSTRUCTIONS = {"highest": "m16n8k8", "high": "m16n8k8", "medium": "m16n8k16"}
 
 

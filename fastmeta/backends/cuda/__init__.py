@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastmeta.backends._losses import refuses_loss
+from fastmeta.backends._precision import exact as exact
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
