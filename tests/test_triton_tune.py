@@ -285,6 +285,12 @@ def test_the_first_choice_may_not_fail(monkeypatch: pytest.MonkeyPatch):
 class _Driver:
     """As much of Triton's driver as compiling takes."""
 
+    def __init__(self) -> None:
+        self.launchable: list[str] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> None:
+        self.launchable.append(metadata.name)
+
     def get_current_device(self) -> int:
         return 0
 
@@ -306,9 +312,13 @@ def test_launches_are_compiled_together(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken = {**emit.launches[0].arguments, "BLOCK": 3}  # no power of two: does not compile
     launches = [*emit.launches, Launch(emit.launches[0].kernel, 1, broken, 4, 1)]
     compiled: list[Any] = []
+    driver = _Driver()
+    monkeypatch.setattr(triton_compile, "_launchable", set())
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs))
-    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        triton_compile.compile_together(launches)
+        for _ in range(2):
+            triton_compile.compile_together(launches)
+    assert sorted(driver.launchable) == ["_weighted", "fill"]  # once a signature
     assert len(compiled) == 2  # of the two sizes one, and what is broken raises when it is launched

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,35 @@ def sources(launches: Iterable[Launch]) -> list[Source]:
     return list(dict.fromkeys(source(launch) for launch in launches))
 
 
+#: Signatures that this process can launch.
+_launchable: set[tuple[str, ...]] = set()
+
+
 def compile_together(launches: Iterable[Launch]) -> None:
     """Compile launches for the current device in threads, or take them from Triton's own cache; what does not compile
     raises when it is launched."""
     different = {source(launch): launch for launch in launches}
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for one in different.values():
-            one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options)
+    with ThreadPoolExecutor() as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            made = [
+                one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options) for one in different.values()
+            ]
+        # Triton 3.6 builds a C program to launch each signature, when it is launched first: that takes longer than to
+        # compile the kernel, and would be one after the other.
+        new: dict[tuple[str, ...], Any] = {}
+        for one, future in zip(different, made, strict=True):
+            kernel = future.kernel if hasattr(future, "finalize_compile") else future
+            signature = tuple(kind for _, kind in one.signature)
+            if kernel is not None and signature not in _launchable:
+                new[signature] = kernel
+        _launchable.update(new)
+        list(pool.map(_make_launcher, new.values()))
+
+
+def _make_launcher(kernel: Any) -> None:
+    """Have what launches a kernel built and kept in Triton's cache."""
+    with suppress(Exception):  # said when it is launched
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def compile_source(one: Source, capability: int) -> Usage:
