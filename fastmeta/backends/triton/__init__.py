@@ -95,13 +95,17 @@ def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem`.
 
+    On a GPU nothing is waited for: a class index out of range, or a rate that is not finite, makes its task's results
+    NaN there.
+
     Raises:
-        ValueError: a class index is out of range.
+        ValueError: one of these, under the interpreter.
     """
     # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
     with torch.inference_mode(False), torch.no_grad():
         check_rates(problem)
-        check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
+        if interpreting():
+            check_class_indices(problem, lambda p: p.program.output_shape)  # type: ignore[union-attr]
         scratch = problem.scratch
         job = scratch.get("triton")
         if job is None or not job.fits(problem, wrt, adapted):

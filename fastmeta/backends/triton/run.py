@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +24,9 @@ POISON = False
 #: memory="auto" keeps the activations of all steps while everything takes less than this share of the device's memory,
 #: or, under the interpreter, this many bytes.
 STORE_SHARE, STORE_BYTES = 0.25, 256 << 20
+
+#: PyTorch captures one graph at a time.
+_CAPTURING = threading.Lock()
 
 #: What `torch.get_float32_matmul_precision()` means for the products of float32 numbers; see `kernels.tile`.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
@@ -75,6 +79,8 @@ class Job:
         self.lock = threading.Lock()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
+        # streams that the static tensors are known to be used on
+        self.streams: set[Any] = {torch.cuda.current_stream(self.device)} if self.device.type == "cuda" else set()
         self.why_no_graph = "" if self.device.type == "cuda" else "there is no GPU"
         self.done = torch.cuda.Event() if self.device.type == "cuda" else None
 
@@ -100,9 +106,17 @@ class Job:
                     return self._run(problem)
                 stream = torch.cuda.current_stream()
                 stream.wait_event(self.done)
+                self._lend(stream)
                 result = self._run(problem)
                 self.done.record(stream)
                 return result
+
+    def _lend(self, stream: torch.cuda.Stream) -> None:
+        """Once this job is gone its memory is given to nobody before `stream` has done with it."""
+        if stream not in self.streams:
+            self.streams.add(stream)
+            for tensor in self.step.tensors():
+                tensor.record_stream(stream)
 
     def _run(self, problem: Problem) -> Result:
         if POISON:
@@ -142,29 +156,29 @@ class Job:
 
     def _launch(self) -> None:
         self.calls += 1
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        # The first call compiles the kernels, which no capture survives; a call of its own shows what is slow.
-        if self.calls > 1 and self.device.type == "cuda" and not self.why_no_graph:
-            self._capture()
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            # The first call compiles the kernels, which no capture survives; a call of its own shows what is slow.
+            if self.graph is None and self.calls > 1 and not self.why_no_graph:
+                self._capture()
             if self.graph is not None:
                 self.graph.replay()
                 return
+        # a graph cannot be launched into the user's own: there go the launches
         for launch in self.step.emit.launches:
             launch.run()
 
     def _capture(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            return  # the launches go into the user's own graph
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # other threads may allocate meanwhile: their calls are not ours to forbid
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # A stream of its own: the one that PyTorch would take belongs to the first device that captured anything.
+            # Other threads may allocate meanwhile: their calls are not ours to forbid.
+            own = torch.cuda.Stream(self.device)
+            with _CAPTURING, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
                 for launch in self.step.emit.launches:
                     launch.run()
         except RuntimeError as error:
             self.why_no_graph = f"capture failed: {error}"
+            torch.cuda.set_stream(current)  # which a capture that fails does not put back
             return
         self.graph = graph
 

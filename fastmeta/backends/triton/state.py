@@ -106,6 +106,10 @@ class StepState:
         self._values = PassMemory(self, self.support, self.second, steps if self.store else min(steps, 1))
         self._query_values = PassMemory(self, self.query, False, 1)
 
+    def tensors(self) -> list[Tensor]:
+        """All static tensors."""
+        return [*self.memory.made, self.index, self.table]
+
     # ---- parameters and rates -------------------------------------------------------------------------------------
 
     def theta(self, k: int, p: int) -> Operand:
