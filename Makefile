@@ -42,11 +42,11 @@ lint: $(VENV)/installed-lint
 bench: $(VENV)/installed-bench extension
 	$(BIN)/fastmeta bench --out runs/bench
 
-# In the environment that holds PyTorch for this GPU: nothing is installed but this package itself, and without its
-# dependencies.
+# In the environment that holds PyTorch for this GPU: nothing is installed but this package itself, without its
+# dependencies and the extension, which no GPU backend needs.
 OUT ?= runs/gpu
 gpu:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	FASTMETA_NO_EXT=1 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(PYTHON) bench/gpu.py --out $(OUT)
 
 # setup.py itself knows which sources changed.

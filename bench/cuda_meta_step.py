@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import gpu
+import gpu_timing
 import torch
 from torch import Tensor
 
@@ -47,7 +48,6 @@ CASES = [*WORKLOADS["sinusoid"], replace(SINUSOID, tasks=4096), *WORKLOADS["reco
 CHECKED_TASKS = 32
 #: Cases that peers are timed on, and whose first calls are.
 COMPARED = [case for case in CASES if case.tasks == CHECKED_TASKS and case.steps == 5]
-PEER_SECONDS = 300
 
 
 def moved(thing: Any) -> Any:
@@ -149,16 +149,15 @@ def first_call(case: Case) -> float:
     return time.perf_counter() - start
 
 
-def compare(case: Case, ours: dict[str, Any]) -> list[dict[str, object]]:
+def compare(case: Case, ours: dict[str, Any], names: Iterable[str] = gpu_timing.PEERS) -> list[dict[str, object]]:
     """A row for each peer, and what its time is in our device time and in our time from Python."""
-    rows = gpu.measure(case, "highest", time.monotonic() + PEER_SECONDS, click.echo)
     return [
         {
             **asdict(row),
             "per_device": 1e3 * row.median_ms / ours["device_us"],
             "per_host": 1e3 * row.median_ms / ours["host_us"],
         }
-        for row in rows
+        for row in (gpu_timing.measure(case, "highest", name) for name in names)
     ]
 
 
@@ -208,7 +207,7 @@ FIELDS = (
 )
 
 
-PEER_FIELDS = (*(field.name for field in fields(gpu.Row)), "per_device", "per_host")
+PEER_FIELDS = (*(field.name for field in fields(gpu_timing.Row)), "per_device", "per_host")
 
 
 @click.command()

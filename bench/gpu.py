@@ -1,8 +1,12 @@
 """Everything that there is to run on a GPU, in one go: tests, verification, benchmark. `make gpu OUT=folder`.
 
-Says first what failed. Writes to the folder: triton.txt, others.txt, verify.txt, timing.txt, and gpu.csv, a line for
-each case, precision and peer, also of what was wrong or left out, and why. Prints a short table last. Keeps to a budget
-of seconds: what does not fit in is named, and what hangs or takes the process with it costs its own line alone.
+Says first what failed and why: each reason once, with how many tests had it. Writes to the folder: triton.txt,
+others.txt, verify.txt, timing.txt, and gpu.csv, a line for each case, precision and peer, also of what was wrong or
+left out, and why. Prints a short table last.
+
+Keeps to a budget of seconds. Tests run side by side, since what takes the time is compiling. fastmeta is timed on all
+cases before its peers are. What does not fit in is named, and what hangs or takes the process with it costs its own
+line alone.
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +35,31 @@ from gpu_timing import Row
 from rich.console import Console
 from rich.table import Table
 
+from fastmeta import backends
 from fastmeta.benchmark import machine
 
 #: Seconds that one line of the table may take: a compiler that takes longer is stopped.
 LIMIT = 75.0
-_TESTS = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20")
-_TRITON, _OTHERS = (*_TESTS, "tests/test_triton_gpu.py"), (*_TESTS, "--ignore", "tests/test_triton_gpu.py")
+#: Reasons of failures that are printed of one stage.
+MOST_REASONS = 12
+#: Seconds that tests have to sum up what they have found when their time is over.
+GRACE = 10.0
+TESTS = Path(__file__).parent.parent / "tests"
+_ON_GPU = sorted(str(file) for file in TESTS.glob("test_*.py") if "pytest.mark.gpu" in file.read_text())
+_TRITON = tuple(file for file in _ON_GPU if Path(file).name == "test_triton_gpu.py")
+_OTHERS = tuple(file for file in _ON_GPU if file not in _TRITON)
+_PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--color=no")
+_PARALLEL = ("-n", str(min(os.cpu_count() or 1, 16)), "--dist", "worksteal") if find_spec("xdist") else ()
 _VERIFY = ("-m", "fastmeta", "verify", "--backend")
 #: What runs before the benchmark, each with its share of the time; without a GPU, that it can be started.
 STAGES = {
-    "triton": (0.18, _TRITON),
-    "others": (0.12, _OTHERS),
-    "verify": (0.15, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
+    "triton": (0.24, (*_PYTEST, *_PARALLEL, *_TRITON)),
+    "others": (0.18, (*_PYTEST, *_PARALLEL, *_OTHERS)),
+    "verify": (0.10, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
 }
 DRY_STAGES = {
-    "triton": (0.18, (*_TRITON, "--collect-only")),
+    "triton": (0.18, (*_PYTEST, "--collect-only", *_TRITON)),
+    "others": (0.12, (*_PYTEST, "--collect-only", *_OTHERS)),
     "verify": (0.15, (*_VERIFY, "torch", "--dtype", "float64", "--case", "sigmoid_head")),
 }
 
@@ -80,20 +97,21 @@ def timed(jobs: list[Job], deadline: float, out: Path, say: Any, command: tuple[
     command = command or (sys.executable, str(Path(timing.__file__)))
     rows: list[Row] = []
     while jobs and time.monotonic() < deadline:
-        worker, begun = Worker(jobs, out / "timing.txt", command), False
+        worker, begun, some = Worker(jobs, out / "timing.txt", command), False, False
         try:
             while jobs:
                 left = deadline - time.monotonic()
                 line = worker.lines.get(timeout=max(min(LIMIT, left), 0.01))
                 if line is None:
-                    said = f"its process ended with code {worker.process.wait()}, see timing.txt"
-                    rows.append(_unfinished(jobs.pop(0), "broken", said))
+                    if begun or not some:  # else it gave up a device that a job had broken
+                        said = f"its process ended with code {worker.process.wait()}, see timing.txt"
+                        rows.append(_unfinished(jobs.pop(0), "broken", said))
                     break
                 if "begin" in line:
                     say(" ".join(line["begin"]))
                     begun = True
                     continue
-                begun = False
+                begun, some = False, True
                 jobs.pop(0)
                 rows.append(Row(**line["row"]))
                 _write(out / "gpu.csv", rows)
@@ -119,27 +137,53 @@ def _compare(rows: list[Row]) -> None:
         row.ratio = row.median_ms / ours.get((row.case, row.precision), float("nan"))
 
 
-def _logged(path: Path, seconds: float, arguments: tuple[str, ...]) -> list[str]:
-    """Run a command of this Python with its output in a file; how it ended, and what it says has failed."""
-    environment = {**os.environ, "FASTMETA_TUNE": "0"}  # hundreds of small plans are not worth it
+def _logged(path: Path, seconds: float, arguments: tuple[str, ...]) -> tuple[bool, list[str]]:
+    """Run a command of this Python with its output in a file.
+
+    Returns:
+        Whether all was well; how it ended, and below that what failed and why.
+    """
+    # hundreds of small plans are not worth tuning, and many processes at once not many threads each
+    environment = {**os.environ, "FASTMETA_TUNE": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    command = [sys.executable, *arguments]
     with path.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=max(seconds, 1),
-                env=environment,
-            )
-            ended = f"exit code {done.returncode}"
+            ended = f"exit code {process.wait(max(seconds, 1))}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {seconds:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest says what it has found so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = path.read_text(errors="replace").strip().splitlines()
-    passed = sum(bool(re.search(r"::\S+ PASSED\b", line)) for line in lines)
-    failed = [line.strip() for line in lines if re.search(r"::\S+ (FAILED|ERROR)\b|^FAILED ", line)]
-    failed = list(dict.fromkeys(failed))
-    summary = f"{ended}, {passed} passed, {len(failed)} failed; {lines[-1] if lines else 'no output'}"
-    return [summary, *(f"  {line[:140]}" for line in failed[:8])]
+    passed, failed = (_tests(lines, outcome) for outcome in ("PASSED", "FAILED|ERROR"))
+    summary = f"{ended}, {len(passed)} passed, {len(failed)} failed; {lines[-1].strip('= ') if lines else 'no output'}"
+    return ended == "exit code 0", [summary, *(f"  {said[:300]}" for said in _reasons(lines))]
+
+
+def _tests(lines: list[str], outcome: str) -> set[str]:
+    """The tests with an outcome, as pytest prints them, alone or side by side."""
+    found = (re.search(rf"^(\S+::\S+) ({outcome})\b|\] ({outcome}) (\S+::\S+)", line) for line in lines)
+    return {match[1] or match[4] for match in found if match}
+
+
+def _reasons(lines: list[str]) -> list[str]:
+    """What pytest's summary says of failures and skips: each reason once, the commonest first, and one of its tests."""
+    failures: dict[str, list[str]] = {}
+    for line in lines:
+        if match := re.match(r"(?:FAILED|ERROR) (\S+)(?: - (.*))?$", line):
+            failures.setdefault(re.sub(r"\d+", "#", match[2] or "")[:120], []).append(f"{match[2]} ({match[1]})")
+    common = sorted(failures.values(), key=len, reverse=True)
+    said = [f"{len(several)} x {several[0]}" for several in common[:MOST_REASONS]]
+    said += [f"and {len(common) - MOST_REASONS} other reasons"] if len(common) > MOST_REASONS else []
+    skips = (re.match(r"SKIPPED \[(\d+)\] \S+: (.*)", line) for line in lines)
+    return said + [f"skipped {match[1]} x {match[2]}" for match in skips if match]
 
 
 @click.command()
@@ -156,16 +200,20 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
     console = Console(width=170)
     begin = time.monotonic()
     failures = False
+    for name in () if dry_run else ("cuda", "triton"):
+        if reason := backends.get(name).missing():
+            console.print(f"backend {name} cannot run here: {reason}", markup=False)
+            failures = True
     for what, (share, arguments) in (DRY_STAGES if dry_run else STAGES).items():
-        said = _logged(out / f"{what}.txt", share * seconds, arguments)
-        failures |= len(said) > 1
+        fine, said = _logged(out / f"{what}.txt", share * seconds, arguments)
+        failures |= not fine
         for line in said:
             console.print(f"{what}: {line}", markup=False, highlight=False)
     cases = timing.DRY if dry_run else timing.CASES
-    jobs = [(case, p, peer) for case in cases for p in timing.PRECISIONS for peer in peers or timing.PEERS]
+    jobs = [(case, p, peer) for peer in peers or timing.PEERS for case in cases for p in timing.PRECISIONS]
     rows = timed(jobs, begin + seconds, out, lambda line: console.print(line, markup=False))
     for row in rows:
-        if row.status not in ("timed", "missing"):
+        if row.status not in ("timed", "missing", "left out"):
             console.print(f"{row.case} {row.precision} {row.peer}: {row.status} {row.reason}", markup=False)
     console.print(_table(rows))
     console.print(f"{time.monotonic() - begin:.0f} s; wrote {out / 'gpu.csv'}", markup=False)

@@ -11,9 +11,10 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class Row:
 # ---- right? -------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2)
+@cache
 def references(case: Case) -> list[Named]:
     """By seed, the meta-gradient in float64, by the torch backend on the same device."""
     refs = []
@@ -158,7 +159,7 @@ def references(case: Case) -> list[Named]:
     return refs
 
 
-@lru_cache(maxsize=2)
+@cache
 def own_errors(case: Case, precision: str) -> tuple[float, ...]:
     """By seed, PyTorch's own error in a precision, which is set."""
     found = []
@@ -195,7 +196,7 @@ def clock(step: Callable[[], Any], calls: int = CALLS) -> list[float]:
     return sorted(times)
 
 
-@lru_cache
+@cache
 def peak_flops(precision: str) -> float:
     """Of PyTorch's own large matrix product in a precision, which is set."""
     n = 8192 if torch.cuda.is_available() else 256
@@ -203,7 +204,7 @@ def peak_flops(precision: str) -> float:
     return float(2 * n**3 / (1e-3 * clock(lambda: a @ b, 10)[0]))
 
 
-@lru_cache
+@cache
 def bandwidth() -> float:
     """Bytes a second that a copy within device memory reads and writes."""
     source = torch.empty(2**28 if torch.cuda.is_available() else 2**20, device=device())
@@ -220,7 +221,7 @@ def traffic(case: Case, precision: str) -> int:
     return sum(value.numel() * value.element_size() for value in given if isinstance(value, Tensor))
 
 
-@lru_cache(maxsize=2)
+@cache
 def roofline_ms(case: Case, precision: str) -> float:
     """Time that arithmetic and memory, at the rates measured in this run, cannot fall below layer by layer."""
     return 1e3 * max(cost.flops(case) / peak_flops(precision), traffic(case, precision) / bandwidth())
@@ -241,7 +242,17 @@ def measure(case: Case, precision: str, name: str) -> Row:
         row.status, row.reason = "missing", str(error)[:300]
     except Exception as error:  # a peer that breaks is reported; the others still count
         row.status, row.reason = "broken", f"{type(error).__name__}: {str(error)[:300]}"
+        traceback.print_exc()
     return row
+
+
+def lost() -> bool:
+    """Whether the device does nothing more for this process: so it is after an access to memory that is not there."""
+    try:
+        wait()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _measure(row: Row, peer: Any, case: Case, precision: str) -> None:
@@ -297,7 +308,10 @@ def main() -> None:
         for job in json.load(sys.stdin):
             case, precision, peer = job
             write({"begin": job})
-            write({"row": asdict(measure((CASES | DRY)[case], precision, peer))})
+            row = measure((CASES | DRY)[case], precision, peer)
+            write({"row": asdict(row)})
+            if row.status == "broken" and lost():
+                break  # what is left is for another process
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    for name in ("gpu", "gpu_timing"):
+    for name in ("gpu", "gpu_timing", "cuda_meta_step"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("gpu")
 
@@ -37,6 +38,9 @@ for job in json.load(sys.stdin):
     if job[2] == "dies":
         os._exit(3)
     ours = {"case": job[0], "precision": "float32", "peer": job[2], "median_ms": len(job[2])}
+    if job[2] == "gives up":
+        print(json.dumps({"row": {**ours, "status": "broken"}}), flush=True)
+        break
     print(json.dumps({"row": ours}), flush=True)
 """
 
@@ -64,6 +68,11 @@ def test_what_hangs_or_dies_costs_its_own_line(bench: ModuleType, monkeypatch: p
     assert {"device", "torch", "triton", "commit", "date", "roofline_share"} <= set(found[0])
 
 
+def test_a_process_that_lost_the_device_is_replaced(bench: ModuleType, tmp_path: Path):
+    rows = bench.timed(_jobs("a", "gives up", "b"), time.monotonic() + 60, tmp_path, lambda line: None, _command())
+    assert [row.status for row in rows] == ["timed", "broken", "timed"]
+
+
 def test_what_does_not_fit_in_is_left_out(bench: ModuleType, tmp_path: Path):
     begin = time.monotonic()
     rows = bench.timed(_jobs("a", "hangs", "b"), begin + 3, tmp_path, lambda line: None, _command())
@@ -75,9 +84,8 @@ def test_dry_run_says_what_is_missing_and_writes_all(bench: ModuleType, tmp_path
     peers = "--peer torch.func --peer fastmeta-triton --peer torch.func+graph".split()
     done = CliRunner().invoke(bench.main, ["--dry-run", "--out", str(tmp_path), *peers])
     assert done.exit_code == 0, done.output
-    first, second = done.output.splitlines()[:2]
-    assert first.startswith("triton: exit code 0")
-    assert second.startswith("verify: exit code 0")
+    said = done.output.splitlines()[:3]
+    assert [line.split(",")[0] for line in said] == [f"{w}: exit code 0" for w in ("triton", "others", "verify")]
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3
@@ -90,13 +98,62 @@ def test_dry_run_says_what_is_missing_and_writes_all(bench: ModuleType, tmp_path
     assert float(timed["roofline_share"]) > 0
 
 
-def test_failures_are_said_first(bench: ModuleType, tmp_path: Path):
-    program = "print('tests/a.py::test_b[x] FAILED [ 1%]'); print('tests/a.py::test_c PASSED'); raise SystemExit(1)"
-    said = bench._logged(tmp_path / "log.txt", 60, ("-c", program))
-    assert said[0].startswith("exit code 1, 1 passed, 1 failed")
-    assert "test_b[x]" in said[1]
-    said = bench._logged(tmp_path / "log.txt", 1, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
-    assert said == ["stopped after 1 s, 0 passed, 0 failed; begun"]
+_SUMMARY = """
+tests/a.py::test_b[x] FAILED [ 1%]
+[gw3] [ 45%] FAILED tests/a.py::test_b[y]
+[gw1] [ 50%] PASSED tests/a.py::test_c
+[gw1] [ 50%] PASSED tests/a.py::test_d
+SKIPPED [7] tests/b.py:3: conv2d has no kernels
+FAILED tests/a.py::test_b[x] - RuntimeError: error 1 in line 2
+FAILED tests/a.py::test_b[y] - RuntimeError: error 7 in line 9
+"""
+
+
+def test_failures_are_said_first_and_each_reason_once(bench: ModuleType, tmp_path: Path):
+    program = ("-c", f"print({_SUMMARY!r}); raise SystemExit(1)")
+    fine, said = bench._logged(tmp_path / "log.txt", 60, program)
+    assert not fine
+    assert said[0].startswith("exit code 1, 2 passed, 2 failed")
+    assert said[1:] == [
+        "  2 x RuntimeError: error 1 in line 2 (tests/a.py::test_b[x])",
+        "  skipped 7 x conv2d has no kernels",
+    ]
+
+
+def test_tests_that_take_too_long_say_what_they_have_found(bench: ModuleType, tmp_path: Path):
+    file = tmp_path / "test_long.py"
+    file.write_text("import time\ndef test_wrong(): assert 1 == 2\ndef test_long(): time.sleep(60)\n")
+    arguments = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull, str(file))
+    fine, said = bench._logged(tmp_path / "log.txt", 6, arguments)
+    assert not fine
+    assert said[0].startswith("stopped after 6 s, 0 passed, 1 failed")
+    assert "1 x assert 1 == 2" in said[1]
+
+
+_LOST = """
+import pytest, torch
+
+def gone():
+    raise RuntimeError("an illegal memory access was encountered")
+
+def test_breaks(monkeypatch):
+    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, gone
+    assert 1 == 2
+
+@pytest.mark.parametrize("n", range(3))
+def test_after(n):
+    assert torch.cuda.synchronize is not gone
+"""
+
+
+def test_tests_go_on_in_another_process_when_the_device_is_lost(bench: ModuleType, tmp_path: Path):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "test_lost.py").write_text(_LOST)
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    arguments = "-m pytest -v -n 1 -p no:cacheprovider -c".split()
+    _, said = bench._logged(tmp_path / "log.txt", 60, (*arguments, os.devnull, str(tmp_path)))
+    assert said[0].startswith("exit code 1, 3 passed, 1 failed")
+    assert "1 x assert 1 == 2" in "".join(said)
 
 
 def test_a_wrong_gradient_is_not_timed(bench: ModuleType):
@@ -128,3 +185,12 @@ def test_traffic_is_what_the_launches_touch(bench: ModuleType):
 def test_cases_are_those_of_the_design(bench: ModuleType):
     found = [(case.label, case.tasks, case.steps) for case in bench.timing.CASES.values()]
     assert found == [("conv4", 32, 1), ("siren", 16, 3), ("conv4-84", 4, 5), ("mlp", 32, 5), ("sinusoid", 1024, 5)]
+
+
+def test_times_of_the_cuda_backend_stand_beside_its_peers(bench: ModuleType):
+    case = next(iter(bench.timing.DRY.values()))
+    found = importlib.import_module("cuda_meta_step").compare(
+        case, {"device_us": 10.0, "host_us": 20.0}, ["torch.func"]
+    )
+    assert [row["status"] for row in found] == ["timed"]
+    assert found[0]["per_device"] == 2 * found[0]["per_host"] == 100 * found[0]["median_ms"]
