@@ -210,7 +210,8 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
         for line in said:
             console.print(f"{what}: {line}", markup=False, highlight=False)
     cases = timing.DRY if dry_run else timing.CASES
-    jobs = [(case, p, peer) for peer in peers or timing.PEERS for case in cases for p in timing.PRECISIONS]
+    pairs = [(case, peer) for peer in peers or timing.PEERS for case in cases if timing.suits(case, peer)]
+    jobs = [(case, precision, peer) for case, peer in pairs for precision in timing.PRECISIONS]
     rows = timed(jobs, begin + seconds, out, lambda line: console.print(line, markup=False))
     for row in rows:
         if row.status not in ("timed", "missing", "left out"):

@@ -24,6 +24,7 @@ from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.benchmark import cost
 from fastmeta.benchmark.peers import Prepared
+from fastmeta.benchmark.peers.autograd_loop import AutogradLoop
 from fastmeta.benchmark.peers.jax_peers import JaxVmap
 from fastmeta.benchmark.peers.ours import MetaGradientPeer
 from fastmeta.benchmark.peers.torch_func import TorchCompile, TorchFunc
@@ -49,6 +50,8 @@ PRECISIONS = {"highest": "float32", "high": "tf32"}
 _OF_JAX = {"highest": "highest", "high": "tensorfloat32"}
 SEEDS = 3  # a case with kinks is judged by the median of so many
 CALLS = 30
+FEWEST, LONG = 5, 8.0  # calls at least; seconds after which they are enough
+MOST_IN_A_LOOP = 64  # tasks of a peer that takes one after the other
 
 Named = dict[Any, Tensor]
 
@@ -108,12 +111,16 @@ class JaxOnce(JaxVmap):
         return super().prepare(case, made)
 
 
+TORCH = MetaGradientPeer("fastmeta-torch", "torch")
 _ALL: tuple[Any, ...] = (
     MetaGradientPeer("fastmeta-triton", "triton"),
     MetaGradientPeer("fastmeta-cuda", "cuda"),
     TorchFunc(),
     Graphed(TorchFunc()),
+    TORCH,
     JaxOnce(),
+    AutogradLoop(),
+    Graphed(AutogradLoop()),
     TorchCompile(),
     Graphed(TorchCompile()),
 )
@@ -154,17 +161,18 @@ def references(case: Case) -> list[Named]:
     """By seed, the meta-gradient in float64, by the torch backend on the same device."""
     refs = []
     for seed in range(SEEDS if case.kinks else 1):
-        peer = MetaGradientPeer("", "torch").prepare(case, case.build(torch.float64, seed).to(device()))
-        refs.append(_named(peer.gradient(peer.step())))
+        prepared = TORCH.prepare(case, case.build(torch.float64, seed).to(device()))
+        refs.append(_named(prepared.gradient(prepared.step())))
     return refs
 
 
 @cache
 def own_errors(case: Case, precision: str) -> tuple[float, ...]:
-    """By seed, PyTorch's own error in a precision, which is set."""
+    """By seed, PyTorch's own error in a precision, which is set: that of the torch backend, since `torch.func` takes no
+    batch norm with running statistics."""
     found = []
     for seed, ref in enumerate(references(case)):
-        prepared = TorchFunc().prepare(case, case.build(torch.float32, seed).to(device()))
+        prepared = TORCH.prepare(case, case.build(torch.float32, seed).to(device()))
         found.append(relative_error(_named(prepared.gradient(prepared.step())), ref, list(ref)))
     return tuple(found)
 
@@ -184,8 +192,10 @@ def judge(row: Row, outs: list[Named], refs: list[Named], own: tuple[float, ...]
 
 
 def clock(step: Callable[[], Any], calls: int = CALLS) -> list[float]:
-    """Milliseconds of calls, each finished before the next begins; the first three are dropped."""
-    times = []
+    """Milliseconds of calls, each finished before the next begins; the first three are dropped. Fewer where they are
+    long."""
+    times: list[float] = []
+    begin = time.perf_counter()
     for i in range(calls + 3):
         wait()
         start = time.perf_counter()
@@ -193,6 +203,8 @@ def clock(step: Callable[[], Any], calls: int = CALLS) -> list[float]:
         wait()
         if i >= 3:
             times.append(1e3 * (time.perf_counter() - start))
+        if len(times) >= FEWEST and time.perf_counter() - begin > LONG:
+            break
     return sorted(times)
 
 
@@ -225,6 +237,11 @@ def traffic(case: Case, precision: str) -> int:
 def roofline_ms(case: Case, precision: str) -> float:
     """Time that arithmetic and memory, at the rates measured in this run, cannot fall below layer by layer."""
     return 1e3 * max(cost.flops(case) / peak_flops(precision), traffic(case, precision) / bandwidth())
+
+
+def suits(case: str, peer: str) -> bool:
+    """Whether a peer is to be timed on a case."""
+    return not peer.startswith(AutogradLoop.name) or (CASES | DRY)[case].tasks <= MOST_IN_A_LOOP
 
 
 def measure(case: Case, precision: str, name: str) -> Row:

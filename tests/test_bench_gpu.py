@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -162,6 +163,22 @@ def test_a_wrong_gradient_is_not_timed(bench: ModuleType):
     assert bench.timing.judge(row, [{key: ref[key] * (1 + 1e-7)}], [ref], (1e-7,))
     assert not bench.timing.judge(row, [{key: ref[key] * (1 + 1e-5)}], [ref], (1e-7,))
     assert not bench.timing.judge(row, [{key: ref[key] * math.nan}], [ref], (1e-7,))
+
+
+@pytest.mark.parametrize("label", ["conv4", "siren", "conv4-84", "mlp", "sinusoid"])
+def test_every_case_can_be_judged(bench: ModuleType, label: str, monkeypatch: pytest.MonkeyPatch):
+    """What a row is compared with, and PyTorch's own error, are there for all networks."""
+    monkeypatch.setattr(bench.timing, "SEEDS", 1)
+    case = next(case for case in bench.timing.CASES.values() if case.label == label)
+    case = replace(case, tasks=2, shots=min(case.shots, 5), queries=2, steps=1)
+    (own,) = bench.timing.own_errors(case, "highest")
+    assert 0 < own < 1e-4
+
+
+def test_long_calls_are_made_less_often(bench: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    assert len(bench.timing.clock(lambda: None, 20)) == 20
+    monkeypatch.setattr(bench.timing, "LONG", 0.0)
+    assert len(bench.timing.clock(lambda: None, 20)) == 5
 
 
 def test_a_network_that_a_backend_refuses_is_missing(bench: ModuleType, monkeypatch: pytest.MonkeyPatch):
