@@ -39,7 +39,7 @@ from fastmeta import backends
 from fastmeta.benchmark import machine
 
 #: Seconds that one line of the table may take: a compiler that takes longer is stopped.
-LIMIT = 75.0
+LIMIT = 120.0
 #: Reasons of failures that are printed of one stage.
 MOST_REASONS = 12
 #: Seconds that tests have to sum up what they have found when their time is over.
@@ -54,7 +54,7 @@ _VERIFY = ("-m", "fastmeta", "verify", "--backend")
 #: What runs before the benchmark, each with its share of the time; without a GPU, that it can be started.
 STAGES = {
     "triton": (0.24, (*_PYTEST, *_PARALLEL, *_TRITON)),
-    "others": (0.18, (*_PYTEST, *_PARALLEL, *_OTHERS)),
+    "others": (0.24, (*_PYTEST, *_PARALLEL, *_OTHERS)),
     "verify": (0.10, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
 }
 DRY_STAGES = {

@@ -120,3 +120,11 @@ def test_compiled_kernels_come_from_the_cache(tmp_path: Path, monkeypatch: pytes
     compiler.cubin("a", "sm_80")
     assert len(compiled) == 4
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_kernels_run_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(compiler, "compile_for", lambda source, architecture: (source.encode(), ""))
+    with pytest.warns(UserWarning, match="machine code cannot be kept"):
+        assert compiler.cubin("a", "sm_90a") == b"a"

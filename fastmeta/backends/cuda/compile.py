@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,7 +85,10 @@ def cubin(source: str, architecture: str) -> bytes:
     if target.exists():
         return target.read_bytes()
     code, _ = compile_for(source, architecture)
-    _disk_cache.write(target, code)
+    try:
+        _disk_cache.write(target, code)
+    except OSError as error:
+        warnings.warn(f"fastmeta: machine code cannot be kept in {target}: {error}", stacklevel=2)
     return code
 
 
