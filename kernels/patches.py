@@ -52,7 +52,7 @@ def _weight(w, i, o, I: tl.constexpr, O):
 @triton.jit(do_not_specialize=["M", "CHUNK", "chunks"])
 def patch_moments(
     x,
-    parts,  # float64 [T, chunks, BI + 1, BI]: the sums of products of two numbers of a patch, and of one
+    parts,  # float64 [T, chunks, I, BI + 1]: the sums of products of one number with all, and of the one
     M,  # pixels
     CHUNK,
     chunks,
@@ -70,22 +70,25 @@ def patch_moments(
     BI: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Over one chunk of a task's pixels."""
-    chunk = tl.program_id(0) % chunks
-    task = (tl.program_id(0) // chunks).to(tl.int64)
+    """Over one chunk of a task's pixels, for one number of the patch."""
+    I: tl.constexpr = KH * KW * C
+    first = tl.program_id(0) % I
+    chunk = tl.program_id(0) // I % chunks
+    task = (tl.program_id(0) // (I * chunks)).to(tl.int64)
     images = x + task * (M // (OH * OW)) * (H * W * C)
-    i = tl.arange(0, BI)
-    products = tl.zeros([BI, BI], tl.float64)
-    total = tl.zeros([BI], tl.float64)
+    i = tl.arange(0, BI)[None, :]
+    j = tl.zeros([1, 1], tl.int32) + first
+    products = tl.zeros([BM, BI], tl.float64)
+    total = tl.zeros([BM, 1], tl.float64)
     for m0 in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, M), BM):
-        m = m0 + tl.arange(0, BM)
-        p = _patches(images, m[:, None], 0, i[None, :], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1)
-        p = p.to(tl.float64)
-        products = dot(tl.trans(p), p, products, "ieee")
-        total += tl.sum(p, axis=0)
-    to = parts + (task * chunks + chunk) * (BI + 1) * BI
-    tl.store(to + i[:, None] * BI + i[None, :], products)
-    tl.store(to + BI * BI + i, total)
+        m = m0 + tl.arange(0, BM)[:, None]
+        p = _patches(images, m, 0, i, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
+        one = _patches(images, m, 0, j, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
+        products += one * p
+        total += one
+    to = parts + ((task * chunks + chunk) * I + first) * (BI + 1)
+    tl.store(to + tl.arange(0, BI), tl.sum(products, axis=0))
+    tl.store(to + BI, tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -95,22 +98,23 @@ def patch_scatter(
     scatter,  # float64 [T, BI, BI]: Z
     M,
     chunks,
+    I: tl.constexpr,
     BI: tl.constexpr,
 ):
     """From the chunks of a task."""
     task = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BI)
-    at = i[:, None] * BI + i[None, :]
+    inside = (i < I)[:, None] & (i < I)[None, :]
     products = tl.zeros([BI, BI], tl.float64)
-    row = tl.zeros([1, BI], tl.float64)
     column = tl.zeros([BI, 1], tl.float64)
+    row = tl.zeros([1, BI], tl.float64)
     for chunk in range(chunks):
-        begin = parts + (task * chunks + chunk) * (BI + 1) * BI
-        products += tl.load(begin + at)
-        row += tl.load(begin + BI * BI + i[None, :])
-        column += tl.load(begin + BI * BI + i[:, None])
+        begin = parts + (task * chunks + chunk) * I * (BI + 1)
+        products += tl.load(begin + i[:, None] * (BI + 1) + i[None, :], mask=inside, other=0.0)
+        column += tl.load(begin + i[:, None] * (BI + 1) + BI, mask=(i < I)[:, None], other=0.0)
+        row += tl.load(begin + i[None, :] * (BI + 1) + BI, mask=(i < I)[None, :], other=0.0)
     tl.store(middle + task * BI + i[None, :], row / M)
-    tl.store(scatter + task * BI * BI + at, products - column * (row / M))
+    tl.store(scatter + task * BI * BI + i[:, None] * BI + i[None, :], products - column * (row / M))
 
 
 @triton.jit
@@ -134,11 +138,13 @@ def patch_statistics(
     o = tl.program_id(0) % tiles * BO + tl.arange(0, BO)
     dtype = parts.dtype.element_ty
     weight = _weight(w + task * w_task, i, o, I, O).to(tl.float64)
-    moves = weight
+    moves = w + task * w_task
     if v is not None:
-        moves = _weight(v + task * v_task, i, o, I, O).to(tl.float64)
-    z = tl.load(scatter + task * BI * BI + i[:, None] * BI + i[None, :])
-    product = dot(z, moves, tl.zeros([BI, BO], tl.float64), "ieee")
+        moves = v + task * v_task
+    product = tl.zeros([BI, BO], tl.float64)
+    for j in tl.static_range(I):  # no matrix product: Triton 3.6 spills around those of float64 numbers
+        row = tl.load(moves + o * I + j, mask=o < O, other=0.0).to(tl.float64)
+        product += tl.load(scatter + (task * BI + j) * BI + i)[:, None] * row[None, :]  # Z is symmetric
     to = parts + task * 3 * O + o
     tl.store(to, tl.zeros([BO], dtype), mask=o < O)
     tl.store(to + O, tl.sum(weight * product, axis=0).to(dtype), mask=o < O)
@@ -223,7 +229,7 @@ def patch_norm(
         else:
             best = tl.where(chosen == q, y, best)
     if positions is not None and MODE == "forward":
-        tl.store(positions + at, chosen.to(tl.int16), mask=mask)
+        tl.store(positions + at, chosen.to(positions.dtype.element_ty), mask=mask)
     finish(best, at, mask, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
 
 

@@ -85,7 +85,7 @@ class RecomputedConv(ChannelNorm):
 
     def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
         run = self.run
-        windows = power(self.out_rows, 16, 32 if run.wide else 64)
+        windows = power(self.out_rows, 16, 32)
         run.emit(
             patch_norm,
             run.tasks * blocks(self.out_rows, windows) * blocks(self.cols, self._columns),
@@ -121,17 +121,17 @@ class RecomputedConv(ChannelNorm):
 
     def _patch_moments(self) -> None:
         run = self.run
-        chunk, chunks = self._cut(self.rows, 1)
-        size = self._patch
-        moments = run.scratch("patch_moments", run.tasks * chunks * (size + 1) * size, torch.float64)
+        numbers, size = self._numbers, self._patch
+        chunk, chunks = self._cut(self.rows, numbers)
+        moments = run.scratch("patch_moments", run.tasks * chunks * numbers * (size + 1), torch.float64)
         run.emit(
             patch_moments,
-            run.tasks * chunks,
+            run.tasks * chunks * numbers,
             parts=moments,
             M=self.rows,
             CHUNK=chunk,
             chunks=chunks,
-            BM=64,
+            BM=32,
             **self._geometry(pooled=False),
         )
         run.emit(
@@ -142,6 +142,7 @@ class RecomputedConv(ChannelNorm):
             scatter=self._scatter,
             M=self.rows,
             chunks=chunks,
+            I=numbers,
             BI=size,
         )
 
@@ -173,8 +174,8 @@ class RecomputedConv(ChannelNorm):
 
     @property
     def _patch(self) -> int:
-        """The tile that holds them."""
-        return power(self._numbers, 16, MOST)
+        """The tile that holds them; of float64, the one that products have."""
+        return power(self._numbers, 32 if self.run.wide else 16, MOST)
 
     @property
     def _columns(self) -> int:
@@ -188,6 +189,14 @@ class RecomputedConv(ChannelNorm):
     @property
     def _scatter(self) -> Any:
         return self.run.keep(self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64)
+
+    @property
+    def _positions(self) -> Any:
+        if self.node.pool is None:
+            return None
+        # Triton 3.6 stops at a product of float64 numbers that are picked by narrower integers
+        dtype = torch.int32 if self.run.wide else torch.int16
+        return self.run.keep(self.node, "positions", self.run.tasks, self.out_rows, self.cols, dtype=dtype)
 
     def _weighted(self, which: str) -> Any:
         """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy; the latter two for this layer alone."""
