@@ -167,7 +167,10 @@ def first_layers() -> Iterator[Case]:
     yield net(operator="inner_sgd", rates="head")
     yield net(operator="task_forward", steps=0)
     yield net(order="first", per_step=True, tasks=3)
-    strided = (_conv(3, 18, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), partial(nn.BatchNorm2d, 18, affine=False))
+    strided = (
+        _conv(3, 18, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+        partial(nn.BatchNorm2d, 18, affine=False),
+    )
     yield _case("first_rgb", (3, 6, 5), *strided, _TANH, wrt_inputs=False)
     yield _case("first_gn", (1, 7, 6), gray[0], partial(nn.GroupNorm, 3, 6), *pooled, wrt_inputs=False, kinks=True)
 
