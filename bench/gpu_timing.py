@@ -226,9 +226,9 @@ def bandwidth() -> float:
 
 def traffic(case: Case, precision: str) -> int:
     """Bytes that fastmeta's launches read and write, each tensor of a launch once: what layer by layer must move."""
-    problem = problem_of(case, torch.float32, 0)
+    problem, names = problem_of(case, torch.float32, 0), frozenset({"params"})
     products = runs.PRECISIONS[precision]
-    step = MetaStep(problem, runs.network(problem), frozenset({"params"}), "store", products, torch.device("meta"))
+    step = MetaStep(problem, runs.network(problem, names), names, "store", products, torch.device("meta"))
     given = (value for launch in step.emit.launches for value in launch.arguments.values())
     return sum(value.numel() * value.element_size() for value in given if isinstance(value, Tensor))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fastmeta.kernels.channel_norm import ChannelNorm
 from fastmeta.kernels.passes import Node, Pass, Sinks
+from fastmeta.kernels.recomputed_conv import RecomputedConv
 
 
 def _norm(run: Pass, node: Node) -> ChannelNorm:
     value = run.values[node.inputs[0]]
-    return ChannelNorm(run, node, 1, run.rows(node.inputs[0]), value.cols, node.constants[0])
+    kind = ChannelNorm if node.recomputes is None else RecomputedConv
+    return kind(run, node, 1, run.rows(node.inputs[0]), value.cols, node.constants[0])
 
 
 def forward(run: Pass, node: Node) -> None:

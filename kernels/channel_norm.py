@@ -109,19 +109,17 @@ class ChannelNorm:
             FIXED=self.fixed,
             **self._parameter("w", run.theta, 0),
             **self._state("rstd", "sum_dy", "sum_dy_x"),
-            **self._sinks(sinks),
+            **self._sinks(sinks, node.params),
             **self._sizes(),
         )
-        if run.wants_delta(node.inputs[0]):
-            self._combine(self._gradient_end(run.d), dy, None, None)
+        self._input_gradient(sinks, dy, None)
 
     def tangent(self) -> None:
         """ry = w rx^ + rw x^ + rb."""
         run, node = self.run, self.node
-        rx = self._rx
         parts, chunks = None, 1
-        if rx is not None and not self.fixed:
-            parts, chunks = self._tangent_sums(rx)
+        if self._moves and not self.fixed:
+            parts, chunks = self._tangent_sums()
         run.emit(
             tangent_coefficients,
             run.tasks,
@@ -134,13 +132,13 @@ class ChannelNorm:
             **self._state("rstd", "mean_rx", "mean_rx_x"),
             **self._sizes(),
         )
-        self._combine(tangent_end(run, node), None, None, rx)
+        self._combine(tangent_end(run, node), None, None, self._rx)
 
     def tangent_backward(self, sinks: Sinks) -> None:
         """The tangents of dx, dw and db."""
         run, node = self.run, self.node
-        dy, rdy, moves = run.d[node.output], run.rd[node.output], self._rx is not None
-        chunks, parts = self._products(rdy, dy if moves else None)
+        dy, rdy = run.d[node.output], run.rd[node.output]
+        chunks, parts = self._products(rdy, dy if self._moves else None)
         run.emit(
             tangent_backward_coefficients,
             run.tasks,
@@ -152,12 +150,11 @@ class ChannelNorm:
             **self._parameter("w", run.theta, 0),
             **self._parameter("vw", run.v, 0),
             **self._state("rstd", "sum_dy", "sum_dy_x"),
-            **(self._state("mean_rx", "mean_rx_x") if moves else {"mean_rx": None, "mean_rx_x": None}),
-            **self._sinks(sinks),
+            **(self._state("mean_rx", "mean_rx_x") if self._moves else {"mean_rx": None, "mean_rx_x": None}),
+            **self._sinks(sinks, node.params),
             **self._sizes(),
         )
-        if run.wants_delta(node.inputs[0]):
-            self._combine(self._gradient_end(run.rd), dy, rdy, self._rx)
+        self._input_gradient(sinks, dy, rdy)
 
     # ---- launches ---------------------------------------------------------------------------------------------
 
@@ -170,14 +167,14 @@ class ChannelNorm:
         self._by_chunks(statistics, chunk, chunks, x=self._x, parts=parts, R=self.rows, C=self.cols)
         return parts, chunk, chunks
 
-    def _tangent_sums(self, rx: Any) -> tuple[Any, int]:
+    def _tangent_sums(self) -> tuple[Any, int]:
         """(sums of chunks of rx and of rx (x - mean), chunks)."""
         if self.node.sums_from is not None:
             parts, _, chunks = self._from_tiles(self.node.sums_from, moments=False)
             return parts, chunks
         chunk, chunks = self._chunks(self.rows)
         parts = self._parts(chunks)
-        self._column_sums(chunk, chunks, rx, None, parts, self.rows, pooled=False)
+        self._column_sums(chunk, chunks, self._rx, None, parts, self.rows, pooled=False)
         return parts, chunks
 
     def _from_tiles(self, conv: Node, moments: bool) -> tuple[Any, int, int]:
@@ -236,6 +233,12 @@ class ChannelNorm:
         programs = self.blocks * chunks * blocks(self.cols, bc)
         self.run.emit(kernel, programs, CHUNK=chunk, chunks=chunks, BR=min(br, _BR_SUMS), BC=bc, **arguments)
 
+    def _input_gradient(self, sinks: Sinks | None, dy: Any, rdy: Any) -> None:
+        """dx, or with `rdy` its tangent."""
+        if self.run.wants_delta(self.node.inputs[0]):
+            deltas, rx = (self.run.d, None) if rdy is None else (self.run.rd, self._rx)
+            self._combine(self._gradient_end(deltas), dy, rdy, rx)
+
     def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
         br, bc = self._tile()
         common = {
@@ -264,9 +267,12 @@ class ChannelNorm:
         return self.run.x[self.node.inputs[0]]
 
     @property
+    def _moves(self) -> bool:
+        return self.run.has_tangent(self.node.inputs[0])
+
+    @property
     def _rx(self) -> Any:
-        in_ = self.node.inputs[0]
-        return self.run.rx[in_] if self.run.has_tangent(in_) else None
+        return self.run.rx[self.node.inputs[0]] if self._moves else None
 
     @property
     def _positions(self) -> Any:
@@ -295,8 +301,8 @@ class ChannelNorm:
             return {name: None, f"{name}_task": 0}
         return {name: which[p].at, f"{name}_task": which[p].stride}
 
-    def _sinks(self, sinks: Sinks | None) -> dict[str, Any]:
-        weight, bias = (None if sinks is None or p is None else sinks[p] for p in self.node.params[:2])
+    def _sinks(self, sinks: Sinks | None, params: tuple[int | None, ...]) -> dict[str, Any]:
+        weight, bias = (None if sinks is None or p is None else sinks[p] for p in params[:2])
         return (no_sink() if weight is None else weight.arguments()) | (
             no_sink("bias_") if bias is None else bias.arguments("bias_")
         )

@@ -51,6 +51,8 @@ class Node:
     pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
     norm: Node | None = None  # conv2d: the norm for which its tiles are summed
     sums_from: Node | None = None  # norms: that conv2d
+    is_recomputed: bool = False  # conv2d: by the norm behind it, which does all that there is to do
+    recomputes: Node | None = None  # norms: that conv2d
     shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
 
 
@@ -115,7 +117,7 @@ class Pass:
     theta: list[Operand] = field(default_factory=list)
     v: list[Operand] = field(default_factory=list)
     new_state: Any = None  # (*shape, dtype) -> Tensor
-    scratch: Any = None  # (name, elements) -> Tensor, good until the layer is done
+    scratch: Any = None  # (name, elements, dtype = of the values) -> Tensor, good until the layer is done
 
     @property
     def wide(self) -> bool:

@@ -50,7 +50,7 @@ _DEEP = Case(
 def _launches(case: Case, precision: str, dtype: torch.dtype = torch.float32) -> list[Any]:
     problem = problem_of(case, dtype, 0)
     names = wanted(case, problem)
-    step = MetaStep(problem, runs.network(problem), names, "store", precision, torch.device("meta"))
+    step = MetaStep(problem, runs.network(problem, names), names, "store", precision, torch.device("meta"))
     return step.emit.launches
 
 

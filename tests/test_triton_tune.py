@@ -44,7 +44,8 @@ def _network() -> nn.Module:
 def _recorded() -> tuple[Launch, ...]:
     case = Case("net", _network, (3, 5, 5), 3, 40, 70, 2, "ce", wrt_inputs=False)
     problem = problem_of(case, torch.float32, 0)
-    made = MetaStep(problem, runs.network(problem), wanted(case, problem), "store", "ieee", torch.device("meta"))
+    names = wanted(case, problem)
+    made = MetaStep(problem, runs.network(problem, names), names, "store", "ieee", torch.device("meta"))
     return tuple(made.emit.launches)
 
 

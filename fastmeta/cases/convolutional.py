@@ -152,6 +152,29 @@ def pooled_norms() -> Iterator[Case]:
     yield _case("bn_relu_pool_input", (2, 8, 7), *wide, kinks=True)
 
 
+def first_layers() -> Iterator[Case]:
+    """A convolution of the input behind which a norm stands, where nobody asks for the input's gradient: a backend may
+    compute it again and again instead of keeping it."""
+    gray = (_conv(1, 6, 3, padding=1), partial(nn.BatchNorm2d, 6))
+    pooled = (nn.ReLU, partial(nn.MaxPool2d, 2), _conv(6, 4, 2), _TANH)
+    for tail in (pooled, (_TANH, _conv(6, 4, 3, stride=2), _TANH)):
+        label = "first_bn_relu_pool" if tail is pooled else "first_bn"
+        net = partial(_case, label, (1, 7, 6), *gray, *tail, wrt_inputs=False, kinks=tail is pooled)
+        yield net()
+        yield net(memory="recompute", rates="element", momentum=0.5, steps=3)
+        yield net(per_task="some", step_weights=True, weighted="sqt")
+    net = partial(_case, "first_bn", (1, 7, 6), *gray, _TANH, wrt_inputs=False)
+    yield net(operator="inner_sgd", rates="head")
+    yield net(operator="task_forward", steps=0)
+    yield net(order="first", per_step=True, tasks=3)
+    strided = (
+        _conv(3, 18, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+        partial(nn.BatchNorm2d, 18, affine=False),
+    )
+    yield _case("first_rgb", (3, 6, 5), *strided, _TANH, wrt_inputs=False)
+    yield _case("first_gn", (1, 7, 6), gray[0], partial(nn.GroupNorm, 3, 6), *pooled, wrt_inputs=False, kinks=True)
+
+
 def pools() -> Iterator[Case]:
     """max_pool2d, avg_pool2d, adaptive means and concat; the windows of a smooth network have no ties."""
     yield _case("max_pool", (2, 6, 7), _conv(2, 5, 3, padding=1), _TANH, partial(nn.MaxPool2d, 2), kinks=True)

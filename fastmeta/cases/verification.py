@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from fastmeta.cases.case import RATES, Case
-from fastmeta.cases.convolutional import convolutions, norms, pooled_norms, pools
+from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
 from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp
 
@@ -120,7 +120,8 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 def _all() -> Iterator[Case]:
-    for family in (_networks, _shapes, _wide, convolutions, norms, pooled_norms, pools, _losses, _options, _operators):
+    images = (convolutions, norms, pooled_norms, first_layers, pools)
+    for family in (_networks, _shapes, _wide, *images, _losses, _options, _operators):
         yield from family()
 
 

@@ -31,8 +31,9 @@ def _case(*layers: object, shape: tuple[int, ...] = (1, 9, 9), **options: object
 
 def _launches(case: Case, dtype: torch.dtype = torch.float32) -> list:
     problem = problem_of(case, dtype, 0)
-    net = runs.network(problem)
-    return MetaStep(problem, net, wanted(case, problem), "store", "ieee", torch.device("meta")).emit.launches
+    names = wanted(case, problem)
+    net = runs.network(problem, names)
+    return MetaStep(problem, net, names, "store", "ieee", torch.device("meta")).emit.launches
 
 
 #: The support's rows are 36 or 37 tiles, of which the last is not full: two chunks. The queries' are one.

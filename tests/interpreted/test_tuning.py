@@ -25,7 +25,8 @@ _CASE = Case("net", partial(image_net, *_LAYERS, shape=(2, 5, 4)), (2, 5, 4), 2,
 def _sorts(dtype: torch.dtype) -> list[Launch]:
     """A launch of each kind of kernel with each kind of epilogue."""
     problem = problem_of(_CASE, dtype, 0)
-    step = MetaStep(problem, runs.network(problem), wanted(_CASE, problem), "store", "ieee", torch.device("cpu"))
+    names = wanted(_CASE, problem)
+    step = MetaStep(problem, runs.network(problem, names), names, "store", "ieee", torch.device("cpu"))
     found: dict[object, Launch] = {}
     for launch in step.emit.launches:
         if launch.choices:

@@ -34,10 +34,10 @@ class Memory:
         self.made.append(tensor)
         return tensor
 
-    def scratch(self, name: str, size: int) -> Tensor:
+    def scratch(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that one layer at a time uses, by what for; the next one may get the same."""
         if name not in self.shared or self.shared[name].numel() < size:
-            self.shared[name] = self.new(size)
+            self.shared[name] = self.new(size, dtype=dtype)
         return self.shared[name][:size]
 
     def spoil(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fastmeta.backends._layout import lay_out
 from fastmeta.kernels.elementwise import PIECEWISE_LINEAR, from_output
 from fastmeta.kernels.passes import Node, Value
+from fastmeta.kernels.recomputed_conv import is_small
 from fastmeta.network.program import Program
 
 #: Kinds whose kernels apply an element-wise layer to what they make, and to the gradient of what they read.
@@ -34,8 +35,14 @@ class Network:
     curved: set[int] = field(default_factory=set)  # roots: outputs of functions with a second derivative
 
 
-def build(program: Program, fixed_statistics: bool) -> Network:
-    """Analyse a program; `fixed_statistics`: batch norms normalise by their running statistics."""
+def build(program: Program, fixed_statistics: bool, input_gradients: bool) -> Network:
+    """Analyse a program.
+
+    Args:
+        program: the network.
+        fixed_statistics: batch norms normalise by their running statistics.
+        input_gradients: gradients of the network's input are wanted.
+    """
     engine = lay_out(program)
     values = [Value(*value) for value in engine.values]
     buffers = [name for name, _ in program.buffers] if fixed_statistics else []
@@ -53,6 +60,8 @@ def build(program: Program, fixed_statistics: bool) -> Network:
     _fuse_pools(net)
     _fuse_elementwise(net)
     _fuse_statistics(net)
+    if not input_gradients:
+        _choose_recomputed(net)
     _order_gradients(net)
     net.used = {p for node in net.nodes for p in node.params if p is not None and p < len(program.params)}
     net.from_params = [False] * len(net.values)
@@ -190,6 +199,21 @@ def _fuse_statistics(net: Network) -> None:
             continue
         if net.values[maker.output].cols == net.values[norm.inputs[0]].cols:
             maker.norm, norm.sums_from = norm, maker
+
+
+def _choose_recomputed(net: Network) -> None:
+    """The norm behind a small convolution of the input computes it for itself: nothing of it is kept in memory."""
+    consumers = _consumers(net)
+    for norm in net.nodes:
+        conv = norm.sums_from
+        if conv is None or net.root[conv.inputs[0]] != net.root[0]:
+            continue
+        if len(consumers[net.root[conv.output]]) > 1 or not is_small(conv, net.values[conv.inputs[0]].cols):
+            continue
+        conv.norm, norm.sums_from = None, None
+        conv.is_recomputed, norm.recomputes = True, conv
+        for kept in (net.no_value, net.no_tangent, net.no_delta):
+            kept.add(net.root[conv.output])
 
 
 def _order_gradients(net: Network) -> None:

@@ -38,11 +38,11 @@ def precision(dtype: torch.dtype) -> str:
     return "bf16_rounded" if found == "bf16" and triton.knobs.runtime.interpret else found
 
 
-def network(problem: Problem) -> Network:
+def network(problem: Problem, wrt: frozenset[str]) -> Network:
     """The analysed program of a problem."""
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
-    return build(problem.program, problem.batch_stats != "task")
+    return build(problem.program, problem.batch_stats != "task", not wrt.isdisjoint({"support_x", "query_x"}))
 
 
 def memory_limit(device: torch.device) -> int:
@@ -57,7 +57,7 @@ def memory_mode(problem: Problem, wrt: frozenset[str], limit: int) -> str:
     if problem.memory != "auto":
         return problem.memory
     dtype = next(iter(problem.params.values())).dtype
-    step = MetaStep(problem, network(problem), wrt, "store", precision(dtype), torch.device("meta"))
+    step = MetaStep(problem, network(problem, wrt), wrt, "store", precision(dtype), torch.device("meta"))
     return "store" if step.memory.bytes <= limit else "recompute"
 
 
@@ -74,7 +74,7 @@ class Job:
         self.wrt, self.adapted, self.device = wrt, adapted, first.device
         self.precision = precision(first.dtype)
         self.mode = memory_mode(problem, wrt, memory_limit(self.device))
-        self.step = MetaStep(problem, network(problem), wrt, self.mode, self.precision, self.device)
+        self.step = MetaStep(problem, network(problem, wrt), wrt, self.mode, self.precision, self.device)
         self.tuning = self._compile()
         self.lock = threading.Lock()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -262,8 +262,8 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     first = next(iter(problem.params.values()))
     used = precision(first.dtype)
     mode = memory_mode(problem, wrt, memory_limit(first.device))
-    step = MetaStep(problem, network(problem), wrt, mode, used, torch.device("meta"))
-    names = [node.function or node.kind for node in step.net.nodes]
+    step = MetaStep(problem, network(problem, wrt), wrt, mode, used, torch.device("meta"))
+    names = [(node.function or node.kind) + "(recomputed)" * node.is_recomputed for node in step.net.nodes]
     said = _SAID[used] if first.dtype == torch.float32 else "float64"
     where = "one CUDA graph from the second call on" if first.device.type == "cuda" else "Triton's interpreter"
     return [

@@ -1,0 +1,243 @@
+"""A batch norm that computes the convolution before it whenever it needs it: that image is never written down.
+
+For a convolution of the network's input, of few taps and channels: its output is by far the largest value of such a
+network and costs next to nothing to compute. Neither are its gradient and its tangent kept; the gradients of its
+parameters come from the same sums as the norm's. `patches` has the kernels and the algebra.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fastmeta.kernels.channel_norm import ChannelNorm
+from fastmeta.kernels.conv2d_gradient import sizes_of
+from fastmeta.kernels.launch import blocks, power
+from fastmeta.kernels.passes import Node, Sinks
+from fastmeta.kernels.patches import (
+    patch_gradient,
+    patch_moments,
+    patch_norm,
+    patch_products,
+    patch_scatter,
+    patch_statistics,
+    patch_sums,
+)
+from fastmeta.kernels.tile_choice import FULL, sum_step
+
+#: Numbers of a patch, at most: with more, the multiply-adds take longer than the image takes to be written and read.
+MOST = 32
+#: Pixels of a chunk, at least, and chunks of a task, at most: one program adds them up.
+_CHUNK, _CHUNKS = 256, 32
+
+
+def is_small(conv: Node, channels: int) -> bool:
+    """Whether a convolution of an image of so many channels is worth computing again and again."""
+    sizes = sizes_of(conv)
+    return sizes["KH"] * sizes["KW"] * channels <= MOST
+
+
+class RecomputedConv(ChannelNorm):
+    """The norm `node` of the convolution `node.recomputes`; x, and rx, are what it makes of patches less their mean."""
+
+    # ---- what ChannelNorm launches, from patches ------------------------------------------------------------------
+
+    def _statistics(self) -> tuple[Any, int, int]:
+        self._patch_moments()
+        return self._with_weights("x"), self.rows, 1
+
+    def _tangent_sums(self) -> tuple[Any, int]:
+        return self._with_weights("rx"), 1
+
+    def _products(self, a: Any, b: Any) -> tuple[int, Any]:
+        run, tangent = self.run, b is not None
+        chunk, chunks = self._cut(self.out_rows, blocks(self.cols, self._columns))
+        sums = run.scratch("patch_sums", run.tasks * chunks * (self._numbers + 1) * self.cols)
+        run.emit(
+            patch_products,
+            run.tasks * chunks * blocks(self.cols, self._columns),
+            dy=a,
+            middle=self._middle,
+            positions=self._positions,
+            parts=sums,
+            M=self.out_rows,
+            O=self.cols,
+            CHUNK=chunk,
+            chunks=chunks,
+            PRECISION=run.precision,
+            BO=self._columns,
+            BM=sum_step(run.wide),
+            **self._geometry(pooled=True),
+        )
+        parts = self._parts(1)
+        run.emit(
+            patch_sums,
+            run.tasks * blocks(self.cols, self._columns),
+            sums=sums,
+            products=self._weighted("rdy" if tangent else "dy"),
+            earlier=self._weighted("dy") if tangent else None,
+            parts=parts,
+            chunks=chunks,
+            **self._weights(tangent),
+            **self._tile_of_patches(),
+        )
+        return 1, parts
+
+    def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
+        run = self.run
+        windows = power(self.out_rows, 16, 32)
+        run.emit(
+            patch_norm,
+            run.tasks * blocks(self.out_rows, windows) * blocks(self.cols, self._columns),
+            middle=self._middle,
+            positions=self._positions,
+            coefficients=self._coefficients(),
+            M=self.out_rows,
+            O=self.cols,
+            PRECISION=run.precision,
+            BR=windows,
+            BO=self._columns,
+            **self._weights(end["MODE"] == "tangent"),
+            **self._geometry(pooled=True),
+            **end,
+        )
+
+    def _input_gradient(self, sinks: Sinks | None, dy: Any, rdy: Any) -> None:
+        """That of the convolution's parameters instead."""
+        if sinks is None:
+            return
+        tangent = rdy is not None
+        self.run.emit(
+            patch_gradient,
+            self.run.tasks * blocks(self.cols, self._columns),
+            coefficients=self._coefficients(),
+            of_x=self._weighted("x"),
+            of_dy=self._weighted("dy"),
+            of_rdy=self._weighted("rdy") if tangent else None,
+            of_rx=self._weighted("rx") if tangent else None,
+            **self._sinks(sinks, self._conv.params),
+            **self._tile_of_patches(),
+        )
+
+    def _patch_moments(self) -> None:
+        run = self.run
+        numbers, size = self._numbers, self._patch
+        chunk, chunks = self._cut(self.rows, numbers)
+        moments = run.scratch("patch_moments", run.tasks * chunks * numbers * (size + 1), torch.float64)
+        run.emit(
+            patch_moments,
+            run.tasks * chunks * numbers,
+            parts=moments,
+            M=self.rows,
+            CHUNK=chunk,
+            chunks=chunks,
+            BM=32,
+            **self._geometry(pooled=False),
+        )
+        run.emit(
+            patch_scatter,
+            run.tasks,
+            parts=moments,
+            middle=self._middle,
+            scatter=self._scatter,
+            M=self.rows,
+            chunks=chunks,
+            I=numbers,
+            BI=size,
+        )
+
+    def _with_weights(self, which: str) -> Any:
+        """What the norm sums over the pixels of x or rx."""
+        parts = self._parts(1)
+        self.run.emit(
+            patch_statistics,
+            self.run.tasks * blocks(self.cols, self._columns),
+            scatter=self._scatter,
+            parts=parts,
+            scattered=self._weighted(which),
+            **self._weights(which == "rx"),
+            **self._tile_of_patches(),
+        )
+        return parts
+
+    # ---- arguments ------------------------------------------------------------------------------------------------
+
+    @property
+    def _conv(self) -> Node:
+        return self.node.recomputes  # type: ignore[return-value]
+
+    @property
+    def _numbers(self) -> int:
+        """Of a patch."""
+        sizes = sizes_of(self._conv)
+        return sizes["KH"] * sizes["KW"] * self.run.values[self._conv.inputs[0]].cols
+
+    @property
+    def _patch(self) -> int:
+        """The tile that holds them; of float64, the one that products have."""
+        return power(self._numbers, 32 if self.run.wide else 16, MOST)
+
+    @property
+    def _columns(self) -> int:
+        """Channels of a tile."""
+        return power(self.cols, 16, 32 if self.run.wide else 64)
+
+    @property
+    def _middle(self) -> Any:
+        return self.run.keep(self.node, "middle", self.run.tasks, self._patch, dtype=torch.float64)
+
+    @property
+    def _scatter(self) -> Any:
+        return self.run.keep(self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64)
+
+    @property
+    def _positions(self) -> Any:
+        if self.node.pool is None:
+            return None
+        # Triton 3.6 stops at a product of float64 numbers that are picked by narrower integers
+        dtype = torch.int32 if self.run.wide else torch.int16
+        return self.run.keep(self.node, "positions", self.run.tasks, self.out_rows, self.cols, dtype=dtype)
+
+    def _weighted(self, which: str) -> Any:
+        """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy; the latter two for this layer alone."""
+        shape = (self.run.tasks, self._numbers, self.cols)
+        if which in ("x", "dy"):
+            return self.run.keep(self.node, f"patches_{which}", *shape)
+        return self.run.scratch(f"patches_{which}", shape[0] * shape[1] * shape[2])
+
+    def _weights(self, tangent: bool) -> dict[str, Any]:
+        p = self._conv.params[0]
+        w = self.run.theta[p]  # type: ignore[index]
+        v = self.run.v[p] if tangent else None  # type: ignore[index]
+        return {
+            "w": w.at,
+            "w_task": w.stride,
+            "v": None if v is None else v.at,
+            "v_task": 0 if v is None else v.stride,
+        }
+
+    def _tile_of_patches(self) -> dict[str, int]:
+        return {"O": self.cols, "I": self._numbers, "BI": self._patch, "BO": self._columns}
+
+    def _geometry(self, pooled: bool) -> dict[str, Any]:
+        x = self.run.values[self._conv.inputs[0]]
+        y = self.run.values[self.node.output if pooled else self.node.inputs[0]]
+        found = {
+            "x": self.run.x[self._conv.inputs[0]],
+            "OH": y.height,
+            "OW": y.width,
+            "H": x.height,
+            "W": x.width,
+            "C": x.cols,
+            "BI": self._patch,
+            **sizes_of(self._conv),
+        }
+        if pooled:
+            found["WH"], found["WW"] = self.node.pool or (1, 1)
+        return found
+
+    def _cut(self, rows: int, tiles: int) -> tuple[int, int]:
+        """(rows of a chunk, chunks of a task): many programs, and chunks that are worth one."""
+        wanted = max(1, min(blocks(8 * FULL, self.run.tasks * tiles), rows // _CHUNK, _CHUNKS))
+        chunk = blocks(blocks(rows, wanted), 64) * 64
+        return chunk, blocks(rows, chunk)
