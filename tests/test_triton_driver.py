@@ -65,7 +65,8 @@ from fastmeta.verify.problems import problem_of, wanted
 case = next(case for case in VERIFICATION if case.id == "tanh-T18-N3-M2-K2-mse")
 problem, compiled = problem_of(case, torch.float32, 0), []
 triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(1)
-step = MetaStep(problem, run.network(problem), wanted(case, problem), "store", "ieee", torch.device("cpu"))
+names = wanted(case, problem)
+step = MetaStep(problem, run.network(problem, names), names, "store", "ieee", torch.device("cpu"))
 triton_compile.compile_together(step.emit.launches)
 before = len(compiled)
 assert all(launch.run().n_spills == 0 for launch in step.emit.launches)
