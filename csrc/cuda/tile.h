@@ -173,14 +173,14 @@ struct ThreadTile {
   }
 };
 
-// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result; returns how many threads
-// the last round has kept busy.
+// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result. Thread `first_thread` has
+// the first tile; returns the thread behind the one that has the last.
 template <int COLS, int M, int N, int CHUNK, class Add, class Put>
-FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
+FM_INLINE int for_tiles(int first_thread, int rows, const Add& add, const Put& put) {
   constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);
   const int tiles = (rows + M - 1) / M * across;
   FM_UNROLL_BY(1)
-  for (int number = thread(); number < tiles; number += step_threads()) {
+  for (int number = thread_from(first_thread); number < tiles; number += step_threads()) {
     const int first = number % across;
     ThreadTile<M, N, CHUNK> tile;
     tile.row = number / across * M;
@@ -205,7 +205,7 @@ FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
       }
     }
   }
-  return tiles % step_threads();
+  return (first_thread + tiles) % step_threads();
 }
 
 }  // namespace fm::cuda
