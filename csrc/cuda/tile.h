@@ -62,7 +62,8 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
   int m[M];
   FM_UNROLL
   for (int i = 0; i < M; ++i) m[i] = row + i < rows ? row + i : rows - 1;
-  FM_UNROLL_BY(M * N > 16 ? 1 : 2)  // larger tiles have work enough, and no registers to spare
+  // larger tiles have work enough, and no registers to spare; a thread with one or two sums waits for its loads
+  FM_UNROLL_BY(M * N > 16 ? 1 : M * N > 2 ? 2 : 8)
   for (int k = 0; k + STEP <= K; k += STEP) {
     Vec<STEP> x[M], y[N];
     FM_UNROLL
