@@ -22,20 +22,18 @@ struct Tile {
 constexpr int load_cost(int across, int chunk) { return ceil_div(smaller(32, across) * chunk * int(sizeof(S)), 128); }
 
 // An estimate of the time of a product of [rows, cols] in tiles of m x n, per VECTOR steps of k: loads of all warps
-// share one pipe, multiply-adds have one for each of four groups of warps.
+// share one pipe; each of four groups of warps issues its multiply-adds and loads one by one.
 constexpr int tile_cost(Form form, int rows, int cols, Tile t, int block_threads) {
   const int chunks = ceil_div(t.n, t.chunk), across = ceil_div(ceil_div(cols, t.chunk), chunks);
   const int tiles = ceil_div(rows, t.m) * across;
-  int loads = 0;
-  if (form == Form::by_rows)
-    loads = t.m + t.n * load_cost(across, VECTOR);
-  else if (form == Form::by_columns)
-    loads = t.m + VECTOR * chunks * load_cost(across, t.chunk);
-  else
-    loads = VECTOR * (ceil_div(t.m, VECTOR) + chunks * load_cost(across, t.chunk));
-  const int memory = ceil_div(tiles, 32 * RANKS) * loads;
-  const int arithmetic = ceil_div(tiles, block_threads) * t.m * t.n * VECTOR;
-  return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
+  // loads of a's and of b's numbers
+  int first = t.m, second = t.n;
+  if (form != Form::by_rows) second = VECTOR * chunks;
+  if (form == Form::outer) first = VECTOR * ceil_div(t.m, VECTOR);
+  const int passes = first + second * load_cost(across, form == Form::by_rows ? VECTOR : t.chunk);
+  const int memory = ceil_div(tiles, 32 * RANKS) * passes;
+  const int issued = ceil_div(tiles, block_threads) * (t.m * t.n * VECTOR + first + second);
+  return 2 * (memory > issued ? memory : issued) + smaller(memory, issued);
 }
 
 constexpr Tile choose_tile(Form form, int rows, int cols, int width, int block_threads) {
