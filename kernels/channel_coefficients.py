@@ -37,7 +37,8 @@ def _read(at, task, stride, c, mask, missing: tl.constexpr):
     """A parameter of the channels, or what stands for one that is absent."""
     if at is None:
         return tl.zeros_like(c) + missing
-    return tl.load(at + task * stride + c, mask=mask, other=0.0)
+    else:  # said, since Triton compiles what stands behind a return as well
+        return tl.load(at + task * stride + c, mask=mask, other=0.0)
 
 
 @triton.jit

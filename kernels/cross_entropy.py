@@ -9,7 +9,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastmeta.kernels.launch import Recorder, power
+from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power
 
 
 @triton.jit
@@ -197,6 +197,7 @@ def loss(
 
 def emit(record: Recorder, tasks: int, examples: int, classes: int, **arguments: Any) -> None:
     """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
-    bc = power(classes, 1, 1024)
-    bn = power(examples, 1, 1024 // bc)
-    record(loss, tasks, N=examples, C=classes, BN=bn, BC=bc, **arguments)
+    tile = LOSS_BYTES // arguments["z"].element_size()
+    bc = power(classes, 1, tile)
+    bn = power(examples, 1, tile // bc)
+    record(loss, tasks, N=examples, C=classes, BN=bn, BC=bc, registers=REGISTERS, **arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastmeta.kernels.elementwise import sigmoid, softplus
-from fastmeta.kernels.launch import Recorder, power
+from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power
 
 
 @triton.jit
@@ -174,6 +174,7 @@ def loss(
 
 def emit(record: Recorder, tasks: int, examples: int, elements: int, **arguments: Any) -> None:
     """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
+    tile = LOSS_BYTES // arguments["z"].element_size()
     be = power(elements, 1, 256)
-    bn = power(examples, 1, 2048 // be)
-    record(loss, tasks, N=examples, E=elements, BN=bn, BE=be, **arguments)
+    bn = power(examples, 1, tile // be)
+    record(loss, tasks, N=examples, E=elements, BN=bn, BE=be, registers=REGISTERS, **arguments)

@@ -29,6 +29,7 @@ class Launch:
     stages: int
     choices: tuple[Choice, ...] = ()
     work: int = 0  # multiply-adds, where there is something to choose
+    registers: int | None = None  # a thread may have; None: the assembler weighs them against blocks side by side
 
     def run(self) -> Any:
         """Launch it on the current stream; what was compiled, if it was."""
@@ -44,7 +45,8 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told; multiply-adds are fused by name, since Triton's default is about to change."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        told = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return told if self.registers is None else told | {"maxnreg": self.registers}
 
 
 @dataclass(slots=True)
@@ -62,11 +64,12 @@ class Recorder:
         stages: int = 1,
         choices: tuple[Choice, ...] = (),
         work: int = 0,
+        registers: int | None = None,
         **arguments: Any,
     ) -> None:
         """Write down a launch of `programs` programs, none at all if that is zero."""
         if programs:
-            self.launches.append(Launch(kernel, programs, arguments, warps, stages, choices, work))
+            self.launches.append(Launch(kernel, programs, arguments, warps, stages, choices, work, registers))
 
     def zero(self, tensor: torch.Tensor) -> None:
         """Write down that a tensor is filled with zeros."""
@@ -74,6 +77,13 @@ class Recorder:
 
         self(fill, blocks(tensor.numel(), FLAT), out=tensor, size=tensor.numel(), BLOCK=FLAT)
 
+
+#: Registers that a thread can have. Asked for them, the assembler does not spill to make room for more blocks: for
+#: kernels of one program a task, of which a multiprocessor has few.
+REGISTERS = 255
+
+#: Of a tile of outputs that a loss looks at: of more, not all that is computed would go into registers.
+LOSS_BYTES = 4096
 
 #: Elements that a program of a flat kernel handles.
 FLAT = 1024

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta import backends
+from fastmeta.backends import cuda
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
 from fastmeta.backends.cuda import plan as plans
@@ -309,3 +310,11 @@ def test_gpu_is_chosen_and_used_on_the_current_stream() -> None:
         maml(*episode).loss.backward()
         torch.cuda.current_stream().synchronize()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("have", "reason"), [((7, 5), "compute capability 7.5"), ((8, 0), ""), ((12, 1), "")])
+def test_rejects_devices_that_are_too_old(have: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: have)
+    found = cuda._refuses_device(torch.device("cuda", 0))
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)

@@ -46,6 +46,17 @@ _DEEP = Case(
     "mse",
 )
 
+#: Of the list of cases, for layers that the workloads do not have.
+_LABELS = "residual_image joined gn_relu_pool gn1_plain bn_plain ln_last max_pool_3_2 avg_pool_3_2 adaptive".split()
+#: Loss, its outputs, examples, dtype: tiles of other shapes than the workloads have, and all that a loss can take.
+_LOSSES = (
+    ("ce_probabilities_everything", 5, 100, torch.float32),
+    ("ce_sum", 5, 100, torch.float64),
+    ("ce_sum", 20, 75, torch.float64),
+    ("bce_weighted", 5, 400, torch.float32),
+    ("bce", 784, 33, torch.float64),
+)
+
 
 def _launches(case: Case, precision: str, dtype: torch.dtype = torch.float32) -> list[Any]:
     problem = problem_of(case, dtype, 0)
@@ -58,6 +69,16 @@ def _verification(label: str) -> Case:
     return next(case for case in VERIFICATION if case.label == label)
 
 
+def _losses() -> list[Any]:
+    """Launches of losses alone: gradients in the inner loop, of the query, and tangents."""
+    found = []
+    for loss, outputs, examples, dtype in _LOSSES:
+        make = partial(nn.Linear, 3, outputs)
+        case = Case(loss, make, (3,), 2, examples, examples, 1, loss, weighted="" if loss == "ce_sum" else "sqt")
+        found += [launch for launch in _launches(case, "ieee", dtype) if launch.kernel.__name__ == "loss"]
+    return found
+
+
 @lru_cache
 def _sources() -> list[Any]:
     launches = []
@@ -67,15 +88,15 @@ def _sources() -> list[Any]:
     launches += _launches(_SIREN, "ieee") + _launches(_DEEP, "ieee")
     for rounded in ("tf32", "bf16"):
         launches += _launches(WORKLOADS["omniglot"][-1], rounded)
-    for label in ("residual_image", "joined", "gn_relu_pool", "ln_last", "max_pool_3_2", "avg_pool_3_2", "adaptive"):
+    for label in _LABELS:
         launches += _launches(_verification(label), "ieee")
     for case in VERIFICATION:
         if case.label == "tanh" and (case.weighted == "sqt" or case.momentum):
             launches += _launches(case, "ieee")
     launches += _launches(_verification("bn_relu_pool"), "ieee", torch.float64)
-    sources = ahead.sources(launches)
+    sources, losses = ahead.sources(launches), ahead.sources(_losses())
     if EVERYTHING:
-        return sources
+        return list(dict.fromkeys([*sources, *losses]))
     largest: dict[object, tuple[int, Any]] = {}
     for source in sources:
         constants = dict(source.constants)
@@ -83,12 +104,15 @@ def _sources() -> list[Any]:
         function = constants.get("F")
         if "BM" in constants and function != "sin":  # in an epilogue, the one that takes most registers stands for all
             function = None
-        sums = "partials" in constants  # absent: a convolution that sums nothing for a norm
-        sort = (source.kernel, double, sums, function, *(str(constants.get(name)) for name in _SORT))
+        absent = frozenset(constants) & {
+            "partials",
+            "w",
+        }  # convolutions that sum nothing for a norm, norms without weight
+        sort = (source.kernel, double, absent, function, *(str(constants.get(name)) for name in _SORT))
         size = prod(constants.get(name, 1) for name in _TILES)
         if sort not in largest or size > largest[sort][0]:
             largest[sort] = (size, source)
-    return [source for _, source in largest.values()]
+    return list(dict.fromkeys([*(source for _, source in largest.values()), *losses]))
 
 
 def _described(source: Any) -> str:

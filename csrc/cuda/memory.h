@@ -23,6 +23,13 @@ FM_INLINE int step_threads() {
 #endif
 }
 
+// A thread's number where the count begins at thread `first`, and goes round: so that threads without work in one
+// product begin with the next one of the same phase.
+FM_INLINE int thread_from(int first) {
+  const int number = thread() - first;
+  return number < 0 ? number + step_threads() : number;
+}
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 

@@ -187,15 +187,17 @@ class MetaStep : Task {
     for_params([&](auto index) {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
-      if constexpr (p.adapted)
+      if constexpr (p.adapted) {
+        const S shared_rate = read_only(rate<P>(args_, k, t_));
         for (int e = thread(); e < p.numel(); e += step_threads()) {
           const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
-          const S alpha = rates<P, 1>(args_, k, t_, r, c).at[0];
+          const S alpha = p.rate_element ? element_rate<P>(args_, k, t_, r, c) : shared_rate;
           S v = -alpha * lambda<P>(at_)[at];
           if constexpr (OPTIONS.momentum)
             if (k < K - 1) v += S(args_.momentum) * direction<P>(at_)[at];
           direction<P>(at_)[at] = v;
         }
+      }
     });
     barrier();
   }

@@ -48,20 +48,10 @@ FM_INLINE const S* rate(const Args& args, int k, i64 t) {
   const i64 step = p.rate_per_step ? k : 0, task = p.rate_per_task ? t : 0;
   return args.params[P].rate + (step * (p.rate_per_task ? args.tasks : 1) + task) * (p.rate_element ? p.numel() : 1);
 }
-// N rates from element (r, c) on.
-template <int P, int N>
-FM_INLINE Vec<N> rates(const Args& args, int k, i64 t, int r, int c) {
-  constexpr Param p = PARAMS[P];
-  const S* from = rate<P>(args, k, t);
-  Vec<N> found;
-  FM_UNROLL
-  for (int j = 0; j < N; ++j) {
-    if constexpr (p.rate_element)
-      found.at[j] = c + j < p.cols ? read_only(from + r * p.cols + c + j) : S(0);
-    else
-      found.at[j] = j == 0 ? read_only(from) : found.at[0];
-  }
-  return found;
+// That of element (r, c), of a parameter that has one for each.
+template <int P>
+FM_INLINE S element_rate(const Args& args, int k, i64 t, int r, int c) {
+  return read_only(rate<P>(args, k, t) + r * PARAMS[P].cols + c);
 }
 
 // A thread's own sum of one scalar rate's gradient, in its own block's memory: of many terms, hence in double.
@@ -83,14 +73,14 @@ struct Along {
   FM_INLINE const S* vector() const {
     return WRITES_DIRECTION ? direction<P>(workspace) : lambda<P>(workspace);
   }
+  // What the vector is multiplied by. To be asked for before a product, not behind it: a load is long under way.
   template <int P>
   FM_INLINE S factor() const {
     return WRITES_DIRECTION ? S(1) : -read_only(rate<P>(args, k, t));
   }
-  template <int P, int M, int N>
-  FM_INLINE void scale(S (&acc)[M][N]) const {
+  template <int M, int N>
+  FM_INLINE void scale(S (&acc)[M][N], S by) const {
     if constexpr (!WRITES_DIRECTION) {
-      const S by = factor<P>();
       FM_UNROLL
       for (int i = 0; i < M; ++i) {
         FM_UNROLL
@@ -110,16 +100,26 @@ struct Sink {
 
   FM_INLINE bool takes_frozen() const { return mode == Mode::lambda; }
 
-  // N elements of the gradient of parameter P from (r, c) on, by layer L.
+  // The rate of parameter P where it has one alone and an update needs it. To be asked for before a product, not behind
+  // it: a load is long under way.
+  template <int P>
+  FM_INLINE S one_rate() const {
+    constexpr Param p = PARAMS[P];
+    if constexpr (p.adapted && !p.rate_element)
+      if (mode == Mode::update) return read_only(rate<P>(args, k, t));
+    return S(0);
+  }
+
+  // N elements of the gradient of parameter P from (r, c) on, by layer L; `alpha` is P's `one_rate`.
   template <int P, int L, int N>
-  FM_INLINE void put(int r, int c, Vec<N> g) const {
+  FM_INLINE void put(int r, int c, Vec<N> g, S alpha) const {
     constexpr Param p = PARAMS[P];
     if constexpr (p.tied) {
       S* to = tied_gradient<P>() + r * p.ld + c;
       if constexpr (!first_use(P, L)) add(g, load<N>(to));
       store<N>(to, g);
     } else {
-      take<P>(r, c, g);
+      take<P>(r, c, g, alpha);
     }
   }
 
@@ -128,14 +128,16 @@ struct Sink {
     for_each<0, PARAM_COUNT>([&](auto index) {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
-      if constexpr (p.tied)
+      if constexpr (p.tied) {
+        const S alpha = one_rate<P>();
         for (int e = thread(); e < p.numel(); e += step_threads())
-          take<P>(e / p.cols, e % p.cols, one(tied_gradient<P>()[e / p.cols * p.ld + e % p.cols]));
+          take<P>(e / p.cols, e % p.cols, one(tied_gradient<P>()[e / p.cols * p.ld + e % p.cols]), alpha);
+      }
     });
   }
 
   template <int P, int N>
-  FM_INLINE void take(int r, int c, Vec<N> g) const {
+  FM_INLINE void take(int r, int c, Vec<N> g, S alpha) const {
     constexpr Param p = PARAMS[P];
     const int at = r * p.ld + c;
     if (mode == Mode::lambda) {
@@ -144,7 +146,7 @@ struct Sink {
       store<N>(to, g);
     }
     if constexpr (p.adapted) {
-      if (mode == Mode::update) update<P>(r, c, at, g);
+      if (mode == Mode::update) update<P>(r, c, at, g, alpha);
       if constexpr (OPTIONS.wants_rates && !KEEPS_UPDATES)
         if (mode == Mode::rates) {
           if constexpr (OPTIONS.weight_decay) decay(g, load<N>(theta<P>(workspace, k) + at));
@@ -154,8 +156,7 @@ struct Sink {
   }
 
   template <int P, int N>
-  FM_INLINE void update(int r, int c, int at, Vec<N> u) const {
-    const Vec<N> alpha = rates<P, N>(args, k, t, r, c);
+  FM_INLINE void update(int r, int c, int at, Vec<N> u, S alpha) const {
     Vec<N> next = load<N>(theta<P>(workspace, k) + at);
     if constexpr (OPTIONS.weight_decay) decay(u, next);
     if constexpr (OPTIONS.momentum) {
@@ -171,7 +172,11 @@ struct Sink {
     if constexpr (KEEPS_UPDATES)
       store<N>(memory<LAYOUT.updates.space>(workspace, PARAMS[P].rank, LAYOUT.updates.at + k * SET + place + at), u);
     FM_UNROLL
-    for (int j = 0; j < N; ++j) next.at[j] -= alpha.at[j] * u.at[j];
+    for (int j = 0; j < N; ++j)
+      if constexpr (PARAMS[P].rate_element)
+        next.at[j] -= (c + j < PARAMS[P].cols ? element_rate<P>(args, k, t, r, c + j) : S(0)) * u.at[j];
+      else
+        next.at[j] -= alpha * u.at[j];
     store<N>(theta<P>(workspace, k + 1) + at, next);
     if constexpr (LAYOUT.checkpoints >= 0)
       if (k + 1 < OPTIONS.steps) store<N>(checkpoint<P>(workspace, k + 1) + at, next);

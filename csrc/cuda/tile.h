@@ -22,20 +22,18 @@ struct Tile {
 constexpr int load_cost(int across, int chunk) { return ceil_div(smaller(32, across) * chunk * int(sizeof(S)), 128); }
 
 // An estimate of the time of a product of [rows, cols] in tiles of m x n, per VECTOR steps of k: loads of all warps
-// share one pipe, multiply-adds have one for each of four groups of warps.
+// share one pipe; each of four groups of warps issues its multiply-adds and loads one by one.
 constexpr int tile_cost(Form form, int rows, int cols, Tile t, int block_threads) {
   const int chunks = ceil_div(t.n, t.chunk), across = ceil_div(ceil_div(cols, t.chunk), chunks);
   const int tiles = ceil_div(rows, t.m) * across;
-  int loads = 0;
-  if (form == Form::by_rows)
-    loads = t.m + t.n * load_cost(across, VECTOR);
-  else if (form == Form::by_columns)
-    loads = t.m + VECTOR * chunks * load_cost(across, t.chunk);
-  else
-    loads = VECTOR * (ceil_div(t.m, VECTOR) + chunks * load_cost(across, t.chunk));
-  const int memory = ceil_div(tiles, 32 * RANKS) * loads;
-  const int arithmetic = ceil_div(tiles, block_threads) * t.m * t.n * VECTOR;
-  return 2 * (memory > arithmetic ? memory : arithmetic) + smaller(memory, arithmetic);
+  // loads of a's and of b's numbers
+  int first = t.m, second = t.n;
+  if (form != Form::by_rows) second = VECTOR * chunks;
+  if (form == Form::outer) first = VECTOR * ceil_div(t.m, VECTOR);
+  const int passes = first + second * load_cost(across, form == Form::by_rows ? VECTOR : t.chunk);
+  const int memory = ceil_div(tiles, 32 * RANKS) * passes;
+  const int issued = ceil_div(tiles, block_threads) * (t.m * t.n * VECTOR + first + second);
+  return 2 * (memory > issued ? memory : issued) + smaller(memory, issued);
 }
 
 constexpr Tile choose_tile(Form form, int rows, int cols, int width, int block_threads) {
@@ -62,7 +60,8 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
   int m[M];
   FM_UNROLL
   for (int i = 0; i < M; ++i) m[i] = row + i < rows ? row + i : rows - 1;
-  FM_UNROLL_BY(M * N > 16 ? 1 : 2)  // larger tiles have work enough, and no registers to spare
+  // larger tiles have work enough, and no registers to spare; a thread with one or two sums waits for its loads
+  FM_UNROLL_BY(M * N > 16 ? 1 : M * N > 2 ? 2 : 8)
   for (int k = 0; k + STEP <= K; k += STEP) {
     Vec<STEP> x[M], y[N];
     FM_UNROLL
@@ -173,14 +172,14 @@ struct ThreadTile {
   }
 };
 
-// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result; returns how many threads
-// the last round has kept busy.
+// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result. Thread `first_thread` has
+// the first tile; returns the thread behind the one that has the last.
 template <int COLS, int M, int N, int CHUNK, class Add, class Put>
-FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
+FM_INLINE int for_tiles(int first_thread, int rows, const Add& add, const Put& put) {
   constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);
   const int tiles = (rows + M - 1) / M * across;
   FM_UNROLL_BY(1)
-  for (int number = thread(); number < tiles; number += step_threads()) {
+  for (int number = thread_from(first_thread); number < tiles; number += step_threads()) {
     const int first = number % across;
     ThreadTile<M, N, CHUNK> tile;
     tile.row = number / across * M;
@@ -205,7 +204,7 @@ FM_INLINE int for_tiles(int rows, const Add& add, const Put& put) {
       }
     }
   }
-  return tiles % step_threads();
+  return (first_thread + tiles) % step_threads();
 }
 
 }  // namespace fm::cuda

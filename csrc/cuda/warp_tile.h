@@ -186,16 +186,18 @@ struct WarpTile {
   }
 };
 
-// Calls add(tile) and then put(row, column, elements) for every tile of a [rows, cols] result; returns how many threads
-// the last round has kept busy. TRANSPOSED: tiles are of the result's transpose, and elements come one by one.
+// Calls add(tile) and then put(row, column, elements) for every tile of a [rows, cols] result. The first whole warp
+// from `first_thread` on has the first tile; returns the thread behind the warp that has the last. TRANSPOSED: tiles
+// are of the result's transpose, and elements come one by one.
 template <Multiply HOW, int M, int N, bool TRANSPOSED, class Add, class Put>
-FM_INLINE int for_warp_tiles(int rows, int cols, const Add& add, const Put& put) {
+FM_INLINE int for_warp_tiles(int first_thread, int rows, int cols, const Add& add, const Put& put) {
   WarpTile<HOW, M, N> tile;
   tile.ms = TRANSPOSED ? cols : rows, tile.ns = TRANSPOSED ? rows : cols;
   const int across = (tile.ns + 8 * N - 1) / (8 * N), tiles = (tile.ms + 16 * M - 1) / (16 * M) * across;
   const int warps = step_threads() / WARP;
+  const int first = (first_thread + WARP - 1) / WARP * WARP % step_threads();
   FM_UNROLL_BY(1)
-  for (int number = thread() / WARP; number < tiles; number += warps) {
+  for (int number = thread_from(first) / WARP; number < tiles; number += warps) {
     tile.m = number / across * 16 * M, tile.n = number % across * 8 * N;
     clear(tile.acc);
     add(tile);
@@ -216,7 +218,7 @@ FM_INLINE int for_warp_tiles(int rows, int cols, const Add& add, const Put& put)
       }
     }
   }
-  return tiles % warps * WARP;
+  return (first + tiles * WARP) % step_threads();
 }
 
 }  // namespace fm::cuda

@@ -36,10 +36,10 @@ FM_INLINE void output(const Pass& pass, const Add& add, const Put& put) {
   constexpr int ROWS = usual_rows(OUT<L>), COLS = VALUES[OUT<L>].cols;
   if constexpr (HOW<L> != Multiply::fma) {
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, COLS, ROWS);
-    for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, OUT<L>), COLS, add, put);
+    for_warp_tiles<HOW<L>, shape.m, shape.n, true>(0, rows(pass, OUT<L>), COLS, add, put);
   } else {
     constexpr Tile tile = choose_tile(Form::by_rows, ROWS, COLS, 1, CREW);
-    for_tiles<COLS, tile.m, tile.n, 1>(rows(pass, OUT<L>), add, put);
+    for_tiles<COLS, tile.m, tile.n, 1>(0, rows(pass, OUT<L>), add, put);
   }
 }
 
@@ -61,66 +61,75 @@ FM_INLINE void forward(const Pass& pass) {
       });
 }
 
-// dx = [dy V scale +] dy W by tiles, `add` says which.
+// dx = [dy V scale +] dy W by tiles, `add` says which; returns the thread behind the last one that has a tile.
 template <int L, class Add, class Put>
-FM_INLINE void input_gradient(const Pass& pass, const Add& add, const Put& put) {
+FM_INLINE int input_gradient(const Pass& pass, const Add& add, const Put& put) {
   constexpr Value in = VALUES[IN<L>];
   constexpr int ROWS = usual_rows(IN<L>);
   const auto put_at = [&](int r, int c, const auto& g) { put(r * VALUES[IN<L>].ld + c, g); };
   if constexpr (HOW<L> != Multiply::fma) {
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, in.cols, ROWS);
-    for_warp_tiles<HOW<L>, shape.m, shape.n, true>(rows(pass, IN<L>), in.cols, add, put_at);
+    return for_warp_tiles<HOW<L>, shape.m, shape.n, true>(0, rows(pass, IN<L>), in.cols, add, put_at);
   } else {
     constexpr Tile tile = choose_tile(Form::by_columns, ROWS, in.cols, in.vector, CREW);
-    for_tiles<in.cols, tile.m, tile.n, in.vector>(rows(pass, IN<L>), add, put_at);
+    return for_tiles<in.cols, tile.m, tile.n, in.vector>(0, rows(pass, IN<L>), add, put_at);
   }
 }
 
 template <int L, Space X, bool INPUT>
-FM_INLINE void backward_input(const Pass& pass) {
+FM_INLINE int backward_input(const Pass& pass) {
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)};
   const auto w = weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k));
   const int last = rows(pass, IN<L>);
-  input_gradient<L>(
+  return input_gradient<L>(
       pass, [&](auto& tile) { tile.by_columns(dy, last, w); },
       [&](int at, const auto& g) { put_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g); });
 }
 
-// The gradients of W, by tiles of what `add` sums up, and of b, the sums of dy's columns. The threads that W's last
-// round leaves idle begin with b.
-template <int L, class Add, class Dy, class Put>
-FM_INLINE void weight_gradient(const Pass& pass, const Add& add, const Dy& dy, const Put& put) {
+// The gradients of W, by tiles of what `add` sums up, and of b, the sums of dy's columns, from thread `first` on;
+// returns the thread behind the last one.
+template <int L, class Add, class Dy>
+FM_INLINE int weight_gradient(const Pass& pass, const Add& add, const Dy& dy, const Sink& sink, int first) {
   constexpr Param w = PARAMS[W<L>];
-  const auto put_w = [&](int r, int c, const auto& g) { put(Index<W<L>>{}, r, c, g); };
-  int busy;
+  const S w_rate = sink.one_rate<W<L>>();
+  const auto put_w = [&](int r, int c, const auto& g) { sink.template put<W<L>, L>(r, c, g, w_rate); };
   if constexpr (HOW<L> != Multiply::fma) {
     constexpr WarpShape shape = choose_warp_tile(HOW<L>, w.rows, w.cols);
-    busy = for_warp_tiles<HOW<L>, shape.m, shape.n, false>(w.rows, w.cols, add, put_w);
+    first = for_warp_tiles<HOW<L>, shape.m, shape.n, false>(first, w.rows, w.cols, add, put_w);
   } else {
     constexpr Tile tile = choose_tile(Form::outer, w.rows, w.cols, w.vector, CREW);
-    busy = for_tiles<w.cols, tile.m, tile.n, tile.chunk>(w.rows, add, put_w);
+    first = for_tiles<w.cols, tile.m, tile.n, tile.chunk>(first, w.rows, add, put_w);
   }
   if constexpr (B<L> >= 0) {
     const int depth = rows(pass, OUT<L>);
-    for (int c = thread() < busy ? thread() - busy + step_threads() : thread() - busy; c < w.rows;
-         c += step_threads()) {
+    const S b_rate = sink.one_rate<B<L>>();
+    for (int c = thread_from(first); c < w.rows; c += step_threads()) {
       S sum = 0;
       FM_UNROLL_BY(4)
       for (int r = 0; r < depth; ++r) sum += dy.data[r * Dy::LD + c];
-      put(Index<B<L>>{}, 0, c, one(sum));
+      sink.template put<B<L>, L>(0, c, one(sum), b_rate);
     }
+    first = (first + w.rows) % step_threads();
   }
+  return first;
 }
 
 template <int L, Space X>
-FM_INLINE void backward_params(const Pass& pass, Sink& sink) {
+FM_INLINE int backward_params(const Pass& pass, const Sink& sink, int first) {
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)};
-  if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) && !sink.takes_frozen()) return;
+  if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) && !sink.takes_frozen())
+    return first;
   const int depth = rows(pass, OUT<L>);
-  weight_gradient<L>(
-      pass, [&](auto& tile) { tile.outer(dy, x, depth); }, dy,
-      [&](auto p, int r, int c, const auto& g) { sink.template put<decltype(p)::value, L>(r, c, g); });
+  return weight_gradient<L>(pass, [&](auto& tile) { tile.outer(dy, x, depth); }, dy, sink, first);
+}
+
+// What parameter P's share of the direction is multiplied by; P may be absent or frozen.
+template <int P>
+FM_INLINE S factor(const Along& along) {
+  if constexpr (P >= 0)
+    if constexpr (PARAMS[P].adapted) return along.factor<P>();
+  return S(0);
 }
 
 // Ry = (x V^T + Rx W^T + vb) f', V = scale * lambda or the direction as it stands
@@ -129,12 +138,13 @@ FM_INLINE void tangent(const Pass& pass, const Along& along) {
   constexpr int LD = VALUES[OUT<L>].ld;
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const int last = rows(pass, OUT<L>);
+  const S w_factor = factor<W<L>>(along), b_factor = factor<B<L>>(along);
   output<L>(
       pass,
       [&](auto& tile) {
         if constexpr (PARAMS[W<L>].adapted) {
           tile.by_rows(x, last, weight_matrix<W<L>>(along.vector<W<L>>()));
-          along.scale<W<L>>(tile.acc);
+          along.scale(tile.acc, w_factor);
         }
         if constexpr (has_tangent<IN<L>>) {
           const ValueMatrix<IN<L>> rx{cuda::tangent<IN<L>>(pass)};
@@ -144,7 +154,7 @@ FM_INLINE void tangent(const Pass& pass, const Along& along) {
       [&](int r, int c, Vec<1> rz) {
         const int at = r * LD + c;
         if constexpr (B<L> >= 0) {
-          if constexpr (PARAMS[B<L>].adapted) rz.at[0] += along.factor<B<L>>() * along.vector<B<L>>()[c];
+          if constexpr (PARAMS[B<L>].adapted) rz.at[0] += b_factor * along.vector<B<L>>()[c];
         }
         if constexpr (PRE<L> >= 0) {
           if constexpr (VALUES[PRE<L>].rx >= 0) cuda::tangent<PRE<L>>(pass)[at] = rz.at[0];
@@ -158,16 +168,17 @@ FM_INLINE void tangent(const Pass& pass, const Along& along) {
 
 // R(dx) = dy V + R(dy) W
 template <int L, Space X, bool INPUT>
-FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {
+FM_INLINE int tangent_backward_input(const Pass& pass, const Along& along) {
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)}, rdy{tangent_delta<PRODUCT<L>>(pass)};
   const auto w = weight_matrix<W<L>>(theta<W<L>>(pass.workspace, pass.k));
   const int last = rows(pass, IN<L>);
-  input_gradient<L>(
+  const S w_factor = factor<W<L>>(along);
+  return input_gradient<L>(
       pass,
       [&](auto& tile) {
         if constexpr (PARAMS[W<L>].adapted) {
           tile.by_columns(dy, last, weight_matrix<W<L>>(along.vector<W<L>>()));
-          along.scale<W<L>>(tile.acc);
+          along.scale(tile.acc, w_factor);
         }
         tile.by_columns(rdy, last, w);
       },
@@ -176,11 +187,11 @@ FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {
 
 // R(dW) = R(dy)^T x + dy^T Rx
 template <int L, Space X>
-FM_INLINE void tangent_backward_params(const Pass& pass, Sink& sink) {
+FM_INLINE int tangent_backward_params(const Pass& pass, const Sink& sink, int first) {
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)}, rdy{tangent_delta<PRODUCT<L>>(pass)};
   const int depth = rows(pass, OUT<L>);
-  weight_gradient<L>(
+  return weight_gradient<L>(
       pass,
       [&](auto& tile) {
         tile.outer(rdy, x, depth);
@@ -189,7 +200,7 @@ FM_INLINE void tangent_backward_params(const Pass& pass, Sink& sink) {
           tile.outer(dy, rx, depth);
         }
       },
-      rdy, [&](auto p, int r, int c, const auto& g) { sink.template put<decltype(p)::value, L>(r, c, g); });
+      rdy, sink, first);
 }
 
 }  // namespace fm::cuda::linear

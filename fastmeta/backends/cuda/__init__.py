@@ -48,6 +48,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     wanted = "cpu" if launches.emulated_threads() else "cuda"
     if first.device.type != wanted:
         return f"tensors are on {first.device}"
+    if wanted == "cuda" and (reason := _refuses_device(first.device)):
+        return reason
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
@@ -60,6 +62,12 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         if loss is not None and (reason := refuses_loss(loss, program.output_shape)):
             return reason
     return _refuses_size(problem, wrt)
+
+
+def _refuses_device(device: torch.device) -> str:
+    """Older ones have no TF32 and no bfloat16."""
+    have = torch.cuda.get_device_capability(device)
+    return f"compute capability {have[0]}.{have[1]}: the kernels need 8.0" if have < (8, 0) else ""
 
 
 def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
