@@ -1,4 +1,5 @@
-"""From the sums of chunks to what each channel's rows are multiplied by: docs/norms.md, one program a task.
+"""From the sums of chunks to what each channel's rows are multiplied by: docs/norms.md, one program for some groups
+of a task.
 
 [blocks, 5, C]: the coefficients of x - mean, dy, rdy and rx, and the constant.
 """
@@ -20,10 +21,12 @@ def _chunk_sum(parts, block, which: tl.constexpr, c, mask, chunks, C):
 
 @triton.jit
 def _channels(groups, size, BG: tl.constexpr, BJ: tl.constexpr):
-    """(channels [BG, BJ], a row for each group; which of them are there)."""
-    g = tl.arange(0, BG)[:, None]
+    """(task, channels [BG, BJ], a row for each group; which of them are there)."""
+    tiles = tl.cdiv(groups, BG)
+    task = (tl.program_id(0) // tiles).to(tl.int64)
+    g = tl.program_id(0) % tiles * BG + tl.arange(0, BG)[:, None]
     j = tl.arange(0, BJ)[None, :]
-    return g * size + j, (g < groups) & (j < size)
+    return task, g * size + j, (g < groups) & (j < size)
 
 
 @triton.jit
@@ -69,8 +72,7 @@ def forward_coefficients(
     BG: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    task = tl.program_id(0).to(tl.int64)
-    c, mask = _channels(groups, size, BG, BJ)
+    task, c, mask = _channels(groups, size, BG, BJ)
     dtype = mean.dtype.element_ty
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     bias = tl.cast(_read(b, task, b_task, c, mask, 0.0), dtype)
@@ -133,8 +135,7 @@ def backward_coefficients(
     BG: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    task = tl.program_id(0).to(tl.int64)
-    c, mask = _channels(groups, size, BG, BJ)
+    task, c, mask = _channels(groups, size, BG, BJ)
     dtype = rstd.dtype.element_ty
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     dw = tl.zeros([BG, BJ], dtype)
@@ -185,8 +186,7 @@ def tangent_coefficients(
     BG: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    task = tl.program_id(0).to(tl.int64)
-    c, mask = _channels(groups, size, BG, BJ)
+    task, c, mask = _channels(groups, size, BG, BJ)
     dtype = rstd.dtype.element_ty
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     v = tl.cast(_read(vw, task, vw_task, c, mask, 0.0), dtype)
@@ -242,8 +242,7 @@ def tangent_backward_coefficients(
     BG: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    task = tl.program_id(0).to(tl.int64)
-    c, mask = _channels(groups, size, BG, BJ)
+    task, c, mask = _channels(groups, size, BG, BJ)
     dtype = rstd.dtype.element_ty
     weight = tl.cast(_read(w, task, w_task, c, mask, 1.0), dtype)
     v = tl.cast(_read(vw, task, vw_task, c, mask, 0.0), dtype)

@@ -22,7 +22,7 @@ from fastmeta.kernels.channel_combine import combine, pooled
 from fastmeta.kernels.channel_sums import merged, statistics, sums
 from fastmeta.kernels.conv2d import tile_partials
 from fastmeta.kernels.elementwise import forward_end, tangent_end
-from fastmeta.kernels.launch import blocks, power
+from fastmeta.kernels.launch import REGISTERS, blocks, power
 from fastmeta.kernels.passes import Node, Pass, Sinks, no_sink
 from fastmeta.kernels.tile_choice import FULL
 
@@ -30,6 +30,8 @@ from fastmeta.kernels.tile_choice import FULL
 _BR, _BC = 64, 32
 #: Rows of a tile that is summed: more would not fit into registers with all the sums.
 _BR_SUMS = 32
+#: Channels whose coefficients one program makes, but for larger groups.
+_COEFFICIENTS = 128
 #: Rows of a chunk, at least, tiles of a chunk where a convolution has summed them, and chunks, at most.
 _CHUNK, _TILES, _CHUNKS = 256, 32, 16
 
@@ -78,7 +80,7 @@ class ChannelNorm:
         mean, var = self.node.params[2:4] if self.fixed else (None, None)
         self.run.emit(
             forward_coefficients,
-            self.run.tasks,
+            self._programs(),
             parts=parts,
             running_mean=None if mean is None else self.run.theta[mean].at,
             running_var=None if var is None else self.run.theta[var].at,
@@ -102,7 +104,7 @@ class ChannelNorm:
         chunks, parts = self._products(dy, None)
         run.emit(
             backward_coefficients,
-            run.tasks,
+            self._programs(),
             parts=parts,
             chunks=chunks,
             coefficients=self._coefficients(),
@@ -122,7 +124,7 @@ class ChannelNorm:
             parts, chunks = self._tangent_sums()
         run.emit(
             tangent_coefficients,
-            run.tasks,
+            self._programs(),
             parts=parts,
             chunks=chunks,
             coefficients=self._coefficients(),
@@ -141,8 +143,7 @@ class ChannelNorm:
         chunks, parts = self._products(rdy, dy if self._moves else None)
         run.emit(
             tangent_backward_coefficients,
-            run.tasks,
-            warps=1 if self.cols <= 64 else 4 if self.cols <= 256 else 8,  # or the assembler spills its many sums
+            self._programs(),
             parts=parts,
             chunks=chunks,
             coefficients=self._coefficients(),
@@ -307,16 +308,27 @@ class ChannelNorm:
             no_sink("bias_") if bias is None else bias.arguments("bias_")
         )
 
+    def _groups_of_program(self) -> tuple[int, int]:
+        """(groups, channels of each) that one program makes the coefficients of, as powers of two."""
+        channels = power(self.cols // self.groups, 1, 1 << 20)
+        return power(self.groups, 1, max(1, _COEFFICIENTS // channels)), channels
+
+    def _programs(self) -> int:
+        """Of the coefficients' kernels."""
+        return self.run.tasks * blocks(self.groups, self._groups_of_program()[0])
+
     def _sizes(self) -> dict[str, Any]:
-        size = self.cols // self.groups
+        bg, bj = self._groups_of_program()
         return {
             "per_task": self.per_task,
             "R": self.rows,
             "C": self.cols,
             "groups": self.groups,
-            "size": size,
-            "BG": power(self.groups, 1, 1 << 20),
-            "BJ": power(size, 1, 1 << 20),
+            "size": self.cols // self.groups,
+            "BG": bg,
+            "BJ": bj,
+            "warps": 1 if bg * bj <= 64 else 4 if bg * bj <= 256 else 8,
+            "registers": REGISTERS,
         }
 
     def _windows(self) -> dict[str, int]:
