@@ -342,6 +342,6 @@ class ChannelNorm:
     def _chunks(self, rows: int) -> tuple[int, int]:
         """(rows of a chunk, how many): enough programs for a large GPU, and chunks that are worth one."""
         programs = self.blocks * blocks(self.cols, _BC)
-        count = max(1, min(blocks(2 * FULL, programs), rows // _CHUNK, _CHUNKS))
+        count = max(1, min(blocks(8 * FULL, programs), rows // _CHUNK, _CHUNKS))
         chunk = blocks(blocks(rows, count), _BR) * _BR
         return chunk, blocks(rows, chunk)

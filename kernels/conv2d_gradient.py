@@ -146,7 +146,7 @@ def gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks)
     step = sum_step(wide)
     tile = gradient_tile(o, i, wide)
     tiles = blocks(o, tile[0]) * blocks(i, tile[1])
-    wanted = max(1, min(blocks(2 * FULL, run.tasks * tiles), rows // CHUNK))
+    wanted = max(1, min(blocks(4 * FULL, run.tasks * tiles), rows // CHUNK))
     chunk = blocks(blocks(rows, wanted), step) * step
     chunks = blocks(rows, chunk)
     warps = gradient_warps(tile, run.precision)

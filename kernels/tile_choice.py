@@ -12,7 +12,8 @@ from typing import Any
 
 from fastmeta.kernels.launch import Choice, blocks, power
 
-#: Programs that fill a large GPU; fixed, so that the shapes alone decide how a product is cut.
+#: Programs that give every multiprocessor of a large GPU one; fixed, so that the shapes alone decide how work is cut. A
+#: multiprocessor wants several at once, more of those that wait for memory than of those that multiply.
 FULL = 128
 
 
