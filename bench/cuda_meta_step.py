@@ -1,13 +1,12 @@
-"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the kernels take, peers.
+"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the kernels take.
 
     python bench/cuda_meta_step.py --out runs/gpu          every workload that the backend takes
     python bench/cuda_meta_step.py --quick                  the sinusoid alone
 
 Device time is that of a CUDA graph of one `solve`, replayed: medians of events around a hundred replays. Every result
-is compared with the float64 reference first; one that is wrong is not timed. Peers are timed from Python until the
-device is done (bench/gpu.py), as is `host_us`; `per_device` is their time by our device time.
-First calls are those of fresh processes, the second one with the first one's cache on disk. Writes cuda.csv and
-cuda_peers.csv.
+is compared with the float64 reference first; one that is wrong is not timed. `host_us` is from Python until the device
+is done, as peers are timed by bench/gpu.py. First calls are those of fresh processes, the second one with the first
+one's cache on disk. Writes cuda.csv, after every case.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +44,8 @@ SINUSOID = WORKLOADS["sinusoid"][-1]
 #: T = 4096 is the throughput case: its reference runs on the first tasks only.
 CASES = [*WORKLOADS["sinusoid"], replace(SINUSOID, tasks=4096), *WORKLOADS["recommender"], *WORKLOADS["mlp"]]
 CHECKED_TASKS = 32
-#: Cases that peers are timed on, and whose first calls are.
-COMPARED = [case for case in CASES if case.tasks == CHECKED_TASKS and case.steps == 5]
+#: Cases whose first calls are timed.
+STARTED = [case for case in CASES if case.tasks == CHECKED_TASKS and case.steps == 5]
 
 
 def moved(thing: Any) -> Any:
@@ -85,25 +83,6 @@ def error(case: Case) -> tuple[float, float]:
         found.append(relative_error(out, ref, list(ref)))
         own.append(runs.own_errors(few, seed)["d_params"])
     return statistics.median(found), rule.FACTOR * statistics.median(own) + rule.FLOOR
-
-
-def device_seconds(problem: Problem) -> float:
-    """One meta-step in a replayed CUDA graph."""
-    cuda = backends.get("cuda")
-    cuda.solve(problem, WRT, False)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda.solve(problem, WRT, False)
-    times = []
-    for _ in range(15):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(100):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 100e3)
-    return statistics.median(times[3:])
 
 
 def host_seconds(problem: Problem) -> float:
@@ -149,25 +128,13 @@ def first_call(case: Case) -> float:
     return time.perf_counter() - start
 
 
-def compare(case: Case, ours: dict[str, Any], names: Iterable[str] = gpu_timing.PEERS) -> list[dict[str, object]]:
-    """A row for each peer, and what its time is in our device time and in our time from Python."""
-    return [
-        {
-            **asdict(row),
-            "per_device": 1e3 * row.median_ms / ours["device_us"],
-            "per_host": 1e3 * row.median_ms / ours["host_us"],
-        }
-        for row in (gpu_timing.measure(case, "highest", name) for name in names)
-    ]
-
-
 def measure(case: Case) -> dict[str, object]:
     """One row of the table."""
     problem = on_gpu(problem_of(case, torch.float32, 0))
     row: dict[str, object] = {"case": case.id, "precision": "float32"}
     if reason := backends.why_not("cuda", problem, WRT):
         return {**row, "status": f"refused: {reason}"}
-    if case in COMPARED:
+    if case in STARTED:
         row["first_call_s"], row["cached_call_s"] = first_calls(case)
     wrong, allowed = error(case)
     row |= {"error": wrong, "allowed": allowed}
@@ -176,7 +143,7 @@ def measure(case: Case) -> dict[str, object]:
     plan = cuda_run.make_plan(problem, WRT)
     _, report = cuda_compile.compile_for(cuda_plan.source(plan), cuda_launch.architecture(0))
     taken = cuda_compile.resources(report)
-    seconds = device_seconds(problem)
+    seconds = 1e-3 * gpu_timing.on_device(lambda: backends.get("cuda").solve(problem, WRT, False), replays=100)
     row |= {
         "device_us": 1e6 * seconds,
         "host_us": 1e6 * host_seconds(problem),
@@ -207,15 +174,12 @@ FIELDS = (
 )
 
 
-PEER_FIELDS = (*(field.name for field in fields(gpu_timing.Row)), "per_device", "per_host")
-
-
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/gpu"))
 @click.option("--quick", is_flag=True, help="The sinusoid with up to 32 tasks alone.")
 @click.option("--first-call", "first_call_of", hidden=True, help="Print the seconds of a case's first call and stop.")
 def main(out: Path, quick: bool, first_call_of: str | None) -> None:
-    """Measure and write two tables; exit code 1 if anything of ours is wrong."""
+    """Measure and write a table; exit code 1 if anything is wrong."""
     if reason := backends.get("cuda").missing():
         raise click.ClickException(f"backend 'cuda' cannot run here: {reason}")
     if first_call_of is not None:
@@ -223,17 +187,11 @@ def main(out: Path, quick: bool, first_call_of: str | None) -> None:
         return
     facts = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda}
     rows: list[dict[str, object]] = []
-    peers: list[dict[str, object]] = []
+    out.mkdir(parents=True, exist_ok=True)
     for case in [case for case in WORKLOADS["sinusoid"] if case.tasks <= CHECKED_TASKS] if quick else CASES:
         rows.append({**measure(case), **facts})
         _say(rows[-1], FIELDS[:-3])
-        if case in COMPARED and rows[-1]["status"] == "timed":
-            for row in compare(case, rows[-1]):
-                peers.append({**row, **facts})
-                _say(row, PEER_FIELDS)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "cuda.csv", FIELDS, rows)
-    _write(out / "cuda_peers.csv", (*PEER_FIELDS, *facts), peers)
+        _write(out / "cuda.csv", FIELDS, rows)
     if any(row["status"] == "wrong" for row in rows):
         raise click.exceptions.Exit(1)
 

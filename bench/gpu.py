@@ -51,16 +51,19 @@ _OTHERS = tuple(file for file in _ON_GPU if file not in _TRITON)
 _PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--color=no")
 _PARALLEL = ("-n", str(min(os.cpu_count() or 1, 16)), "--dist", "worksteal") if find_spec("xdist") else ()
 _VERIFY = ("-m", "fastmeta", "verify", "--backend")
+_OUT = "OUT"  # stands for the folder
 #: What runs before the benchmark, each with its share of the time; without a GPU, that it can be started.
 STAGES = {
-    "triton": (0.24, (*_PYTEST, *_PARALLEL, *_TRITON)),
-    "others": (0.24, (*_PYTEST, *_PARALLEL, *_OTHERS)),
-    "verify": (0.10, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
+    "triton": (0.22, (*_PYTEST, *_PARALLEL, *_TRITON)),
+    "others": (0.22, (*_PYTEST, *_PARALLEL, *_OTHERS)),
+    "verify": (0.08, (*_VERIFY, "triton", "--dtype", "float64", "--case", "conv")),
+    "cuda": (0.08, (str(TESTS.parent / "bench" / "cuda_meta_step.py"), "--quick", "--out", _OUT)),
 }
 DRY_STAGES = {
     "triton": (0.18, (*_PYTEST, "--collect-only", *_TRITON)),
     "others": (0.12, (*_PYTEST, "--collect-only", *_OTHERS)),
     "verify": (0.15, (*_VERIFY, "torch", "--dtype", "float64", "--case", "sigmoid_head")),
+    "cuda": (0.15, (str(TESTS.parent / "bench" / "cuda_meta_step.py"), "--help")),
 }
 
 Job = tuple[str, str, str]
@@ -132,9 +135,12 @@ def _unfinished(job: Job, status: str, reason: str) -> Row:
 
 
 def _compare(rows: list[Row]) -> None:
-    ours = {(row.case, row.precision): row.median_ms for row in rows if row.peer == "fastmeta-triton"}
+    ours = {(row.case, row.precision, row.peer): row for row in rows if row.peer in timing.OURS}
     for row in rows:
-        row.ratio = row.median_ms / ours.get((row.case, row.precision), float("nan"))
+        nothing = Row(row.case, row.precision, "")
+        triton_row, cuda_row = (ours.get((row.case, row.precision, peer), nothing) for peer in timing.OURS)
+        row.ratio, row.ratio_cuda = row.median_ms / triton_row.median_ms, row.median_ms / cuda_row.median_ms
+        row.per_device = row.median_ms / cuda_row.device_ms
 
 
 def _logged(path: Path, seconds: float, arguments: tuple[str, ...]) -> tuple[bool, list[str]]:
@@ -189,9 +195,10 @@ def _reasons(lines: list[str]) -> list[str]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/gpu"))
 @click.option("--seconds", default=450, help="Budget of the whole run.")
+@click.option("--stage", "stages", multiple=True, type=click.Choice([*STAGES, "timing"]), help="These alone.")
 @click.option("--peer", "peers", multiple=True, type=click.Choice(list(timing.PEERS)), help="Time these alone.")
 @click.option("--dry-run", is_flag=True, help="Without a GPU, on tiny cases: to see that all else works.")
-def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None:
+def main(out: Path, seconds: int, stages: tuple[str, ...], peers: tuple[str, ...], dry_run: bool) -> None:
     """Test, verify and time the GPU backends."""
     if not torch.cuda.is_available() and not dry_run:
         raise click.ClickException("there is no CUDA device")
@@ -205,6 +212,9 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
             console.print(f"backend {name} cannot run here: {reason}", markup=False)
             failures = True
     for what, (share, arguments) in (DRY_STAGES if dry_run else STAGES).items():
+        if stages and what not in stages:
+            continue
+        arguments = tuple(str(out) if argument == _OUT else argument for argument in arguments)
         fine, said = _logged(out / f"{what}.txt", share * seconds, arguments)
         failures |= not fine
         for line in said:
@@ -212,6 +222,7 @@ def main(out: Path, seconds: int, peers: tuple[str, ...], dry_run: bool) -> None
     cases = timing.DRY if dry_run else timing.CASES
     pairs = [(case, peer) for peer in peers or timing.PEERS for case in cases if timing.suits(case, peer)]
     jobs = [(case, precision, peer) for case, peer in pairs for precision in timing.PRECISIONS]
+    jobs = [] if stages and "timing" not in stages else jobs
     rows = timed(jobs, begin + seconds, out, lambda line: console.print(line, markup=False))
     for row in rows:
         if row.status not in ("timed", "missing", "left out"):
@@ -239,14 +250,15 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title=torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
-    headings = ("case", "precision", "peer", "median ms", "ratio", "TFLOP/s", "roofline", "error", "allowed", "first s")
-    for heading in (*headings, "MiB", ""):
+    headings = ("case", "precision", "peer", "median ms", "device ms", "to triton", "to cuda", "TFLOP/s", "roofline")
+    for heading in (*headings, "error", "allowed", "first s", "MiB", ""):
         table.add_column(heading)
     for row in rows:
-        numbers = (f"{row.median_ms:.3f}", f"{row.ratio:.2f}", f"{row.tflops:.2f}", f"{row.roofline_share:.0%}")
+        times = (f"{x:.3f}" for x in (row.median_ms, row.device_ms))
+        rates = (f"{x:.2f}" for x in (row.ratio, row.ratio_cuda, row.tflops))
         errors = (f"{row.error:.1e}", f"{row.allowed:.1e}", f"{row.first_call_s:.1f}", f"{row.peak_mib:.0f}")
         note = "" if row.status == "timed" else f"{row.status} {row.reason}"[:40]
-        table.add_row(row.case, row.precision, row.peer, *numbers, *errors, note)
+        table.add_row(row.case, row.precision, row.peer, *times, *rates, f"{row.roofline_share:.0%}", *errors, note)
     return table
 
 

@@ -36,7 +36,10 @@ from fastmeta.verify.problems import problem_of
 from fastmeta.verify.quantities import relative_error
 
 #: Workload, number of tasks, number of inner steps, queries.
-_CHOSEN = (("omniglot", 32, 1, 75), ("miniimagenet", 4, 5, 75), ("mlp", 32, 5, 75), ("sinusoid", 1024, 5, 10))
+_CHOSEN = (
+    *(("omniglot", 32, 1, 75), ("sinusoid", 32, 5, 10), ("miniimagenet", 4, 5, 75), ("mlp", 32, 5, 75)),
+    *(("recommender", 32, 5, 10), ("sinusoid", 1024, 5, 10)),
+)
 _SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01, wrt_inputs=False)
 _FOUND = [
     next(c for c in WORKLOADS[name] if (c.tasks, c.steps, c.queries) == (tasks, steps, queries))
@@ -144,7 +147,10 @@ class Row:
     min_ms: float = float("nan")
     p20_ms: float = float("nan")
     p80_ms: float = float("nan")
+    device_ms: float = float("nan")  # of fastmeta's kernels alone: a CUDA graph of one call, replayed
     ratio: float = float("nan")  # to fastmeta-triton
+    ratio_cuda: float = float("nan")  # to fastmeta-cuda
+    per_device: float = float("nan")  # to fastmeta-cuda's time on the device
     tflops: float = float("nan")
     roofline_ms: float = float("nan")
     roofline_share: float = float("nan")
@@ -189,6 +195,24 @@ def judge(row: Row, outs: list[Named], refs: list[Named], own: tuple[float, ...]
 
 
 # ---- how fast? ----------------------------------------------------------------------------------------------------
+
+
+def on_device(step: Callable[[], Any], replays: int = 20, samples: int = 15) -> float:
+    """Milliseconds of one call in a CUDA graph that is replayed, by events around so many replays: the median."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(samples + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / replays)
+    return statistics.median(times[3:])
 
 
 def clock(step: Callable[[], Any], calls: int = CALLS) -> list[float]:
@@ -295,6 +319,8 @@ def _measure(row: Row, peer: Any, case: Case, precision: str) -> None:
     row.tflops = cost.flops(case) / row.median_ms / 1e9
     if torch.cuda.is_available():
         row.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+        if row.peer in OURS:
+            row.device_ms = on_device(first.step)
     row.roofline_ms = roofline_ms(case, precision)
     row.roofline_share = row.roofline_ms / row.median_ms
     if row.peer == "fastmeta-triton":

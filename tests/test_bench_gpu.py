@@ -85,8 +85,8 @@ def test_dry_run_says_what_is_missing_and_writes_all(bench: ModuleType, tmp_path
     peers = "--peer torch.func --peer fastmeta-triton --peer torch.func+graph".split()
     done = CliRunner().invoke(bench.main, ["--dry-run", "--out", str(tmp_path), *peers])
     assert done.exit_code == 0, done.output
-    said = done.output.splitlines()[:3]
-    assert [line.split(",")[0] for line in said] == [f"{w}: exit code 0" for w in ("triton", "others", "verify")]
+    said = [line.split(",")[0] for line in done.output.splitlines()]
+    assert [line for line in said if "exit code" in line] == [f"{stage}: exit code 0" for stage in bench.STAGES]
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3
@@ -201,13 +201,18 @@ def test_traffic_is_what_the_launches_touch(bench: ModuleType):
 
 def test_cases_are_those_of_the_design(bench: ModuleType):
     found = [(case.label, case.tasks, case.steps) for case in bench.timing.CASES.values()]
-    assert found == [("conv4", 32, 1), ("siren", 16, 3), ("conv4-84", 4, 5), ("mlp", 32, 5), ("sinusoid", 1024, 5)]
+    images = [("conv4", 32, 1), ("siren", 16, 3), ("sinusoid", 32, 5), ("conv4-84", 4, 5)]
+    assert found == [*images, ("mlp", 32, 5), ("recommender", 32, 5), ("sinusoid", 1024, 5)]
 
 
-def test_times_of_the_cuda_backend_stand_beside_its_peers(bench: ModuleType):
-    case = next(iter(bench.timing.DRY.values()))
-    found = importlib.import_module("cuda_meta_step").compare(
-        case, {"device_us": 10.0, "host_us": 20.0}, ["torch.func"]
-    )
-    assert [row["status"] for row in found] == ["timed"]
-    assert found[0]["per_device"] == 2 * found[0]["per_host"] == 100 * found[0]["median_ms"]
+def test_ratios_are_to_each_of_ours(bench: ModuleType):
+    rows = [
+        bench.Row("case", "float32", peer, median_ms=m)
+        for peer, m in (("torch.func", 12.0), (bench.timing.OURS[0], 3.0))
+    ]
+    rows.append(bench.Row("case", "float32", bench.timing.OURS[1], median_ms=2.0, device_ms=0.5))
+    bench._compare(rows)
+    assert (rows[0].ratio, rows[0].ratio_cuda, rows[0].per_device) == (4.0, 6.0, 24.0)
+    alone = [bench.Row("case", "tf32", "torch.func", median_ms=1.0)]
+    bench._compare(alone)
+    assert math.isnan(alone[0].ratio)
