@@ -61,13 +61,14 @@ class StaticBatch:
             tensor = tensor.movedim(-1, self.lead)
         return tensor.transpose(0, 1) if self.per_step else tensor
 
-    def load(self, batch: Batch, loss: Loss | None) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where; losses of one plan may differ in the values of their tensors."""
-        given = {"x": batch.x, "y": batch.y, "weights": batch.weights}
-        pairs = [(self.user_view(tensor, part), given[part]) for part, tensor in self.tensors.items()]
+    def targets(self) -> list[Tensor]:
+        """The static tensors, in the order of the user's own."""
+        return [self.user_view(tensor, part) for part, tensor in self.tensors.items()] + [*self.constants.values()]
+
+    def sources(self, batch: Batch, loss: Loss | None) -> list[Tensor]:
+        """What to copy to `targets`; losses of one plan may differ in the values of their tensors."""
         own = self._constants(loss)
-        pairs += [(static, own[name]) for name, static in self.constants.items()]
-        return pairs  # type: ignore[return-value]
+        return [getattr(batch, part) for part in self.tensors] + [own[name] for name in self.constants]
 
     def deliver(self, grads: Gradients) -> None:
         """Fresh copies of the gradients; zero where nothing depends on the tensor."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
+from fastmeta.backends.triton.memory import copy_together
 from fastmeta.backends.triton.network import Network, build
 from fastmeta.backends.triton.step import KINDS, MetaStep
 from fastmeta.problem import Gradients, Problem, Result
@@ -76,6 +77,8 @@ class Job:
         self.mode = memory_mode(problem, wrt, memory_limit(self.device))
         self.step = MetaStep(problem, network(problem, wrt), wrt, self.mode, self.precision, self.device)
         self.tuning = self._compile()
+        self.targets: list[Tensor] = []  # views for what is copied in, and of the parameters' gradients
+        self.found: list[Tensor] = []
         self.lock = threading.Lock()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
@@ -128,29 +131,44 @@ class Job:
     # ---- in ---------------------------------------------------------------------------------------------------
 
     def _load(self, problem: Problem) -> None:
+        if not self.targets:
+            self.targets = self._targets(problem)
+        copy_together(self.targets, self._sources(problem))
+
+    def _targets(self, problem: Problem) -> list[Tensor]:
+        """The static tensors that a call fills, in PyTorch's layout."""
         step, layout = self.step, self.step.layout
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for p, name in enumerate(layout.names):
-            pairs.append((layout.view(step.theta0, p), problem.params[name]))
-        for name, rate in problem.rates.items():
-            pairs.append((layout.rate_view(step.rates, layout.names.index(name)), rate))
-        for static, name in zip(step.buffers, step.net.params[len(layout.names) :], strict=True):
-            pairs.append((static, problem.net.get_buffer(name)))
+        found = [layout.view(step.theta0, p) for p in range(len(layout.names))]
+        found += [layout.rate_view(step.rates, layout.names.index(name)) for name in problem.rates]
+        found += step.buffers
+        for batch in (step.support, step.query):
+            found += [] if batch is None else batch.targets()
+        if step.task_weights is not None:
+            found.append(step.task_weights)
+        if step.output_grad is not None:
+            found.append(step.output_grad)
+        if step.lam is not None and problem.adapted_grad is not None:
+            found += [layout.view(step.lam, p) for p in range(len(layout.names))]
+        return found
+
+    def _sources(self, problem: Problem) -> list[Tensor]:
+        """What goes there."""
+        step, names = self.step, self.step.layout.names
+        found = [problem.params[name] for name in names]
+        found += problem.rates.values()
+        found += [problem.net.get_buffer(name) for name in step.net.params[len(names) :]]
         for batch, given, loss in (
             (step.support, problem.support, problem.loss),
             (step.query, problem.query, problem.query_loss),
         ):
-            if batch is not None and given is not None:
-                pairs += batch.load(given, loss)
-        if step.task_weights is not None and problem.task_weights is not None:
-            pairs.append((step.task_weights, problem.task_weights))
-        if step.output_grad is not None and problem.output_grad is not None:
-            pairs.append((step.output_grad.view(problem.output_grad.shape), problem.output_grad))
+            found += [] if batch is None or given is None else batch.sources(given, loss)
+        if problem.task_weights is not None:
+            found.append(problem.task_weights)
+        if problem.output_grad is not None:
+            found.append(problem.output_grad)
         if step.lam is not None and problem.adapted_grad is not None:
-            for p, name in enumerate(layout.names):
-                pairs.append((layout.view(step.lam, p), problem.adapted_grad[name]))
-        for static, given_tensor in pairs:
-            static.copy_(given_tensor.detach())
+            found += [problem.adapted_grad[name] for name in names]
+        return found
 
     # ---- launches ---------------------------------------------------------------------------------------------
 
@@ -212,10 +230,11 @@ class Job:
             sizes = [prod(problem.params[name].shape) for name in layout.names]
             flat = torch.empty(sum(sizes), dtype=step.memory.dtype, device=self.device)
             pieces = dict(zip(layout.names, flat.split(sizes), strict=True))
-            grads.params = {}
-            for p, name in enumerate(layout.names):
-                rows = step.lam if name in problem.per_task else step.total
-                grads.params[name] = pieces[name].view(problem.params[name].shape).copy_(layout.view(rows, p))
+            grads.params = {name: pieces[name].view(problem.params[name].shape) for name in layout.names}
+            if not self.found:
+                rows = [step.lam if name in problem.per_task else step.total for name in layout.names]
+                self.found = [layout.view(row, p) for p, row in enumerate(rows)]
+            copy_together([*grads.params.values()], self.found)
             grads.flat_params = flat
         if "lr" in self.wrt:
             grads.lr = {name: self._rate_gradient(name, rate) for name, rate in problem.rates.items()}
