@@ -52,7 +52,7 @@ def _weight(w, i, o, I: tl.constexpr, O):
 @triton.jit(do_not_specialize=["M", "CHUNK", "chunks"])
 def patch_moments(
     x,
-    parts,  # float64 [T, chunks, I, BI + 1]: the sums of products of one number with all, and of the one
+    parts,  # float64 [T, chunks, I, BI + 2]: the sums of products of one number with all, of the one, and its origin
     M,  # pixels
     CHUNK,
     chunks,
@@ -70,7 +70,8 @@ def patch_moments(
     BI: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Over one chunk of a task's pixels, for one number of the patch."""
+    """Over one chunk of a task's pixels, for one number of the patch; all less the patch in the middle of the first
+    image: far from it, the products less those of the means would cancel."""
     I: tl.constexpr = KH * KW * C
     first = tl.program_id(0) % I
     chunk = tl.program_id(0) // I % chunks
@@ -78,17 +79,22 @@ def patch_moments(
     images = x + task * (M // (OH * OW)) * (H * W * C)
     i = tl.arange(0, BI)[None, :]
     j = tl.zeros([1, 1], tl.int32) + first
+    origin = j + OH // 2 * OW + OW // 2 - first
+    origins = _patches(images, origin, 0, i, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
+    own = _patches(images, origin, 0, j, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
     products = tl.zeros([BM, BI], tl.float64)
     total = tl.zeros([BM, 1], tl.float64)
     for m0 in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, M), BM):
         m = m0 + tl.arange(0, BM)[:, None]
         p = _patches(images, m, 0, i, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
         one = _patches(images, m, 0, j, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
-        products += one * p
+        one = tl.where(m < M, one - own, 0.0)
+        products += one * (p - origins)
         total += one
-    to = parts + ((task * chunks + chunk) * I + first) * (BI + 1)
+    to = parts + ((task * chunks + chunk) * I + first) * (BI + 2)
     tl.store(to + tl.arange(0, BI), tl.sum(products, axis=0))
     tl.store(to + BI, tl.sum(total))
+    tl.store(to + BI + 1, tl.sum(own))
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -109,11 +115,12 @@ def patch_scatter(
     column = tl.zeros([BI, 1], tl.float64)
     row = tl.zeros([1, BI], tl.float64)
     for chunk in range(chunks):
-        begin = parts + (task * chunks + chunk) * I * (BI + 1)
-        products += tl.load(begin + i[:, None] * (BI + 1) + i[None, :], mask=inside, other=0.0)
-        column += tl.load(begin + i[:, None] * (BI + 1) + BI, mask=(i < I)[:, None], other=0.0)
-        row += tl.load(begin + i[None, :] * (BI + 1) + BI, mask=(i < I)[None, :], other=0.0)
-    tl.store(middle + task * BI + i[None, :], row / M)
+        begin = parts + (task * chunks + chunk) * I * (BI + 2)
+        products += tl.load(begin + i[:, None] * (BI + 2) + i[None, :], mask=inside, other=0.0)
+        column += tl.load(begin + i[:, None] * (BI + 2) + BI, mask=(i < I)[:, None], other=0.0)
+        row += tl.load(begin + i[None, :] * (BI + 2) + BI, mask=(i < I)[None, :], other=0.0)
+    origin = parts + task * chunks * I * (BI + 2) + i[None, :] * (BI + 2) + BI + 1
+    tl.store(middle + task * BI + i[None, :], tl.load(origin, mask=(i < I)[None, :], other=0.0) + row / M)
     tl.store(scatter + task * BI * BI + i[:, None] * BI + i[None, :], products - column * (row / M))
 
 
@@ -121,10 +128,12 @@ def patch_scatter(
 def patch_statistics(
     w,
     w_task,
+    bias,  # or None; counts for nothing if it is finite
+    bias_task,
     v,  # or None: of the value; else of its tangent
     v_task,
     scatter,
-    parts,  # [T, 3, O]: mean (zero) and sum of x^2; or the sums of rx (zero) and of rx x
+    parts,  # [T, 3, O]: mean (zero, or NaN) and sum of x^2; or the sums of rx (zero) and of rx x
     scattered,  # [T, I, O]: Z W, or Z V
     O,
     I: tl.constexpr,
@@ -145,9 +154,15 @@ def patch_statistics(
     for j in tl.static_range(I):  # no matrix product: Triton 3.6 spills around those of float64 numbers
         row = tl.load(moves + o * I + j, mask=o < O, other=0.0).to(tl.float64)
         product += tl.load(scatter + (task * BI + j) * BI + i)[:, None] * row[None, :]  # Z is symmetric
+    mean = tl.zeros([BO], dtype)
+    squares = tl.sum(weight * product, axis=0)
+    if bias is not None:
+        mean += 0.0 * tl.load(bias + task * bias_task + o, mask=o < O, other=0.0)
+    if v is None:
+        squares = tl.where(squares < 0, 0.0, squares)  # by rounding; NaN stays
     to = parts + task * 3 * O + o
-    tl.store(to, tl.zeros([BO], dtype), mask=o < O)
-    tl.store(to + O, tl.sum(weight * product, axis=0).to(dtype), mask=o < O)
+    tl.store(to, mean, mask=o < O)
+    tl.store(to + O, squares.to(dtype), mask=o < O)
     inside = (i < I)[:, None] & (o < O)[None, :]
     tl.store(scattered + task * I * O + i[:, None] * O + o[None, :], product.to(dtype), mask=inside)
 
@@ -373,5 +388,5 @@ def patch_gradient(
         weight_at = o[None, :] * I + i[:, None]
         deliver(found, weight_at, inside, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        nothing = tl.zeros([BO], found.dtype)
+        nothing = 0.0 * tl.load(c + 4 * O, mask=o < O, other=0.0)  # or NaN
         deliver(nothing, o, o < O, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)

@@ -123,7 +123,7 @@ class RecomputedConv(ChannelNorm):
         run = self.run
         numbers, size = self._numbers, self._patch
         chunk, chunks = self._cut(self.rows, numbers)
-        moments = run.scratch("patch_moments", run.tasks * chunks * numbers * (size + 1), torch.float64)
+        moments = run.scratch("patch_moments", run.tasks * chunks * numbers * (size + 2), torch.float64)
         run.emit(
             patch_moments,
             run.tasks * chunks * numbers,
@@ -148,10 +148,12 @@ class RecomputedConv(ChannelNorm):
 
     def _with_weights(self, which: str) -> Any:
         """What the norm sums over the pixels of x or rx."""
-        parts = self._parts(1)
+        parts, bias = self._parts(1), self._conv.params[1]
         self.run.emit(
             patch_statistics,
             self.run.tasks * blocks(self.cols, self._columns),
+            bias=None if bias is None else self.run.theta[bias].at,
+            bias_task=0 if bias is None else self.run.theta[bias].stride,
             scatter=self._scatter,
             parts=parts,
             scattered=self._weighted(which),
@@ -199,11 +201,13 @@ class RecomputedConv(ChannelNorm):
         return self.run.keep(self.node, "positions", self.run.tasks, self.out_rows, self.cols, dtype=dtype)
 
     def _weighted(self, which: str) -> Any:
-        """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy; the latter two for this layer alone."""
+        """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy."""
         shape = (self.run.tasks, self._numbers, self.cols)
         if which in ("x", "dy"):
             return self.run.keep(self.node, f"patches_{which}", *shape)
-        return self.run.scratch(f"patches_{which}", shape[0] * shape[1] * shape[2])
+        # between the tangent and its backward pass other layers like this one come by
+        name = f"patches_rx{self.node.index}" if which == "rx" else "patches_rdy"
+        return self.run.scratch(name, shape[0] * shape[1] * shape[2])
 
     def _weights(self, tangent: bool) -> dict[str, Any]:
         p = self._conv.params[0]

@@ -210,6 +210,8 @@ def _choose_recomputed(net: Network) -> None:
             continue
         if len(consumers[net.root[conv.output]]) > 1 or not is_small(conv, net.values[conv.inputs[0]].cols):
             continue
+        if net.values[conv.output] != net.values[norm.inputs[0]]:  # read under another height and width
+            continue
         conv.norm, norm.sums_from = None, None
         conv.is_recomputed, norm.recomputes = True, conv
         for kept in (net.no_value, net.no_tangent, net.no_delta):
