@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from fastmeta.kernels.channel_norm import ChannelNorm
 from fastmeta.kernels.conv2d_gradient import sizes_of
-from fastmeta.kernels.launch import blocks, power
+from fastmeta.kernels.launch import REGISTERS, blocks, power
 from fastmeta.kernels.passes import Node, Sinks
 from fastmeta.kernels.patches import (
     patch_gradient,
@@ -127,6 +127,7 @@ class RecomputedConv(ChannelNorm):
         run.emit(
             patch_moments,
             run.tasks * chunks * numbers,
+            registers=REGISTERS,
             parts=moments,
             M=self.rows,
             CHUNK=chunk,
