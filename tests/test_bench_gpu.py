@@ -24,6 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in the processes that it starts
     for name in ("gpu", "gpu_timing", "cuda_meta_step"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("gpu")

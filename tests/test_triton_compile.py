@@ -1,18 +1,23 @@
 """Every Triton kernel compiled ahead of time for three generations of GPUs: no GPU is needed to see that it fits.
 
 The launches are those that the workloads of the benchmark record. FASTMETA_EVERY_KERNEL=1 compiles all of them;
-otherwise one of each sort, the one with the largest tile, and for two of the three generations that one of each kernel
-and precision which reads and writes most.
+otherwise one of each sort, the one with the largest tile, and for two of the three generations one of each kernel: the
+one that reads and writes most, of kernels with tiles one for each precision.
+
+Other processes do all of it, in which Triton's interpreter is off, whatever it is in this one.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import lru_cache, partial
+from importlib import import_module
 from math import prod
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -21,6 +26,9 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton import JITFunction
+
+from fastmeta import kernels
 from fastmeta.backends.triton import compile as ahead
 from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
@@ -121,39 +129,56 @@ def _described(source: Any) -> str:
 
 
 def _hardest(sources: list[Any]) -> list[int]:
-    """Of kernels with tiles, where registers and shared memory are scarce: the indices of those with most tensors."""
+    """The indices of those with most tensors: one of every kernel, several where registers and shared memory are
+    scarce, which is where there are tiles."""
     hardest: dict[object, tuple[int, int]] = {}
     for i, source in enumerate(sources):
         constants = dict(source.constants)
-        if constants.keys().isdisjoint(_TILES[:-1]):
-            continue
-        double = any(kind == "*fp64" for _, kind in source.signature)
-        sort = (source.kernel, double, constants.get("PRECISION"), constants.get("BACKWARD"))
+        sort: tuple[object, ...] = (source.kernel,)
+        if not constants.keys().isdisjoint(_TILES[:-1]):
+            double = any(kind == "*fp64" for _, kind in source.signature)
+            sort += (double, constants.get("PRECISION"), constants.get("BACKWARD"))
         tensors = sum(kind.startswith("*") for _, kind in source.signature)
         hardest[sort] = max(hardest.get(sort, (0, 0)), (tensors, i))
     return [i for _, i in hardest.values()]
 
 
-def _usage(where: tuple[int, int]) -> ahead.Usage:
+def _chosen(capability: int) -> list[int]:
+    """What is compiled for a generation, as indices: kernels cannot be sent from process to process."""
+    sources = _sources()
+    return list(range(len(sources))) if capability == 90 or EVERYTHING else _hardest(sources)
+
+
+def _usage(where: tuple[int, int]) -> tuple[str, ahead.Usage]:
     index, capability = where
-    return ahead.compile_source(_sources()[index], capability)
+    source = _sources()[index]
+    return _described(source), ahead.compile_source(source, capability)
+
+
+def _kernels() -> set[str]:
+    """The functions of `fastmeta.kernels` that no other one calls: those that are launched."""
+    modules = (import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__))
+    found = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
+    text = "".join(re.sub(r"^def \w+", "", function.src) for function in found)
+    return {function.__name__ for function in found if not re.search(rf"\b{function.__name__}\(", text)}
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Executor]:
-    """Two processes that record the launches for themselves: kernels cannot be sent to them."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield pool
+    """Two processes, which record the launches for themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            yield pool
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_fit(capability: int, workers: Executor) -> None:
-    """Nothing is spilled to memory, and a block's shared memory is there."""
-    sources = _sources()
-    chosen = list(range(len(sources))) if capability == 90 or EVERYTHING else _hardest(sources)
-    usages = workers.map(_usage, [(i, capability) for i in chosen], chunksize=4)
-    found = dict(zip(chosen, usages, strict=True))
-    assert [f"{_described(sources[i])}: {usage}" for i, usage in found.items() if not usage.fits] == []
+    """Nothing is spilled to memory, and a block's shared memory is there; no kernel is left out."""
+    chosen = workers.submit(_chosen, capability).result()
+    found = list(workers.map(_usage, [(i, capability) for i in chosen], chunksize=4))
+    assert [f"{said}: {usage}" for said, usage in found if not usage.fits] == []
+    assert {usage.kernel for _, usage in found} == workers.submit(_kernels).result()
 
 
 def test_a_spill_or_too_much_shared_memory_does_not_fit():

@@ -107,6 +107,7 @@ def test_the_first_call_launches_and_the_second_captures(monkeypatch: pytest.Mon
     assert _call(job, cuda) == [*before, "launch on user", *after]
     assert _call(job, cuda) == [*before, "launch on capture of cuda:1", "replay on user", *after]
     assert _call(job, cuda) == [*before, "replay on user", *after]
+    assert runs._how_launched(job) == runs._how_launched(None) == "one CUDA graph from the second call on"
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])
@@ -126,6 +127,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Mo
     first = _call(job, cuda)
     assert _call(job, cuda) == [*first[:2], "launch on capture of cuda:1", *first[2:]]
     assert "not permitted" in job.why_no_graph
+    assert runs._how_launched(job) == f"launched one by one: {job.why_no_graph}"  # what explain() says
     assert _call(job, cuda) == first  # not tried again
 
 

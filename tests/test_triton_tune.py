@@ -32,6 +32,10 @@ from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.verify.problems import problem_of, wanted
 
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="Triton's interpreter is on: it has nothing to compile"
+)
+
 _FACTS = ("NVIDIA H100", "3.9.0", "2.13.0")
 
 

@@ -12,8 +12,10 @@ import fastmeta
 
 def folder() -> Path:
     """Where everything is kept."""
-    named = os.environ.get("FASTMETA_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmeta"
+    if named := os.environ.get("FASTMETA_CACHE"):
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "fastmeta"
 
 
 def digest(key: tuple[object, ...]) -> str:
@@ -29,6 +31,7 @@ def path(key: tuple[object, ...], suffix: str) -> Path:
 def write(target: Path, content: bytes) -> None:
     """Put a file there as a whole: whoever looks finds all of it or what was there before."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as own:
+        made = Path(own, target.name)
+        made.write_bytes(content)
+        os.replace(made, target)

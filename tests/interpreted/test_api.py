@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -180,6 +181,18 @@ def test_class_weights_are_read_at_every_call():
         assert _close([found[0]], [found[1]])
         losses.append(found[0])
     assert not torch.allclose(*losses)
+
+
+def test_calls_of_several_threads_do_not_mix():
+    def gradient(seed: int) -> list[Tensor]:
+        return _gradient(_maml(nets[seed], "triton"), _episode(seed))
+
+    nets = [_net(seed) for seed in range(4)]
+    alone = [gradient(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradient, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_inference_mode_leaves_nothing_behind():

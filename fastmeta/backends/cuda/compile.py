@@ -82,7 +82,7 @@ def cubin(source: str, architecture: str) -> bytes:
         RuntimeError: NVRTC did not compile it; the message holds what it said.
     """
     target = _cached(("cubin", source, architecture, _version()), ".cubin")
-    if target.exists():
+    with suppress(OSError):  # nothing there yet, or nothing that may be read
         return target.read_bytes()
     code, _ = compile_for(source, architecture)
     try:

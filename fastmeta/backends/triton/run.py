@@ -29,6 +29,9 @@ STORE_SHARE, STORE_BYTES = 0.25, 256 << 20
 #: PyTorch captures one graph at a time.
 _CAPTURING = threading.Lock()
 
+#: Triton's interpreter changes Triton's own modules while it runs a kernel.
+_INTERPRETING = threading.Lock()
+
 #: What `torch.get_float32_matmul_precision()` means for the products of float32 numbers; see `kernels.tile`.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
@@ -79,7 +82,7 @@ class Job:
         self.tuning = self._compile()
         self.targets: list[Tensor] = []  # views for what is copied in, and of the parameters' gradients
         self.found: list[Tensor] = []
-        self.lock = threading.Lock()
+        self.lock = threading.Lock() if self.device.type == "cuda" else _INTERPRETING
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
         # streams that the static tensors are known to be used on
@@ -284,13 +287,20 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     step = MetaStep(problem, network(problem, wrt), wrt, mode, used, torch.device("meta"))
     names = [(node.function or node.kind) + "(recomputed)" * node.is_recomputed for node in step.net.nodes]
     said = _SAID[used] if first.dtype == torch.float32 else "float64"
-    where = "one CUDA graph from the second call on" if first.device.type == "cuda" else "Triton's interpreter"
+    where = _how_launched(problem.scratch.get("triton")) if first.device.type == "cuda" else "Triton's interpreter"
     return [
         f"kernels: {' '.join(names)} ({len(step.emit.launches)} launches, {where})",
         f"precision: {said}",
         f"memory: {mode}, {step.memory.bytes / 2**20:.1f} MiB for all tasks",
         str(_tuning(problem, wrt, step)),
     ]
+
+
+def _how_launched(job: Job | None) -> str:
+    """Of calls on a GPU."""
+    if job is not None and job.why_no_graph:
+        return f"launched one by one: {job.why_no_graph}"
+    return "one CUDA graph from the second call on"
 
 
 def _tuning(problem: Problem, wrt: frozenset[str], step: MetaStep) -> tuning.Report:
