@@ -276,6 +276,7 @@ def patch_products(
     BI: tl.constexpr,
     BO: tl.constexpr,
     BM: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Over one chunk of a task's windows, for some channels."""
     I: tl.constexpr = KH * KW * C
@@ -297,7 +298,7 @@ def patch_products(
         total += tl.sum(g, axis=0)
         if positions is not None:
             chosen = tl.load(positions + at, mask=mask, other=0).to(tl.int32)
-        for q in tl.static_range(WH * WW):
+        for q in tl.range(WH * WW, loop_unroll_factor=UNROLL):
             p = _patches(images, m[None, :], q, i[:, None], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, WH, WW)
             at_q = g
             if positions is not None:

@@ -7,12 +7,13 @@ parameters come from the same sums as the norm's. `patches` has the kernels and 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from fastmeta.kernels.channel_norm import ChannelNorm
 from fastmeta.kernels.conv2d_gradient import sizes_of
-from fastmeta.kernels.launch import REGISTERS, blocks, power
+from fastmeta.kernels.launch import blocks, power
 from fastmeta.kernels.passes import Node, Sinks
 from fastmeta.kernels.patches import (
     patch_gradient,
@@ -29,6 +30,8 @@ from fastmeta.kernels.tile_choice import FULL, sum_step
 MOST = 32
 #: Pixels of a chunk, at least, and chunks of a task, at most: one program adds them up.
 _CHUNK, _CHUNKS = 256, 32
+#: Pixels of a window that are unrolled: the assembler spills where there are more.
+_UNROLLED = 4
 
 
 def is_small(conv: Node, channels: int) -> bool:
@@ -51,11 +54,14 @@ class RecomputedConv(ChannelNorm):
 
     def _products(self, a: Any, b: Any) -> tuple[int, Any]:
         run, tangent = self.run, b is not None
+        pixels = prod(self.node.pool or (1, 1))
+        unrolled = pixels if pixels <= _UNROLLED else 1
         chunk, chunks = self._cut(self.out_rows, blocks(self.cols, self._columns))
         sums = run.scratch("patch_sums", run.tasks * chunks * (self._numbers + 1) * self.cols)
         run.emit(
             patch_products,
             run.tasks * chunks * blocks(self.cols, self._columns),
+            warps=8 if pixels > _UNROLLED and not run.wide else 4,
             dy=a,
             middle=self._middle,
             positions=self._positions,
@@ -67,6 +73,7 @@ class RecomputedConv(ChannelNorm):
             PRECISION=run.precision,
             BO=self._columns,
             BM=sum_step(run.wide),
+            UNROLL=unrolled,
             **self._geometry(pooled=True),
         )
         parts = self._parts(1)
@@ -127,7 +134,7 @@ class RecomputedConv(ChannelNorm):
         run.emit(
             patch_moments,
             run.tasks * chunks * numbers,
-            registers=REGISTERS,
+            warps=4 if size <= 16 else 8,  # or the assembler spills
             parts=moments,
             M=self.rows,
             CHUNK=chunk,

@@ -33,6 +33,7 @@ from fastmeta.backends.triton import compile as ahead
 from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases.convolutional import image_net
 from fastmeta.models import Siren
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -179,6 +180,17 @@ def test_kernels_fit(capability: int, workers: Executor) -> None:
     found = list(workers.map(_usage, [(i, capability) for i in chosen], chunksize=4))
     assert [f"{said}: {usage}" for said, usage in found if not usage.fits] == []
     assert {usage.kernel for _, usage in found} == workers.submit(_kernels).result()
+
+
+def test_large_windows_of_a_recomputed_convolution_fit():
+    """Unrolled, the nine pixels of these windows spilled 32 KB of a thread."""
+    first = (partial(nn.Conv2d, 1, 70, 5), partial(nn.BatchNorm2d, 70), nn.ReLU, partial(nn.MaxPool2d, 3))
+    net = partial(image_net, *first, shape=(1, 28, 28))
+    case = Case("first", net, (1, 28, 28), 8, 5, 15, 1, "ce", wrt_inputs=False)
+    launches = [launch for launch in _launches(case, "ieee") if launch.kernel.__name__ == "patch_products"]
+    usages = [ahead.compile_source(source, 90) for source in ahead.sources(launches)]
+    assert usages
+    assert all(usage.fits for usage in usages)
 
 
 def test_a_spill_or_too_much_shared_memory_does_not_fit():

@@ -33,7 +33,14 @@ def _solve(case: Case, dtype: torch.dtype = torch.float32, calls: int = 1) -> li
 
 
 @pytest.mark.parametrize(
-    "case", [SMALL, replace(WORKLOADS["sinusoid"][3], wrt_inputs=True), replace(SMALL, tasks=33)], ids=lambda c: c.id
+    "case",
+    [
+        SMALL,
+        replace(SMALL, label="recomputed", wrt_inputs=False),
+        replace(WORKLOADS["sinusoid"][3], wrt_inputs=True),
+        replace(SMALL, tasks=33),
+    ],
+    ids=lambda c: c.id,
 )
 def test_graph_gives_the_bits_of_the_launches(case: Case) -> None:
     first, *others = _solve(case, calls=4)

@@ -80,6 +80,23 @@ class Reshaped(nn.Module):
         return self.head(torch.cat([F.adaptive_avg_pool2d(flat, (2, 2)).flatten(1), pooled.flatten(1)], 1))
 
 
+class Stems(nn.Module):
+    """Several first convolutions with norms, the last of which reads its image under another height and width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(1, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.second, self.second_norm = nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3)
+        self.third, self.third_norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+        self.head = nn.Linear(5 + 3 + 2 * 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first_norm(self.first(x))).mean((2, 3))
+        z = torch.tanh(self.second_norm(self.second(x))).mean((2, 3))
+        flat = self.third_norm(self.third(x).view(x.shape[0], 2, 2, 8))
+        return self.head(torch.cat([y, z, F.avg_pool2d(torch.tanh(flat), (1, 8)).flatten(1)], 1))
+
+
 def convolutions() -> Iterator[Case]:
     """conv2d and conv1d."""
     yield _case("conv", (2, 5, 5), _conv(2, 6, 3, padding=1), _TANH, _conv(6, 7, 3), _TANH)
@@ -172,6 +189,9 @@ def first_layers() -> Iterator[Case]:
         partial(nn.BatchNorm2d, 18, affine=False),
     )
     yield _case("first_rgb", (3, 6, 5), *strided, _TANH, wrt_inputs=False)
+    wide = (_conv(1, 20, 2), partial(nn.BatchNorm2d, 20), nn.ReLU, partial(nn.MaxPool2d, (3, 2)))
+    yield _case("first_pool_3_2", (1, 8, 6), *wide, wrt_inputs=False, kinks=True)
+    yield Case("first_stems", Stems, (1, 4, 4), 2, 4, 3, loss="ce", wrt_inputs=False)
     yield _case("first_gn", (1, 7, 6), gray[0], partial(nn.GroupNorm, 3, 6), *pooled, wrt_inputs=False, kinks=True)
 
 

@@ -26,6 +26,17 @@ _CONV, _NORM = partial(nn.Conv2d, 1, 6, 3, padding=1), partial(nn.BatchNorm2d, 6
 _TAIL = (nn.ReLU, partial(nn.MaxPool2d, 2))
 
 
+class Viewed(nn.Module):
+    """The norm reads the image under another height and width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = _CONV(), _NORM(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x).flatten(2).unflatten(2, (4, 16))).mean((2, 3)))
+
+
 class Twice(nn.Module):
     """The convolution's output is read by another layer too."""
 
@@ -70,8 +81,9 @@ def test_nothing_of_the_size_of_the_image_is_kept():
         (_net(partial(nn.Conv2d, 4, 6, 3), _NORM, nn.Tanh, shape=(4, 5, 5)), (4, 5, 5), "params"),
         (_net(_CONV, partial(nn.GroupNorm, 2, 6)), (1, 8, 8), "params"),
         (Twice, (1, 8, 8), "params"),
+        (Viewed, (1, 8, 8), "params"),
     ],
-    ids=["input_gradient", "relu_between", "not_first", "36_numbers", "group_norm", "two_readers"],
+    ids=["input_gradient", "relu_between", "not_first", "36_numbers", "group_norm", "two_readers", "viewed"],
 )
 def test_other_convolutions_are_kept(make: Any, shape: tuple[int, ...], wrt: str):
     kernels = _kernels(_step(make, shape, wrt))
@@ -120,6 +132,35 @@ def test_as_exact_as_pytorch_where_sums_cancel(offset: float):
         for backend, found in errors.items():
             found.append(_error(net, x, backend))
     assert median(errors["triton"]) <= 2 * median(errors["reference"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["image", "weight", "bias"])
+def test_what_is_not_finite_reaches_every_gradient(place: str, value: float):
+    torch.manual_seed(0)
+    net = image_net(_CONV, _NORM, nn.Tanh, partial(nn.AvgPool2d, 3), shape=(1, 4, 4))
+    params = {name: param.detach().clone() for name, param in net.named_parameters()}
+    x, y = torch.randn(1, 2, 1, 4, 4), torch.arange(2).expand(1, 2)
+    {"image": x, "weight": params["0.weight"], "bias": params["0.bias"]}[place].flatten()[-1] = value
+    out = fm.meta_gradient(net, params, (x, y), (x, y), loss="cross_entropy", lr=0.1, steps=1, backend="triton")
+    assert out.loss.isnan()
+    assert all(out.grads[name].isnan().any() for name in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_flat_images_far_from_zero_vary_by_nothing(dtype: torch.dtype):
+    """<p^2> - <p>^2 would be rounding alone, beside which eps is nothing."""
+    torch.manual_seed(0)
+    net = image_net(partial(nn.Conv2d, 1, 6, 3), _NORM, nn.Tanh, shape=(1, 4, 4)).to(dtype)
+    params = dict(net.named_parameters())
+    y = torch.arange(2).expand(1, 2)
+
+    def loss(gray: float) -> Tensor:
+        batch = (torch.full((1, 2, 1, 4, 4), gray, dtype=dtype), y)
+        given = {"loss": "cross_entropy", "lr": 0.1, "steps": 1, "backend": "triton"}
+        return fm.meta_gradient(net, params, batch, batch, **given).loss
+
+    assert torch.equal(loss(0.0), loss(1e5 + 0.1))
 
 
 def test_bits_do_not_depend_on_the_call():
