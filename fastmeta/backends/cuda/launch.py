@@ -23,7 +23,10 @@ EMULATED = plans.Chip(227 << 10, cluster=4)
 
 def emulated_threads() -> int:
     """Threads of a block where a GPU is stood in for on the CPU, by FASTMETA_CUDA_EMULATE; 0: it is not."""
-    return int(os.environ.get("FASTMETA_CUDA_EMULATE") or 0)
+    asked = os.environ.get("FASTMETA_CUDA_EMULATE") or "0"
+    if not asked.isdecimal():
+        raise ValueError(f"FASTMETA_CUDA_EMULATE must be the threads of an emulated block, a number, got {asked!r}")
+    return int(asked)
 
 
 class Kernels(Protocol):
