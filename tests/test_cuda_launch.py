@@ -322,7 +322,7 @@ def test_rejects_devices_that_are_too_old(have: tuple[int, int], reason: str, mo
 
 def test_threads_of_an_emulated_block_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "yes")
-    with pytest.raises(ValueError, match="FASTMETA_CUDA_EMULATE must be the threads.*got 'yes'"):
+    with pytest.raises(ValueError, match=r"FASTMETA_CUDA_EMULATE must be the threads.*got 'yes'"):
         launches.emulated_threads()
     monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "")
     assert launches.emulated_threads() == 0
