@@ -1,8 +1,8 @@
 """Everything that there is to run on a GPU, in one go: tests, verification, benchmark. `make gpu OUT=folder`.
 
-Says first what failed and why: each reason once, with how many tests had it. Writes to the folder: triton.txt,
-others.txt, verify.txt, timing.txt, and gpu.csv, a line for each case, precision and peer, also of what was wrong or
-left out, and why. Prints a short table last.
+Says first what failed and why: each reason once, with how many tests had it. Writes to the folder: a text for each
+stage, cuda.csv, and gpu.csv, a line for each case, precision and peer, also of what was wrong or left out, and why.
+Prints a short table last.
 
 Keeps to a budget of seconds. Tests run side by side, since what takes the time is compiling. fastmeta is timed on all
 cases before its peers are. What does not fit in is named, and what hangs or takes the process with it costs its own

@@ -279,7 +279,12 @@ class ChannelNorm:
     def _positions(self) -> Any:
         if self.node.pool is None:
             return None
-        return self.run.keep(self.node, "positions", self.blocks, self.out_rows, self.cols, dtype=torch.int16)
+        return self.run.keep(self.node, "positions", self.blocks, self.out_rows, self.cols, dtype=self._index)
+
+    @property
+    def _index(self) -> torch.dtype:
+        """Of a position in a window."""
+        return torch.int16
 
     def _gradient_end(self, deltas: list[Any]) -> dict[str, Any]:
         nothing = {"pre": None, "saved": None, "curve": None, "moved": None}
@@ -341,7 +346,11 @@ class ChannelNorm:
 
     def _chunks(self, rows: int) -> tuple[int, int]:
         """(rows of a chunk, how many): enough programs for a large GPU, and chunks that are worth one."""
-        programs = self.blocks * blocks(self.cols, _BC)
-        count = max(1, min(blocks(8 * FULL, programs), rows // _CHUNK, _CHUNKS))
-        chunk = blocks(blocks(rows, count), _BR) * _BR
-        return chunk, blocks(rows, chunk)
+        return cut(rows, self.blocks * blocks(self.cols, _BC), _CHUNKS)
+
+
+def cut(rows: int, programs: int, most: int) -> tuple[int, int]:
+    """(rows of a chunk, how many chunks, `most` at most), where each takes so many programs."""
+    count = max(1, min(blocks(8 * FULL, programs), rows // _CHUNK, most))
+    chunk = blocks(blocks(rows, count), _BR) * _BR
+    return chunk, blocks(rows, chunk)

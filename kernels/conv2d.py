@@ -228,8 +228,6 @@ def _sums(run: Pass, node: Node, tangent: bool) -> dict[str, Any] | None:
 
 def forward(run: Pass, node: Node) -> None:
     """y = x * W + b."""
-    if node.is_recomputed:
-        return
     weight, bias = node.params
     pairs = [(run.x[node.inputs[0]], run.theta[weight])]  # type: ignore[index]
     bias_at = None if bias is None else run.theta[bias]
@@ -238,8 +236,6 @@ def forward(run: Pass, node: Node) -> None:
 
 def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
     """dx, the transposed convolution of dy; dW and db."""
-    if node.is_recomputed:
-        return
     dy = run.d[node.output]
     if sinks is not None:
         gradients(run, node, [(dy, run.x[node.inputs[0]])], sinks)
@@ -249,8 +245,6 @@ def backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
 
 def tangent(run: Pass, node: Node) -> None:
     """ry = x * V + vb [+ rx * W]."""
-    if node.is_recomputed:
-        return
     weight, bias = node.params
     pairs = [(run.x[node.inputs[0]], run.v[weight])]  # type: ignore[index]
     if run.has_tangent(node.inputs[0]):
@@ -261,8 +255,6 @@ def tangent(run: Pass, node: Node) -> None:
 
 def tangent_backward(run: Pass, node: Node, sinks: Sinks) -> None:
     """rdx = the transposed convolutions of rdy with W and of dy with V; R(dW), R(db)."""
-    if node.is_recomputed:
-        return
     in_, out, weight = node.inputs[0], node.output, node.params[0]
     if run.wants_delta(in_):
         pairs = [(run.rd[out], run.theta[weight]), (run.d[out], run.v[weight])]  # type: ignore[index]

@@ -51,8 +51,7 @@ class Node:
     pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
     norm: Node | None = None  # conv2d: the norm for which its tiles are summed
     sums_from: Node | None = None  # norms: that conv2d
-    is_recomputed: bool = False  # conv2d: by the norm behind it, which does all that there is to do
-    recomputes: Node | None = None  # norms: that conv2d
+    recomputes: Node | None = None  # norms: a conv2d that is done here, and no node of the network any more
     shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
 
 

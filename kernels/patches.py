@@ -78,8 +78,9 @@ def patch_moments(
     task = (tl.program_id(0) // (I * chunks)).to(tl.int64)
     images = x + task * (M // (OH * OW)) * (H * W * C)
     i = tl.arange(0, BI)[None, :]
-    j = tl.zeros([1, 1], tl.int32) + first
-    origin = j + OH // 2 * OW + OW // 2 - first
+    one_by_one = tl.zeros([1, 1], tl.int32)
+    j = one_by_one + first
+    origin = one_by_one + OH // 2 * OW + OW // 2
     origins = _patches(images, origin, 0, i, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
     own = _patches(images, origin, 0, j, M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, 1, 1).to(tl.float64)
     products = tl.zeros([BM, BI], tl.float64)

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from fastmeta.kernels.channel_norm import ChannelNorm
+from fastmeta.kernels.channel_norm import ChannelNorm, cut
 from fastmeta.kernels.conv2d_gradient import sizes_of
 from fastmeta.kernels.launch import blocks, power
 from fastmeta.kernels.passes import Node, Sinks
@@ -24,12 +24,12 @@ from fastmeta.kernels.patches import (
     patch_statistics,
     patch_sums,
 )
-from fastmeta.kernels.tile_choice import FULL, sum_step
+from fastmeta.kernels.tile_choice import sum_step
 
 #: Numbers of a patch, at most: with more, the multiply-adds take longer than the image takes to be written and read.
 MOST = 32
-#: Pixels of a chunk, at least, and chunks of a task, at most: one program adds them up.
-_CHUNK, _CHUNKS = 256, 32
+#: Chunks of a task's pixels, at most: one program adds them up.
+_CHUNKS = 32
 #: Pixels of a window that are unrolled: the assembler spills where there are more.
 _UNROLLED = 4
 
@@ -56,7 +56,7 @@ class RecomputedConv(ChannelNorm):
         run, tangent = self.run, b is not None
         pixels = prod(self.node.pool or (1, 1))
         unrolled = pixels if pixels <= _UNROLLED else 1
-        chunk, chunks = self._cut(self.out_rows, blocks(self.cols, self._columns))
+        chunk, chunks = cut(self.out_rows, run.tasks * blocks(self.cols, self._columns), _CHUNKS)
         sums = run.scratch("patch_sums", run.tasks * chunks * (self._numbers + 1) * self.cols)
         run.emit(
             patch_products,
@@ -129,7 +129,7 @@ class RecomputedConv(ChannelNorm):
     def _patch_moments(self) -> None:
         run = self.run
         numbers, size = self._numbers, self._patch
-        chunk, chunks = self._cut(self.rows, numbers)
+        chunk, chunks = cut(self.rows, run.tasks * numbers, _CHUNKS)
         moments = run.scratch("patch_moments", run.tasks * chunks * numbers * (size + 2), torch.float64)
         run.emit(
             patch_moments,
@@ -201,12 +201,9 @@ class RecomputedConv(ChannelNorm):
         return self.run.keep(self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64)
 
     @property
-    def _positions(self) -> Any:
-        if self.node.pool is None:
-            return None
+    def _index(self) -> torch.dtype:
         # Triton 3.6 stops at a product of float64 numbers that are picked by narrower integers
-        dtype = torch.int32 if self.run.wide else torch.int16
-        return self.run.keep(self.node, "positions", self.run.tasks, self.out_rows, self.cols, dtype=dtype)
+        return torch.int32 if self.run.wide else torch.int16
 
     def _weighted(self, which: str) -> Any:
         """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy."""
@@ -247,9 +244,3 @@ class RecomputedConv(ChannelNorm):
         if pooled:
             found["WH"], found["WW"] = self.node.pool or (1, 1)
         return found
-
-    def _cut(self, rows: int, tiles: int) -> tuple[int, int]:
-        """(rows of a chunk, chunks of a task): many programs, and chunks that are worth one."""
-        wanted = max(1, min(blocks(8 * FULL, self.run.tasks * tiles), rows // _CHUNK, _CHUNKS))
-        chunk = blocks(blocks(rows, wanted), 64) * 64
-        return chunk, blocks(rows, chunk)

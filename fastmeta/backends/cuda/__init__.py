@@ -45,10 +45,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     if program is None:
         return f"the network was not captured: {problem.refused}"
     first = next(iter(problem.params.values()))
-    wanted = "cpu" if launches.emulated_threads() else "cuda"
-    if first.device.type != wanted:
+    if first.device.type != device():
         return f"tensors are on {first.device}"
-    if wanted == "cuda" and (reason := _refuses_device(first.device)):
+    if first.device.type == "cuda" and (reason := _refuses_device(first.device)):
         return reason
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"

@@ -60,8 +60,6 @@ def build(program: Program, fixed_statistics: bool, input_gradients: bool) -> Ne
     _fuse_pools(net)
     _fuse_elementwise(net)
     _fuse_statistics(net)
-    if not input_gradients:
-        _choose_recomputed(net)
     _order_gradients(net)
     net.used = {p for node in net.nodes for p in node.params if p is not None and p < len(program.params)}
     net.from_params = [False] * len(net.values)
@@ -71,6 +69,8 @@ def build(program: Program, fixed_statistics: bool, input_gradients: bool) -> Ne
         for value, root in enumerate(net.root):
             if root == net.root[node.output]:
                 net.from_params[value] = net.from_params[node.output]
+    if not input_gradients:
+        _choose_recomputed(net)
     return net
 
 
@@ -204,7 +204,7 @@ def _fuse_statistics(net: Network) -> None:
 def _choose_recomputed(net: Network) -> None:
     """The norm behind a small convolution of the input computes it for itself: nothing of it is kept in memory."""
     consumers = _consumers(net)
-    for norm in net.nodes:
+    for norm in list(net.nodes):
         conv = norm.sums_from
         if conv is None or net.root[conv.inputs[0]] != net.root[0]:
             continue
@@ -212,10 +212,8 @@ def _choose_recomputed(net: Network) -> None:
             continue
         if net.values[conv.output] != net.values[norm.inputs[0]]:  # read under another height and width
             continue
-        conv.norm, norm.sums_from = None, None
-        conv.is_recomputed, norm.recomputes = True, conv
-        for kept in (net.no_value, net.no_tangent, net.no_delta):
-            kept.add(net.root[conv.output])
+        norm.sums_from, norm.recomputes = None, conv
+        net.nodes.remove(conv)
 
 
 def _order_gradients(net: Network) -> None:

@@ -285,7 +285,9 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     used = precision(first.dtype)
     mode = memory_mode(problem, wrt, memory_limit(first.device))
     step = MetaStep(problem, network(problem, wrt), wrt, mode, used, torch.device("meta"))
-    names = [(node.function or node.kind) + "(recomputed)" * node.is_recomputed for node in step.net.nodes]
+    names = [
+        "conv2d(recomputed) " * (node.recomputes is not None) + (node.function or node.kind) for node in step.net.nodes
+    ]
     said = _SAID[used] if first.dtype == torch.float32 else "float64"
     where = _how_launched(problem.scratch.get("triton")) if first.device.type == "cuda" else "Triton's interpreter"
     return [
