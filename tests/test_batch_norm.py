@@ -9,8 +9,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import fastmeta as fm
+from fastmeta.backends.cuda.compile import host_compiler
 
 CPU = {"loss": "cross_entropy", "lr": 0.1, "steps": 2, "backend": "cpu"}
+
+needs_compiler = pytest.mark.skipif(not host_compiler(), reason="no C++ compiler to stand in for a GPU")
 
 
 def network() -> nn.Sequential:
@@ -90,20 +93,45 @@ def test_running_statistics_match_reference() -> None:
     assert abs(float(moved.loss - ours.loss)) > 1e-6
 
 
+@needs_compiler
+def test_running_statistics_on_cuda_match_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "2")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3)).double()
+    with torch.no_grad():
+        net(2 * torch.randn(50, 4, dtype=torch.float64) + 1)
+    params = {name: value.detach().clone() for name, value in net.named_parameters()}
+    x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+    options = {**CPU, "batch_stats": "running", "wrt": ("params", "lr", "support_x", "query_x")}
+    ours, reference = (
+        fm.meta_gradient(net, params, (x, y), (x.flip(1), y.flip(1)), **{**options, "backend": backend})
+        for backend in ("cuda", "reference")
+    )
+    assert _error(ours.grads, reference.grads) < 1e-9
+    for name in ("loss", "lr", "support_x", "query_x"):
+        assert torch.allclose(getattr(ours, name), getattr(reference, name), rtol=1e-9, atol=1e-12), name
+    net[2].running_var *= 2
+    moved = fm.meta_gradient(net, params, (x, y), (x, y), **{**options, "backend": "cuda"})
+    assert abs(float(moved.loss - ours.loss)) > 1e-6
+
+
 def test_rejects_one_value_per_channel() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     params = dict(net.named_parameters())
     x, y = torch.randn(3, 1, 4), torch.zeros(3, 1, dtype=torch.int64)
-    for backend in ("cpu", "auto"):
+    for backend in ("cpu", "cuda", "auto"):
         with pytest.raises(ValueError, match=r"`support_x`.*more than one value per channel"):
             fm.meta_gradient(net, params, (x, y), (x, y), **{**CPU, "backend": backend})
 
 
-@pytest.mark.parametrize("rows", [1, 700])
-def test_large_means_do_not_cancel(rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "backend"), [(1, "cpu"), (700, "cpu"), pytest.param(700, "cuda", marks=needs_compiler)]
+)
+def test_large_means_do_not_cancel(rows: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 4 * rows, 2))
     params = dict(net.named_parameters())
     x = 1000 + torch.randn(1, 2, 3, 4, rows)
-    ours = fm.task_forward(net, params, x, backend="cpu")
+    ours = fm.task_forward(net, params, x, backend=backend)
     exact = fm.task_forward(net.double(), {n: p.double() for n, p in params.items()}, x.double(), backend="reference")
     assert float((ours - exact).norm() / exact.norm()) < 1e-3

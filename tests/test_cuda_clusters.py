@@ -31,6 +31,7 @@ EVERYTHING = {
         "tied-T3-N7-M5-K3-mse-recompute",
         "residual-T3-N7-M5-K2-ce",
         "image-T3-N7-M5-K2-ce",
+        "bn_mlp-T3-N7-M5-K3-ce-lr_element_step_task-mu0.9-wd0.05-recompute",
         "tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-store",
         "tanh-T3-N7-M5-K2-ce-step_weights-weights_sqt-per_step-recompute",
         "tanh-T3-N7-M5-K3-mse-first-lr_per_step",

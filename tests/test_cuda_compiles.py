@@ -30,6 +30,8 @@ FIELD = Case("siren", partial(mlp, (2, 256, 256, 3), "sin"), (2,), 16, 1024, 102
 
 WIDE = Case("wide", partial(mlp, (8, 64, 256, 3), "tanh"), (8,), 16, 10, 15, 3, wrt_inputs=False)
 MLP = next(case for case in WORKLOADS["mlp"] if case.steps == 5)
+MLP_BN = next(case for case in WORKLOADS["mlp-bn"] if case.steps == 5)
+NORMED = next(case for case in VERIFICATION if case.label == "rows_normed")
 
 #: Case, dtype, architecture.
 SPECIALISATIONS = [
@@ -38,7 +40,10 @@ SPECIALISATIONS = [
     (EVERYTHING, torch.float64, "sm_90a"),
     (RECOMMENDER, torch.float32, "sm_90a"),
     (FIELD, torch.float32, "sm_100"),
-    *((case, torch.float32, architecture) for case in (WIDE, MLP) for architecture in ("sm_80", "sm_90a", "sm_100")),
+    (NORMED, torch.float32, "sm_90a"),
+    (NORMED, torch.float64, "sm_80"),
+    (MLP, torch.float32, "sm_90a"),
+    *((case, torch.float32, architecture) for case in (WIDE, MLP_BN) for architecture in ("sm_80", "sm_90a", "sm_100")),
 ]
 
 

@@ -64,12 +64,22 @@ FM_INLINE void* shared_memory(int rank) {
 }
 #endif
 
-// ---- tensor cores -----------------------------------------------------------------------------------------------
+// ---- warps ------------------------------------------------------------------------------------------------------
 constexpr int WARP = 32;  // threads
 constexpr int HELD = 1;   // lanes whose registers a thread holds
 
 FM_INLINE int lane(int) { return thread() % 32; }
 
+// The sum of the parts of LANES neighbours, a power of two, for each of them.
+template <int LANES, class T>
+FM_INLINE void add_lanes(T (&part)[1]) {
+  const unsigned team = (LANES == 32 ? 0u : 1u << LANES % 32) - 1u;
+  FM_UNROLL
+  for (int distance = 1; distance < LANES; distance *= 2)
+    part[0] += __shfl_xor_sync(team << (thread() % 32 & ~(LANES - 1)), part[0], distance);
+}
+
+// ---- tensor cores -----------------------------------------------------------------------------------------------
 FM_INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }
 FM_INLINE unsigned round_to_tf32(float x) {
   unsigned bits;

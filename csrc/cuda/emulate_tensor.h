@@ -1,4 +1,5 @@
-// Stands in for tensor cores: the same registers of the same lanes, rounded and summed as the hardware does it.
+// Stands in for warps and tensor cores: the same registers of the same lanes, rounded and summed as the hardware does
+// it.
 #pragma once
 
 #include <cmath>
@@ -14,6 +15,16 @@ constexpr int WARP = 1;   // threads
 constexpr int HELD = 32;  // lanes whose registers a thread holds
 
 inline int lane(int held) { return held; }
+
+// The sum of the parts of LANES neighbours, a power of two, for each of them: in the order of a butterfly.
+template <int LANES, class T>
+void add_lanes(T (&part)[LANES]) {
+  for (int distance = 1; distance < LANES; distance *= 2) {
+    T before[LANES];
+    std::memcpy(before, part, sizeof before);
+    for (int l = 0; l < LANES; ++l) part[l] = before[l] + before[l ^ distance];
+  }
+}
 
 inline unsigned bits_of(float x) {
   unsigned bits;

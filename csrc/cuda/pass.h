@@ -19,6 +19,10 @@ struct Pass {
 };
 
 FM_INLINE int rows(const Pass& pass, int value) { return pass.examples * VALUES[value].rows; }
+// Rows that work is shared out for: the support set's, which is passed most often.
+constexpr int usual_rows(int value) {
+  return (OPTIONS.steps > 0 ? OPTIONS.support : OPTIONS.query) * VALUES[value].rows;
+}
 
 // ---- parameters ---------------------------------------------------------------------------------------------
 // Offset of parameter P in theta_k.
@@ -138,6 +142,30 @@ constexpr bool linear_pieces() {
 }
 
 // ---- handing on -----------------------------------------------------------------------------------------------
+// Layer L has one element of its output, at offset `at`, before the activation in its epilogue.
+template <int L, Space X>
+FM_INLINE void put_value(const Pass& pass, int at, S z) {
+  constexpr Layer layer = LAYERS[L];
+  if constexpr (layer.pre >= 0) {
+    if constexpr (VALUES[layer.pre].x >= 0) own_value<layer.pre, X>(pass)[at] = z;
+    z = function_object<layer.function>(layer.c0, layer.c1).value(z);
+  }
+  own_value<layer.output, X>(pass)[at] = z;
+}
+
+// Likewise of its tangent.
+template <int L, Space X>
+FM_INLINE void put_tangent(const Pass& pass, int at, S rz) {
+  constexpr Layer layer = LAYERS[L];
+  if constexpr (layer.pre >= 0) {
+    if constexpr (VALUES[layer.pre].rx >= 0) tangent<layer.pre>(pass)[at] = rz;
+    Vec<1> first, second;
+    activation_derivatives<L, X, 1>(pass, at, first, second);
+    rz *= first.at[0];
+  }
+  tangent<layer.output>(pass)[at] = rz;
+}
+
 // A layer has N elements of the gradient of value V, at offset `at`; through the activation in front of it if it is the
 // last one to add.
 template <int V, bool ADD, bool LAST, Space X, int N>

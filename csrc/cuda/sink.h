@@ -90,6 +90,16 @@ struct Along {
   }
 };
 
+// What parameter P's share of the direction is multiplied by; P may be absent or frozen.
+template <int P>
+FM_INLINE S factor(const Along& along) {
+  if constexpr (P >= 0)
+    if constexpr (PARAMS[P].adapted) return along.factor<P>();
+  return S(0);
+}
+
+constexpr bool is_adapted(int param) { return param >= 0 && PARAMS[param].adapted; }
+
 struct Sink {
   const Args& args;
   S* workspace;
@@ -98,7 +108,11 @@ struct Sink {
   i64 t;
   bool fresh;  // lambda has not been written yet
 
-  FM_INLINE bool takes_frozen() const { return mode == Mode::lambda; }
+  // Whether anybody wants the gradients of layer L's parameters.
+  template <int L>
+  FM_INLINE bool takes() const {
+    return is_adapted(LAYERS[L].weight) || is_adapted(LAYERS[L].bias) || mode == Mode::lambda;
+  }
 
   // The rate of parameter P where it has one alone and an update needs it. To be asked for before a product, not behind
   // it: a load is long under way.

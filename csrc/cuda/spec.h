@@ -30,15 +30,24 @@ struct Value {
   int rank;
 };
 
+// Where a norm keeps what it knows of its groups: at examples * each + fixed of a block of values.
+struct Statistics {
+  int each, fixed;
+};
+
 struct Layer {
   Kind kind;
-  Function function;  // elementwise; linear: of the activation in its epilogue
+  Function function;  // elementwise; others: of the activation in the epilogue
   double c0, c1;
   int inputs[2];
   int output;
   int weight, bias;
+  int mean, var;  // batch_norm: running statistics among the parameters; -1: the batch's own
+  double eps;
+  int group;  // layer_norm: values of a group; group_norm: groups of an example
+  Statistics statistics, tangent_statistics;
   Multiply multiply;
-  int pre;       // linear: the value before the activation in its epilogue; -1: there is none
+  int pre;       // the value before the activation in the epilogue; -1: there is none
   bool adds[2];  // backward: another consumer has written the input's gradient before
   bool last[2];  // ... and none will after this one
 };
@@ -48,6 +57,7 @@ struct Param {
   int rows, cols, ld, vector;
   int at;
   bool per_task, adapted, tied;
+  bool buffer;  // no parameter, but a buffer that is read like one
   bool rate_element, rate_per_task, rate_per_step;
   int column;       // of its gradient among the sums over tasks
   int rate_column;  // likewise of its rate's gradient

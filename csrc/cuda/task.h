@@ -60,6 +60,7 @@ class Task {
     for_params([&](auto index) {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
+      if constexpr (p.buffer) return;
       S* to = p.per_task ? args_.params[P].grad + t_ * p.numel() : args_.partial + t_ * LAYOUT.columns + p.column;
       const S* from = lambda<P>(at_);
       for_param<P>([&](int e, int at) { to[e] = from[at]; });

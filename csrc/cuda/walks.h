@@ -3,30 +3,69 @@
 #pragma once
 
 #include "layers/add.h"
+#include "layers/batch_norm.h"
 #include "layers/concat.h"
 #include "layers/elementwise.h"
+#include "layers/group_norm.h"
+#include "layers/layer_norm.h"
 #include "layers/linear.h"
 #include "layers/reshape.h"
 
 namespace fm::cuda {
 
-#define FM_BY_KIND(...)                               \
-  if constexpr (LAYERS[L].kind == Kind::linear)       \
-    linear::__VA_ARGS__;                              \
-  else if constexpr (LAYERS[L].kind == Kind::add)     \
-    add::__VA_ARGS__;                                 \
-  else if constexpr (LAYERS[L].kind == Kind::concat)  \
-    concat::__VA_ARGS__;                              \
-  else if constexpr (LAYERS[L].kind == Kind::reshape) \
-    reshape::__VA_ARGS__;                             \
-  else                                                \
-    elementwise::__VA_ARGS__
+// THEN: what to do with the result.
+#define FM_BY_PARAM_KIND(THEN, ...)                      \
+  if constexpr (LAYERS[L].kind == Kind::batch_norm)      \
+    THEN batch_norm::__VA_ARGS__;                        \
+  else if constexpr (LAYERS[L].kind == Kind::layer_norm) \
+    THEN layer_norm::__VA_ARGS__;                        \
+  else if constexpr (LAYERS[L].kind == Kind::group_norm) \
+    THEN group_norm::__VA_ARGS__;                        \
+  else                                                   \
+    THEN linear::__VA_ARGS__
 
+#define FM_BY_KIND(...)                                   \
+  if constexpr (LAYERS[L].kind == Kind::add)              \
+    add::__VA_ARGS__;                                     \
+  else if constexpr (LAYERS[L].kind == Kind::concat)      \
+    concat::__VA_ARGS__;                                  \
+  else if constexpr (LAYERS[L].kind == Kind::reshape)     \
+    reshape::__VA_ARGS__;                                 \
+  else if constexpr (LAYERS[L].kind == Kind::elementwise) \
+    elementwise::__VA_ARGS__;                             \
+  else                                                    \
+    FM_BY_PARAM_KIND(, __VA_ARGS__)
+
+template <int L>
+constexpr bool has_params() {
+  return L < LAYER_COUNT && (LAYERS[L % LAYER_COUNT].weight >= 0 || LAYERS[L % LAYER_COUNT].bias >= 0);
+}
+
+// Whether a norm needs its sums although nobody asks for its input's gradient: a channel's are the gradients of its
+// parameters, and with the gradient of the support set comes a tangent of them.
+template <int L>
+constexpr bool needs_sums() {
+  constexpr Kind kind = LAYERS[L].kind;
+  if (kind == Kind::batch_norm) return has_params<L>() || OPTIONS.wants_support_x;
+  return (kind == Kind::layer_norm || kind == Kind::group_norm) && OPTIONS.wants_support_x;
+}
+
+// Whether layer L has anything to do in a backward pass before its parameters' gradients.
 template <int L, bool INPUT>
 constexpr bool goes_back() {
+  if (needs_sums<L>()) return true;
   for (int in : LAYERS[L].inputs)
     if (in >= 0 && (VALUES[in].from_params || INPUT)) return true;
   return false;
+}
+
+template <int L, Space X>
+FM_INLINE int params_back(const Pass& pass, const Sink& sink, int first) {
+  FM_BY_PARAM_KIND(return, backward_params<L, X>(pass, sink, first));
+}
+template <int L, Space X>
+FM_INLINE int tangent_params_back(const Pass& pass, const Sink& sink, int first) {
+  FM_BY_PARAM_KIND(return, tangent_backward_params<L, X>(pass, sink, first));
 }
 
 template <Space X>
@@ -52,12 +91,12 @@ FM_PASS void run_backward(Pass pass, Sink sink) {
       else
         FM_BY_KIND(backward_input<L, X, INPUT>(pass));
     }
-    if constexpr (L + 1 < LAYER_COUNT && LAYERS[L + 1].kind == Kind::linear)
-      if (sink.mode != Mode::none) turn = linear::backward_params<L + 1, X>(pass, sink, turn);
+    if constexpr (has_params<L + 1>())
+      if (sink.mode != Mode::none) turn = params_back<L + 1, X>(pass, sink, turn);
     if constexpr (goes_back<L, INPUT>() || TIED) turn = 0, barrier();
   });
-  if constexpr (LAYERS[0].kind == Kind::linear)
-    if (sink.mode != Mode::none) linear::backward_params<0, X>(pass, sink, turn);
+  if constexpr (has_params<0>())
+    if (sink.mode != Mode::none) params_back<0, X>(pass, sink, turn);
   barrier();
   sink.take_tied();
 }
@@ -68,7 +107,7 @@ FM_PASS void run_gradients(Pass pass, Sink sink) {
   int turn = 0;
   for_each<0, LAYER_COUNT>([&](auto index) {
     constexpr int L = LAYER_COUNT - 1 - decltype(index)::value;
-    if constexpr (LAYERS[L].kind == Kind::linear) turn = linear::backward_params<L, X>(pass, sink, turn);
+    if constexpr (has_params<L>()) turn = params_back<L, X>(pass, sink, turn);
     if constexpr (TIED) barrier();
   });
   sink.take_tied();
@@ -96,11 +135,10 @@ FM_PASS void run_tangent_backward(Pass pass, Along along, Sink sink) {
       else
         FM_BY_KIND(tangent_backward_input<L, X, INPUT>(pass, along));
     }
-    if constexpr (L + 1 < LAYER_COUNT && LAYERS[L + 1].kind == Kind::linear)
-      turn = linear::tangent_backward_params<L + 1, X>(pass, sink, turn);
+    if constexpr (has_params<L + 1>()) turn = tangent_params_back<L + 1, X>(pass, sink, turn);
     if constexpr (goes_back<L, INPUT>() || TIED) turn = 0, barrier();
   });
-  if constexpr (LAYERS[0].kind == Kind::linear) linear::tangent_backward_params<0, X>(pass, sink, turn);
+  if constexpr (has_params<0>()) tangent_params_back<0, X>(pass, sink, turn);
   if constexpr (TIED) barrier();
   sink.take_tied();
 }

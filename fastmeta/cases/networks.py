@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -90,9 +91,30 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embed(x) + self.position).mean(1))
 
 
-def mlp(widths: Sequence[int], activation: str = "relu", bias: bool = True, flatten: bool = False) -> nn.Sequential:
-    """Linear layers of these widths (inputs first, outputs last) with an activation between them."""
+#: Norms of an MLP by name, each for so many features.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm1d,
+    "bn_plain": partial(nn.BatchNorm1d, affine=False),
+    "ln": nn.LayerNorm,
+    "gn": partial(nn.GroupNorm, 3),
+}
+
+
+def mlp(
+    widths: Sequence[int], activation: str = "relu", bias: bool = True, flatten: bool = False, norm: str = ""
+) -> nn.Sequential:
+    """Linear layers of these widths (inputs first, outputs last) with a norm, if wanted, and an activation between."""
     layers: list[nn.Module] = [nn.Flatten()] if flatten else []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs, bias=bias), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
+    for inputs, outputs in pairwise(widths[:-1]):
+        layers.append(nn.Linear(inputs, outputs, bias=bias))
+        if norm:
+            layers.append(NORMS[norm](outputs))
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=bias))
+
+
+def normed_rows() -> nn.Sequential:
+    """Every norm on an input [N, 6, 4], whose channels are its first dimension or its last."""
+    return nn.Sequential(
+        nn.BatchNorm1d(6), nn.Linear(4, 9), nn.GroupNorm(2, 6), nn.Tanh(), nn.LayerNorm((6, 9)), nn.Linear(9, 2)
+    )

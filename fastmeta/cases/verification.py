@@ -10,7 +10,7 @@ from torch import nn
 from fastmeta.cases.case import RATES, Case
 from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
-from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp
+from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp, normed_rows
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
 
@@ -68,6 +68,20 @@ def _wide() -> Iterator[Case]:
     yield Case("wide_rows", partial(mlp, (272, 64, 2), "tanh"), (3, 272), lr=0.003, wrt_inputs=False)
 
 
+def _normed() -> Iterator[Case]:
+    """Norms between linear layers, and of rows of several features."""
+    for norm in ("bn", "ln", "gn"):
+        net = partial(Case, f"{norm}_mlp", partial(mlp, (3, 15, 12, 5), "tanh", norm=norm), (3,), loss="ce")
+        yield net()
+        yield net(memory="recompute", steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05)
+        yield net(order="first", step_weights=True, weighted="sqt", per_task="some")
+        yield net(operator="inner_sgd", rates="head", per_step=True)
+    yield Case("bn_relu_mlp", partial(mlp, (3, 15, 12, 5), "relu", norm="bn"), (3,), loss="ce", kinks=True)
+    yield Case("bn_gelu_mlp", partial(mlp, (3, 15, 5), "gelu", norm="bn_plain"), (3,), shots=33, queries=21)
+    yield Case("ln_mlp", partial(mlp, (3, 15, 12, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
+    yield Case("rows_normed", normed_rows, (6, 4))
+
+
 def _losses() -> Iterator[Case]:
     for name, loss in LOSSES.items():
         lr = 0.02 if name.endswith("_sum") else 0.1
@@ -121,7 +135,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 def _all() -> Iterator[Case]:
     images = (convolutions, norms, pooled_norms, first_layers, pools)
-    for family in (_networks, _shapes, _wide, *images, _losses, _options, _operators):
+    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _options, _operators):
         yield from family()
 
 

@@ -21,8 +21,9 @@ def _workload(
     steps: Sequence[int],
     loss: str,
     lr: float,
+    norm: str = "",
 ) -> tuple[Case, ...]:
-    make = partial(mlp, widths, "relu")
+    make = partial(mlp, widths, "relu", norm=norm)
     return tuple(
         Case(label, make, (widths[0],), count, shots, queries, inner, loss, lr=lr, kinks=True, wrt_inputs=False)
         for count in tasks
@@ -52,6 +53,7 @@ _transformer = partial(Transformer, 8, 16, 64, 5, layers=2, heads=4)
 WORKLOADS: dict[str, tuple[Case, ...]] = {
     "sinusoid": _workload("sinusoid", (1, 40, 40, 1), (4, 32, 256, 1024), 10, 10, (1, 5), "mse", 0.01),
     "mlp": _workload("mlp", (784, 256, 128, 64, 64, 5), (16, 32), 5, 75, (1, 5), "ce", 0.01),
+    "mlp-bn": _workload("mlp-bn", (784, 256, 128, 64, 64, 5), (16, 32), 5, 75, (1, 5), "ce", 0.01, "bn"),
     "recommender": _workload("recommender", (128, 64, 64, 1), (32,), 20, 10, (1, 5), "mse", 0.01),
     "omniglot": _images("conv4", _conv4, (1, 28, 28), (4, 32), _OMNIGLOT),
     "omniglot-strided": _images("conv4-strided", partial(_conv4, form="strided"), (1, 28, 28), (4, 32), _OMNIGLOT),

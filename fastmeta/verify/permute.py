@@ -20,13 +20,13 @@ Orders = dict[str, list[tuple[int, Tensor]]]
 class Permutation:
     """One random order of the examples and of the hidden units of a problem.
 
-    Hidden units are shuffled only where that is simple: between two neighbouring linear layers of an
-    `nn.Sequential` with element-wise layers alone between them and no parameter used twice.
+    Hidden units are shuffled only where that is simple: between two neighbouring linear layers of an `nn.Sequential` on
+    rows, with element-wise layers, batch norms and layer norms alone between them and no parameter used twice.
     """
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._units = _unit_orders(problem.net, generator)
+        self._units = _unit_orders(problem, generator)
         self._support = _example_order(problem.support, generator)
         self._query = _example_order(problem.query, generator)
 
@@ -68,23 +68,35 @@ class Permutation:
         )
 
 
-def _unit_orders(net: nn.Module, generator: torch.Generator) -> Orders:
+def _unit_orders(problem: Problem, generator: torch.Generator) -> Orders:
     orders: Orders = {}
+    net = problem.net
     if not isinstance(net, nn.Sequential):
         return orders
     linears = [(i, layer) for i, layer in enumerate(net) if isinstance(layer, nn.Linear)]
     weights = [id(layer.weight) for _, layer in linears]
     if len(set(weights)) < len(weights):
         return orders
-    for (i, layer), (j, following) in pairwise(linears):
-        if any(isinstance(between, nn.Flatten) for between in list(net)[i + 1 : j]):
+    rows = all(batch is None or batch.x.ndim == 3 + batch.per_step for batch in (problem.support, problem.query))
+    for (i, _), (j, following) in pairwise(linears):
+        units = following.in_features
+        if not all(_any_order(layer, units, rows) for layer in list(net)[i + 1 : j]):
             continue
-        order = torch.randperm(following.in_features, generator=generator)
-        orders.setdefault(f"{i}.weight", []).append((-2, order))
-        if layer.bias is not None:
-            orders.setdefault(f"{i}.bias", []).append((-1, order))
+        order = torch.randperm(units, generator=generator)
+        for k in range(i, j):
+            for name, value in net[k].named_parameters():
+                orders.setdefault(f"{k}.{name}", []).append((-value.ndim, order))
         orders.setdefault(f"{j}.weight", []).append((-1, order))
     return orders
+
+
+def _any_order(layer: nn.Module, units: int, rows: bool) -> bool:
+    """Whether a layer does the same in any order of its units, if its parameters are in that order too."""
+    if isinstance(layer, nn.BatchNorm1d):
+        return rows
+    if isinstance(layer, nn.LayerNorm):
+        return rows and layer.normalized_shape == (units,)
+    return not isinstance(layer, (nn.Flatten, nn.GroupNorm)) and not list(layer.parameters())
 
 
 def _reorder(tensors: dict[str, Tensor], orders: Orders) -> dict[str, Tensor]:

@@ -9,11 +9,6 @@
 
 namespace fm::cuda::linear {
 
-// Rows that the tiles are chosen for: the support set's, which is passed most often.
-constexpr int usual_rows(int value) {
-  return (OPTIONS.steps > 0 ? OPTIONS.support : OPTIONS.query) * VALUES[value].rows;
-}
-
 template <int L>
 constexpr int IN = LAYERS[L].inputs[0];
 template <int L>
@@ -21,14 +16,12 @@ constexpr int OUT = LAYERS[L].output;
 template <int L>
 constexpr Multiply HOW = LAYERS[L].multiply;
 template <int L>
-constexpr int PRE = LAYERS[L].pre;
-template <int L>
 constexpr int W = LAYERS[L].weight;
 template <int L>
 constexpr int B = LAYERS[L].bias;
 // The value that the product itself makes.
 template <int L>
-constexpr int PRODUCT = PRE<L> >= 0 ? PRE<L> : OUT<L>;
+constexpr int PRODUCT = LAYERS[L].pre >= 0 ? LAYERS[L].pre : OUT<L>;
 
 // y = [x V^T scale +] x W^T by tiles, `add` says which.
 template <int L, class Add, class Put>
@@ -53,11 +46,7 @@ FM_INLINE void forward(const Pass& pass) {
       pass, [&](auto& tile) { tile.by_rows(x, last, w); },
       [&](int r, int c, Vec<1> z) {
         if constexpr (B<L> >= 0) z.at[0] += theta<B<L>>(pass.workspace, pass.k)[c];
-        if constexpr (PRE<L> >= 0) {
-          if constexpr (VALUES[PRE<L>].x >= 0) own_value<PRE<L>, X>(pass)[r * LD + c] = z.at[0];
-          z.at[0] = function_object<LAYERS[L].function>(LAYERS[L].c0, LAYERS[L].c1).value(z.at[0]);
-        }
-        own_value<OUT<L>, X>(pass)[r * LD + c] = z.at[0];
+        put_value<L, X>(pass, r * LD + c, z.at[0]);
       });
 }
 
@@ -118,18 +107,9 @@ template <int L, Space X>
 FM_INLINE int backward_params(const Pass& pass, const Sink& sink, int first) {
   const ValueMatrix<IN<L>> x{value<IN<L>, X>(pass)};
   const ValueMatrix<PRODUCT<L>> dy{delta<PRODUCT<L>, X>(pass)};
-  if (!(PARAMS[W<L>].adapted || (B<L> >= 0 && PARAMS[B<L> < 0 ? 0 : B<L>].adapted)) && !sink.takes_frozen())
-    return first;
+  if (!sink.takes<L>()) return first;
   const int depth = rows(pass, OUT<L>);
   return weight_gradient<L>(pass, [&](auto& tile) { tile.outer(dy, x, depth); }, dy, sink, first);
-}
-
-// What parameter P's share of the direction is multiplied by; P may be absent or frozen.
-template <int P>
-FM_INLINE S factor(const Along& along) {
-  if constexpr (P >= 0)
-    if constexpr (PARAMS[P].adapted) return along.factor<P>();
-  return S(0);
 }
 
 // Ry = (x V^T + Rx W^T + vb) f', V = scale * lambda or the direction as it stands
@@ -152,17 +132,10 @@ FM_INLINE void tangent(const Pass& pass, const Along& along) {
         }
       },
       [&](int r, int c, Vec<1> rz) {
-        const int at = r * LD + c;
         if constexpr (B<L> >= 0) {
           if constexpr (PARAMS[B<L>].adapted) rz.at[0] += b_factor * along.vector<B<L>>()[c];
         }
-        if constexpr (PRE<L> >= 0) {
-          if constexpr (VALUES[PRE<L>].rx >= 0) cuda::tangent<PRE<L>>(pass)[at] = rz.at[0];
-          Vec<1> first, second;
-          activation_derivatives<L, X, 1>(pass, at, first, second);
-          rz.at[0] *= first.at[0];
-        }
-        cuda::tangent<OUT<L>>(pass)[at] = rz.at[0];
+        put_tangent<L, X>(pass, r * LD + c, rz.at[0]);
       });
 }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 
 from fastmeta.backends._losses import refuses_loss
+from fastmeta.backends._norms import refuses_batch
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.problem import Problem, Result
@@ -52,7 +51,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
         return f"{unknown[0]} has no kernels"
-    if problem.batch_stats == "task" and (reason := _refuses_batch(problem)):
+    if reason := refuses_batch(problem):
         return reason
     if not plans.used_params(program):
         return "the output depends on no parameter"
@@ -61,18 +60,6 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
             return f"the network's input is {batch.x.dtype}"
         if loss is not None and (reason := refuses_loss(loss, program.output_shape)):
             return reason
-    return ""
-
-
-def _refuses_batch(problem: Problem) -> str:
-    """A batch norm over the task's own batch needs more than one value per channel."""
-    program = problem.program
-    if program is None:
-        return ""
-    pixels = [prod(layer.shape[1:]) for layer in program.layers if layer.kind == "batch_norm"]
-    for batch in (problem.support, problem.query):
-        if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
-            return "batch norm over one value per channel"
     return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastmeta.backends._losses import refuses_loss
+from fastmeta.backends._norms import refuses_batch
 from fastmeta.backends._precision import exact as exact
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
@@ -18,7 +19,7 @@ from fastmeta.backends.cuda.tables import Plan
 from fastmeta.problem import Problem, Result
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = frozenset({"linear", "elementwise", "reshape", "add", "concat"})
+_KINDS = frozenset({"linear", "elementwise", "reshape", "add", "concat", "batch_norm", "layer_norm", "group_norm"})
 #: What one task may take of global memory beside its shared memory.
 _WORKSPACE_AT_MOST = 64 << 20
 #: A kernel takes its arguments by value: 4 KiB on every driver.
@@ -53,6 +54,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
         return f"{unknown[0]} has no kernels"
+    if reason := refuses_batch(problem):
+        return reason
     if not used_params(program):
         return "the output depends on no parameter"
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):

@@ -6,7 +6,9 @@ parts, parameters or values, has each of them in the memory of one rank.
 
 from __future__ import annotations
 
-from fastmeta.backends.cuda.tables import SCRATCH, Area, Plan
+from dataclasses import dataclass
+
+from fastmeta.backends.cuda.tables import SCRATCH, Area, Layer, Plan
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64
@@ -14,6 +16,8 @@ WIDE = 64
 _TOLD_BY_OUTPUT = frozenset({"relu", "leaky_relu", "tanh", "sigmoid", "affine"})
 #: Activations whose second derivative is zero.
 _LINEAR_PIECES = frozenset({"relu", "leaky_relu", "affine"})
+#: Numbers that a norm keeps of each group: csrc/cuda/norm.h.
+STATISTICS = 4
 
 
 def odd(length: int, vector: int) -> int:
@@ -47,7 +51,7 @@ def lay_out_params(plan: Plan) -> None:
     columns = slots = 0
     gradient = [0] * plan.ranks
     for param in plan.params:
-        if plan.flags["wants_params"] and not param.per_task:
+        if plan.flags["wants_params"] and not param.per_task and not param.buffer:
             param.column = columns
             columns += param.numel
         if param.tied:
@@ -116,8 +120,19 @@ def _choose_threads(plan: Plan) -> None:
     plan.threads = 128 if largest <= 2048 else 256
 
 
-def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
-    """Row lengths and offsets of all values; how much of a rank an example takes in each of the four blocks."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What one of the four blocks of values takes of a rank."""
+
+    each: int  # for an example
+    fixed: int = 0  # whatever their number
+
+    def size(self, examples: int) -> int:
+        return examples * self.each + self.fixed
+
+
+def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
+    """Row lengths and offsets of all values, and of what norms keep; the sizes of the four blocks."""
     flags = plan.flags
     vector = 16 // plan.itemsize
     tensor = any(layer.multiply != "fma" for layer in plan.layers)
@@ -160,10 +175,35 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, int]:
             if kept:
                 setattr(v, block, sizes[block][v.rank])
                 sizes[block][v.rank] += v.rows * v.ld
-    return {block: max(size) for block, size in sizes.items()}
+    return _lay_out_statistics(plan, sizes)
 
 
-def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
+def _lay_out_statistics(plan: Plan, sizes: dict[str, list[int]]) -> dict[str, _Block]:
+    """What norms keep of their groups, behind the values and, if there are any, behind their tangents."""
+    kept = {"x": STATISTICS, "d": 0, "rx": STATISTICS if plan.flags["second_order"] else 0, "rd": 0}
+    for layer in plan.layers:
+        rank = plan.values[layer.output].rank
+        layer.statistics, layer.tangent_statistics = (sizes["x"][rank], 0), (sizes["rx"][rank], 0)
+        for block, size in kept.items():
+            sizes[block][rank] += size * _groups_each(plan, layer)
+    each = {block: max(size) for block, size in sizes.items()}
+    fixed = 0
+    for layer in plan.layers:
+        if layer.kind == "batch_norm":  # as many groups in any number of examples
+            layer.statistics, layer.tangent_statistics = (each["x"], fixed), (each["rx"], fixed)
+            fixed += STATISTICS * plan.values[layer.output].cols
+    return {block: _Block(size, fixed if kept[block] else 0) for block, size in each.items()}
+
+
+def _groups_each(plan: Plan, layer: Layer) -> int:
+    """Groups that a norm makes of each example."""
+    out = plan.values[layer.output]
+    if layer.kind == "layer_norm":
+        return out.rows * out.cols // layer.group
+    return layer.group if layer.kind == "group_norm" else 0
+
+
+def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
     """Everything that needs memory."""
     flags, steps, params = plan.flags, plan.steps, plan.params
     vector = 16 // plan.itemsize
@@ -178,7 +218,7 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
         plan.keep_all = False
     kept = min(steps, 1) if not (values_needed and plan.store) else steps
     first = plan.values[0].rows * plan.values[0].ld
-    values, deltas = (pad(plan.support * sizes[block], vector) for block in ("x", "d"))
+    values, deltas = (pad(blocks[block].size(plan.support), vector) for block in ("x", "d"))
     plan.value_stride, plan.delta_stride = (values, deltas) if kept > 1 else (0, 0)
     writes = not plain or any(p.tied or (p.adapted and p.rate_element) for p in params)
     direction = flags["momentum"] or (gradient and writes and (flags["second_order"] or not plain))
@@ -191,10 +231,10 @@ def _areas(plan: Plan, sizes: dict[str, int]) -> dict[str, Area]:
         "query_input": Area(plan.query * first, "input"),
         "values": Area(values * kept, "values"),
         "deltas": Area(deltas * kept, "values"),
-        "query_values": Area(plan.query * sizes["x"], "scratch"),
-        "query_deltas": Area(plan.query * sizes["d"] if gradient else 0, "scratch"),
-        "tangents": Area(plan.support * sizes["rx"], "scratch"),
-        "tangent_deltas": Area(plan.support * sizes["rd"], "scratch"),
+        "query_values": Area(blocks["x"].size(plan.query), "scratch"),
+        "query_deltas": Area(blocks["d"].size(plan.query) if gradient else 0, "scratch"),
+        "tangents": Area(blocks["rx"].size(plan.support), "scratch"),
+        "tangent_deltas": Area(blocks["rd"].size(plan.support), "scratch"),
         "lambda": Area(plan.frozen + plan.set if gradient else 0, "adjoint"),
         "direction": Area(plan.set if direction else 0, "adjoint"),
         "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),

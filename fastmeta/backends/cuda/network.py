@@ -6,18 +6,36 @@ from fastmeta.backends._layout import lay_out
 from fastmeta.backends.cuda.tables import Layer, Value
 from fastmeta.network.program import Program
 
+#: Kinds that normalise.
+NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})
+#: Kinds that take the activation behind them.
+_WITH_EPILOGUE = NORMS | {"linear"}
+
 
 def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Layer], int]:
-    """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues."""
+    """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues.
+
+    Args:
+        program: the captured network.
+        names: the parameters in use, and the buffers that are read.
+    """
     index = {name: i for i, name in enumerate(names)}
     engine = lay_out(program)
-    values = [Value(rows, cols) for rows, cols, *_ in engine.values]
-    layers, output = [], engine.output
+    # in one row, or one column, both orders are the same
+    values = [Value(rows, cols, image and rows > 1 and cols > 1) for rows, cols, _, _, image in engine.values]
+    layers, output = _image_input(values), engine.output
+    entry = layers[0].output if layers else 0
     for layer, inputs, out in engine.layers:
-        weight, bias = [index[name] if name is not None else -1 for name in (*layer.params, None, None)[:2]]
+        weight, bias, mean, var = (index.get(name or "", -1) for name in (*layer.params, *[None] * 4)[:4])
         c0, c1 = (*layer.constants, 0.0, 0.0)[:2]
-        a, b = (*inputs, -1)[:2]
-        layers.append(Layer(layer.kind, layer.function, (c0, c1), (a, b), out, weight, bias))
+        a, b = (entry if v == 0 else v for v in (*inputs, -1)[:2])
+        made = Layer(layer.kind, layer.function, (c0, c1), (a, b), out, weight, bias, mean, var)
+        if layer.kind == "reshape":
+            made.constants = (float(values[a].channels), float(values[out].channels))
+        elif layer.kind in NORMS:
+            made.eps, made.group = layer.constants[-1], int(layer.constants[0])
+        layers.append(made)
+    output = entry if output == 0 else output
     layers, output = _without_reshapes(values, layers, output)
     layers = _with_activations(layers, output)
     for made in layers:
@@ -29,6 +47,16 @@ def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Laye
     return values, layers, output
 
 
+def _image_input(values: list[Value]) -> list[Layer]:
+    """The user's input is in torch's order: a reshape where the network reads it channels-last."""
+    first = values[0]
+    if not first.channels:
+        return []
+    values.append(first)
+    values[0] = Value(first.cols, first.rows)
+    return [Layer("reshape", "", (0.0, 1.0), (0, -1), len(values) - 1)]
+
+
 def _readers(layers: list[Layer], value: int) -> list[Layer]:
     return [layer for layer in layers for v in layer.inputs if v == value]
 
@@ -38,9 +66,10 @@ def _without_reshapes(values: list[Value], layers: list[Layer], output: int) -> 
     for i, layer in enumerate(layers):
         a, out = layer.inputs[0], layer.output
         if layer.kind == "reshape":
-            same = (values[a].rows, values[a].cols) == (values[out].rows, values[out].cols)
+            same = all(getattr(values[a], what) == getattr(values[out], what) for what in ("rows", "cols", "channels"))
             # the user's input is dense: its only reader just says how to read it
-            if not same and a == 0 and len(_readers(layers[i:] + kept, 0)) == 1:
+            only = a == 0 and not values[out].channels and len(_readers(layers[i:] + kept, 0)) == 1
+            if not same and only:
                 values[0].rows, values[0].cols, same = values[out].rows, values[out].cols, True
             if same:
                 output = a if output == out else output
@@ -52,11 +81,13 @@ def _without_reshapes(values: list[Value], layers: list[Layer], output: int) -> 
 
 
 def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
-    """linear -> elementwise, where nobody else reads what lies between and the loss does not read what comes out."""
+    """linear or norm -> elementwise, where nobody else reads what lies between, nor the loss what comes out."""
     gone: set[int] = set()
     for layer in layers:
         readers = _readers(layers, layer.output)
-        if layer.kind != "linear" or len(readers) != 1 or readers[0].kind != "elementwise" or layer.output == output:
+        if layer.kind not in _WITH_EPILOGUE or layer.output == output:
+            continue
+        if len(readers) != 1 or readers[0].kind != "elementwise":
             continue
         activation = readers[0]
         if activation.output == output:

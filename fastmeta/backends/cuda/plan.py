@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from fastmeta.backends._precision import asked_for
-from fastmeta.backends.cpu.plan import used_params
+from fastmeta.backends.cpu.plan import used_buffers, used_params
 from fastmeta.backends.cuda.memory import WIDE, lay_out_params, odd, pad, place
 from fastmeta.backends.cuda.network import simplify
 from fastmeta.backends.cuda.tables import Param as Param
@@ -60,7 +60,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
     support, query = problem.support, problem.query
     steps = problem.steps if support is not None else 0
     first = next(iter(problem.params.values()))
-    names = used_params(program)
+    names = used_params(program) + used_buffers(problem)
     values, layers, output = simplify(program, names)
     rule = problem.rule
     flags = {
@@ -90,7 +90,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
         keep_all,
         ranks,
     )
-    plan.params = [_param(problem, program, name, plan) for name in names]
+    plan.params = [_param(problem, program, number, name, plan) for number, name in enumerate(names)]
     lay_out_params(plan)
     for layer in plan.layers:
         if layer.kind == "linear" and first.dtype == torch.float32:
@@ -99,9 +99,10 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
     return plan
 
 
-def _param(problem: Problem, program: Program, name: str, plan: Plan) -> Param:
-    shape = dict(program.params)[name]
-    matrix = any(layer.params and layer.params[0] == name for layer in program.layers)
+def _param(problem: Problem, program: Program, number: int, name: str, plan: Plan) -> Param:
+    params = dict(program.params)
+    shape = params[name] if name in params else dict(program.buffers)[name]
+    matrix = any(layer.kind == "linear" and layer.params[0] == name for layer in program.layers)
     rows, cols = (shape[0], prod(shape[1:])) if matrix else (1, prod(shape))
     vector = 16 // plan.itemsize
     ld = cols
@@ -111,13 +112,12 @@ def _param(problem: Problem, program: Program, name: str, plan: Plan) -> Param:
         ld = pad(cols, vector)
         ld = odd(ld, vector) if rows > 1 else ld
     rate = problem.rates.get(name) if plan.steps > 0 else None
-    param = Param(name, rows, cols, ld, vector, name in problem.per_task, rate is not None)
+    param = Param(name, rows, cols, ld, vector, name in problem.per_task, rate is not None, buffer=name not in params)
     if rate is not None:
         param.rate_element = rate.shape[2:].numel() > 1
         param.rate_per_task = rate.shape[1] > 1
         param.rate_per_step = rate.shape[0] > 1
-    index = used_params(program).index(name)
-    param.tied = sum((layer.weight == index) + (layer.bias == index) for layer in plan.layers) > 1
+    param.tied = sum((layer.weight == number) + (layer.bias == number) for layer in plan.layers) > 1
     return param
 
 

@@ -35,7 +35,8 @@ class Job:
             raise ValueError(f"a plan needs a captured network: {problem.refused}")
         self.output_shape = program.output_shape
         self.shapes = dict(program.params)
-        self.names = [param.name for param in self.plan.params]
+        self.names = [param.name for param in self.plan.params if not param.buffer]
+        self.buffers = [param.name for param in self.plan.params if param.buffer]
         self.unused = [name for name in self.shapes if name not in set(self.names)]
         weights = problem.step_weights
         if weights is None or problem.query_loss is None:
@@ -45,7 +46,7 @@ class Job:
         self.rule = [_bits(0.0 if rule is None else number) for number in _numbers(rule)]
         self.blocks = self.kernels.blocks(problem.tasks)
         # gradients of shared parameters stand side by side among the sums, in the network's order
-        self.flat_size = sum(p.numel for p in self.plan.params)
+        self.flat_size = sum(p.numel for p in self.plan.params if not p.buffer)
         self.is_flat = not self.unused and not any(p.per_task for p in self.plan.params)
 
     def fits(self, wrt: frozenset[str], adapted: bool) -> bool:
@@ -128,11 +129,13 @@ class Job:
                 seed[i],
                 *(_address(own[what].get(name)) for what in ("adapted", "grad", "rate")),
             ]
+        for buffer in _dense([problem.net.get_buffer(name).to(self.dtype) for name in self.buffers], keep):
+            words += [buffer, 0, 0, 0, 0, 0]
         return words
 
     def _sums(self, problem: Problem, total: Tensor, own: dict[str, dict[str, Tensor]], grads: Gradients) -> None:
         """Views of the sums over tasks, and what belongs beside them."""
-        params = {param.name: param for param in self.plan.params}
+        params = {param.name: param for param in self.plan.params if not param.buffer}
         if "params" in self.wrt:
             if self.is_flat and problem.prefer_flat:
                 grads.flat_params = total[: self.flat_size]

@@ -17,6 +17,7 @@ class Value:
 
     rows: int
     cols: int
+    channels: bool = False  # an image, channels-last
     ld: int = 0
     vector: int = 1
     x: int = -1
@@ -29,7 +30,7 @@ class Value:
 
 @dataclass(slots=True)
 class Layer:
-    """One layer; a linear one may have taken the activation behind it."""
+    """One layer; one with parameters may have taken the activation behind it."""
 
     kind: str
     function: str
@@ -38,6 +39,12 @@ class Layer:
     output: int
     weight: int = -1
     bias: int = -1
+    mean: int = -1
+    var: int = -1
+    eps: float = 0.0
+    group: int = 0
+    statistics: tuple[int, int] = (0, 0)
+    tangent_statistics: tuple[int, int] = (0, 0)
     multiply: str = "fma"
     pre: int = -1
     adds: tuple[bool, bool] = (False, False)
@@ -46,7 +53,7 @@ class Layer:
 
 @dataclass(slots=True)
 class Param:
-    """One parameter that some layer reads."""
+    """One parameter, or buffer, that some layer reads."""
 
     name: str
     rows: int
@@ -59,6 +66,7 @@ class Param:
     rate_per_task: bool = False
     rate_per_step: bool = False
     tied: bool = False
+    buffer: bool = False
     at: int = 0
     column: int = 0
     rate_column: int = 0
@@ -142,8 +150,8 @@ def source(plan: Plan) -> str:
             *map(float, layer.constants),
             layer.inputs,
             layer.output,
-            layer.weight,
-            layer.bias,
+            *(layer.weight, layer.bias, layer.mean, layer.var),
+            *(float(layer.eps), layer.group, layer.statistics, layer.tangent_statistics),
             f"Multiply::{layer.multiply}",
             layer.pre,
             layer.adds,
@@ -153,7 +161,7 @@ def source(plan: Plan) -> str:
     ]
     params = [
         (
-            *(p.rows, p.cols, p.ld, p.vector, p.at, p.per_task, p.adapted, p.tied),
+            *(p.rows, p.cols, p.ld, p.vector, p.at, p.per_task, p.adapted, p.tied, p.buffer),
             *(p.rate_element, p.rate_per_task, p.rate_per_step),
             *(p.column, p.rate_column, p.rate_slot, p.gradient, p.rank),
         )

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from fastmeta.backends._inputs import check_class_indices, check_rates
+from fastmeta.backends._norms import refuses_batch
 from fastmeta.backends._precision import exact as exact
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
@@ -57,7 +58,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for layer in program.layers:
         if layer.kind not in runs.KINDS:
             return f"{layer.kind} has no kernels"
-    if problem.batch_stats == "task" and (reason := _refuses_batch(problem)):
+    if reason := refuses_batch(problem):
         return reason
     if not any(name for layer in program.layers for name in layer.params):
         return "the output depends on no parameter"
@@ -71,16 +72,6 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
             return "a value of one task has 2^31 elements or more"
         if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
             return reason
-    return ""
-
-
-def _refuses_batch(problem: Problem) -> str:
-    """A batch norm over the task's own batch needs more than one value per channel."""
-    layers = () if problem.program is None else problem.program.layers
-    pixels = [prod(layer.shape[1:]) for layer in layers if layer.kind == "batch_norm"]
-    for batch in (problem.support, problem.query):
-        if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
-            return "batch norm over one value per channel"
     return ""
 
 
