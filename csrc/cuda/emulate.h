@@ -51,7 +51,7 @@ inline void* shared_memory() { return cuda::shared_memory(0); }
 
 }  // namespace fm::cuda
 
-#include "emulate_tensor.h"
+#include "emulate_warp.h"
 
 extern "C" inline __attribute__((used, visibility("default"))) void fastmeta_enter(fm::cuda::Emulated* self) {
   fm::cuda::emulated = self;
