@@ -79,8 +79,6 @@ class Race:
 RACES = {
     "residual": Race(BY_ID["residual-T3-N7-M5-K2-ce"]),
     "tied": Race(BY_ID["tied-T3-N7-M5-K2-mse"]),
-    "normed": Race(BY_ID["bn_mlp-T3-N7-M5-K3-ce-lr_element_step_task-mu0.9-wd0.05-recompute"]),
-    "normed rows": Race(BY_ID["rows_normed-T3-N7-M5-K2-mse"]),
     "tied first": Race(Case("tied", TiedFirst, (7,), tasks=2, wrt_inputs=False)),
     "decay": Race(replace(BY_ID[f"{TANH}2-mse"], weight_decay=0.1)),
     "inputs": Race(Case("inputs", partial(mlp, (9, 4, 2), "tanh"), (9,)), wrt=frozenset({"params", "query_x"})),
@@ -95,6 +93,8 @@ RACES = {
     "wide": Race(
         Case("wide", partial(mlp, (3, 64, 64), "tanh"), (3,), 1, 5, 3, 1, wrt_inputs=False), precision="medium"
     ),
+    "normed": Race(BY_ID["bn_mlp-T3-N7-M5-K3-ce-lr_element_step_task-mu0.9-wd0.05-recompute"]),
+    "normed rows": Race(BY_ID["rows_normed-T3-N7-M5-K2-mse"]),
 }
 
 #: Runs a case without the barrier that is named.

@@ -13,8 +13,11 @@ from fastmeta.verify import verify_case
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Too large for an interpreter.
-_LARGE = ("wide", "300x", "conv_large", "conv_winograd-", "ln_last", "64x64", "65x17", "48x1", "7x100", "1x40x40x1")
-_BY_LABEL = {case.label: case for case in reversed(VERIFICATION) if not any(name in case.id for name in _LARGE)}
+_LARGE = ("wide", "300x", "conv_large", "ln_last", "64x64", "65x17", "48x1", "7x100", "1x40x40x1")
+#: Nothing but kernels that other cases reach, in another order or with other tails.
+_LIKE_OTHERS = ("ln_mlp", "gn_mlp", "bn_relu_mlp", "gn_pool", "bn_pool", "gn_relu", "gn1_plain", "conv_winograd")
+_LEFT_OUT = (*(f"{label}-" for label in _LIKE_OTHERS), "conv_winograd_valid", *_LARGE)
+_BY_LABEL = {case.label: case for case in reversed(VERIFICATION) if not any(name in case.id for name in _LEFT_OUT)}
 _BY_LOSS = {
     (case.loss, case.query_loss): case
     for case in reversed(VERIFICATION)
@@ -51,7 +54,7 @@ def test_float64_matches_reference(case: Case) -> None:
     assert [str(row) for row in rows if not row.passed] == []
 
 
-_SMOOTH = [case for case in CASES if not case.kinks][::6]
+_SMOOTH = [case for case in CASES if not case.kinks][::8]
 
 
 @pytest.mark.parametrize("case", _SMOOTH, ids=lambda case: case.id)
