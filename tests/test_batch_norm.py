@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 from fastmeta.backends.cuda.compile import host_compiler
+from fastmeta.network.functional import call
 
 CPU = {"loss": "cross_entropy", "lr": 0.1, "steps": 2, "backend": "cpu"}
 
@@ -135,3 +138,44 @@ def test_large_means_do_not_cancel(rows: int, backend: str, monkeypatch: pytest.
     ours = fm.task_forward(net, params, x, backend=backend)
     exact = fm.task_forward(net.double(), {n: p.double() for n, p in params.items()}, x.double(), backend="reference")
     assert float((ours - exact).norm() / exact.norm()) < 1e-3
+
+
+class SharedMatrix(nn.Module):
+    """The weight of a linear layer scales a norm as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(F.layer_norm(x, (3, 4), self.body.weight)).flatten(1))
+
+
+def test_a_matrix_shared_with_a_norm_runs_elsewhere() -> None:
+    net = SharedMatrix()
+    params = dict(net.named_parameters())
+    x, y = torch.randn(3, 5, 3, 4), torch.randint(2, (3, 5))
+    with pytest.raises(fm.BackendUnavailable, match=r"`body\.weight` belongs to a norm and is the weight of another"):
+        fm.meta_gradient(net, params, (x, y), (x, y), **CPU)
+    out = fm.meta_gradient(net, params, (x, y), (x, y), **{**CPU, "backend": "auto"})
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("norm", [F.layer_norm, F.group_norm, F.batch_norm], ids=lambda norm: norm.__name__)
+def test_second_derivatives_of_a_bias_alone_match_finite_differences(norm: Callable[..., Tensor]) -> None:
+    """PyTorch's own raise, and batch norm's are wrong."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if norm is F.batch_norm:
+                return norm(x, None, None, None, self.bias, training=True)
+            return norm(x, (4,) if norm is F.layer_norm else 2, None, self.bias)
+
+    net = Biased()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, bias: torch.tanh(call(net, {"bias": bias}, (x,))), (x, bias))

@@ -62,6 +62,7 @@ FLOAT64 = [
     "gn_mlp-T3-N7-M5-K2-ce-inner_sgd-lr_head-per_step",
     "bn_gelu_mlp-T3-N33-M21-K2-mse",
     "rows_normed-T3-N7-M5-K2-mse",
+    "half_norms-T3-N7-M5-K2-ce",
     "tanh-5x65x17x3-T3-N7-M5-K2-mse",
     "relu-1x40x40x1-T4-N10-M10-K5-mse",
     "tanh-T18-N3-M2-K2-mse",

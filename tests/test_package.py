@@ -47,9 +47,8 @@ def test_builds_without_a_compiler_on_request(tmp_path):
     assert {"fastmeta/__init__.py", "fastmeta/py.typed", "fastmeta/kernels/__init__.py"} <= built
     # all that the cuda backend compiles at run time, nothing that was compiled before
     sources = {f"fastmeta/{path.relative_to(ROOT)}" for path in (ROOT / "csrc" / "cuda").rglob("*.h")}
-    sources |= {
-        f"fastmeta/csrc/engine/{name}" for name in ("types.h", "kernels.h", "functions.inl", "loss_example.inl")
-    }
+    shared = ("types.h", "kernels.h", "algorithm.h", "functions.inl", "loss_example.inl")
+    sources |= {f"fastmeta/csrc/engine/{name}" for name in shared}
     assert sources <= built
     assert not any(name.startswith("fastmeta/csrc/cpu") for name in built)
     assert not [name for name in built if name.endswith(".so")]

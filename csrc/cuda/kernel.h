@@ -23,7 +23,10 @@ FM_KERNEL(fm::cuda::LAYOUT.threads) FM_CLUSTERS fastmeta_meta_step(FM_ARGUMENT(f
   using namespace fm::cuda;
   begin();
   S* const workspace = args.workspace + fm::i64(block()) * RANKS * LAYOUT.slab;
-  for (fm::i64 t = block(); t < args.tasks; t += blocks()) MetaStep(args, workspace, t).run();
+  for (fm::i64 t = block(); t < args.tasks; t += blocks()) {
+    MetaStep task(args, workspace, t);
+    fm::meta_step(task);
+  }
   end();
 }
 

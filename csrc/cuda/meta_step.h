@@ -1,13 +1,8 @@
-// The meta-step of one task by one block: csrc/engine/meta_step.h says what it computes, in the same words. Here all
-// layers, shapes and options are constants; a step ends with a barrier wherever another thread reads what it wrote.
-//
-//   theta_{k+1} = theta_k - alpha_k u_k,  u_k = mu u_{k-1} + grad L(theta_k) + omega theta_k
-//   lambda_K    = s_K grad Q(theta_K) [+ adapted_grad]
-//   v           = mbar - alpha_k lambda_{k+1}
-//   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
-//   d alpha_k   = -lambda_{k+1} u_k
+// What the steps of engine/algorithm.h are to the threads of a block. All layers, shapes and options are constants; a
+// step ends with a barrier wherever another thread reads what it wrote.
 #pragma once
 
+#include "../engine/algorithm.h"
 #include "loss.h"
 #include "rates.h"
 #include "task.h"
@@ -19,45 +14,26 @@ class MetaStep : Task {
  public:
   using Task::Task;
 
-  // What a thread does behind the last barrier concerns its own elements alone: so the next task may begin.
-  FM_INLINE void run() {
+ private:
+  template <class Any>
+  friend void fm::meta_step(Any&);
+  using Step = int;
+  FM_INLINE int steps() const { return K; }
+  FM_INLINE bool has_gradient() const { return OPTIONS.gradient; }
+  FM_INLINE bool has_step_weights() const { return OPTIONS.step_weights; }
+
+  FM_INLINE void load() const {
     load_theta(0);
     if (K > 0 && !OPTIONS.support_per_step) load_support(0);
     barrier();
-    if constexpr (K > 0) {
-      FM_UNROLL_BY(1)
-      for (int k = 0; k < K; ++k) {
-        if constexpr (!OPTIONS.gradient && OPTIONS.step_weights) query(k);
-        inner_step(k);
-      }
-    }
-    write_adapted();
-    if constexpr (OPTIONS.gradient) {
-      start_sweep();
-      query(K);
-      if (fresh_) {
-        for_params([&](auto p) { zero_lambda<decltype(p)::value>(); });
-        barrier();
-      }
-      fresh_ = false;
-      if constexpr (K > 0) {
-        FM_UNROLL_BY(1)
-        for (int k = K - 1; k >= 0; --k) {
-          step_back(k);
-          if constexpr (OPTIONS.step_weights) query(k);
-        }
-      }
-      write_gradients();
-    } else {
-      query(K);
-    }
-    if (thread() == 0) {
-      if (args_.task_losses) args_.task_losses[t_] = S(value_);
-      if (args_.partial) args_.partial[t_ * LAYOUT.columns + LAYOUT.columns - 1] = S(value_ * task_weight());
-    }
+  }
+  // What a thread does behind the last barrier concerns its own elements alone: so the next task may begin.
+  FM_INLINE void write_loss() const {
+    if (thread() != 0) return;
+    if (args_.task_losses) args_.task_losses[t_] = S(value_);
+    if (args_.partial) args_.partial[t_ * LAYOUT.columns + LAYOUT.columns - 1] = S(value_ * task_weight());
   }
 
- private:
   static constexpr bool RATES_FROM_GRADIENT = OPTIONS.wants_rates && !KEEPS_UPDATES;
 
   // ---- the inner loop -----------------------------------------------------------------------------------------
@@ -69,11 +45,15 @@ class MetaStep : Task {
     run_backward<X, false>(pass, to);
   }
 
-  FM_INLINE void inner_step(int k) const {
-    if constexpr (OPTIONS.support_per_step) load_support(k), barrier();
-    const Slice batch = support(k);
-    support_gradient(support_pass(k, batch), batch, sink(Mode::update, k));
-    if constexpr (TIED) barrier();
+  FM_INLINE void inner_step(int k) {
+    if constexpr (K > 0) {
+      // theta_k may not be kept for later
+      if constexpr (!OPTIONS.gradient && OPTIONS.step_weights) query(k);
+      if constexpr (OPTIONS.support_per_step) load_support(k), barrier();
+      const Slice batch = support(k);
+      support_gradient(support_pass(k, batch), batch, sink(Mode::update, k));
+      if constexpr (TIED) barrier();
+    }
   }
 
   // ---- the query --------------------------------------------------------------------------------------------------
@@ -85,6 +65,12 @@ class MetaStep : Task {
     return OPTIONS.step_weights ? args_.step_weights[k] : k == K ? 1.0 : 0.0;
   }
 
+  FM_INLINE void query_values() {
+    if constexpr (!OPTIONS.gradient) query(K);
+  }
+  FM_INLINE void query_gradient(int k) {
+    if constexpr (OPTIONS.gradient) query(k);
+  }
   // The query at theta_k: its share of the loss; its gradients times c_t s_k added to lambda and the inputs'.
   FM_INLINE void query(int k) {
     if constexpr (OPTIONS.query > 0) {
@@ -148,6 +134,14 @@ class MetaStep : Task {
     });
     start_rates(at_);
     barrier();
+  }
+  // Zero where nobody has written it.
+  FM_INLINE void complete_lambda() {
+    if (fresh_) {
+      for_params([&](auto p) { zero_lambda<decltype(p)::value>(); });
+      barrier();
+    }
+    fresh_ = false;
   }
   template <int P>
   FM_INLINE void zero_lambda() const {

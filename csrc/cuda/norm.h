@@ -86,6 +86,10 @@ struct Norm {
       if constexpr (W >= 0) return theta<W>(pass.workspace, pass.k)[Groups::param(g, e)];
       return S(1);
     }
+    // dx from the means of g and g x^.
+    FM_INLINE S gradient(int e, const Vec<2>& mean) const {
+      return rstd * (w(e) * dy(e) - mean.at[0] - hat(e) * mean.at[1]);
+    }
     // Element e's share of parameter P's direction.
     template <int P>
     FM_INLINE S v(const Along& along, S factor, int e) const {
@@ -145,8 +149,7 @@ struct Norm {
       if constexpr (wants_delta<IN, INPUT>) {
         const Vec<2> mean = means(sums, at.w(0), size);
         Crowd::each(size, [&](int e) {
-          const S dx = at.rstd * (at.w(e) * at.dy(e) - mean.at[0] - at.hat(e) * mean.at[1]);
-          put_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at.in(e), one(dx));
+          put_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at.in(e), one(at.gradient(e, mean)));
         });
       }
     });
@@ -175,6 +178,7 @@ struct Norm {
     });
   }
 
+  // Where the input does not move, and no parameter either, no dy is kept, and none matters.
   template <Space X, bool INPUT>
   static FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {
     const S w_factor = factor<W>(along);
@@ -182,11 +186,12 @@ struct Norm {
       Group<X> at(pass, g);
       at.read(), at.read_tangent();
       const int size = at.size();
+      const auto dy = [&](int e) { return has_tangent<Y> ? at.dy(e) : S(0); };
       // Rg = w rdy + rw dy; of a channel w and rw follow behind the sums
-      const auto rg = [&](int e) { return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * at.dy(e); };
+      const auto rg = [&](int e) { return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e); };
       const Vec<2> sums = Crowd::template sum<2>(size, [&](int e) {
-        const S rdy = CHANNELS ? at.rdy(e) : rg(e), dy = CHANNELS ? at.dy(e) : at.w(e) * at.dy(e);
-        return Vec<2>{{rdy, rdy * at.hat(e) + dy * at.moved_hat(e)}};
+        const S term = CHANNELS ? at.rdy(e) : rg(e), g = CHANNELS ? dy(e) : at.w(e) * dy(e);
+        return Vec<2>{{term, term * at.hat(e) + g * at.moved_hat(e)}};
       });
       if constexpr (CHANNELS)
         if (Crowd::lane(0) == 0) {
@@ -194,18 +199,21 @@ struct Norm {
           to[RDY] = sums.at[0], to[RDY_X] = sums.at[1];
         }
       if constexpr (wants_delta<IN, INPUT>) {
-        const S* const kept = statistics<L, X>(pass, g);
-        const Vec<2> dy = {{kept[DY], kept[DY_X]}}, mean = means(dy, at.w(0), size);
-        Vec<2> moved = means(sums, at.w(0), size);
-        if constexpr (CHANNELS) {
-          const Vec<2> more = means(dy, at.template v<W>(along, w_factor, 0), size);
-          moved.at[0] += more.at[0], moved.at[1] += more.at[1];
+        Vec<2> moved = means(sums, at.w(0), size), mean = {{S(0), S(0)}};
+        if constexpr (has_tangent<IN> || (CHANNELS && has_tangent<Y>)) {
+          const S* const kept = statistics<L, X>(pass, g);
+          const Vec<2> dy_sums = {{kept[DY], kept[DY_X]}};
+          mean = means(dy_sums, at.w(0), size);
+          if constexpr (CHANNELS) {
+            const Vec<2> more = means(dy_sums, at.template v<W>(along, w_factor, 0), size);
+            moved.at[0] += more.at[0], moved.at[1] += more.at[1];
+          }
         }
         Crowd::each(size, [&](int e) {
-          const S hat = at.hat(e), dx = at.rstd * (at.w(e) * at.dy(e) - mean.at[0] - hat * mean.at[1]);
-          const S rdx =
-              at.rstd * (rg(e) - moved.at[0] - at.moved_hat(e) * mean.at[1] - hat * moved.at[1] - at.rx_x * dx);
-          put_tangent_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at.in(e), one(rdx));
+          const S hat = at.hat(e);
+          S rdx = rg(e) - moved.at[0] - hat * moved.at[1];
+          if constexpr (has_tangent<IN>) rdx -= at.moved_hat(e) * mean.at[1] + at.rx_x * at.gradient(e, mean);
+          put_tangent_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at.in(e), one(at.rstd * rdx));
         });
       }
     });
@@ -229,7 +237,8 @@ struct Norm {
           const Vec<2> terms = term(g, e);
           sums.at[0] += terms.at[0], sums.at[1] += terms.at[1];
         });
-      if constexpr (B >= 0) sink.template put<B, L>(0, p, one(sums.at[0]), b_rate);
+      if constexpr (B == W) sums.at[1] += sums.at[0];
+      if constexpr (B >= 0 && B != W) sink.template put<B, L>(0, p, one(sums.at[0]), b_rate);
       if constexpr (W >= 0) sink.template put<W, L>(0, p, one(sums.at[1]), w_rate);
     }
     return (first + COUNT) % step_threads();

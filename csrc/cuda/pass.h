@@ -141,6 +141,12 @@ constexpr bool linear_pieces() {
   return LINEAR_PIECES<decltype(function_object<layer.function>(0, 0))>;
 }
 
+// Whether the gradient of value V is anybody's business; INPUT: the network's input has one too.
+template <int V, bool INPUT>
+constexpr bool wants_delta = VALUES[V].from_params || INPUT;
+template <int V>
+constexpr bool has_tangent = VALUES[V].from_params;
+
 // ---- handing on -----------------------------------------------------------------------------------------------
 // Layer L has one element of its output, at offset `at`, before the activation in its epilogue.
 template <int L, Space X>
@@ -203,7 +209,7 @@ FM_INLINE void put_tangent_delta(const Pass& pass, int at, Vec<N> g) {
     activation_derivatives<L, X, N>(pass, at, first, second);
     FM_UNROLL
     for (int j = 0; j < N; ++j) g.at[j] *= first.at[j];
-    if constexpr (!linear_pieces<L>()) {
+    if constexpr (has_tangent<PRE> && !linear_pieces<L>()) {
       const Vec<N> dy = load<N>(delta<V, X>(pass) + at), rx = load<N>(tangent<PRE>(pass) + at);
       FM_UNROLL
       for (int j = 0; j < N; ++j) g.at[j] += dy.at[j] * second.at[j] * rx.at[j];
@@ -211,12 +217,6 @@ FM_INLINE void put_tangent_delta(const Pass& pass, int at, Vec<N> g) {
     store<N>(tangent_delta<PRE>(pass) + at, g);
   }
 }
-
-// Whether the gradient of value V is anybody's business; INPUT: the network's input has one too.
-template <int V, bool INPUT>
-constexpr bool wants_delta = VALUES[V].from_params || INPUT;
-template <int V>
-constexpr bool has_tangent = VALUES[V].from_params;
 
 // Calls body(element offset with rows `ld` apart, row, column) for every element of value V.
 template <int V, class Body>

@@ -41,19 +41,11 @@ constexpr bool has_params() {
   return L < LAYER_COUNT && (LAYERS[L % LAYER_COUNT].weight >= 0 || LAYERS[L % LAYER_COUNT].bias >= 0);
 }
 
-// Whether a norm needs its sums although nobody asks for its input's gradient: a channel's are the gradients of its
-// parameters, and with the gradient of the support set comes a tangent of them.
-template <int L>
-constexpr bool needs_sums() {
-  constexpr Kind kind = LAYERS[L].kind;
-  if (kind == Kind::batch_norm) return has_params<L>() || OPTIONS.wants_support_x;
-  return (kind == Kind::layer_norm || kind == Kind::group_norm) && OPTIONS.wants_support_x;
-}
-
-// Whether layer L has anything to do in a backward pass before its parameters' gradients.
+// Whether layer L has anything to do in a backward pass before its parameters' gradients. A channel's are sums that its
+// input's gradient needs too, and are made there.
 template <int L, bool INPUT>
 constexpr bool goes_back() {
-  if (needs_sums<L>()) return true;
+  if (LAYERS[L].kind == Kind::batch_norm && has_params<L>()) return true;
   for (int in : LAYERS[L].inputs)
     if (in >= 0 && (VALUES[in].from_params || INPUT)) return true;
   return false;

@@ -1,18 +1,10 @@
-// The meta-step of one task: the inner loop forward, the query loss, and the exact sweep back.
-//
-//   theta_{k+1} = theta_k - alpha_k u_k,  u_k = mu u_{k-1} + grad L(theta_k) + omega theta_k
-//   lambda_K    = s_K grad Q(theta_K) [+ adapted_grad]
-//   v           = mbar - alpha_k lambda_{k+1}
-//   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
-//   d alpha_k   = -lambda_{k+1} u_k
-//   gradients of support inputs, targets and weights: the same tangent backward's at the inputs and at the loss
-//
-// Source: docs/architecture.md, "The mathematics".
+// What the steps of algorithm.h are on the CPU, by kernels and a plan's memory.
 #pragma once
 
 #include <memory>
 #include <utility>
 
+#include "algorithm.h"
 #include "task_state.h"
 
 namespace fm {
@@ -37,20 +29,14 @@ class MetaStep : private TaskState<S> {
   // first task of a range.
   void run(i64 t, S* sums, bool first) {
     t_ = t;
-    first_ = first;
-    load_params();
-    const Options& o = plan_.options;
-    for (i64 k = 0; k < o.steps; ++k) inner_step(k);
-    if (!o.gradient) {
-      query_values_only();
-      write_adapted();
-      return;
-    }
-    write_adapted();
-    sweep_back(sums);
+    sums_ = sums, first_ = first;
+    meta_step(*this);
   }
 
  private:
+  template <class Task>
+  friend void fm::meta_step(Task&);
+  using Step = i64;
   using State = TaskState<S>;
   using State::add_input_gradient;
   using State::at_;
@@ -76,6 +62,17 @@ class MetaStep : private TaskState<S> {
   using State::write_output;
   using State::zero;
   using typename State::Slice;
+
+  i64 steps() const { return options().steps; }
+  bool has_gradient() const { return options().gradient; }
+  bool has_step_weights() const { return !call_.step_weights.empty(); }
+  void load() {
+    value_ = 0;
+    load_params();
+  }
+  void write_loss() {
+    if (call_.task_losses) call_.task_losses[t_] = S(value_);
+  }
 
   // ---- the inner loop ---------------------------------------------------------------------------------------
   // Forward, loss and backward of the support set; the parameters' gradients go to `sinks`, if given.
@@ -153,39 +150,36 @@ class MetaStep : private TaskState<S> {
   }
 
   // ---- the query --------------------------------------------------------------------------------------------
-  void query_values_only() {
+  void query_values() {
     if (options().query == 0) return;
     const Slice batch = query();
-    double total = 0;
     for (i64 k = 0; k <= options().steps; ++k) {
       const double s = has_query_loss() ? step_weight(k) : 0.0;
       if (s == 0.0 && k < options().steps) continue;
       const Pass<S> pass = query_pass(k, batch);
       forward(pass);
       if (k == options().steps) write_output(pass);
-      if (has_query_loss()) total += s * weighted(s, loss_call(pass, options().query_loss, batch, 0.0, 0.0));
+      if (has_query_loss()) value_ += s * weighted(s, loss_call(pass, options().query_loss, batch, 0.0, 0.0));
     }
-    if (call_.task_losses) call_.task_losses[t_] = S(total);
   }
   double weighted(double s, const LossCall<S>& l) const { return s == 0.0 ? 0.0 : kernels_.loss(l); }
 
   // The query at theta_k: its share of the loss, and its gradients times c_t s_k added to lambda and the inputs.
-  double query_gradient(i64 k) {
+  void query_gradient(i64 k) {
     const double s = has_query_loss() ? step_weight(k) : 0.0;
     const bool last = k == options().steps;
-    if (options().query == 0 || (s == 0.0 && !last)) return 0.0;
+    if (options().query == 0 || (s == 0.0 && !last)) return;
     const Slice batch = query();
     const Pass<S> pass = query_pass(k, batch);
     forward(pass);
     const Value& out = plan_.values[plan_.output];
     S* dz = pass.delta(plan_.output);
-    double value = 0;
     if (last) write_output(pass);
     if (s != 0.0) {
       const double c = (call_.task_weights ? double(call_.task_weights[t_]) : 1.0) / double(call_.tasks);
       LossCall<S> l = loss_call(pass, options().query_loss, batch, c * s, c * s);
       l.dz = dz, l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
-      value = s * kernels_.loss(l);
+      value_ += s * kernels_.loss(l);
     } else if (last && call_.output_grad) {
       const S* from = call_.output_grad + t_ * options().query * out.rows * out.cols;
       for (i64 r = 0; r < pass.rows(plan_.output); ++r) {
@@ -193,7 +187,7 @@ class MetaStep : private TaskState<S> {
         for (i64 i = out.cols; i < out.ld; ++i) dz[r * out.ld + i] = 0;
       }
     } else {
-      return 0.0;
+      return;
     }
     Sink<S>* sinks = lambda_sinks(S(1));
     if (input_.active()) sinks[input_.param_index()] = input_sink(pass);
@@ -201,15 +195,14 @@ class MetaStep : private TaskState<S> {
     if (input_.active()) input_.add_query(pass);
     fresh_ = false;
     if (batch.grad_x) add_input_gradient(pass, pass.d, S(1), batch.grad_x);
-    return value;
   }
 
   // ---- the sweep back ---------------------------------------------------------------------------------------
-  void sweep_back(S* sums) {
+  void start_sweep() {
     const Options& o = options();
     S* lambda = at_ + plan_.at.lambda;
     fresh_ = true, summed_ = false;
-    start_input_gradient(sums);
+    start_input_gradient();
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (const S* seed = call_.params[p].adapted_grad) {
@@ -222,26 +215,21 @@ class MetaStep : private TaskState<S> {
       }
     }
     if (plan_.task_sums) zero(at_ + plan_.at.task_sums, plan_.task_sums);
-    if (first_) zero(sums + plan_.set_size, plan_.range_sums - plan_.set_size);
-    double value = query_gradient(o.steps);
-    if (fresh_) zero(lambda, plan_.set_size);
+    if (first_) zero(sums_ + plan_.set_size, plan_.range_sums - plan_.set_size);
+  }
+  // Zero where nobody has written it.
+  void complete_lambda() {
+    if (fresh_) zero(at_ + plan_.at.lambda, plan_.set_size);
     fresh_ = false;
-    for (i64 k = o.steps - 1; k >= 0; --k) {
-      step_back(k, sums);
-      value += query_gradient(k);
-    }
-    if (call_.task_losses) call_.task_losses[t_] = S(value);
-    finish_input_gradient();
-    write_gradients(sums);
   }
 
   // ---- the gradient of the input layer's weight goes straight to where it is wanted ----------------------------
-  void start_input_gradient(S* sums) {
+  void start_input_gradient() {
     if (!input_.active()) return;
     kept_query_.reset();
     const size_t p = input_.param_index();
     const Param& param = plan_.params[p];
-    input_gradient_ = param.per_task ? lambda_[p] : sums + param.offset;
+    input_gradient_ = param.per_task ? lambda_[p] : sums_ + param.offset;
     input_fresh_ = param.per_task || first_;
     if (const S* seed = call_.params[p].adapted_grad) {
       pack(kernels_, plan_, param, seed + t_ * param.numel(), lambda_[p]);
@@ -271,26 +259,26 @@ class MetaStep : private TaskState<S> {
     return sinks_.data();
   }
 
-  void step_back(i64 k, S* sums) {
+  void step_back(i64 k) {
     const Options& o = options();
     const Slice batch = support(k);
     const bool again = !o.store && (o.second_order || (o.wants_rates && !plan_.keeps_updates()));
     if (!o.store) mirror_step(k);
     const Pass<S> pass = support_pass(k, batch, !again);
     if (again) support_gradient(pass, batch, o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
-    if (o.wants_rates) rate_gradients(k, pass, sums);
+    if (o.wants_rates) rate_gradients(k, pass);
     // After the last product nothing is done to lambda_0 but to add it to the sums: the product can.
     const bool into_sums =
         o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
     S alpha = 0;
     if (one_rate(k, alpha)) {
-      if (o.second_order) along_lambda(pass, batch, alpha, into_sums ? sums : nullptr);
+      if (o.second_order) along_lambda(pass, batch, alpha, into_sums);
       return;
     }
     direction(k);
     if (o.second_order) {
       const S input_scale = input_.active() ? -single_rate(k, input_.param_index()) : S(1);
-      hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums ? sums : nullptr);
+      hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums);
     }
     if (!plan_.plain_rule())
       for (size_t p = 0; p < plan_.params.size(); ++p) {
@@ -317,10 +305,10 @@ class MetaStep : private TaskState<S> {
   }
 
   // H (-alpha lambda) as -alpha (H lambda). Nothing reads a layer's lambda after its product has been added to it.
-  void along_lambda(Pass<S> pass, const Slice& batch, S alpha, S* sums) {
+  void along_lambda(Pass<S> pass, const Slice& batch, S alpha, bool into_sums) {
     for (size_t p = 0; p < plan_.params.size(); ++p)
       if (plan_.params[p].mirrored) make_v_mirror(p, lambda_[p]);
-    hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), sums);
+    hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), into_sums);
   }
 
   // v = mbar - alpha lambda; zero for parameters that are not adapted, since the sweep began.
@@ -345,9 +333,9 @@ class MetaStep : private TaskState<S> {
     make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
   }
 
-  // lambda += scale H v, or into the sums if given; the mixed derivatives likewise into the gradients of the support
+  // lambda += scale H v, or right into the sums; the mixed derivatives likewise into the gradients of the support
   // set. The input layer's v is input_scale * lambda.
-  void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S input_scale, S* sums) {
+  void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S input_scale, bool into_sums) {
     pass.v = {v, v_mirror_.data()};
     if (input_.active()) pass.tangent_low_rank = input_.tangent(input_scale);
     tangent(pass);
@@ -357,9 +345,9 @@ class MetaStep : private TaskState<S> {
     l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
     kernels_.loss_tangent(l);
     Sink<S>* sinks = lambda_sinks(scale);
-    if (sums) {
+    if (into_sums) {
       for (size_t p = 0; p < plan_.params.size(); ++p)
-        if (!plan_.params[p].per_task) sinks[p] = {sums + plan_.params[p].offset, lambda_[p], !first_, scale};
+        if (!plan_.params[p].per_task) sinks[p] = {sums_ + plan_.params[p].offset, lambda_[p], !first_, scale};
       summed_ = true;
     }
     if (input_.active()) sinks[input_.param_index()] = {};
@@ -369,14 +357,14 @@ class MetaStep : private TaskState<S> {
   }
 
   // d alpha_k -= lambda_{k+1} u_k
-  void rate_gradients(i64 k, const Pass<S>& pass, S* sums) {
+  void rate_gradients(i64 k, const Pass<S>& pass) {
     const Options& o = options();
     const S* u = at_ + plan_.at.updates + (plan_.keeps_updates() ? k * plan_.at.update_stride : 0);
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted) continue;
       const S* lambda = lambda_[p];
-      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums) + param.rate_sum_offset;
+      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums_) + param.rate_sum_offset;
       if (param.rate_per_step) to += k * (param.rate_element ? param.size : plan_.lane);
       if (input_.is(p)) {
         to[0] -= S(input_.rate_gradient(pass));
@@ -407,10 +395,11 @@ class MetaStep : private TaskState<S> {
       }
   }
 
-  void write_gradients(S* sums) {
+  void write_gradients() {
+    finish_input_gradient();
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
-      S* const sum = sums + param.offset;
+      S* const sum = sums_ + param.offset;
       if (param.per_task) {
         if (S* to = call_.params[p].grad) unpack(kernels_, plan_, param, lambda_[p], to + t_ * param.numel());
       } else if (!summed_ && !input_.is(p)) {
@@ -437,6 +426,8 @@ class MetaStep : private TaskState<S> {
   }
 
  private:
+  S* sums_ = nullptr;    // of the task's range
+  double value_ = 0;     // of the query losses
   bool first_ = true;    // the first task of its range: sums are stored, not added to
   bool fresh_ = true;    // lambda has not been written yet
   bool summed_ = false;  // the shared parameters' gradients have gone into the sums

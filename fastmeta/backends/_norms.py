@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from math import prod
 
-from fastmeta.problem import Problem
+from fastmeta.network.program import Program
+from fastmeta.problem import Batch, Problem
+
+NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})
 
 
-def refuses_batch(problem: Problem) -> str:
-    """Why the batches cannot be normalised, "" if they can: by the task's own batch takes two values per channel."""
-    if problem.program is None or problem.batch_stats != "task":
+def refuses_norms(problem: Problem) -> str:
+    """Why a network's norms cannot be run, "" if they can."""
+    program = problem.program
+    if program is None:
         return ""
-    pixels = [prod(layer.shape[1:]) for layer in problem.program.layers if layer.kind == "batch_norm"]
-    for batch in (problem.support, problem.query):
-        if batch is not None and batch.x.shape[2 if batch.per_step else 1] * min(pixels, default=2) == 1:
-            return "batch norm over one value per channel"
+    if problem.batch_stats == "task" and any(
+        _one_value(program, batch) for batch in (problem.support, problem.query) if batch is not None
+    ):
+        return "batch norm over one value per channel"
+    # a matrix is laid out for products
+    matrices = {layer.params[0] for layer in program.layers if layer.kind not in NORMS and layer.params}
+    for layer in program.layers:
+        for name in layer.params:
+            if layer.kind in NORMS and name is not None and name in matrices:
+                return f"`{name}` belongs to a norm and is the weight of another layer"
     return ""
+
+
+def _one_value(program: Program, batch: Batch) -> bool:
+    """Whether some batch norm has a single value per channel."""
+    examples = batch.x.shape[2 if batch.per_step else 1]
+    return any(layer.kind == "batch_norm" and examples * prod(layer.shape[1:]) == 1 for layer in program.layers)

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 #: Every element-wise layer by name.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -118,3 +119,18 @@ def normed_rows() -> nn.Sequential:
     return nn.Sequential(
         nn.BatchNorm1d(6), nn.Linear(4, 9), nn.GroupNorm(2, 6), nn.Tanh(), nn.LayerNorm((6, 9)), nn.Linear(9, 2)
     )
+
+
+class HalfNorms(nn.Module):
+    """Norms with a bias alone, with a weight alone, with one parameter for both, and with neither; on the input too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight, self.both = (nn.Parameter(torch.rand(n) + 0.5) for n in (4, 6, 6))
+        self.body, self.tail, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(F.batch_norm(x, None, None, None, self.bias, training=True)) + F.layer_norm(x, (4,))
+        y = torch.tanh(F.layer_norm(self.body(y), (6,), self.weight))
+        y = torch.tanh(F.layer_norm(self.tail(y), (6,), self.both, self.both))
+        return self.head(F.group_norm(y, 2, None, self.weight))

@@ -10,7 +10,7 @@ from torch import nn
 from fastmeta.cases.case import RATES, Case
 from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
-from fastmeta.cases.networks import ACTIVATIONS, KINKED, Residual, Tied, mlp, normed_rows
+from fastmeta.cases.networks import ACTIVATIONS, KINKED, HalfNorms, Residual, Tied, mlp, normed_rows
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
 
@@ -80,6 +80,7 @@ def _normed() -> Iterator[Case]:
     yield Case("bn_gelu_mlp", partial(mlp, (3, 15, 5), "gelu", norm="bn_plain"), (3,), shots=33, queries=21)
     yield Case("ln_mlp", partial(mlp, (3, 15, 12, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
     yield Case("rows_normed", normed_rows, (6, 4))
+    yield Case("half_norms", HalfNorms, (4,), loss="ce")
 
 
 def _losses() -> Iterator[Case]:

@@ -5,7 +5,7 @@ This is what the `reference` and `torch` backends evaluate, and what a captured 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -146,7 +146,7 @@ def _batch_norm(
             f"{tuple(x.shape)}; `batch_stats='running'` can take it"
         )
     mean, var = (None, None) if own_batch else (running_mean, running_var)
-    if decompose:
+    if decompose or _bias_alone(weight, bias):
         return elementary.batch_norm(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, training=own_batch, eps=eps)
 
@@ -165,9 +165,36 @@ def _instance_norm(
 ) -> Tensor:
     own_batch = own_batch or running_mean is None
     mean, var = (None, None) if own_batch else (running_mean, running_var)
-    if decompose:
+    if decompose or _bias_alone(weight, bias):
         return elementary.instance_norm(x, mean, var, weight, bias, eps)
     return F.instance_norm(x, mean, var, weight, bias, use_input_stats=own_batch, eps=eps)
+
+
+def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's fused norms have no right second derivative: batch norm's are off by 1e-3, the others raise."""
+    return weight is None and bias is not None
+
+
+def _layer_norm(
+    x: Tensor,  # [..., *normalized_shape]
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    norm = elementary.layer_norm if _bias_alone(weight, bias) else F.layer_norm
+    return norm(x, normalized_shape, weight, bias, eps)
+
+
+def _group_norm(
+    x: Tensor,  # [N, C, ...]
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    norm = elementary.group_norm if _bias_alone(weight, bias) else F.group_norm
+    return norm(x, num_groups, weight, bias, eps)
 
 
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,5 +225,6 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-}
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+} | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}

@@ -74,8 +74,8 @@ def _unit_orders(problem: Problem, generator: torch.Generator) -> Orders:
     if not isinstance(net, nn.Sequential):
         return orders
     linears = [(i, layer) for i, layer in enumerate(net) if isinstance(layer, nn.Linear)]
-    weights = [id(layer.weight) for _, layer in linears]
-    if len(set(weights)) < len(weights):
+    used = [id(value) for layer in net for value in layer.parameters()]
+    if len(set(used)) < len(used):
         return orders
     rows = all(batch is None or batch.x.ndim == 3 + batch.per_step for batch in (problem.support, problem.query))
     for (i, _), (j, following) in pairwise(linears):

@@ -26,7 +26,7 @@ import fastmeta
 from fastmeta.backends import _disk_cache
 
 _PACKAGE = Path(fastmeta.__file__).parent
-_SHARED_HEADERS = ("types.h", "kernels.h", "functions.inl", "loss_example.inl")
+_SHARED_HEADERS = ("types.h", "kernels.h", "algorithm.h", "functions.inl", "loss_example.inl")
 
 #: What the kernels are written in, everywhere. No fast-math: NaN and infinity must work.
 _STANDARD = "c++17"

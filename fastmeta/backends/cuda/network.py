@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fastmeta.backends._layout import lay_out
+from fastmeta.backends._norms import NORMS
 from fastmeta.backends.cuda.tables import Layer, Value
 from fastmeta.network.program import Program
 
-#: Kinds that normalise.
-NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})
 #: Kinds that take the activation behind them.
 _WITH_EPILOGUE = NORMS | {"linear"}
 
@@ -39,7 +38,7 @@ def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Laye
     layers, output = _without_reshapes(values, layers, output)
     layers = _with_activations(layers, output)
     for made in layers:
-        moves = made.weight >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
+        moves = made.weight >= 0 or made.bias >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
         values[made.output].from_params = moves
         if made.pre >= 0:
             values[made.pre].from_params = moves

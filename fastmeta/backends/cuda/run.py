@@ -129,7 +129,7 @@ class Job:
                 seed[i],
                 *(_address(own[what].get(name)) for what in ("adapted", "grad", "rate")),
             ]
-        for buffer in _dense([problem.net.get_buffer(name).to(self.dtype) for name in self.buffers], keep):
+        for buffer in _dense([problem.net.get_buffer(name).to(self.device, self.dtype) for name in self.buffers], keep):
             words += [buffer, 0, 0, 0, 0, 0]
         return words
 
