@@ -178,4 +178,4 @@ def test_second_derivatives_of_a_bias_alone_match_finite_differences(norm: Calla
     net = Biased()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, bias: torch.tanh(call(net, {"bias": bias}, (x,))), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, bias: torch.tanh(call(net, {"bias": bias}, x)), (x, bias))

@@ -97,7 +97,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm1d,
     "bn_plain": partial(nn.BatchNorm1d, affine=False),
     "ln": nn.LayerNorm,
-    "gn": partial(nn.GroupNorm, 3),
+    "gn": partial(nn.GroupNorm, 2),
 }
 
 
@@ -126,11 +126,11 @@ class HalfNorms(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias, self.weight, self.both = (nn.Parameter(torch.rand(n) + 0.5) for n in (4, 6, 6))
-        self.body, self.tail, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.bias, self.weight, self.both = (nn.Parameter(torch.rand(n) + 0.5) for n in (13, 26, 26))
+        self.body, self.tail, self.head = nn.Linear(13, 26), nn.Linear(26, 26), nn.Linear(26, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.sigmoid(F.batch_norm(x, None, None, None, self.bias, training=True)) + F.layer_norm(x, (4,))
-        y = torch.tanh(F.layer_norm(self.body(y), (6,), self.weight))
-        y = torch.tanh(F.layer_norm(self.tail(y), (6,), self.both, self.both))
+        y = torch.sigmoid(F.batch_norm(x, None, None, None, self.bias, training=True)) + F.layer_norm(x, (13,))
+        y = torch.tanh(F.layer_norm(self.body(y), (26,), self.weight))
+        y = torch.tanh(F.layer_norm(self.tail(y), (26,), self.both, self.both))
         return self.head(F.group_norm(y, 2, None, self.weight))

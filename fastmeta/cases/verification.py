@@ -70,17 +70,17 @@ def _wide() -> Iterator[Case]:
 
 def _normed() -> Iterator[Case]:
     """Norms between linear layers, and of rows of several features."""
-    for norm in ("bn", "ln", "gn"):
-        net = partial(Case, f"{norm}_mlp", partial(mlp, (3, 15, 12, 5), "tanh", norm=norm), (3,), loss="ce")
+    for norm, widths in (("bn", (3, 15, 13, 5)), ("ln", (3, 15, 13, 5)), ("gn", (3, 30, 26, 5))):
+        net = partial(Case, f"{norm}_mlp", partial(mlp, widths, "tanh", norm=norm), (3,), loss="ce")
         yield net()
         yield net(memory="recompute", steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05)
         yield net(order="first", step_weights=True, weighted="sqt", per_task="some")
         yield net(operator="inner_sgd", rates="head", per_step=True)
-    yield Case("bn_relu_mlp", partial(mlp, (3, 15, 12, 5), "relu", norm="bn"), (3,), loss="ce", kinks=True)
+    yield Case("bn_relu_mlp", partial(mlp, (3, 15, 13, 5), "relu", norm="bn"), (3,), loss="ce", kinks=True)
     yield Case("bn_gelu_mlp", partial(mlp, (3, 15, 5), "gelu", norm="bn_plain"), (3,), shots=33, queries=21)
-    yield Case("ln_mlp", partial(mlp, (3, 15, 12, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
+    yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
     yield Case("rows_normed", normed_rows, (6, 4))
-    yield Case("half_norms", HalfNorms, (4,), loss="ce")
+    yield Case("half_norms", HalfNorms, (13,), loss="ce")
 
 
 def _losses() -> Iterator[Case]:
