@@ -173,7 +173,7 @@ def test_second_derivatives_of_a_bias_alone_match_finite_differences(norm: Calla
         def forward(self, x: Tensor) -> Tensor:
             if norm is F.batch_norm:
                 return norm(x, None, None, None, self.bias, training=True)
-            return norm(x, (4,) if norm is F.layer_norm else 2, None, self.bias)
+            return norm(x, (4,) if norm is F.layer_norm else 2, bias=self.bias)
 
     net = Biased()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)

@@ -5,7 +5,8 @@ This is what the `reference` and `torch` backends evaluate, and what a captured 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -175,26 +176,17 @@ def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:
     return weight is None and bias is not None
 
 
-def _layer_norm(
-    x: Tensor,  # [..., *normalized_shape]
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    norm = elementary.layer_norm if _bias_alone(weight, bias) else F.layer_norm
-    return norm(x, normalized_shape, weight, bias, eps)
+def _fused_where_right(fused: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PyTorch's norm, or the same formula out of elementary operators where its second derivative is not right."""
+    signature = inspect.signature(fused)
 
+    def norm(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        alone = _bias_alone(given.arguments["weight"], given.arguments["bias"])
+        return formula(*given.args) if alone else fused(*args, **kwargs)
 
-def _group_norm(
-    x: Tensor,  # [N, C, ...]
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    norm = elementary.group_norm if _bias_alone(weight, bias) else F.group_norm
-    return norm(x, num_groups, weight, bias, eps)
+    return norm
 
 
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,6 +217,6 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
+    F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
+    F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),
 } | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}
