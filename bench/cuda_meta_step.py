@@ -42,7 +42,8 @@ from fastmeta.verify.quantities import quantities, relative_error
 WRT = frozenset({"params"})
 SINUSOID = WORKLOADS["sinusoid"][-1]
 #: T = 4096 is the throughput case: its reference runs on the first tasks only.
-CASES = [*WORKLOADS["sinusoid"], replace(SINUSOID, tasks=4096), *WORKLOADS["recommender"], *WORKLOADS["mlp"]]
+CASES = [*WORKLOADS["sinusoid"], replace(SINUSOID, tasks=4096)]
+CASES += [case for name in ("recommender", "mlp", "mlp-bn") for case in WORKLOADS[name]]
 CHECKED_TASKS = 32
 #: Cases whose first calls are timed.
 STARTED = [case for case in CASES if case.tasks == CHECKED_TASKS and case.steps == 5]
