@@ -136,10 +136,13 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
     flags = plan.flags
     vector = 16 // plan.itemsize
     tensor = any(layer.multiply != "fma" for layer in plan.layers)
-    for v in plan.values:
+    norms = [layer for layer in plan.layers if layer.kind == "batch_norm"]
+    normed = {v for layer in norms for v in (*layer.inputs, layer.output, layer.pre)}
+    for number, v in enumerate(plan.values):
         v.vector = vector if v.cols >= vector else 1
         v.ld = pad(v.cols, v.vector)
-        if tensor and v.cols >= WIDE:
+        # neighbouring lanes read neighbouring rows
+        if v.vector > 1 and (number in normed or (tensor and v.cols >= WIDE)):
             v.ld = odd(v.ld, vector)
     if user_input:
         first = plan.values[0]
@@ -212,8 +215,6 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
     from_gradient = flags["wants_rates"] and not flags["momentum"]
     values_needed = gradient and (flags["second_order"] or from_gradient)
     theta_needed = gradient and steps > 0 and (values_needed or flags["step_weights"])
-    if not values_needed:
-        plan.store = True
     if not theta_needed:
         plan.keep_all = False
     kept = min(steps, 1) if not (values_needed and plan.store) else steps
