@@ -190,8 +190,8 @@ struct Norm {
       // Rg = w rdy + rw dy; of a channel w and rw follow behind the sums
       const auto rg = [&](int e) { return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e); };
       const Vec<2> sums = Crowd::template sum<2>(size, [&](int e) {
-        const S term = CHANNELS ? at.rdy(e) : rg(e), g = CHANNELS ? dy(e) : at.w(e) * dy(e);
-        return Vec<2>{{term, term * at.hat(e) + g * at.moved_hat(e)}};
+        const S moves = CHANNELS ? at.rdy(e) : rg(e), stands = CHANNELS ? dy(e) : at.w(e) * dy(e);
+        return Vec<2>{{moves, moves * at.hat(e) + stands * at.moved_hat(e)}};
       });
       if constexpr (CHANNELS)
         if (Crowd::lane(0) == 0) {
