@@ -160,7 +160,7 @@ class MetaStep : Task {
     if constexpr (AGAIN)
       support_gradient(pass, batch, sink(RATES_FROM_GRADIENT ? Mode::rates : Mode::none, k));
     else if constexpr (RATES_FROM_GRADIENT)
-      run_gradients<X>(pass, sink(Mode::rates, k));
+      run_rates<X>(pass, sink(Mode::rates, k));
     if constexpr (KEEPS_UPDATES) rates_from_updates(sink(Mode::rates, k));
     if constexpr (OPTIONS.wants_rates) finish_rates(sink(Mode::rates, k));
     if constexpr (WRITES_DIRECTION && (OPTIONS.second_order || !PLAIN_RULE)) write_direction(k);
@@ -203,7 +203,7 @@ class MetaStep : Task {
     loss<false, true>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), tangent<OUTPUT>(pass),
                       tangent_delta<OUTPUT>(pass), S(1), true);
     barrier();
-    run_tangent_backward<X, OPTIONS.wants_support_x>(pass, along, sink(Mode::lambda, k));
+    run_tangent_backward<X, OPTIONS.wants_support_x>(pass, along);
     if constexpr (OPTIONS.wants_support_x) add_input_gradient(pass, tangent_delta<0>(pass), batch.grad_x);
     barrier();
   }

@@ -93,9 +93,10 @@ FM_PASS void run_backward(Pass pass, Sink sink) {
   sink.take_tied();
 }
 
-// The parameters' gradients alone, from what an earlier backward pass has left.
+// The gradients of rates alone, from what an earlier backward pass has left.
 template <Space X>
-FM_PASS void run_gradients(Pass pass, Sink sink) {
+FM_PASS void run_rates(Pass pass, Sink sink) {
+  sink.mode = Mode::rates;  // the compiler leaves the others out
   int turn = 0;
   for_each<0, LAYER_COUNT>([&](auto index) {
     constexpr int L = LAYER_COUNT - 1 - decltype(index)::value;
@@ -117,7 +118,8 @@ FM_PASS void run_tangent(Pass pass, Along along) {
 }
 
 template <Space X, bool INPUT>
-FM_PASS void run_tangent_backward(Pass pass, Along along, Sink sink) {
+FM_PASS void run_tangent_backward(Pass pass, Along along) {
+  const Sink sink{along.args, along.workspace, Mode::lambda, along.k, along.t, false};
   int turn = 0;
   for_each<0, LAYER_COUNT>([&](auto index) {
     constexpr int L = LAYER_COUNT - 1 - decltype(index)::value;
