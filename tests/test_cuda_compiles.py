@@ -46,7 +46,7 @@ SPECIALISATIONS = [
     (FIELD, torch.float32, "sm_100"),
     (NORMED, torch.float32, "sm_90a"),
     *((WIDE, torch.float32, architecture) for architecture in ("sm_80", "sm_100")),
-    *((MLP, torch.float32, architecture) for architecture in ("sm_80", "sm_100")),
+    (MLP, torch.float32, "sm_100"),
     (MLP_BN, torch.float32, "sm_90a"),
 ]
 if os.environ.get("FASTMETA_EVERY_KERNEL") == "1":

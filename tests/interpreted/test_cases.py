@@ -15,9 +15,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: Too large for an interpreter.
 _LARGE = ("wide", "300x", "conv_large", "ln_last", "64x64", "65x17", "48x1", "7x100", "1x40x40x1")
 #: Nothing but kernels that other cases reach, in another order or with other tails.
-_LIKE_OTHERS = ("ln_mlp", "gn_mlp", "bn_relu_mlp", "gn_pool", "bn_pool", "gn_relu", "gn1_plain", "conv_winograd")
-_LEFT_OUT = (*(f"{label}-" for label in _LIKE_OTHERS), "conv_winograd_valid", *_LARGE)
-_BY_LABEL = {case.label: case for case in reversed(VERIFICATION) if not any(name in case.id for name in _LEFT_OUT)}
+_LIKE_OTHERS = "ln_mlp gn_mlp bn_relu_mlp bn_plain gn1_plain in gn_pool bn_pool gn_relu gn_relu_pool first_gn".split()
+_LIKE_OTHERS += "conv_gray conv_winograd conv_winograd_valid".split()
+_BY_LABEL = {
+    case.label: case
+    for case in reversed(VERIFICATION)
+    if case.label not in _LIKE_OTHERS and not any(name in case.id for name in _LARGE)
+}
 _BY_LOSS = {
     (case.loss, case.query_loss): case
     for case in reversed(VERIFICATION)
