@@ -10,8 +10,6 @@ from fastmeta import backends
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -105,9 +103,15 @@ def _what(problem: Problem) -> str:
     return ", ".join([*parts, adapted, dtype])
 
 
+def _normalises_by_batch(problem: Problem) -> bool:
+    if problem.program is not None:
+        return any(layer.kind == "batch_norm" for layer in problem.program.layers)
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in problem.net.modules())
+
+
 def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
     lines = []
-    if problem.batch_stats == "task" and any(isinstance(module, _NORMS) for module in problem.net.modules()):
+    if problem.batch_stats == "task" and _normalises_by_batch(problem):
         lines.append(
             "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "
             "are normalised together), and leaves the running statistics alone"

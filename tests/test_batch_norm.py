@@ -179,3 +179,85 @@ def test_second_derivatives_of_a_bias_alone_match_finite_differences(norm: Calla
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, bias: torch.tanh(call(net, {"bias": bias}, x)), (x, bias))
+
+
+# ---- what may change, or be strange, between calls -----------------------------------------------------------
+
+
+def _features() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        net(torch.randn(20, 4, dtype=torch.float64))
+    return net
+
+
+def _episode() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x, x[..., :3].clone(), x.flip(1), x[..., 1:].clone()
+
+
+@pytest.mark.parametrize("statistics", [torch.zeros(0), torch.zeros(2), torch.zeros(9), torch.zeros(3, 6)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=needs_compiler)])
+def test_rejects_running_statistics_of_another_shape_after_a_call(
+    backend: str, statistics: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
+    net = _features()
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1, batch_stats="running", backend=backend)
+    maml(*_episode())
+    net[1].running_var = statistics.double()
+    with pytest.raises(ValueError, match=f"running_var should contain 6 elements not {statistics.numel()}"):
+        maml(*_episode())
+
+
+def test_rejects_running_statistics_that_are_not_used() -> None:
+    net = _features()
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=1, batch_stats="running")
+    maml(*_episode())
+    net[1].track_running_stats = False
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) tracks none"):
+        maml(*_episode())
+
+
+def test_weights_with_a_stride_match_reference() -> None:
+    net = _features()
+    support_x, support_y, query_x, query_y = _episode()
+    params = {name: value.detach() for name, value in net.named_parameters()}
+    dense = torch.linspace(0.5, 2, 18, dtype=torch.float64).reshape(6, 3).T  # [T, 6]
+    losses = [
+        fm.meta_gradient(
+            net, {**params, "1.weight": weight}, (support_x, support_y), (query_x, query_y), loss="mse", lr=0.1,
+            steps=2, backend=backend,
+        ).loss
+        for backend in ("reference", "torch", "cpu")
+        for weight in (dense, dense.contiguous())
+    ]  # fmt: skip
+    assert all(torch.allclose(loss, losses[0], rtol=1e-9) for loss in losses)
+
+
+class Functional(nn.Module):
+    """Batch norm that no module tells of, in code that can be captured or not."""
+
+    def __init__(self, captured: bool) -> None:
+        super().__init__()
+        self.body, self.captured = nn.Linear(4, 3), captured
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(self.body(x), None, None, training=True)
+        return y if self.captured else y.cumsum(1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("captured", [True, False])
+def test_rejects_masks_with_a_batch_norm_that_is_no_module(captured: bool, backend: str) -> None:
+    maml = fm.MAML(Functional(captured).double(), loss="mse", inner_lr=0.1, inner_steps=1, backend=backend)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="is a mask, but batch_norm normalises by the whole batch"):
+        maml(*_episode(), support_weights=mask)
+
+
+def test_explanation_says_what_normalises_by_the_batch() -> None:
+    for net, said in ((Functional(True), True), (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), False)):
+        maml = fm.MAML(net.double(), loss="mse", inner_lr=0.1, inner_steps=1)
+        assert ("transductive" in str(maml.explain(*_episode()))) == said

@@ -12,6 +12,7 @@ from plain_autograd import episodes, network
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.backends.cuda.compile import host_compiler
 from fastmeta.cases.networks import Transformer
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -225,6 +226,20 @@ def test_operators_break_the_graph_and_are_right() -> None:
 
     two = torch.tensor(2.0, dtype=torch.float64)
     assert torch.equal(torch.compile(function)(two), function(two))
+
+
+@pytest.mark.skipif(not host_compiler(), reason="no C++ compiler to stand in for a GPU")
+def test_outputs_of_the_operator_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which PyTorch will not allow; the sums of a launch stand side by side."""
+    monkeypatch.setenv("FASTMETA_CUDA_EMULATE", "1")
+    maml = _maml(backend="cuda")
+    support_x, support_y, query_x, query_y = episodes(dtype=torch.float32)
+    leaves = [parameter.detach() for parameter in maml.parameters()]
+    outputs = torch.ops.fastmeta.meta_loss(
+        leaves, support_x, support_y, None, query_x, query_y, None, None, False, True, maml.handle, 0
+    )
+    assert outputs[3].numel() == sum(leaf.numel() for leaf in leaves)
+    assert len({output.untyped_storage().data_ptr() for output in outputs}) == len(outputs)
 
 
 def test_rejects_inputs_that_require_grad_while_compiling() -> None:

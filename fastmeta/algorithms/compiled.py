@@ -94,7 +94,8 @@ def _operator(
     result = checked.solve() if checked.plan.program is not None else _outside(checked.solve)
     loss, task_losses, output = answer(checked, result)
     gradient = flat_gradient(maml, checked, result) if with_gradients else loss.new_empty(0)
-    return loss, task_losses, output, gradient
+    # some backends sum both up in one vector, and the outputs of an operator may not share memory
+    return loss.clone(), task_losses, output, gradient
 
 
 def _outside(function: Callable[[], _T]) -> _T:

@@ -52,17 +52,36 @@ def call(
         TypeError: the module returns something else than one tensor.
         ValueError: a norm over the task's own batch would see one value per channel.
     """
+    output = _run(net, params, x, _Conventions(batch_stats, decompose))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
+    return output
+
+
+def _run(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, conventions: _Conventions) -> Any:
     # A forward pass may count batches or move running statistics: it does so on copies.
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     with ExitStack() as stack:
         if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_Conventions(batch_stats, decompose))
-        output = torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
-    return output
+        stack.enter_context(conventions)
+        return torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
+
+
+def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> bool:
+    """Whether the network's code calls batch norm, by a module or not: it is run once. Arguments as in `call`."""
+    conventions, found = _Conventions("task", False), []
+    plain = conventions.replacements[F.batch_norm]
+
+    def noticed(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(True)
+        return plain(*args, **kwargs)
+
+    conventions.replacements[F.batch_norm] = noticed
+    with torch.no_grad():
+        _run(net, params, x, conventions)
+    return bool(found)
 
 
 def check_batch_stats(net: nn.Module, batch_stats: str) -> None:
@@ -89,7 +108,11 @@ def check_batch_stats(net: nn.Module, batch_stats: str) -> None:
             mean, var = module.running_mean, module.running_var
             if mean is not None and var is not None and not mean.any() and bool((var == 1).all()):
                 raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
-        elif module.running_mean is None or module.num_batches_tracked is None:
+        elif (
+            module.running_mean is None
+            or module.num_batches_tracked is None
+            or (module.training and not module.track_running_stats)
+        ):
             raise ValueError(f"`batch_stats='running'` needs running statistics, {where} tracks none")
         elif int(module.num_batches_tracked) == 0:
             raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
@@ -117,16 +140,16 @@ class _Conventions(TorchFunctionMode):
     def __init__(self, batch_stats: str, decompose: bool) -> None:
         super().__init__()
         own_batch = batch_stats == "task"
-        self._replacements: dict[Any, Callable[..., Any]] = {
+        self.replacements: dict[Any, Callable[..., Any]] = {
             F.batch_norm: lambda *args, **kwargs: _batch_norm(own_batch, decompose, *args, **kwargs),
             F.instance_norm: lambda *args, **kwargs: _instance_norm(own_batch, decompose, *args, **kwargs),
         }
-        self._replacements.update(_DECOMPOSED if decompose else _TWICE_DIFFERENTIABLE)
+        self.replacements.update(_DECOMPOSED if decompose else _TWICE_DIFFERENTIABLE)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _batch_norm(
@@ -149,6 +172,7 @@ def _batch_norm(
     mean, var = (None, None) if own_batch else (running_mean, running_var)
     if decompose or _bias_alone(weight, bias):
         return elementary.batch_norm(x, mean, var, weight, bias, eps)
+    weight, bias = _dense(weight), _dense(bias)
     return F.batch_norm(x, mean, var, weight, bias, training=own_batch, eps=eps)
 
 
@@ -168,7 +192,13 @@ def _instance_norm(
     mean, var = (None, None) if own_batch else (running_mean, running_var)
     if decompose or _bias_alone(weight, bias):
         return elementary.instance_norm(x, mean, var, weight, bias, eps)
+    weight, bias = _dense(weight), _dense(bias)
     return F.instance_norm(x, mean, var, weight, bias, use_input_stats=own_batch, eps=eps)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """PyTorch's batch norm reads a weight with a stride wrongly."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -1,8 +1,9 @@
 """Whether a network is still the one that was captured.
 
 A guard is a flat record of everything that a forward can read besides its input: the modules and their types,
-their attributes (the training flag among them), hooks, which parameters there are, which of them are tied, and
-their shapes. Values of tensors are no part of it, so that parameters may be trained or replaced. It is checked
+their attributes (the training flag among them), hooks, which parameters there are, which of them are tied, their
+shapes, and those of buffers. Values of tensors are no part of it, so that parameters may be trained or replaced. It
+is checked
 at every training step: what is in it is compared by identity first, in a handful of C calls. Globals and closures
 that a user's own code reads are part of it as well (`outside.py`).
 """
@@ -71,6 +72,8 @@ class Guard:
         self._set_parameters([*_joined(map(dict.values, self._parameter_dicts))])
         self._ties = _ties(self._parameters)
         self._shapes = [*map(_shape, self._tensors)]
+        self._buffer_dicts = [module._buffers for module in modules if module._buffers]
+        self._buffer_sorts = self._sorts_of_buffers()
 
     def holds(self, net: nn.Module) -> bool:
         """Whether nothing that a capture depends on has changed."""
@@ -80,6 +83,7 @@ class Guard:
                 and [vars(net), *self._child_attributes] == self._attributes
                 and [type(net), *map(type, self._children)] == self._types
                 and self._same_parameters()
+                and (not self._buffer_dicts or self._sorts_of_buffers() == self._buffer_sorts)
                 and (not self._classes or [*map(vars, self._classes)] == self._class_attributes)
                 and (not self._outside or [read.value() for read in self._outside] == self._outside_values)
                 and (not self._objects or all(_watched(live) == frozen for live, frozen in self._objects.values()))
@@ -96,6 +100,10 @@ class Guard:
                 return False
             self._set_parameters(replaced)
         return [*map(_shape, self._tensors)] == self._shapes
+
+    def _sorts_of_buffers(self) -> list[tuple[torch.Size, torch.dtype] | None]:
+        buffers = _joined(map(dict.values, self._buffer_dicts))
+        return [None if buffer is None else (buffer.shape, buffer.dtype) for buffer in buffers]
 
     def _set_parameters(self, parameters: list[Tensor | None]) -> None:
         self._parameters = parameters

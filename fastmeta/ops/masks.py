@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
-from fastmeta.network.program import Program
+from fastmeta.network.functional import normalises_by_batch
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
+from fastmeta.problem import Problem
 
 _FIELDS = ("support_weights", "query_weights")
 
@@ -65,15 +67,25 @@ def _in_range(loss: Loss, target: Tensor | None, mask: Tensor) -> Tensor | None:
     return target.masked_fill(~mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim())), 0)
 
 
-def check_layers(options: Options, fields: list[str], program: Program | None) -> None:
-    """Refuse masks where a captured network normalises by the batch without a module for it.
+def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
+    """Refuse masks where a network normalises by the batch without a module for it; one that is not captured is run.
 
     Raises:
         ValueError: it does.
     """
-    if not fields or program is None or options.batch_stats != "task":
+    if not fields or options.batch_stats != "task":
         return
-    if any(layer.kind == "batch_norm" for layer in program.layers):
+    if problem.program is not None:
+        refused = any(layer.kind == "batch_norm" for layer in problem.program.layers)
+    else:
+        batch = problem.query if problem.support is None else problem.support
+        if batch is None:
+            return
+        params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
+        x = batch.x[0, 0] if batch.per_step else batch.x[0]
+        with preserved(x.device):
+            refused = normalises_by_batch(problem.net, params, x)
+    if refused:
         _refuse(options.who, fields[0], "batch_norm")
 
 

@@ -170,12 +170,12 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
         options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
     )
     program, refused = _capture(options, net, tensors, shapes)
-    check_layers(options, masks, program)
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
     plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
     problem = _problem(plan, given)
+    check_layers(options, masks, problem)
     try:
         plan.backend = backends.select(options.backend, problem, wrt)
     except BackendUnavailable:  # it may be the tensors that do not fit
