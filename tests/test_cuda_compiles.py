@@ -65,7 +65,7 @@ def _source(case: Case, dtype: torch.dtype, chip: plans.Chip = H100) -> plans.Pl
 )
 def test_kernels_compile_without_spills(case: Case, dtype: torch.dtype, architecture: str) -> None:
     chip = A100 if architecture == "sm_80" else H100
-    _compiles(_source(case, dtype, chip), chip, architecture)
+    _assert_no_spills(_source(case, dtype, chip), chip, architecture)
 
 
 @pytest.mark.parametrize(("setting", "architecture"), [("high", "sm_90a"), ("medium", "sm_80")])
@@ -74,7 +74,7 @@ def test_lower_precisions_compile_without_spills(setting: str, architecture: str
     torch.set_float32_matmul_precision(setting)
     try:
         chip = A100 if architecture == "sm_80" else H100
-        _compiles(_source(WIDE, torch.float32, chip), chip, architecture)
+        _assert_no_spills(_source(WIDE, torch.float32, chip), chip, architecture)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -84,10 +84,10 @@ def test_clusters_compile_without_spills(architecture: str) -> None:
     chip = plans.Chip(64 << 10, cluster=4)
     plan = _source(WIDE, torch.float32, chip)
     assert plan.ranks > 1
-    _compiles(plan, chip, architecture)
+    _assert_no_spills(plan, chip, architecture)
 
 
-def _compiles(plan: plans.Plan, chip: plans.Chip, architecture: str) -> None:
+def _assert_no_spills(plan: plans.Plan, chip: plans.Chip, architecture: str) -> None:
     _, report = compiler.compile_for(plans.source(plan), architecture)
     found = compiler.resources(report)
     assert found.spills == 0, found

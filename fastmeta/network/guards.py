@@ -3,9 +3,8 @@
 A guard is a flat record of everything that a forward can read besides its input: the modules and their types,
 their attributes (the training flag among them), hooks, which parameters there are, which of them are tied, their
 shapes, and those of buffers. Values of tensors are no part of it, so that parameters may be trained or replaced. It
-is checked
-at every training step: what is in it is compared by identity first, in a handful of C calls. Globals and closures
-that a user's own code reads are part of it as well (`outside.py`).
+is checked at every training step: what is in it is compared by identity first, in a handful of C calls. Globals and
+closures that a user's own code reads are part of it as well (`outside.py`).
 """
 
 from __future__ import annotations

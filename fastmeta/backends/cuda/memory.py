@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastmeta.backends._norms import NORMS
 from fastmeta.backends.cuda.tables import SCRATCH, Area, Layer, Plan
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
@@ -184,14 +185,15 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
 def _lay_out_statistics(plan: Plan, sizes: dict[str, list[int]]) -> dict[str, _Block]:
     """What norms keep of their groups, behind the values and, if there are any, behind their tangents."""
     kept = {"x": STATISTICS, "d": 0, "rx": STATISTICS if plan.flags["second_order"] else 0, "rd": 0}
-    for layer in plan.layers:
+    norms = [layer for layer in plan.layers if layer.kind in NORMS]
+    for layer in norms:
         rank = plan.values[layer.output].rank
         layer.statistics, layer.tangent_statistics = (sizes["x"][rank], 0), (sizes["rx"][rank], 0)
         for block, size in kept.items():
             sizes[block][rank] += size * _groups_each(plan, layer)
     each = {block: max(size) for block, size in sizes.items()}
     fixed = 0
-    for layer in plan.layers:
+    for layer in norms:
         if layer.kind == "batch_norm":  # as many groups in any number of examples
             layer.statistics, layer.tangent_statistics = (each["x"], fixed), (each["rx"], fixed)
             fixed += STATISTICS * plan.values[layer.output].cols
