@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastmeta.backends import _hoisting
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
@@ -69,6 +70,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     Raises:
         ValueError: a class index is out of range, or a learning rate is not finite.
     """
+    return _hoisting.solve(_solve, refuses, problem, wrt, adapted)
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     scratch = problem.scratch
     job = scratch.get("cpu")
     if job is None or job.wrt != wrt or job.adapted != adapted:

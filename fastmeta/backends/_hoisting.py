@@ -1,0 +1,273 @@
+"""What depends on no adapted parameter, computed once: the captured network's body apart from the inner loop.
+
+The body runs on support and query sets, the K steps on what it returns, and the body once more with the gradients of
+that, J being the inner loop's as a function of features F = body(x):
+
+    dJ / d phi = <dJ / dF_support, dF_support / d phi> + <dJ / dF_query, dF_query / d phi>
+
+Each of the three is a problem of its own for the same backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastmeta.network.program import Program
+from fastmeta.network.split import Halves, split
+from fastmeta.problem import Batch, Gradients, Problem, Result
+
+#: Multiply-adds that have to be saved before three to five calls are worth more than one, by kind of device: on
+#: the CPU as bench/hoisting.py measures it, on a GPU an estimate, some 100 microseconds of launches.
+WORTH = {"cpu": 10_000_000, "cuda": 1_000_000_000}
+#: A multiply-add of a pass of the body alone takes as long as so many of the meta-step: it writes down what the other
+#: has in caches.
+ALONE = 1.4
+
+Solve = Callable[[Problem, frozenset[str], bool], Result]
+Refuses = Callable[[Problem, frozenset[str]], str]
+
+_THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
+_INPUTS = {"support": "support_x", "query": "query_x"}
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass of the body, over the support sets, the query sets or both side by side."""
+
+    roles: tuple[str, ...]
+    wrt: frozenset[str]  # of its way back; empty: there is none
+    forward: dict[str, Any] = field(default_factory=dict)  # scratch
+    backward: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Hoisted:
+    """How problems that differ in nothing but the values of tensors are taken apart."""
+
+    halves: Halves
+    passes: list[_Pass]
+    wrt: frozenset[str]  # of the inner loop
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    def features(self, problem: Problem, run: _Pass) -> Problem:
+        """The body's output for the examples of one pass."""
+        return self._body(problem, run, self._inputs(problem, run), None)
+
+    def inner(self, problem: Problem, features: dict[str, Tensor]) -> Problem:
+        """The inner loop on features."""
+        names = [name for name, _ in self.halves.rest.params]
+        cotangents = problem.adapted_grad
+        return replace(
+            problem,
+            params={name: problem.params[name] for name in names},
+            per_task=problem.per_task.intersection(names),
+            support=_on(problem.support, features.get("support")),
+            query=_on(problem.query, features.get("query")),
+            adapted_grad=None if cotangents is None else {name: cotangents[name] for name in names},
+            program=self.halves.rest,
+            prefer_flat=False,
+            scratch=self.scratch,
+        )
+
+    def backward(self, problem: Problem, run: _Pass, cotangents: dict[str, Tensor]) -> Problem:
+        """The body with the gradients of what it returned; of the roles of `run` that have one."""
+        return self._body(problem, run, self._inputs(problem, run), _joined([cotangents[role] for role in run.roles]))
+
+    def _body(self, problem: Problem, run: _Pass, x: Tensor, output_grad: Tensor | None) -> Problem:
+        names = [name for name, _ in self.halves.body.params]
+        return Problem(
+            problem.net,
+            {name: problem.params[name] for name in names},
+            problem.per_task.intersection(names),
+            problem.tasks,
+            steps=0,
+            query=Batch(x),
+            memory=problem.memory,
+            batch_stats=problem.batch_stats,
+            output_grad=output_grad,
+            program=self.halves.body,
+            scratch=run.forward if output_grad is None else run.backward,
+        )
+
+    def _inputs(self, problem: Problem, run: _Pass) -> Tensor:
+        return _joined([cast(Batch, getattr(problem, role)).x.detach() for role in run.roles])
+
+
+def solve(one: Solve, refuses: Refuses, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem` by `one`, in parts where that saves enough.
+
+    Args:
+        one: a backend's answer to a single problem.
+        refuses: whether that can answer one.
+        problem, wrt, adapted: as a backend has them.
+    """
+    key = ("hoisted", wrt)
+    known = problem.scratch.get(key, ...)  # type: ignore[call-overload]
+    if known is ...:
+        known = problem.scratch[key] = hoisted(refuses, problem, wrt)  # type: ignore[index]
+    return one(problem, wrt, adapted) if known is None else _solve(one, known, problem, wrt, adapted)
+
+
+def hoisted(refuses: Refuses, problem: Problem, wrt: frozenset[str]) -> Hoisted | None:
+    """How to take `problem` apart; None: it had better run in one piece. Reads shapes and options only."""
+    program, support = problem.program, problem.support
+    if program is None or support is None or support.per_step or problem.steps < 1:
+        return None  # every example is seen once, however that is done
+    halves = split(program, problem.rates)
+    if halves is None:
+        return None
+    plan = _plan(problem, wrt, halves)
+    if saving(problem, wrt, plan) < WORTH["cpu" if support.x.device.type == "cpu" else "cuda"]:
+        return None
+    features = {role: _like(problem, role, halves.body) for role in _roles(problem)}
+    parts = [(plan.inner(problem, features), plan.wrt)]
+    for run in plan.passes:
+        parts.append((plan.features(problem, run), frozenset()))
+        if run.wrt:
+            parts.append((plan.backward(problem, run, features), run.wrt))
+    return None if any(refuses(*part) for part in parts) else plan
+
+
+def saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
+    """About how many multiply-adds of the meta-step, of all tasks, are saved by taking `problem` apart."""
+    each = sum(_repeated(problem, wrt, plan.halves.body).values()) - ALONE * once(problem, plan)
+    return problem.tasks * each
+
+
+def once(problem: Problem, plan: Hoisted) -> int:
+    """Multiply-adds of the body's passes for one task."""
+    f, first = plan.halves.body.multiply_adds()
+    passes = [sum(_examples(problem, role) for role in run.roles) * (f, 4 * f - first)[bool(run.wrt)] for run in plan.passes]
+    return sum(passes)
+
+
+def _repeated(problem: Problem, wrt: frozenset[str], body: Program) -> dict[str, int]:
+    """Multiply-adds of the body for one task inside the meta-step: of support and query sets."""
+    f, first = body.multiply_adds()
+    second = problem.order == "second" and not wrt.isdisjoint(_THROUGH_STEPS)
+    step = 8 * f - 5 * first if second else 2 * f - first  # the gradients of its weights are not wanted
+    queries = sum(weight != 0 for weight in problem.step_weights or (1,))
+    return {
+        "support": _examples(problem, "support") * problem.steps * step,
+        "query": _examples(problem, "query") * queries * (3 * f - first if wrt else f),
+    }
+
+
+def describe(plan: Hoisted) -> str:
+    """What is computed once, in a line for `explain()`."""
+    body, rest = plan.halves.body, plan.halves.rest
+    back = "" if any(run.wrt for run in plan.passes) else ", no gradient goes back into it"
+    return (
+        f"computed once per call: the first {len(body.layers)} of {len(body.layers) + len(rest.layers)} layers, which "
+        f"depend on no adapted parameter{back}; the inner loop starts from their output"
+    )
+
+
+def _plan(problem: Problem, wrt: frozenset[str], halves: Halves) -> Hoisted:
+    back = {role: _wanted(problem, role, wrt) for role in _roles(problem)}
+    together = (
+        problem.batch_stats != "task" or all(layer.kind != "batch_norm" for layer in halves.body.layers)
+    ) and len(set(back.values())) == 1
+    groups = [tuple(back)] if together else [(role,) for role in back]
+    inner = wrt.difference(_INPUTS.values()) | {_INPUTS[role] for role in back if back[role]}
+    return Hoisted(halves, [_Pass(group, back[group[0]]) for group in groups], inner)
+
+
+def _wanted(problem: Problem, role: str, wrt: frozenset[str]) -> frozenset[str]:
+    """What the body's way back from a set is wanted for: "params", and "query_x" for the set's inputs."""
+    if role == "support" and problem.order == "first":
+        return frozenset()  # the inner gradients are constants
+    return frozenset(["params"] * ("params" in wrt) + ["query_x"] * (_INPUTS[role] in wrt))
+
+
+def _solve(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    with torch.no_grad():
+        features: dict[str, Tensor] = {}
+        for run in plan.passes:
+            output = cast(Tensor, one(plan.features(problem, run), frozenset(), False).output)
+            features |= _apart(problem, run, output)
+        result = one(plan.inner(problem, features), plan.wrt, adapted)
+        found = result.grads
+        cotangents = {role: getattr(found, field) for role, field in _INPUTS.items()}
+        grads = [
+            (run, one(plan.backward(problem, run, cotangents), run.wrt, False).grads) for run in plan.passes if run.wrt
+        ]
+        _join(plan, problem, wrt, result, grads)
+        return result
+
+
+def _join(
+    plan: Hoisted, problem: Problem, wrt: frozenset[str], result: Result, grads: list[tuple[_Pass, Gradients]]
+) -> None:
+    """Make the inner loop's result that of the whole."""
+    if result.adapted is not None:
+        own = result.adapted
+        result.adapted = {
+            name: own[name] if name in own else _every_task(problem, name).clone() for name in problem.params
+        }
+    found = result.grads
+    for role, field_ in _INPUTS.items():
+        given = getattr(problem, role)
+        setattr(found, field_, torch.zeros_like(given.x) if given is not None and field_ in wrt else None)
+    for run, body in grads:
+        for role, gradient in _apart(problem, run, body.query_x).items():
+            setattr(found, _INPUTS[role], gradient)
+    if found.params is None:
+        return
+    total = found.params
+    for name, _ in plan.halves.body.params:
+        terms = [total[name]] if name in total else _seed(problem, name)
+        terms += [body.params[name] for _, body in grads if body.params is not None]
+        total[name] = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(problem.params[name])
+    found.params = {name: total[name] for name in problem.params}
+
+
+def _seed(problem: Problem, name: str) -> list[Tensor]:
+    """What the cotangent of theta_K is for a parameter of the body alone."""
+    if problem.adapted_grad is None:
+        return []
+    seed = problem.adapted_grad[name].detach()
+    return [seed.clone() if name in problem.per_task else seed.sum(0)]
+
+
+def _every_task(problem: Problem, name: str) -> Tensor:
+    value = problem.params[name].detach()
+    return value if name in problem.per_task else value.expand(problem.tasks, *value.shape)
+
+
+def _on(batch: Batch | None, features: Tensor | None) -> Batch | None:
+    return None if batch is None or features is None else replace(batch, x=features)
+
+
+def _roles(problem: Problem) -> list[str]:
+    return [role for role in _INPUTS if getattr(problem, role) is not None]
+
+
+def _examples(problem: Problem, role: str) -> int:
+    return int(getattr(problem, role).x.shape[1]) if getattr(problem, role) is not None else 0
+
+
+def _like(problem: Problem, role: str, body: Program) -> Tensor:
+    """A tensor of the shape of the features, without memory."""
+    x = getattr(problem, role).x
+    return x.new_empty(()).expand(*x.shape[:2], *body.output_shape)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def _apart(problem: Problem, run: _Pass, joined: Tensor | None) -> dict[str, Tensor]:
+    """What belongs to each of the roles of a pass."""
+    if joined is None:
+        return {}
+    if len(run.roles) == 1:
+        return {run.roles[0]: joined}
+    pieces = joined.split([_examples(problem, role) for role in run.roles], 1)
+    return {role: piece.contiguous() for role, piece in zip(run.roles, pieces, strict=True)}
