@@ -89,6 +89,7 @@ class Problem:
     scratch: dict[str, Any] = field(default_factory=dict)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
+    frozen: frozenset[str] = frozenset()  # parameters whose gradients nobody reads: they may be zeros
 
 
 @dataclass(slots=True)

@@ -274,7 +274,11 @@ class MAML(nn.Module):
         options = self._options(self.who, support_per_step)
         flat = self.flat is None or len(self.flat.names) == len(params)
         losses = self.loss, self.query_loss
-        return prepare(options, self.net, params, tensors, *losses, self._lr(rates), wrt, prefer_flat=flat)
+        lr, frozen = self._lr(rates), NOTHING
+        if "params" in wrt and self.flat is None:
+            still = [name for name, value in params.items() if not value.requires_grad]
+            frozen = frozenset(still) if 0 < len(still) < len(params) else NOTHING
+        return prepare(options, self.net, params, tensors, *losses, lr, wrt, prefer_flat=flat, frozen=frozen)
 
     def _lr(self, rates: dict[str, Tensor]) -> Rates:
         number = self._number

@@ -10,9 +10,8 @@ Each of the three is a problem of its own for the same backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -123,28 +122,42 @@ def hoisted(refuses: Refuses, problem: Problem, wrt: frozenset[str]) -> Hoisted 
     if halves is None:
         return None
     plan = _plan(problem, wrt, halves)
-    if saving(problem, wrt, plan) < WORTH["cpu" if support.x.device.type == "cpu" else "cuda"]:
+    if _saving(problem, wrt, plan) < WORTH["cpu" if support.x.device.type == "cpu" else "cuda"]:
         return None
-    features = {role: _like(problem, role, halves.body) for role in _roles(problem)}
-    parts = [(plan.inner(problem, features), plan.wrt)]
+    return None if any(refuses(part, of) for _, part, of in parts(problem, plan)) else plan
+
+
+def parts(problem: Problem, plan: Hoisted) -> Iterator[tuple[str, Problem, frozenset[str]]]:
+    """What `problem` is taken apart into, each with a word for it and the gradients wanted; nobody has run the ones
+    before, so that features and their gradients hold no numbers."""
+    features = {role: _like(problem, role, plan.halves.body) for role in _roles(problem)}
     for run in plan.passes:
-        parts.append((plan.features(problem, run), frozenset()))
+        yield "body", plan.features(problem, run), frozenset()
+    yield "inner loop", plan.inner(problem, features), plan.wrt
+    for run in plan.passes:
         if run.wrt:
-            parts.append((plan.backward(problem, run, features), run.wrt))
-    return None if any(refuses(*part) for part in parts) else plan
+            yield "body, way back", plan.backward(problem, run, features), run.wrt
 
 
-def saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
+def _saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
     """About how many multiply-adds of the meta-step, of all tasks, are saved by taking `problem` apart."""
-    each = sum(_repeated(problem, wrt, plan.halves.body).values()) - ALONE * once(problem, plan)
+    each = sum(_repeated(problem, wrt, plan.halves.body).values()) - ALONE * _once(problem, plan)
     return problem.tasks * each
 
 
-def once(problem: Problem, plan: Hoisted) -> int:
+def _once(problem: Problem, plan: Hoisted) -> int:
     """Multiply-adds of the body's passes for one task."""
     f, first = plan.halves.body.multiply_adds()
-    passes = [sum(_examples(problem, role) for role in run.roles) * (f, 4 * f - first)[bool(run.wrt)] for run in plan.passes]
-    return sum(passes)
+    total = 0
+    for run in plan.passes:
+        total += sum(_examples(problem, role) for role in run.roles) * (4 * f - first if run.wrt else f)
+    return total
+
+
+def cost(problem: Problem, plan: Hoisted, of: Callable[[Problem], dict[str, int]]) -> dict[str, int]:
+    """Multiply-adds by memory mode, where `of` gives those of a single problem."""
+    (inner,) = (part for what, part, _ in parts(problem, plan) if what == "inner loop")
+    return {mode: count + problem.tasks * _once(problem, plan) for mode, count in of(inner).items()}
 
 
 def _repeated(problem: Problem, wrt: frozenset[str], body: Program) -> dict[str, int]:
@@ -159,31 +172,38 @@ def _repeated(problem: Problem, wrt: frozenset[str], body: Program) -> dict[str,
     }
 
 
-def describe(plan: Hoisted) -> str:
-    """What is computed once, in a line for `explain()`."""
-    body, rest = plan.halves.body, plan.halves.rest
-    back = "" if any(run.wrt for run in plan.passes) else ", no gradient goes back into it"
-    return (
-        f"computed once per call: the first {len(body.layers)} of {len(body.layers) + len(rest.layers)} layers, which "
-        f"depend on no adapted parameter{back}; the inner loop starts from their output"
-    )
+def describe(
+    one: Callable[[Problem, frozenset[str]], list[str]], refuses: Refuses, problem: Problem, wrt: frozenset[str]
+) -> list[str]:
+    """What runs, for `explain()`: what `one` says of a single problem, for each part where there are several."""
+    plan = hoisted(refuses, problem, wrt)
+    if plan is None:
+        return one(problem, wrt)
+    body, rest = len(plan.halves.body.layers), len(plan.halves.rest.layers)
+    lines = [
+        f"computed once per call: the first {body} of {body + rest} layers, which depend on no adapted parameter; "
+        "the inner steps begin at their output"
+    ]
+    for what, part, of in parts(problem, plan):
+        lines += [f"{what}: {line}" for line in one(part, of)]
+    return list(dict.fromkeys(lines))
 
 
 def _plan(problem: Problem, wrt: frozenset[str], halves: Halves) -> Hoisted:
-    back = {role: _wanted(problem, role, wrt) for role in _roles(problem)}
-    together = (
-        problem.batch_stats != "task" or all(layer.kind != "batch_norm" for layer in halves.body.layers)
-    ) and len(set(back.values())) == 1
+    back = {role: _wanted(problem, role, wrt, halves.body) for role in _roles(problem)}
+    by_batch = problem.batch_stats != "running" and any(layer.kind == "batch_norm" for layer in halves.body.layers)
+    together = not by_batch and len(set(back.values())) == 1
     groups = [tuple(back)] if together else [(role,) for role in back]
     inner = wrt.difference(_INPUTS.values()) | {_INPUTS[role] for role in back if back[role]}
     return Hoisted(halves, [_Pass(group, back[group[0]]) for group in groups], inner)
 
 
-def _wanted(problem: Problem, role: str, wrt: frozenset[str]) -> frozenset[str]:
+def _wanted(problem: Problem, role: str, wrt: frozenset[str], body: Program) -> frozenset[str]:
     """What the body's way back from a set is wanted for: "params", and "query_x" for the set's inputs."""
     if role == "support" and problem.order == "first":
         return frozenset()  # the inner gradients are constants
-    return frozenset(["params"] * ("params" in wrt) + ["query_x"] * (_INPUTS[role] in wrt))
+    params = "params" in wrt and any(name not in problem.frozen for name, _ in body.params)
+    return frozenset(["params"] * params + ["query_x"] * (_INPUTS[role] in wrt))
 
 
 def _solve(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:

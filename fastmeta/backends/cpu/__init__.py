@@ -83,6 +83,10 @@ def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
+    return _hoisting.describe(_describe, refuses, problem, wrt)
+
+
+def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     job = runs.Job(problem, wrt, False)
     kinds = [layer.function or layer.kind for layer in problem.program.layers]  # type: ignore[union-attr]
     return [
@@ -94,7 +98,9 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
 
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
     """Bytes of scratch memory that one running task takes for this problem."""
-    return int(plans.make_plan(problem, wrt, plans.memory_mode(problem, wrt)).workspace_bytes)
+    plan = _hoisting.hoisted(refuses, problem, wrt)
+    parts = [(problem, wrt)] if plan is None else [(part, of) for _, part, of in _hoisting.parts(problem, plan)]
+    return max(int(plans.make_plan(part, of, plans.memory_mode(part, of)).workspace_bytes) for part, of in parts)
 
 
 def parameter_set_bytes(problem: Problem) -> int:
