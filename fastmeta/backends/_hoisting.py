@@ -31,16 +31,19 @@ ALONE = 1.4
 Solve = Callable[[Problem, frozenset[str], bool], Result]
 Refuses = Callable[[Problem, frozenset[str]], str]
 
+#: PyTorch runs an operator of fewer elements on one thread.
+_PIECE = 1 << 14
+
 _THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
 _INPUTS = {"support": "support_x", "query": "query_x"}
 
 
 @dataclass(slots=True)
 class _Pass:
-    """One pass of the body, over the support sets, the query sets or both side by side."""
+    """The body's way over the support or the query sets, and back."""
 
-    roles: tuple[str, ...]
-    wrt: frozenset[str]  # of its way back; empty: there is none
+    role: str
+    wrt: frozenset[str]  # of the way back; empty: there is none
     forward: dict[str, Any] = field(default_factory=dict)  # scratch
     backward: dict[str, Any] = field(default_factory=dict)
 
@@ -54,9 +57,22 @@ class Hoisted:
     wrt: frozenset[str]  # of the inner loop
     scratch: dict[str, Any] = field(default_factory=dict)
 
-    def features(self, problem: Problem, run: _Pass) -> Problem:
-        """The body's output for the examples of one pass."""
-        return self._body(problem, run, self._inputs(problem, run), None)
+    def body(self, problem: Problem, run: _Pass, output_grad: Tensor | None = None) -> Problem:
+        """The body's output for the examples of one pass; with a cotangent its way back."""
+        names = [name for name, _ in self.halves.body.params]
+        return Problem(
+            problem.net,
+            {name: problem.params[name] for name in names},
+            problem.per_task.intersection(names),
+            problem.tasks,
+            steps=0,
+            query=Batch(_inputs(problem, run.role)),
+            memory=problem.memory,
+            batch_stats=problem.batch_stats,
+            output_grad=output_grad,
+            program=self.halves.body,
+            scratch=run.forward if output_grad is None else run.backward,
+        )
 
     def inner(self, problem: Problem, features: dict[str, Tensor]) -> Problem:
         """The inner loop on features."""
@@ -73,29 +89,6 @@ class Hoisted:
             prefer_flat=False,
             scratch=self.scratch,
         )
-
-    def backward(self, problem: Problem, run: _Pass, cotangents: dict[str, Tensor]) -> Problem:
-        """The body with the gradients of what it returned; of the roles of `run` that have one."""
-        return self._body(problem, run, self._inputs(problem, run), _joined([cotangents[role] for role in run.roles]))
-
-    def _body(self, problem: Problem, run: _Pass, x: Tensor, output_grad: Tensor | None) -> Problem:
-        names = [name for name, _ in self.halves.body.params]
-        return Problem(
-            problem.net,
-            {name: problem.params[name] for name in names},
-            problem.per_task.intersection(names),
-            problem.tasks,
-            steps=0,
-            query=Batch(x),
-            memory=problem.memory,
-            batch_stats=problem.batch_stats,
-            output_grad=output_grad,
-            program=self.halves.body,
-            scratch=run.forward if output_grad is None else run.backward,
-        )
-
-    def _inputs(self, problem: Problem, run: _Pass) -> Tensor:
-        return _joined([cast(Batch, getattr(problem, role)).x.detach() for role in run.roles])
 
 
 def solve(one: Solve, refuses: Refuses, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
@@ -132,11 +125,11 @@ def parts(problem: Problem, plan: Hoisted) -> Iterator[tuple[str, Problem, froze
     before, so that features and their gradients hold no numbers."""
     features = {role: _like(problem, role, plan.halves.body) for role in _roles(problem)}
     for run in plan.passes:
-        yield "body", plan.features(problem, run), frozenset()
+        yield "body", plan.body(problem, run), frozenset()
     yield "inner loop", plan.inner(problem, features), plan.wrt
     for run in plan.passes:
         if run.wrt:
-            yield "body, way back", plan.backward(problem, run, features), run.wrt
+            yield "body, way back", plan.body(problem, run, features[run.role]), run.wrt
 
 
 def _saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
@@ -150,7 +143,7 @@ def _once(problem: Problem, plan: Hoisted) -> int:
     f, first = plan.halves.body.multiply_adds()
     total = 0
     for run in plan.passes:
-        total += sum(_examples(problem, role) for role in run.roles) * (4 * f - first if run.wrt else f)
+        total += _examples(problem, run.role) * (4 * f - first if run.wrt else f)
     return total
 
 
@@ -191,11 +184,8 @@ def describe(
 
 def _plan(problem: Problem, wrt: frozenset[str], halves: Halves) -> Hoisted:
     back = {role: _wanted(problem, role, wrt, halves.body) for role in _roles(problem)}
-    by_batch = problem.batch_stats != "running" and any(layer.kind == "batch_norm" for layer in halves.body.layers)
-    together = not by_batch and len(set(back.values())) == 1
-    groups = [tuple(back)] if together else [(role,) for role in back]
     inner = wrt.difference(_INPUTS.values()) | {_INPUTS[role] for role in back if back[role]}
-    return Hoisted(halves, [_Pass(group, back[group[0]]) for group in groups], inner)
+    return Hoisted(halves, [_Pass(role, back[role]) for role in back], inner)
 
 
 def _wanted(problem: Problem, role: str, wrt: frozenset[str], body: Program) -> frozenset[str]:
@@ -208,52 +198,52 @@ def _wanted(problem: Problem, role: str, wrt: frozenset[str], body: Program) -> 
 
 def _solve(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     with torch.no_grad():
-        features: dict[str, Tensor] = {}
+        features = {}
         for run in plan.passes:
-            output = cast(Tensor, one(plan.features(problem, run), frozenset(), False).output)
-            features |= _apart(problem, run, output)
+            features[run.role] = cast(Tensor, one(plan.body(problem, run), frozenset(), False).output)
         result = one(plan.inner(problem, features), plan.wrt, adapted)
-        found = result.grads
-        cotangents = {role: getattr(found, field) for role, field in _INPUTS.items()}
-        grads = [
-            (run, one(plan.backward(problem, run, cotangents), run.wrt, False).grads) for run in plan.passes if run.wrt
-        ]
-        _join(plan, problem, wrt, result, grads)
+        if result.adapted is not None:
+            own = result.adapted
+            result.adapted = {
+                name: own[name] if name in own else _every_task(problem, name).clone() for name in problem.params
+            }
+        _way_back(one, plan, problem, wrt, result.grads)
         return result
 
 
-def _join(
-    plan: Hoisted, problem: Problem, wrt: frozenset[str], result: Result, grads: list[tuple[_Pass, Gradients]]
-) -> None:
-    """Make the inner loop's result that of the whole."""
-    if result.adapted is not None:
-        own = result.adapted
-        result.adapted = {
-            name: own[name] if name in own else _every_task(problem, name).clone() for name in problem.params
-        }
-    found = result.grads
-    for role, field_ in _INPUTS.items():
-        given = getattr(problem, role)
-        setattr(found, field_, torch.zeros_like(given.x) if given is not None and field_ in wrt else None)
-    for run, body in grads:
-        for role, gradient in _apart(problem, run, body.query_x).items():
-            setattr(found, _INPUTS[role], gradient)
-    if found.params is None:
+def _way_back(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], grads: Gradients) -> None:
+    """Make the gradients of the inner loop those of the whole."""
+    params = grads.params
+    for run in plan.passes:
+        name = _INPUTS[run.role]
+        cotangent = getattr(grads, name)
+        setattr(grads, name, torch.zeros_like(_inputs(problem, run.role)) if name in wrt else None)
+        if not run.wrt:
+            continue
+        found = one(plan.body(problem, run, cotangent), run.wrt, False).grads
+        if name in wrt:
+            setattr(grads, name, found.query_x)
+        if params is not None and found.params is not None:
+            for key, gradient in found.params.items():
+                params[key] = add(params[key], gradient) if key in params else gradient
+    if params is None:
         return
-    total = found.params
-    for name, _ in plan.halves.body.params:
-        terms = [total[name]] if name in total else _seed(problem, name)
-        terms += [body.params[name] for _, body in grads if body.params is not None]
-        total[name] = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(problem.params[name])
-    found.params = {name: total[name] for name in problem.params}
+    for key, _ in plan.halves.body.params:
+        if key not in params:
+            params[key] = torch.zeros_like(problem.params[key])
+        if problem.adapted_grad is not None and key not in dict(plan.halves.rest.params):
+            seed = problem.adapted_grad[key].detach()
+            params[key] += seed if key in problem.per_task else seed.sum(0)
+    grads.params = {name: params[name] for name in problem.params}
 
 
-def _seed(problem: Problem, name: str) -> list[Tensor]:
-    """What the cotangent of theta_K is for a parameter of the body alone."""
-    if problem.adapted_grad is None:
-        return []
-    seed = problem.adapted_grad[name].detach()
-    return [seed.clone() if name in problem.per_task else seed.sum(0)]
+def add(to: Tensor, what: Tensor) -> Tensor:
+    """to += what, without waking PyTorch's threads: they would fight with the engine's for the cores."""
+    if to.device.type != "cpu" or to.numel() < _PIECE:
+        return to.add_(what)
+    for piece, more in zip(to.view(-1).split(_PIECE), what.reshape(-1).split(_PIECE), strict=True):
+        piece.add_(more)
+    return to
 
 
 def _every_task(problem: Problem, name: str) -> Tensor:
@@ -269,25 +259,16 @@ def _roles(problem: Problem) -> list[str]:
     return [role for role in _INPUTS if getattr(problem, role) is not None]
 
 
+def _inputs(problem: Problem, role: str) -> Tensor:
+    """x: [T, N, *in]."""
+    return cast(Tensor, getattr(problem, role).x.detach())
+
+
 def _examples(problem: Problem, role: str) -> int:
-    return int(getattr(problem, role).x.shape[1]) if getattr(problem, role) is not None else 0
+    return 0 if getattr(problem, role) is None else int(getattr(problem, role).x.shape[1])
 
 
 def _like(problem: Problem, role: str, body: Program) -> Tensor:
     """A tensor of the shape of the features, without memory."""
     x = getattr(problem, role).x
     return x.new_empty(()).expand(*x.shape[:2], *body.output_shape)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
-
-
-def _apart(problem: Problem, run: _Pass, joined: Tensor | None) -> dict[str, Tensor]:
-    """What belongs to each of the roles of a pass."""
-    if joined is None:
-        return {}
-    if len(run.roles) == 1:
-        return {run.roles[0]: joined}
-    pieces = joined.split([_examples(problem, role) for role in run.roles], 1)
-    return {role: piece.contiguous() for role, piece in zip(run.roles, pieces, strict=True)}

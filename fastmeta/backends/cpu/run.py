@@ -15,6 +15,8 @@ from fastmeta.problem import Batch, Gradients, Problem, Result
 
 POISON = False
 
+#: PyTorch runs an operator of fewer elements on one thread.
+_PIECE = 1 << 14
 _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
 
@@ -161,7 +163,7 @@ class Job:
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
             if key in self.wrt and tensor is not None:
-                grad = torch.zeros(tensor.shape, dtype=self.dtype)
+                grad = _zeros(tensor.shape, self.dtype)
                 setattr(grads, key, grad)
                 addresses.append(grad.data_ptr())
             else:
@@ -175,6 +177,14 @@ class Job:
         batch, loss = getattr(problem, which), getattr(problem, loss_field)
         loss.check_values(f"`{which}_y`", batch.y, self.output_shape[0])
         raise ValueError(f"`{which}_y` must hold class indices in [0, {self.output_shape[0]})")
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`torch.zeros` without PyTorch's threads, which would fight with the engine's for the cores."""
+    tensor = torch.empty(shape, dtype=dtype)
+    for piece in tensor.view(-1).split(_PIECE):
+        piece.zero_()
+    return tensor
 
 
 def _addresses(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
