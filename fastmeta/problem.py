@@ -54,6 +54,17 @@ class Batch:
     per_step: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Captures:
+    """What is wanted of the tensors that require grad and that the network or a loss reads past its arguments.
+
+    Backends that run a layer program need not look for any: a network or a loss that reads one does not get to them.
+    """
+
+    gradients: bool  # else only which they are; their gradients are then zeros
+    also: tuple[Tensor, ...] = ()  # these too, although they require no grad themselves: parts of a flat vector
+
+
 @dataclass(slots=True)
 class Problem:
     """One batch of tasks, checked: T tasks, K = `steps` inner steps.
@@ -90,6 +101,7 @@ class Problem:
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
     frozen: frozenset[str] = frozenset()  # parameters whose gradients nobody reads: they may be zeros
+    captures: Captures | None = None  # None: nothing is wanted of captured tensors
 
 
 @dataclass(slots=True)
@@ -108,6 +120,7 @@ class Gradients:
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
     flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
+    captured: list[tuple[Tensor, Tensor]] | None = None  # (tensor, gradient), where `captures` asked for it
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from fastmeta.ops.options import Adapt, Options, check_options, names_of, number
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
+from fastmeta.problem import Captures
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class MAML(nn.Module):
         """
         options = self._options(f"{self.who}.adapt")._replace(step_weights=None)
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self.lr_of(rates)
         if steps is not None:
             options = options._replace(steps=steps)
             check_options(options)
@@ -269,18 +270,20 @@ class MAML(nn.Module):
         tensors: Tensors,
         support_per_step: bool = False,
         wrt: frozenset[str] = NOTHING,
+        captures: Captures | None = None,
     ) -> Call:
         """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
         options = self._options(self.who, support_per_step)
         flat = self.flat is None or len(self.flat.names) == len(params)
-        losses = self.loss, self.query_loss
-        lr, frozen = self._lr(rates), NOTHING
+        frozen = NOTHING
         if "params" in wrt and self.flat is None:
             still = [name for name, value in params.items() if not value.requires_grad]
             frozen = frozenset(still) if 0 < len(still) < len(params) else NOTHING
-        return prepare(options, self.net, params, tensors, *losses, lr, wrt, prefer_flat=flat, frozen=frozen)
+        given = options, self.net, params, tensors, self.loss, self.query_loss, self.lr_of(rates), wrt
+        return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures)
 
-    def _lr(self, rates: dict[str, Tensor]) -> Rates:
+    def lr_of(self, rates: dict[str, Tensor]) -> Rates:
+        """The learning rates as operators take them, from the learned ones by their keys."""
         number = self._number
         return self.inner_lrs.as_given(rates) if number is None else number
 

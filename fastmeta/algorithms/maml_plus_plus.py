@@ -136,7 +136,7 @@ class MAMLPlusPlus(Stepwise):
     def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self.lr_of(rates)
         theta = {**params}
         yield theta
         for k in range(steps):

@@ -58,7 +58,7 @@ class MetaCurvature(Stepwise):
     def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`."""
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self.lr_of(rates)
         theta = {**params}
         yield theta
         for k in range(steps):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
+from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.backends._random_state import RandomState
+from fastmeta.losses import Loss
+from fastmeta.ops import again
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.meta_gradient import mean_loss
-from fastmeta.ops.once import once_differentiable
-from fastmeta.ops.plan import Call
-from fastmeta.problem import Result
+from fastmeta.ops.once import refused
+from fastmeta.ops.options import Options
+from fastmeta.ops.plan import Call, prepare
+from fastmeta.ops.rates import Rates
+from fastmeta.problem import Captures, Result
 
 if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML
@@ -23,6 +30,8 @@ _WRT = {
     for params in (False, True)
     for rates in (False, True)
 }
+
+_CAPTURES = Captures(True)
 
 
 class Leaves(NamedTuple):
@@ -42,15 +51,29 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt)
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt, captures_of(maml, params, rates))
+    state = state_before(call)
     result = call.solve()
     loss, task_losses, output = answer(call, result)
-    if leaves or inputs:
+    captured = again.living(result.grads.captured)
+    if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
         gradients += [input_gradient(field, result) for field in inputs]
-        given = [getattr(tensors, field) for field in inputs]
-        loss = _Attach.apply((loss, gradients), leaves, *leaves, *given)
+        losses = maml.loss, maml.query_loss
+        recipe = Recipe(call.options, maml.net, *losses, wrt, state, maml.lr_of, maml.flat)
+        loss = recipe.attach(loss, gradients, leaves, inputs, captured, params, rates, tensors)
     return loss, task_losses, output
+
+
+def captures_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Captures:
+    """What a call wants of captured tensors; a loss may read the parameters of a flattened module too."""
+    flat = maml.flat
+    return _CAPTURES if flat is None else Captures(True, tuple(flat.parts(params, rates)))
+
+
+def state_before(call: Call) -> RandomState | None:
+    """The random state, where the call may draw from it: only a module that is run as it is does."""
+    return RandomState.now(call.plan.shapes.device) if call.plan.program is None else None
 
 
 def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
@@ -90,11 +113,24 @@ def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     return mean_loss(result, call.problem.task_weights), task_losses, output
 
 
-def attached(loss: Tensor, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor:
-    """A loss as a function of parameters that its gradients are known for, those of the same names."""
+def attached(
+    loss: Tensor,
+    gradients: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    captured: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """A loss as a function of parameters that its gradients are known for, those of the same names.
+
+    Args:
+        loss, gradients, params: as above; `gradients` may hold more.
+        captured: what else it is a function of, and the gradients by that.
+
+    Derivatives: once; differentiating again raises.
+    """
     leaves = [*params.values()]
-    gradient = torch.cat([gradients[name].reshape(-1) for name in params])
-    return cast(Tensor, _Attach.apply((loss, [gradient]), leaves, *leaves))
+    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [gradient for _, gradient in captured]
+    inputs = [*leaves, *[tensor for tensor, _ in captured]]
+    return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
 
 
 def inputs_of(tensors: Tensors) -> list[str]:
@@ -115,22 +151,150 @@ def input_gradient(field: str, result: Result) -> Tensor:
     return cast(Tensor, getattr(result.grads, field))
 
 
+@dataclass(slots=True)
+class Recipe:
+    """How a loss was computed, so that its gradients can be computed with a graph.
+
+    It holds no tensors but the module's own: the others go through `save_for_backward`, which frees them in time and
+    notices when one of them was modified.
+    """
+
+    options: Options
+    net: nn.Module
+    loss: Loss | None
+    query_loss: Loss | None
+    wrt: frozenset[str]
+    state: RandomState | None  # before the call
+    lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
+    flat: FlatParameters | None = None
+    # filled in by `attach`
+    names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # the inputs, those first that a gradient is wanted of
+    parts: tuple[Tensor | None, ...] = ()  # what was captured, where it is a part of a flattened module
+
+    def attach(
+        self,
+        loss: Tensor,
+        gradients: list[Tensor],
+        leaves: list[Tensor],
+        inputs: list[str],
+        captured: Sequence[tuple[Tensor, Tensor]],
+        params: Mapping[str, Tensor],
+        rates: Mapping[str, Tensor],
+        tensors: Tensors,
+    ) -> Tensor:
+        """`loss` as a function of what its gradients are known for.
+
+        Args:
+            loss: ().
+            gradients: of all leaves in one vector, where there are any, then of `inputs`.
+            leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
+            inputs: fields of `tensors`.
+            captured: (tensor, gradient).
+            params, rates, tensors: everything that the loss was computed from.
+        """
+        self.names, self.keys = tuple(params), tuple(rates)
+        others = [f for f, x in zip(tensors._fields, tensors, strict=True) if x is not None and f not in inputs]
+        self.fields = (*inputs, *others)
+        given = leaves + [getattr(tensors, field) for field in inputs]
+        rest = [getattr(tensors, field) for field in others]
+        if not self._leads("params"):
+            rest += params.values()
+        if not self._leads("lr"):
+            rest += rates.values()
+        if captured:
+            gradients = gradients + [gradient for _, gradient in captured]
+            given = given + self._known([tensor for tensor, _ in captured], params, rates)
+        return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
+
+    def gradients(
+        self, given: Sequence[Tensor], rest: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+    ) -> list[Tensor | None]:
+        """The gradients by what was given, times `grad`, with their graph: by one loop of autograd over everything.
+
+        Args:
+            given, rest: as `attach` saved them.
+            needs: which gradients are wanted, all of those that were captured included.
+            grad: ().
+        """
+        count = len(given) - len(self.parts)
+        here = [again.local(tensor) for tensor in given[:count]]
+        by: dict[str, dict[str, Tensor]] = {"params": {}, "lr": {}, "tensors": {}, "flat": {}}
+        for (group, name), tensor in zip(self._slots(), [*here, *rest], strict=True):
+            by[group][name] = tensor
+        params, rates = by["params"], by["lr"]
+        if self.flat is not None:
+            pieces = iter(views(by["flat"][""], self.flat.parts(params, rates)))
+            params.update({name: next(pieces) for name in self.flat.names})
+            rates.update({key: next(pieces) for key in self.flat.keys})
+        tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
+        parts = [part for part in self.parts if part is not None]
+        captures = Captures(True, tuple(parts))
+        losses = self.loss, self.query_loss
+        call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
+        captured = [tensor if part is None else part for tensor, part in zip(given[count:], self.parts, strict=True)]
+        wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
+        found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
+        return [next(found) if need else None for need in needs]
+
+    def _leads(self, group: str) -> bool:
+        """Whether parameters or rates are leaves themselves."""
+        return self.flat is None and group in self.wrt
+
+    def _slots(self) -> list[tuple[str, str]]:
+        """What `attach` saved, in that order, but for what was captured."""
+        params, rates = [("params", name) for name in self.names], [("lr", key) for key in self.keys]
+        fields = [("tensors", field) for field in self.fields]
+        slots = [("flat", "")] if self.flat is not None else []
+        for group, members in (("params", params), ("lr", rates)):
+            slots += members if self._leads(group) else []
+        slots += fields
+        for group, members in (("params", params), ("lr", rates)):
+            slots += [] if self._leads(group) else members
+        return slots
+
+    def _known(self, captured: list[Tensor], params: Mapping[str, Tensor], rates: Mapping[str, Tensor]) -> list[Tensor]:
+        """What autograd knows captured tensors as: a part of a flattened module as a piece of its vector."""
+        if self.flat is None:
+            self.parts = (None,) * len(captured)
+            return captured
+        parts = self.flat.parts(params, rates)
+        pieces = {id(part): (part, piece) for part, piece in zip(parts, views(self.flat.vector, parts), strict=True)}
+        found = [pieces.get(id(tensor), (None, tensor)) for tensor in captured]
+        self.parts = tuple(part for part, _ in found)
+        return [piece for _, piece in found]
+
+
 class _Attach(torch.autograd.Function):
     """Makes a loss a function of the tensors that its gradients are known for."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Tensor, list[Tensor]], leaves: list[Tensor], *inputs: Tensor) -> Tensor:
-        loss, gradients = known
+    def forward(
+        ctx: Any, known: tuple[Tensor, list[Tensor], Recipe | None, list[Tensor]], leaves: int, *given: Tensor
+    ) -> Tensor:
+        loss, gradients, ctx.recipe, rest = known
         # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
-        ctx.save_for_backward(*gradients)
-        ctx.leaves = leaves
+        ctx.save_for_backward(*gradients, *given, *rest)
+        ctx.counts = len(gradients), len(given), leaves
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        known, given, leaves = ctx.counts
+        if torch.is_grad_enabled() and ctx.recipe is not None:  # create_graph=True
+            needs = ctx.needs_input_grad[2:]
+            return (
+                None,
+                None,
+                *ctx.recipe.gradients(saved[known : known + given], saved[known + given :], needs, grad),
+            )
         # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
-        scaled = [saved * grad for saved in ctx.saved_tensors]
-        if not ctx.leaves:
-            return (None, None, *scaled)
-        return (None, None, *_unflatten_dense_tensors(scaled[0], ctx.leaves), *scaled[1:])
+        with torch.no_grad():
+            results = [gradient * grad for gradient in saved[:known]]
+            if leaves:
+                results[:1] = _unflatten_dense_tensors(results[0], saved[known : known + leaves])
+        if torch.is_grad_enabled():
+            results = refused(results, saved[known : known + given])
+        return (None, None, *results)

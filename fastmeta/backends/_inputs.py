@@ -49,11 +49,16 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
         support=leaves(problem.support),
         query=leaves(problem.query),
-        step_weights=problem.step_weights or (0.0,) * problem.steps + (1.0,),
+        step_weights=with_step_weights(problem).step_weights,
         task_weights=None if problem.task_weights is None else own(problem.task_weights),
         adapted_grad=None if cotangents is None else {name: own(value) for name, value in cotangents.items()},
         output_grad=None if problem.output_grad is None else own(problem.output_grad),
     )
+
+
+def with_step_weights(problem: Problem) -> Problem:
+    """The same problem, its step weights written out."""
+    return replace(problem, step_weights=problem.step_weights or (0.0,) * problem.steps + (1.0,))
 
 
 def gradients(

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
+from fastmeta.backends._captured import Captured
+from fastmeta.backends._inputs import (
+    any_batch,
+    check_class_indices,
+    check_rates,
+    detached,
+    gradients,
+    inner_loop,
+    with_step_weights,
+)
+from fastmeta.losses import Loss
 from fastmeta.network.functional import call, isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -32,8 +42,12 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
-        answers = [_one_task(p, t) for t in range(p.tasks)]
-        result = Result(grads=_gradients(p, _objective(p, answers), wrt))
+        captured = Captured(p.captures, keep=True)
+        answers = [_one_task(p, t, captured) for t in range(p.tasks)]
+        objective = _objective(p, answers)
+        result = Result(grads=_gradients(p, objective, wrt))
+        captured.add_kept(gradients([objective], captured.inputs, retain_graph=True))
+        result.grads.captured = captured.pairs()
         if p.query is not None:
             result.output = torch.stack([output for _, output, _ in answers]).detach()
         if p.query_loss is not None:
@@ -43,29 +57,48 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         return result
 
 
-def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def objective(problem: Problem) -> tuple[Tensor, Captured]:
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+    with isolated(any_batch(problem).x.device):
+        p = with_step_weights(problem)
+        captured = Captured(p.captures, keep=True)
+        return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
+
+
+def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
     query_loss = output = torch.zeros(())
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
-            x, y, weights = _examples(p.query, (t,))
-            output = call(p.net, theta, x, batch_stats=p.batch_stats)
-            if p.query_loss is not None and weight:
-                query_loss = query_loss + weight * p.query_loss(output, y, weights)
+            loss = p.query_loss if weight else None
+            value, output = _evaluated(p, theta, _examples(p.query, (t,)), loss, captured)
+            query_loss = query_loss + weight * value
         if k < p.steps:
-            theta, momentum = _inner_step(p, t, k, theta, momentum)
+            theta, momentum = _inner_step(p, t, k, theta, momentum, captured)
     return query_loss, output, theta
 
 
+def _evaluated(
+    p: Problem, theta: Mapping[str, Tensor], examples: tuple[Any, Any, Any], loss: Loss | None, captured: Captured
+) -> tuple[Tensor, Tensor]:
+    """(loss, output) of one task; the loss zero where there is none."""
+    x, y, weights = examples
+    with captured.watching([*theta.values(), *examples]) as watch:
+        output = call(p.net, theta, x, batch_stats=p.batch_stats)
+        value = torch.zeros(()) if loss is None else loss(output, y, weights)
+    watch.follow([value, output])
+    captured.note(watch)
+    return value, output
+
+
 def _inner_step(
-    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor], captured: Captured
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
-    x, y, weights = _examples(support, (t, k) if support.per_step else (t,))
-    value = loss(call(p.net, theta, x, batch_stats=p.batch_stats), y, weights)
+    value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured)
     adapted = [theta[name] for name in p.rates]
     gradient = gradients([value], adapted, create_graph=p.order == "second")
     theta, momentum = dict(theta), dict(momentum)

@@ -76,12 +76,6 @@ def _from_module(module: nn.Module, weight_norm: str) -> Loss:
     # a hook, or a `forward` set on the instance, may do anything
     changed = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
     if type(module) not in _MODULES or changed:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                raise ValueError(
-                    f"custom loss: parameter `{name}` of {type(module).__name__} gets no gradient, but requires grad; "
-                    "call requires_grad_(False) on it"
-                )
         return Loss("custom", function=module, weight_norm=weight_norm)
     kind, attributes = _MODULES[type(module)]
     options = {field: getattr(module, attribute) for attribute, field in attributes.items()}

@@ -24,7 +24,7 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Problem, Result
+from fastmeta.problem import Batch, Captures, Problem, Result
 
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
@@ -91,6 +91,7 @@ class _Given(NamedTuple):
     output_grad: Tensor | None
     prefer_flat: bool
     frozen: frozenset[str]
+    captures: Captures | None
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
@@ -109,13 +110,14 @@ def prepare(
     output_grad: Tensor | None = None,
     prefer_flat: bool = False,
     frozen: frozenset[str] = NOTHING,
+    captures: Captures | None = None,
 ) -> Call:
     """Check one call and choose its backend.
 
     Args:
         options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
         wrt: the gradients wanted.
-        prefer_flat, frozen: as in `Problem`.
+        prefer_flat, frozen, captures: as in `Problem`.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
 
     Raises:
@@ -126,7 +128,19 @@ def prepare(
     if masks:
         tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
     given = _Given(
-        options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, frozen
+        options,
+        net,
+        params,
+        tensors,
+        loss,
+        query_loss,
+        lr,
+        wrt,
+        adapted_grad,
+        output_grad,
+        prefer_flat,
+        frozen,
+        captures,
     )
     try:
         key = (
@@ -209,7 +223,7 @@ def _check_given(given: _Given) -> None:
 
 
 def _problem(plan: Plan, given: _Given) -> Problem:
-    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat, frozen = given
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given[:11]
     support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
     shapes = plan.shapes
     if plan.order is not None:
@@ -238,7 +252,8 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         plan.refused,
         prefer_flat,
         plan.scratch,
-        frozen,
+        given.frozen,
+        given.captures,
     )
 
 

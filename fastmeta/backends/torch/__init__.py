@@ -8,13 +8,16 @@ once or `task_chunk` at a time.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._captured import Captured
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.chunks import Joined, chunks
 from fastmeta.backends.torch.memory import stores
 from fastmeta.backends.torch.sweep import Sweep
+from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
 
@@ -60,6 +63,15 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
             result = _sweep(p, wrt, adapted, vectorised=False)  # an error of the caller's own comes out here
             tasks.remember_loop(p, error)
             return result
+
+
+def objective(problem: Problem) -> tuple[Tensor, Captured]:
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+    with isolated(_inputs.any_batch(problem).x.device):
+        p = _inputs.with_step_weights(problem)
+        captured = Captured(p.captures, keep=True)
+        vectorised = _at_once(p) > 1 and not tasks.why_loop(_inputs.detached(p))
+        return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
 
 
 def _at_once(problem: Problem) -> int:

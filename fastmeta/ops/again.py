@@ -1,0 +1,77 @@
+"""Gradients that can be differentiated again: the whole call once more by plain autograd, with its graph."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fastmeta.backends import _inputs, get
+from fastmeta.backends._captured import key_of
+from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.ops.plan import Call
+from fastmeta.ops.rates import Rates
+
+
+def local(tensor: Tensor) -> Tensor:
+    """`tensor` again, so that gradients by it run nothing of the graph that made it."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor
+
+
+def gradients(
+    call: Call,
+    lr: Rates,
+    by: Sequence[Tensor],
+    captured: Sequence[Tensor],
+    state: RandomState | None,
+    scale: Tensor | None = None,
+) -> list[Tensor]:
+    """dJ/d `by` and dJ/d `captured`, times `scale`, with their graph.
+
+    Args:
+        call: its tensors have their graphs; its `captures` ask for gradients.
+        lr: its learning rates, with theirs.
+        by: some of them, made by `local`.
+        captured: what the network and the losses read besides.
+        state: the random state that the call began with; None: it draws nothing.
+    """
+    problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True))
+    backend: Any = call.plan.backend
+    with nullcontext() if state is None else replayed(state):
+        objective, found = (backend if hasattr(backend, "objective") else get("torch")).objective(problem)
+    if scale is not None:
+        objective = objective * scale
+    grads = _inputs.gradients([objective], [*by, *found.inputs], create_graph=True)
+    found.add_kept(grads[len(by) :])
+    return [*grads[: len(by)], *matched(captured, found.pairs() or ())]
+
+
+def matched(tensors: Iterable[Tensor], pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The gradients of `tensors` out of (tensor, gradient).
+
+    Raises:
+        RuntimeError: the network or a loss, which was evaluated again for this, no longer read one of them.
+    """
+    found = {key_of(tensor): gradient for tensor, gradient in pairs}
+    tensors = list(tensors)
+    for tensor in tensors:
+        if key_of(tensor) not in found:
+            raise RuntimeError(
+                f"fastmeta: the backward pass evaluates the network and the losses again, and they did not read the "
+                f"tensor {tuple(tensor.shape)} that requires grad and that they read in the forward pass; bind such a "
+                "tensor in a default argument or in functools.partial, not in a variable that changes in between"
+            )
+    return [found[key_of(tensor)] for tensor in tensors]
+
+
+def living(pairs: list[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Tensor]]:
+    """Those of `pairs` whose tensor somebody else holds: not what a forward pass made for itself. Empties `pairs`."""
+    if not pairs:
+        return []
+    kept = [(weakref.ref(tensor), gradient) for tensor, gradient in pairs]
+    pairs.clear()
+    return [(tensor, gradient) for reference, gradient in kept if (tensor := reference()) is not None]
