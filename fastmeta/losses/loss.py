@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
+from weakref import ref
 
 from torch import Tensor, int64
 from torch import dtype as Dtype
@@ -57,6 +58,10 @@ class Loss:
         shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
+
+    def weak_key(self) -> tuple[object, ...]:
+        """`key`, without keeping a custom function alive: it may hold the network that something is cached for."""
+        return self.key if self.function is None else (*self.key[:-1], ref(self.function))
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.

@@ -149,8 +149,8 @@ def prepare(
             options.task_chunk.__class__,
             options.support_per_step.__class__,
             wrt,
-            None if loss is None else loss.key,
-            None if query_loss is None else query_loss.key,
+            None if loss is None else loss.weak_key(),
+            None if query_loss is None else query_loss.weak_key(),
             rates_key(lr),
             *params,
             *map(_sort, params.values()),
@@ -167,16 +167,21 @@ def prepare(
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
-    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
-    if program is not plan.program:  # the network has changed
-        return _first_call(given, masks, key)
+    if plan.program is None:
+        found = _capture(options, net, tensors, plan.shapes)
+        if found != (None, plan.refused):
+            return _first_call(given, masks, key)
+    else:
+        program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+        if program is not plan.program:  # the network has changed
+            return _first_call(given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
 
 
 def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
-    """The full check. The plan is kept under `key`, where there is one and the network is captured."""
+    """The full check. The plan is kept under `key`, where there is one."""
     options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
     check_options(options)
     _check_given(given)
@@ -200,13 +205,15 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     except BackendUnavailable:  # it may be the tensors that do not fit
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
-    if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
+    runs_module = plan.backend.__name__.rpartition(".")[2] in _RUN_THE_MODULE
+    if program is not None and not runs_module:
         check_capture(plan.backend, problem)
-        if key is not None:
-            plans = _plans.setdefault(net, {})
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
+    # whether masks are right for a module that is run as it is shows in what it does, at each call
+    if key is not None and (not runs_module or not masks):
+        plans = _plans.setdefault(net, {})
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
     return Call(options, tensors, plan, problem, given.lr, wrt)
 
 

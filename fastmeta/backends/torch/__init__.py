@@ -7,6 +7,9 @@ once or `task_chunk` at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,10 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch import tasks
-from fastmeta.backends.torch.chunks import Joined, chunks
+from fastmeta.backends.torch.alone import Captures, alone
+from fastmeta.backends.torch.chunks import chunks, joined
 from fastmeta.backends.torch.memory import stores
-from fastmeta.backends.torch.sweep import Sweep
+from fastmeta.backends.torch.sweep import Sweep, needs_sweep_back
 from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
@@ -52,15 +56,15 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
         if _at_once(p) == 1 or tasks.why_loop(p):
-            return _sweep(p, wrt, adapted, vectorised=False)
+            return _loop(p, wrt, adapted)
         start = RandomState.now(device)
         try:
-            return _sweep(p, wrt, adapted, vectorised=True)
+            return _vectorised(p, wrt, adapted)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             start.restore()
-            result = _sweep(p, wrt, adapted, vectorised=False)  # an error of the caller's own comes out here
+            result = _loop(p, wrt, adapted)  # an error of the caller's own comes out here
             tasks.remember_loop(p, error)
             return result
 
@@ -71,20 +75,40 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
         p = _inputs.with_step_weights(problem)
         captured = Captured(p.captures, keep=True)
         vectorised = _at_once(p) > 1 and not tasks.why_loop(_inputs.detached(p))
-        return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
+        parts = chunks(p if vectorised else replace(p, task_chunk=1))
+        return torch.stack([unrolled(part, vectorised, captured) for part in parts]).sum(), captured
 
 
 def _at_once(problem: Problem) -> int:
     return min(problem.tasks, problem.task_chunk or problem.tasks)
 
 
-def _sweep(problem: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool) -> Result:
-    store = stores(problem, wrt, _at_once(problem), vectorised)
-    parts = chunks(problem)
-    result = Sweep(next(parts), wrt, vectorised, store).run(adapted)
-    if _at_once(problem) == problem.tasks:
-        return result
-    joined = Joined(problem, result)
-    for part in parts:
-        joined.add(Sweep(part, wrt, vectorised, store).run(adapted))
-    return joined.result()
+def _vectorised(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """All tasks of a chunk at once, by vmap."""
+    store = stores(problem, wrt, _at_once(problem), True)
+    return joined(problem, (Sweep(part, wrt, True, store).run(adapted) for part in chunks(problem)))
+
+
+def _loop(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """One task after the other, each from its first inner step to its gradient."""
+    return joined(problem, _each_alone(problem, wrt, adapted))
+
+
+def _each_alone(problem: Problem, wrt: frozenset[str], adapted: bool) -> Iterator[Result]:
+    graphs = problem.order == "second" and problem.steps > 0 and needs_sweep_back(wrt)
+    store = graphs and stores(problem, wrt, 1, False)
+    scratch = problem.scratch
+    for part in chunks(problem if problem.tasks == 1 else replace(problem, task_chunk=1)):
+        if (store or not graphs) and not scratch.get("torch captures"):
+            # which random numbers a task draws matters: the first time, it may have to be run again
+            start = None if "torch captures" in scratch else RandomState.now(_inputs.any_batch(part).x.device)
+            try:
+                result = alone(part, wrt, adapted)
+                scratch["torch captures"] = False
+                yield result
+                continue
+            except Captures:
+                scratch["torch captures"] = True
+                if start is not None:
+                    start.restore()
+        yield Sweep(part, wrt, False, store).run(adapted)
