@@ -52,9 +52,14 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem`; the random state moves on as if every forward pass had run once."""
     device = _inputs.any_batch(problem).x.device
     with isolated(device):
+        _inputs.check_rates(problem)
+        _inputs.check_class_indices(problem, tasks.output_shape)
+        if problem.tasks == 1 and problem.scratch.get("torch alone") == wrt:  # known to be nothing more to do
+            try:
+                return alone(_inputs.with_step_weights(problem), wrt, adapted)
+            except Captures:
+                problem.scratch["torch alone"] = None
         p = _inputs.detached(problem)
-        _inputs.check_rates(p)
-        _inputs.check_class_indices(p, tasks.output_shape)
         if _at_once(p) == 1 or tasks.why_loop(p):
             return _loop(p, wrt, adapted)
         start = RandomState.now(device)
@@ -96,19 +101,18 @@ def _loop(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def _each_alone(problem: Problem, wrt: frozenset[str], adapted: bool) -> Iterator[Result]:
     graphs = problem.order == "second" and problem.steps > 0 and needs_sweep_back(wrt)
-    store = graphs and stores(problem, wrt, 1, False)
-    scratch = problem.scratch
+    whole_graph, scratch, known = not graphs or stores(problem, wrt, 1, False), problem.scratch, "torch alone"
     for part in chunks(problem if problem.tasks == 1 else replace(problem, task_chunk=1)):
-        if (store or not graphs) and not scratch.get("torch captures"):
+        if whole_graph and scratch.get(known, wrt) == wrt:
             # which random numbers a task draws matters: the first time, it may have to be run again
-            start = None if "torch captures" in scratch else RandomState.now(_inputs.any_batch(part).x.device)
+            start = None if known in scratch else RandomState.now(_inputs.any_batch(part).x.device)
             try:
                 result = alone(part, wrt, adapted)
-                scratch["torch captures"] = False
+                scratch[known] = wrt
                 yield result
                 continue
             except Captures:
-                scratch["torch captures"] = True
+                scratch[known] = None
                 if start is not None:
                     start.restore()
-        yield Sweep(part, wrt, False, store).run(adapted)
+        yield Sweep(part, wrt, False, store=whole_graph and graphs).run(adapted)

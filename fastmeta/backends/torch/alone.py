@@ -29,7 +29,7 @@ def alone(p: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """The answer to a problem of one task.
 
     Args:
-        p: its tensors detached.
+        p: its step weights written out.
         wrt, adapted: as a backend has them.
 
     Raises:
@@ -55,6 +55,7 @@ class _Task:
                 tensor = getattr(getattr(p, role), part, None)
                 if tensor is not None:
                     self.data[f"{role}_{part}"] = own(tensor, f"{role}_{part}" in wrt)
+        self.task_weight = None if p.task_weights is None else own(p.task_weights)[0]
         self.looks = p.captures is not None
         self.back = bool(wrt) or self.looks
         self.second = p.order == "second" and self.back
@@ -100,7 +101,7 @@ class _Task:
         if last:
             self.output = output
             if p.output_grad is not None:
-                self.terms.append((output * p.output_grad[0]).sum())
+                self.terms.append((output * own(p.output_grad)[0]).sum())
 
     def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tensor]:
         """(loss, output) of one set at theta_k."""
@@ -117,9 +118,9 @@ class _Task:
         if not wrt:
             return grads
         if self.task_loss is not None:
-            self.terms.append(self.task_loss if p.task_weights is None else self.task_loss * p.task_weights[0])
+            self.terms.append(self.task_loss if self.task_weight is None else self.task_loss * self.task_weight)
         for name, cotangent in (p.adapted_grad or {}).items():
-            self.terms.append((self.theta[name] * cotangent[0]).sum())
+            self.terms.append((self.theta[name] * own(cotangent)[0]).sum())
         params = self.params if "params" in wrt else {}
         rates = self.rates if "lr" in wrt else {}
         data = {key: leaf for key, leaf in self.data.items() if key in wrt and leaf.is_floating_point()}
