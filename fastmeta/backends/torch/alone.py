@@ -8,12 +8,14 @@ itself, and nothing is stacked. Tensors that the network or a loss reads past it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends.torch import features
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -59,6 +61,7 @@ class _Task:
         self.looks = p.captures is not None
         self.back = bool(wrt) or self.looks
         self.second = p.order == "second" and self.back
+        self.features = {role: found for role in ("support", "query") if (found := features.of(p, role)) is not None}
         self.terms: list[Tensor] = []
         self.task_loss: Tensor | None = None
         self.output: Tensor | None = None
@@ -106,9 +109,12 @@ class _Task:
     def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tensor]:
         """(loss, output) of one set at theta_k."""
         x, y, weights = (self.data[f"{role}_{part}"][at] if f"{role}_{part}" in self.data else None for part in _PARTS)
-        output = call(self.p.net, self.theta, cast(Tensor, x), batch_stats=self.p.batch_stats)
+        known = self.features.get(role)
+        replayed = known.values if known is not None else []
+        with nullcontext() if known is None else known.replay(replayed) if replayed else known.record():
+            output = call(self.p.net, self.theta, cast(Tensor, x), batch_stats=self.p.batch_stats)
         value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        if self.looks and _reads_more((value, output), (*self.theta.values(), x, y, weights)):
+        if self.looks and _reads_more((value, output), (*self.theta.values(), x, y, weights, *replayed)):
             raise Captures
         return value, output
 
