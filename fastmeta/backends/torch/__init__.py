@@ -19,7 +19,9 @@ from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.alone import Captures, alone
 from fastmeta.backends.torch.chunks import chunks, joined
+from fastmeta.backends.torch.features import Moved, names_of
 from fastmeta.backends.torch.memory import stores
+from fastmeta.backends.torch.still import give_up
 from fastmeta.backends.torch.sweep import Sweep, needs_sweep_back
 from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
@@ -42,7 +44,9 @@ def notes(problem: Problem) -> list[str]:
         p = _inputs.detached(problem)
         at_once = _at_once(p)
         reason = tasks.why_loop(p) if at_once > 1 else ""
-    lines = [f"tasks run in a loop: {reason}"] if reason else []
+        once = names_of(p)
+    lines = [f"computed once per call, since no adapted parameter matters for it: {', '.join(once)}"] if once else []
+    lines += [f"tasks run in a loop: {reason}"] if reason else []
     if at_once < problem.tasks:
         lines.append(f"tasks run {at_once} at a time, and no more than theirs is in memory")
     return lines
@@ -50,6 +54,14 @@ def notes(problem: Problem) -> list[str]:
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem`; the random state moves on as if every forward pass had run once."""
+    try:
+        return _solve(problem, wrt, adapted)
+    except Moved:
+        give_up(problem.net)
+        return _solve(problem, wrt, adapted)
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     device = _inputs.any_batch(problem).x.device
     with isolated(device):
         _inputs.check_rates(problem)
@@ -65,7 +77,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         start = RandomState.now(device)
         try:
             return _vectorised(p, wrt, adapted)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Moved):
             raise
         except Exception as error:
             start.restore()

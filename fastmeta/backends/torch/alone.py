@@ -1,8 +1,8 @@
 """One task on its own, by autograd through its whole inner loop: one backward pass at the end.
 
-The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no step is differentiated by
-itself, and nothing is stacked. Tensors that the network or a loss reads past its arguments are found in the graph; then
-`Sweep`, which knows what to do with them, has to run the task.
+The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no step is differentiated
+by itself, and nothing is stacked. Tensors that the network or a loss reads past its arguments are found in the graph;
+then `Sweep`, which knows what to do with them, has to run the task.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmeta.backends import _inputs
 from fastmeta.backends.torch import features
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
-from fastmeta.problem import Batch, Gradients, Problem, Result
+from fastmeta.problem import Gradients, Problem, Result
 
 _PARTS = ("x", "y", "weights")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._captured import Watch
 from fastmeta.backends.torch.still import replaced, still
 from fastmeta.network.functional import call
 from fastmeta.problem import Batch, Problem
+
+
+class Moved(RuntimeError):
+    """What was taken to stand still does not: see `still.give_up`."""
 
 
 class Features:
@@ -43,7 +49,7 @@ class Features:
             def run(*args: Any, **kwargs: Any) -> Any:
                 noted = next(calls, None)
                 if noted is None or noted[0] != name:
-                    raise RuntimeError(f"{name!r} was called in another order than in the pass before")
+                    raise Moved(f"{name!r} was called in another order than in the pass before")
                 return tree_unflatten([next(left).clone() if tensor else None for tensor in noted[2]], noted[1])
 
             return run
@@ -62,6 +68,17 @@ class Features:
             return tree_unflatten([None if leaf is None else leaf.clone() for leaf in leaves], spec)
 
         return run
+
+
+@dataclass(slots=True)
+class Body:
+    """Features of one set of all tasks, and where they come from."""
+
+    features: Features
+    values: dict[str, Tensor]  # [T, ...], by the keys of their gradients in `Sweep.total`
+    made: list[Tensor]  # the same with their graph
+    others: dict[str, Tensor]  # the leaves of that
+    seen: Watch
 
 
 def of(problem: Problem, role: str) -> Features | None:

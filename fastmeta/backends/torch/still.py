@@ -1,9 +1,9 @@
 """Which modules of a network compute, at every forward pass on the same input, what they computed at the first.
 
 Those whose output depends neither on a parameter of a given set nor on a random number, by values and not by gradients:
-every function that PyTorch tells a `TorchFunctionMode` of is followed, and what one of them makes of something that moves
-moves too. A forward pass that looks at values (`.item()`, `if x.sum() > 0`), keeps something in attributes, or draws from
-generators that are not PyTorch's is not understood, and nothing of it is said to stand still.
+every function that PyTorch tells a `TorchFunctionMode` of is followed, and what one of them makes of something that
+moves moves too. A forward pass that looks at values (`.item()`, `if x.sum() > 0`), keeps something in attributes, or
+draws from generators that are not PyTorch's is not understood, and nothing of it is said to stand still.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def still(
 ) -> tuple[str, ...]:
     """Names of the largest modules with parameters whose outputs stand still; () also where that is not known.
 
-    Looked for once for a network, shapes and parameters, and remembered until the network changes; runs one forward pass,
-    and draws nothing from the random state.
+    Looked for once for a network, shapes and parameters, and remembered until the network changes; runs one forward
+    pass, and draws nothing from the random state.
 
     Args:
         net: the network.
@@ -66,8 +66,8 @@ def still(
     if key not in found:
         found[key] = _look(net, params, moving, x, batch_stats)
         if found[key] and known.found(net) is not found:  # the forward pass changed something
-            found[key] = ()
-            known.looks = _MOST_LOOKS
+            give_up(net)
+            return ()
     return found[key]
 
 
@@ -91,6 +91,12 @@ class _Known:
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def give_up(net: nn.Module) -> None:
+    """Say of nothing in this network that it stands still."""
+    known = _known.setdefault(net, _Known())
+    known.guards, known.looks = [], _MOST_LOOKS
 
 
 @contextmanager

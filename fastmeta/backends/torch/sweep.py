@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured, Watch
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends._random_state import RandomState, preserved, replayed
 from fastmeta.backends.torch import tasks, watched
+from fastmeta.backends.torch.features import Body, recorded
+from fastmeta.backends.torch.features import of as body_of
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -83,6 +85,8 @@ class Sweep:
                 tensor = getattr(batch, part, None)
                 if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
                     self.total[f"{role}_{part}"] = torch.zeros_like(tensor)
+        self.bodies: dict[str, Body] = {}
+        self.bodies = self._bodies()
 
     def run(self, adapted: bool) -> Result:
         """The answer; `adapted`: with theta_K."""
@@ -107,6 +111,8 @@ class Sweep:
             steps.clear()
         for k in reversed(range(len(steps))):
             lam, mbar = self._step_back(steps.pop(), lam, mbar, k)
+        for role, body in self.bodies.items():
+            self._body_back(role, body)
         result = Result(self.task_losses, self.output, grads=self._gradients(lam))
         if adapted:
             final = {name: theta.get(name, tasks.stack(p, name)) for name in p.params}
@@ -198,13 +204,54 @@ class Sweep:
         data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
         batch = replace(batch, **data)  # type: ignore[arg-type]
         params |= theta
-        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured)
+        body = self.bodies.get(role)
+        rest = () if body is None else (body.features, [others.get(key, value) for key, value in body.values.items()])
+        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest)
+
+    def _bodies(self) -> dict[str, Body]:
+        """What stands still, of the support and the query sets, computed; its gradients get places in `total`."""
+        found = {role: features for role in ("support", "query") if (features := body_of(self.p, role)) is not None}
+        bodies = {}
+        for role, features in found.items():
+            batch = getattr(self.p, role)
+            others = self._leaves(role, 0)
+            params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
+            x = others.get(f"{role}_x", batch.x)
+            params |= {name: tasks.stack(self.p, name) for name in self.names}
+            # the rest of the network may draw random numbers: that is for the passes to come
+            with preserved(self.device), self.captured.watching([*params.values(), x]) as seen:
+                values = recorded(features, self.p, params, self.stacked, replace(batch, x=x), self.vectorised)
+            seen.follow(values)
+            self.captured.note(seen)
+            keys = [f"{role}_features.{i}" for i in range(len(values))]
+            bodies[role] = Body(
+                features, dict(zip(keys, [own(value) for value in values], strict=True)), values, others, seen
+            )
+        for role, body in bodies.items():
+            for (key, value), made in zip(body.values.items(), body.made, strict=True):
+                if made.requires_grad and (role == "query" or self.p.order == "second"):
+                    self.total[key] = torch.zeros_like(value)
+        return bodies
+
+    def _body_back(self, role: str, body: Body) -> None:
+        """From the gradients of what stands still to those of what it was made of."""
+        cotangents = [self.total.pop(key, None) for key in body.values]
+        made = [
+            (value, cotangent) for value, cotangent in zip(body.made, cotangents, strict=True) if cotangent is not None
+        ]
+        if not made:
+            return
+        wanted = [*body.others.values(), *body.seen.inputs]
+        retain = body.seen.through or None
+        found = _inputs.gradients([m for m, _ in made], wanted, [c for _, c in made], retain_graph=retain)
+        self._add(body.others, found, 0, body.seen)
 
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
         """A leaf for everything in `total` that a pass over the support or the query set at step k depends on."""
         batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
         sources = {f"params.{name}": value for name, value in self.p.params.items()}
         sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
+        sources |= self.bodies[role].values if role in self.bodies else {}
         return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
 
     def _add(self, others: Mapping[str, Tensor], found: Sequence[Tensor], k: int, seen: Watch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from math import inf, isfinite
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import RandomState, preserved
 from fastmeta.backends.torch.chunks import cut
+from fastmeta.backends.torch.features import Features
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
@@ -31,6 +33,8 @@ def evaluate(
     batch: Batch,
     loss: Loss | None,
     vectorised: bool,
+    features: Features | None = None,
+    values: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The losses and the outputs of all tasks.
 
@@ -41,6 +45,7 @@ def evaluate(
         batch: x [T, N, *in], y [T, N, ...], weights [T, N]; of one step.
         loss: None: the losses are zero.
         vectorised: by vmap instead of a loop.
+        features, values: what is not to be computed again, and what it was: [T, ...] each.
 
     Returns:
         (losses [T], output [T, N, *out]).
@@ -49,17 +54,18 @@ def evaluate(
     """
 
     def one_task(
-        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
+        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None, *known: Tensor
     ) -> tuple[Tensor, Tensor]:
-        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+        with nullcontext() if features is None else features.replay(known):
+            output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
         value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
         return value, output
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
-        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0)
+        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0, *[0] * len(values))
         every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
-        return every_task(dict(params), batch.x, batch.y, batch.weights)
+        return every_task(dict(params), batch.x, batch.y, batch.weights, *values)
 
     # unbind once: the backward of one select a task would write all of [T, *shape] T times
     columns = {name: value.unbind() for name, value in params.items() if name in stacked}
@@ -68,11 +74,12 @@ def evaluate(
         batch.x.unbind(),
         nothing if batch.y is None else batch.y.unbind(),
         nothing if batch.weights is None else batch.weights.unbind(),
+        *[value.unbind() for value in values],
         strict=True,
     )
     answers = [
-        one_task({**params, **{name: column[task] for name, column in columns.items()}}, x, y, weights)
-        for task, (x, y, weights) in enumerate(data)
+        one_task({**params, **{name: column[task] for name, column in columns.items()}}, *entry)
+        for task, entry in enumerate(data)
     ]
     losses, outputs = zip(*answers, strict=True)
     return torch.stack(losses), torch.stack(outputs)

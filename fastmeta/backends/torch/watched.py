@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from fastmeta.backends._captured import Captured, Watch
 from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.features import Features
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Problem
 
@@ -20,10 +21,12 @@ def evaluate(
     loss: Loss | None,
     vectorised: bool,
     captured: Captured,
+    features: Features | None = None,
+    values: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Watch]:
     """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`, `captured` takes note."""
-    with captured.watching([*params.values(), batch.x, batch.y, batch.weights]) as seen:
-        losses, output = tasks.evaluate(problem, params, stacked, batch, loss, vectorised)
+    with captured.watching([*params.values(), batch.x, batch.y, batch.weights, *values]) as seen:
+        losses, output = tasks.evaluate(problem, params, stacked, batch, loss, vectorised, features, values)
     seen.follow([losses, output])
     captured.note(seen)
     return losses, output, seen
