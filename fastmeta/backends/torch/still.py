@@ -33,6 +33,8 @@ _ABOUT = frozenset(
     "__len__ get_device __get__ is_signed type __hash__ is_same_size is_inference is_conj is_neg result_type "
     "has_names is_shared is_pinned can_cast is_tensor is_storage broadcast_shapes".split()
 )
+#: What a forward pass finds exchanged: by us, or by recurrent layers that find their parameters exchanged.
+_HELD_ELSEWHERE = ("_parameters", "_buffers", "_modules", "forward", "_flat_weights", "_flat_weight_refs")
 #: A network that is another one at every call is not looked at for ever.
 _MOST_LOOKS = 16
 
@@ -241,7 +243,7 @@ class _Outside:
             self.ids += [kind, keys.tobytes(), *rest]
         for module in modules:
             for key, value in vars(module).items():
-                if key not in ("_parameters", "_buffers", "_modules", "forward"):
+                if key not in _HELD_ELSEWHERE:
                     self._add(value, 2)
 
     def _add(self, value: Any, depth: int) -> None:
