@@ -84,9 +84,7 @@ class _Known:
         """What is known of it as it is; None: nothing can be."""
         for guard, found in self.guards:
             if guard.holds(net):
-                # recurrent layers of PyTorch's keep references to their parameters, which are watched anyway
-                unwatched = [place for place in guard.unwatched if "._flat_weight_refs[" not in place]
-                return None if unwatched or guard.hooked else found
+                return None if guard.unwatched or guard.hooked else found
         if self.looks >= _MOST_LOOKS:
             return None
         self.looks += 1
