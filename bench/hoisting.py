@@ -50,8 +50,9 @@ class Transformer(nn.Module):
     def __init__(self, width: int = 32, layers: int = 1) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True)
-        self.embed, self.head = nn.Linear(8, width), nn.Linear(width, 1)
+        self.embed = nn.Linear(8, width)
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 1)  # the last of the layers: what adapt="head" means
 
     def features(self, x: Tensor) -> Tensor:
         """[N, width]."""
