@@ -209,12 +209,18 @@ def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:
 def _fused_where_right(fused: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """PyTorch's norm, or the same formula out of elementary operators where its second derivative is not right."""
     signature = inspect.signature(fused)
+    places = [*signature.parameters]
+    at_weight, at_bias = places.index("weight"), places.index("bias")
+
+    def given(at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return args[at] if at < len(args) else kwargs.get(places[at])
 
     def norm(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        alone = _bias_alone(given.arguments["weight"], given.arguments["bias"])
-        return formula(*given.args) if alone else fused(*args, **kwargs)
+        if not _bias_alone(given(at_weight, args, kwargs), given(at_bias, args, kwargs)):
+            return fused(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return formula(*bound.args)
 
     return norm
 
