@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastmeta.backends._random_state import preserved
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
@@ -86,7 +86,7 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
     batch = any_batch(problem)
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
-    with torch.no_grad(), preserved(x.device):
+    with torch.no_grad(), preserved_for(problem):
         return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
 
 

@@ -9,6 +9,7 @@ from traceback import walk_tb
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call
 from fastmeta.ops.checks import Shapes, Tensors, check_ordinary
@@ -92,7 +93,7 @@ def _forward(
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
     example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        with preserved(x.device, net), torch.no_grad():
             return call(net, own, example, batch_stats=options.batch_stats)
     except Exception as error:
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)

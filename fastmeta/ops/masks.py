@@ -83,7 +83,7 @@ def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
             return
         params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
-        with preserved(x.device):
+        with preserved(x.device, problem.net):
             refused = normalises_by_batch(problem.net, params, x)
     if refused:
         _refuse(options.who, fields[0], "batch_norm")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._random_state import RandomState, preserved
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
@@ -21,6 +21,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 _loops: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
+_stored: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 _shapes: WeakKeyDictionary[nn.Module, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
 
 
@@ -109,9 +110,19 @@ def why_loop(problem: Problem) -> str:
     return known[key]
 
 
-def remember_loop(problem: Problem, error: Exception) -> None:
-    """Have tasks like those of `problem` run in a loop from now on: vmap raised `error`, the loop did not."""
-    _loops.setdefault(problem.net, {})[_key(problem)] = _failure(error)
+def remember_loop(problem: Problem, reason: str) -> None:
+    """Have tasks like those of `problem` run in a loop from now on; `reason` says why."""
+    _loops.setdefault(problem.net, {})[_key(problem)] = reason
+
+
+def remember_to_store(problem: Problem) -> None:
+    """Keep the graphs of all steps from now on where "auto" decides: a step of `problem` cannot be run again."""
+    _stored.setdefault(problem.net, {})[_key(problem)] = True
+
+
+def must_store(problem: Problem) -> bool:
+    """Whether `remember_to_store` was told of problems like this one."""
+    return problem.memory == "auto" and problem.net in _stored and _key(problem) in _stored[problem.net]
 
 
 def graph_bytes(problem: Problem, vectorised: bool) -> float:
@@ -131,8 +142,7 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
             held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        device = _inputs.any_batch(sample).x.device
-        with preserved(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             _probe(sample, vectorised)
         known[key] = sum(held.values()) / sample.tasks
     return known[key]
@@ -168,21 +178,23 @@ def _key(problem: Problem) -> int:
 def _compare(problem: Problem) -> str | None:
     """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said (NaN)."""
     pair = cut(problem, 0, 2)
-    device = _inputs.any_batch(pair).x.device
-    failure = ""
-    with preserved(device) as before:
+    reason = ""
+    with preserved_for(pair) as before:
         try:
             vectorised = _probe(pair, vectorised=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            failure = _failure(error)
-        if not failure and not RandomState.now(device).same_as(before):
+            reason = failure(error)
+        drawn = before.anew()
+        if not reason and (outside := before.drawn_outside_torch(drawn)):
+            return drawn_once(outside)
+        if not reason and not drawn.same_as(before):
             return ""  # vmap draws other masks than the loop, there is nothing to compare
         before.restore()
         looped = _probe(pair, vectorised=False)  # an error of the caller's own comes out here
-    if failure:
-        return failure
+    if reason:
+        return reason
     for what, found, expected in zip(("output", "gradient", "Hessian-vector product"), vectorised, looped, strict=True):
         size, off = float(expected.norm()), float((found - expected).norm())
         if not isfinite(size):
@@ -219,6 +231,12 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
 
 
-def _failure(error: Exception) -> str:
+def drawn_once(generator: str) -> str:
+    """Why a forward that draws from something else than torch runs in a loop."""
+    return f"the forward draws from {generator}, which vmap would do once for all tasks"
+
+
+def failure(error: Exception) -> str:
+    """Why tasks run in a loop after `error` under vmap."""
     message = str(error).strip() or "no message"
     return f"vmap failed with {type(error).__name__}: {message.splitlines()[0]}"
