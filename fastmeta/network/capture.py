@@ -96,6 +96,8 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
                 raise Refused(f"cannot capture {place}: it has a parameter of type {type(parameter).__qualname__}")
     if guard.hooked:
         raise Refused("cannot capture any network while global module hooks are registered")
+    if guard.entropy:
+        raise Refused(f"cannot capture a forward that reads the clock or entropy ({guard.entropy[0]})")
     if guard.unwatched:
         raise Refused(f"cannot watch {guard.unwatched[0]} for changes")
 
