@@ -16,7 +16,7 @@ def refuses_norms(problem: Problem) -> str:
     if program is None:
         return ""
     if problem.batch_stats == "task" and any(
-        _one_value(program, batch) for batch in (problem.support, problem.query) if batch is not None
+        _one_value(program, batch) for batch in (problem.support if problem.steps else None, problem.query) if batch is not None
     ):
         return "batch norm over one value per channel"
     # a matrix is laid out for products

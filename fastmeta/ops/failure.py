@@ -70,6 +70,8 @@ def diagnose(
         if tensor is not None:
             check_ordinary(argument(options.who, field), tensor)
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
+        if part == "support" and not options.steps:
+            continue  # it is not run
         output = _forward(options, net, params, tensors, shapes, part)
         y = getattr(tensors, f"{part}_y")
         if output is not None and y is not None and loss is not None:

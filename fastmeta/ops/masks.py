@@ -78,7 +78,7 @@ def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
     if problem.program is not None:
         refused = any(layer.kind == "batch_norm" for layer in problem.program.layers)
     else:
-        batch = problem.query if problem.support is None else problem.support
+        batch = problem.support if problem.steps else problem.query
         if batch is None:
             return
         params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}

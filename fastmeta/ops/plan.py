@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from fastmeta import backends
+from fastmeta.bounded import Bounded
 from fastmeta.errors import BackendUnavailable
 from fastmeta.losses import Loss
 from fastmeta.network.capture import captured
@@ -24,7 +25,7 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Problem, Result
+from fastmeta.problem import Batch, Problem, Result, Scratch
 
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
@@ -44,7 +45,7 @@ class Plan:
     shapes: Shapes
     rates: RatePlan
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
-    scratch: dict[str, Any]
+    scratch: Scratch
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ class _Given(NamedTuple):
     prefer_flat: bool
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
 
 
 def prepare(
@@ -173,7 +174,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
-    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
+    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, Scratch())
     problem = _problem(plan, given)
     check_layers(options, masks, problem)
     try:
@@ -182,12 +183,10 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
-        check_capture(plan.backend, problem)
+        if problem.steps or problem.query is not None:  # else nothing is run
+            check_capture(plan.backend, problem)
         if key is not None:
-            plans = _plans.setdefault(net, {})
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
+            _plans.setdefault(net, Bounded(_MOST_PLANS)).put(key, plan)
     return Call(options, tensors, plan, problem, given.lr, wrt)
 
 

@@ -35,7 +35,7 @@ def notes(problem: Problem) -> list[str]:
     with isolated(_inputs.any_batch(problem).x.device):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
-        reason = tasks.why_loop(p) if at_once > 1 else ""
+        reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
     lines = [f"tasks run in a loop: {reason}"] if reason else []
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
@@ -56,7 +56,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
         start = RandomState.of(p)
-        vectorised = _at_once(p) > 1 and not tasks.why_loop(p)
+        vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
         try:
             return _replayable(p, wrt, adapted, vectorised, start)
         except (torch.OutOfMemoryError, NotReplayedError):

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends.torch.chunks import cut
+from fastmeta.bounded import Known
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
 
+#: Sorts of problems of one network that something is remembered of.
+_MOST_SORTS = 1024
 #: Largest relative difference between vmap and the loop that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
-_loops: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
-_graphs: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
-_stored: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
-_shapes: WeakKeyDictionary[nn.Module, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
+_loops: Known[int, str] = Known(_MOST_SORTS)
+_graphs: Known[tuple[int, bool], float] = Known(_MOST_SORTS)
+_stored: Known[int, bool] = Known(_MOST_SORTS)
+_shapes: Known[int, tuple[int, ...]] = Known(_MOST_SORTS)
 
 
 def evaluate(
@@ -100,29 +102,28 @@ def why_loop(problem: Problem) -> str:
     agree with the loop in value, gradient and Hessian-vector product. Draws nothing from the random state. To be
     called inside `isolated`, with the tensors of `problem` detached.
     """
-    known = _loops.setdefault(problem.net, {})
     key = _key(problem)
-    if key not in known:
+    reason = _loops.get(problem.net, key)
+    if reason is None:
         reason = _compare(problem)
-        if reason is None:
-            return ""
-        known[key] = reason
-    return known[key]
+        if reason is not None:
+            _loops.put(problem.net, key, reason)
+    return reason or ""
 
 
 def remember_loop(problem: Problem, reason: str) -> None:
     """Have tasks like those of `problem` run in a loop from now on; `reason` says why."""
-    _loops.setdefault(problem.net, {})[_key(problem)] = reason
+    _loops.put(problem.net, _key(problem), reason)
 
 
 def remember_to_store(problem: Problem) -> None:
     """Keep the graphs of all steps from now on where "auto" decides: a step of `problem` cannot be run again."""
-    _stored.setdefault(problem.net, {})[_key(problem)] = True
+    _stored.put(problem.net, _key(problem), True)
 
 
 def must_store(problem: Problem) -> bool:
     """Whether `remember_to_store` was told of problems like this one."""
-    return problem.memory == "auto" and problem.net in _stored and _key(problem) in _stored[problem.net]
+    return problem.memory == "auto" and bool(_stored) and _stored.get(problem.net, _key(problem)) is not None
 
 
 def graph_bytes(problem: Problem, vectorised: bool) -> float:
@@ -131,9 +132,9 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
     Measured once per network, training flags, losses and shapes, on one or two tasks, and remembered. Draws nothing
     from the random state. To be called inside `isolated`, with the tensors of `problem` detached.
     """
-    known = _graphs.setdefault(problem.net, {})
     key = (_key(problem), vectorised)
-    if key not in known:
+    size = _graphs.get(problem.net, key)
+    if size is None:
         sample = cut(problem, 0, 2 if vectorised else 1)
         held: dict[int, int] = {}  # address -> size: the same storage is saved many times
 
@@ -144,19 +145,17 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
 
         with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             _probe(sample, vectorised)
-        known[key] = sum(held.values()) / sample.tasks
-    return known[key]
+        size = _graphs.put(problem.net, key, sum(held.values()) / sample.tasks)
+    return size
 
 
 def output_shape(problem: Problem) -> tuple[int, ...]:
     """Shape of the network's output for one example, from the layer program or one remembered run of one task."""
     if problem.program is not None:
         return problem.program.output_shape
-    known = _shapes.setdefault(problem.net, {})
     key = _key(problem)
-    if key not in known:
-        known[key] = _inputs.output_shape(problem)
-    return known[key]
+    shape = _shapes.get(problem.net, key)
+    return shape if shape is not None else _shapes.put(problem.net, key, _inputs.output_shape(problem))
 
 
 def _key(problem: Problem) -> int:
@@ -209,8 +208,8 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
     second = problem.steps > 0 and problem.order == "second"
     names = list(problem.rates) if problem.steps else list(problem.params)
     theta = {name: own(stack(problem, name), requires_grad=True) for name in names}
-    batch = step_of(_inputs.any_batch(problem), 0)
-    loss = problem.query_loss if problem.support is None else problem.loss
+    sets = _inputs.any_batch(problem)
+    batch, loss = step_of(sets, 0), problem.query_loss if sets is problem.query else problem.loss
     losses, output = evaluate(
         problem, {**problem.params, **theta}, problem.per_task | theta.keys(), batch, loss, vectorised
     )
