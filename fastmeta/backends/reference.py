@@ -47,7 +47,7 @@ def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
-    query_loss = output = torch.zeros(())
+    query_loss = output = _zero(p)
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             x, y, weights = _examples(p.query, (t,))
@@ -85,7 +85,7 @@ def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
 
 def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
     """The scalar J of `fastmeta.problem`."""
-    objective = torch.zeros(())
+    objective = _zero(p)
     for t, (query_loss, output, theta) in enumerate(answers):
         objective = objective + (1 if p.task_weights is None else p.task_weights[t]) / p.tasks * query_loss
         if p.adapted_grad is not None:
@@ -94,6 +94,10 @@ def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Ten
         if p.output_grad is not None:
             objective = objective + (p.output_grad[t] * output).sum()
     return objective
+
+
+def _zero(p: Problem) -> Tensor:
+    return next(iter(p.params.values())).detach().new_zeros(())
 
 
 def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from fastmeta import backends
 from fastmeta.bounded import Bounded
@@ -27,6 +28,7 @@ from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result, Scratch
 
+_FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
@@ -119,8 +121,14 @@ def prepare(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
+        RuntimeError: whatever is made now has no values.
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if _get_dispatch_mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
+            "this call"
+        )
     masks = masked(tensors)
     if masks:
         tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)

@@ -213,7 +213,7 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
     losses, output = evaluate(
         problem, {**problem.params, **theta}, problem.per_task | theta.keys(), batch, loss, vectorised
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     objective = losses.sum() + (output * _random_like(output, generator)).sum()
     leaves = list(theta.values())
     gradient = _inputs.gradients([objective], leaves, create_graph=second)
@@ -223,11 +223,11 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator).to(tensor)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0, device="cpu")
 
 
 def drawn_once(generator: str) -> str:
