@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
+from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.network.functional import call, isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -28,7 +29,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
-    with isolated(any_batch(problem).x.device):
+    with isolated(any_batch(problem).x.device), named_in(problem):
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
@@ -68,6 +69,8 @@ def _inner_step(
     value = loss(call(p.net, theta, x, batch_stats=p.batch_stats), y, weights)
     adapted = [theta[name] for name in p.rates]
     gradient = gradients([value], adapted, create_graph=p.order == "second")
+    if t == k == 0 and p.order == "second":
+        check_twice(value, gradient)
     theta, momentum = dict(theta), dict(momentum)
     for (name, rate), g in zip(p.rates.items(), gradient, strict=True):
         rate = rate[k if rate.shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]

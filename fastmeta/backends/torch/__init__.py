@@ -11,6 +11,7 @@ import torch
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.chunks import Joined, chunks
 from fastmeta.backends.torch.memory import stores
@@ -32,7 +33,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
-    with isolated(_inputs.any_batch(problem).x.device):
+    with isolated(_inputs.any_batch(problem).x.device), named_in(problem):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
@@ -49,9 +50,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
     Raises:
         RuntimeError: memory="recompute", and a step that was run again was another one.
+        NotImplementedError: second order, and an operator has no second derivative.
     """
     device = _inputs.any_batch(problem).x.device
-    with isolated(device):
+    with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
@@ -59,7 +61,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
         try:
             return _replayable(p, wrt, adapted, vectorised, start)
-        except (torch.OutOfMemoryError, NotReplayedError):
+        except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
             if not vectorised:

@@ -162,6 +162,8 @@ class Sweep:
         others = self._leaves("support", k) if create_graph else {}
         losses, _ = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
         values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
+        if create_graph:
+            tasks.check_second_order(self.p, self.vectorised, losses, values)
         return _Gradient(leaves, others, values, losses.detach())
 
     def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved_for
+from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.bounded import Known
 from fastmeta.losses import Loss
@@ -24,6 +25,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _loops: Known[int, str] = Known(_MOST_SORTS)
 _graphs: Known[tuple[int, bool], float] = Known(_MOST_SORTS)
 _stored: Known[int, bool] = Known(_MOST_SORTS)
+_twice: Known[tuple[int, bool], bool] = Known(_MOST_SORTS)
 _shapes: Known[int, tuple[int, ...]] = Known(_MOST_SORTS)
 
 
@@ -126,6 +128,14 @@ def must_store(problem: Problem) -> bool:
     return problem.memory == "auto" and bool(_stored) and _stored.get(problem.net, _key(problem)) is not None
 
 
+def check_second_order(problem: Problem, vectorised: bool, losses: Tensor, gradients: Sequence[Tensor]) -> None:
+    """`check_twice`, once for problems like this one; `losses` and `gradients` are of one inner step."""
+    key = (_key(problem), vectorised)
+    if _twice.get(problem.net, key) is None:
+        check_twice(losses, gradients)
+        _twice.put(problem.net, key, True)
+
+
 def graph_bytes(problem: Problem, vectorised: bool) -> float:
     """What the graph of one task's gradient at one inner step holds, in bytes.
 
@@ -181,7 +191,7 @@ def _compare(problem: Problem) -> str | None:
     with preserved_for(pair) as before:
         try:
             vectorised = _probe(pair, vectorised=True)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
             reason = failure(error)
@@ -218,6 +228,8 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
     leaves = list(theta.values())
     gradient = _inputs.gradients([objective], leaves, create_graph=second)
     directions = [_random_like(leaf, generator) for leaf in leaves]
+    if second:
+        check_twice(losses, gradient)
     product = _inputs.gradients(gradient, leaves, directions) if second else []
     return output.detach().flatten(), _flat(gradient), _flat(product)
 
