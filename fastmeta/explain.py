@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastmeta import backends
+from fastmeta.backends._autocast import said
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
 
@@ -110,7 +111,8 @@ def _normalises_by_batch(problem: Problem) -> bool:
 
 
 def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
-    lines = []
+    autocast = said(chosen, next(iter(problem.params.values())).device)
+    lines = [autocast] if autocast else []
     if problem.batch_stats == "task" and _normalises_by_batch(problem):
         lines.append(
             "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._autocast import autocast, autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
@@ -90,6 +91,7 @@ class _Solve(torch.autograd.Function):
         ctx.frame = (operation.options, operation.net, _numbers(operation.lr), operation.loss)
         # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
         ctx.replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
+        ctx.autocast = autocast_dtype(call.plan.shapes.device)  # backward passes run outside of the caller's block
         answer = operation.answer(call)
         if ctx.replay is not None:
             ctx.replay.keep(marks_of(answer))
@@ -109,7 +111,8 @@ class _Solve(torch.autograd.Function):
             call = operation.call(wrt, output_grad=grads[0])
         else:
             call = operation.call(wrt, adapted_grad=_cotangents(operation, grads))
-        found = call.solve().grads if ctx.replay is None else _solved_again(ctx.replay, operation, call).grads
+        with autocast(call.plan.shapes.device, ctx.autocast):
+            found = (call.solve() if ctx.replay is None else _solved_again(ctx.replay, operation, call)).grads
         rates = None if found.lr is None else call.plan.rates.fold(found.lr, operation.lr)
         result: list[Tensor | None] = []
         for (field, name), need in zip(slots, needs, strict=True):

@@ -7,9 +7,12 @@ once or `task_chunk` at a time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
@@ -33,7 +36,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
-    with isolated(_inputs.any_batch(problem).x.device), named_in(problem):
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
@@ -53,6 +58,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         NotImplementedError: second order, and an operator has no second derivative.
     """
     device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
