@@ -155,16 +155,20 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
     if size is None:
         sample = cut(problem, 0, 2 if vectorised else 1)
         held: dict[int, int] = {}  # address -> size: the same storage is saved many times
+        unknown: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            try:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # one of torch.func's own has no memory to look at
+                unknown.append(tensor.numel() * tensor.element_size())
             return tensor
 
         try:
             with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 _probe(sample, vectorised)
-            size = sum(held.values()) / sample.tasks
+            size = (sum(held.values()) + sum(unknown)) / sample.tasks
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
