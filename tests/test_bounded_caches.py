@@ -23,11 +23,15 @@ def test_least_recently_used_goes_first():
         kept.put(str(value), value)
     assert kept.get("1") == 1
     kept.put("4", 4)
-    assert gone == [2] and kept.get("2") is None and len(kept) == 3
+    assert gone == [2]
+    assert kept.get("2") is None
+    assert len(kept) == 3
     kept.put("9", 9)  # 3 and 1 and 4 would make 17
-    assert gone == [2, 3, 1, 4] and len(kept) == 1
+    assert gone == [2, 3, 1, 4]
+    assert len(kept) == 1
     kept.put("20", 20)  # more than all may weigh, and the newest stays
-    assert kept.get("20") == 20 and len(kept) == 1
+    assert kept.get("20") == 20
+    assert len(kept) == 1
     kept.put("20", 1)
     kept.put("5", 5)
     assert len(kept) == 2
@@ -40,7 +44,7 @@ def test_what_is_known_goes_with_the_network():
     known, net = Known(2), nn.Linear(1, 1)
     for key in range(5):
         known.put(net, key, key)
-    assert known.get(net, 4) == 4 and known.get(net, 0) is None and known.get(nn.Linear(1, 1), 4) is None
+    assert [known.get(net, 4), known.get(net, 0), known.get(nn.Linear(1, 1), 4)] == [4, None, None]
     del net
     assert len(known) == 0
 
