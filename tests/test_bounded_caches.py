@@ -21,7 +21,8 @@ def test_least_recently_used_goes_first():
     kept = Bounded(3, 10, lambda value: value, gone.append)
     for value in (1, 2, 3):
         kept.put(str(value), value)
-    assert kept.get("1") == 1
+    kept.used("1")
+    kept.used("never there")
     kept.put("4", 4)
     assert gone == [2]
     assert kept.get("2") is None
