@@ -4,6 +4,7 @@ import gc
 import random
 import tracemalloc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import fastmeta as fm
 from fastmeta.bounded import Bounded, Known
 from fastmeta.network import capture
 from fastmeta.network.generators import generators_of
+from fastmeta.problem import Scratch
 
 
 def test_least_recently_used_goes_first():
@@ -105,3 +107,26 @@ def test_deleted_network_is_freed(make, backend):
     del net, maml, adapted
     gc.collect()
     assert gone() is None
+
+
+def test_static_tensors_of_triton_plans_are_given_back(monkeypatch):
+    pytest.importorskip("triton")
+    from fastmeta.backends.triton import run as runs
+
+    monkeypatch.setattr(runs, "_MOST_BYTES", 100)
+    monkeypatch.setattr(runs, "_kept", {})
+
+    def plan(size):
+        job = SimpleNamespace(device=torch.device("cpu"), step=SimpleNamespace(memory=SimpleNamespace(bytes=size)))
+        scratch = Scratch(triton=job)
+        runs.keep(scratch, job)
+        return scratch, job
+
+    first, second = plan(40), plan(40)
+    runs.used(*first)
+    third = plan(40)
+    assert [len(scratch) for scratch, _ in (first, second, third)] == [1, 0, 1]
+    del first
+    gc.collect()
+    fourth = plan(60)
+    assert [len(scratch) for scratch, _ in (third, fourth)] == [1, 1]

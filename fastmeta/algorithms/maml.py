@@ -70,7 +70,7 @@ class MAML(nn.Module):
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
-        backend: "auto", or the name of one.
+        backend: "auto", or the name of one; only "torch" honours autocast.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
