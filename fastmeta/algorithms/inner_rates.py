@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmeta.ops.options import argument
+from fastmeta.ops.options import argument, check_flag
 from fastmeta.ops.patterns import keys_by_name
 from fastmeta.ops.rates import Rates, plan_rates
 
@@ -46,7 +46,8 @@ class InnerRates(nn.ParameterDict):
         super().__init__()
         if isinstance(lr, Mapping):
             lr = {name: lr[key] for name, key in keys_by_name(argument(who, "lr"), lr, names).items()}
-        if learn_lr is not None and learn_lr not in _SORTS:
+        check_flag(who, "lr_per_step", per_step)
+        if learn_lr is not None and (not isinstance(learn_lr, str) or learn_lr not in _SORTS):
             raise ValueError(f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}")
         if learn_lr is None and per_step:
             raise ValueError(f"{who}: `lr_per_step` is for learned rates, but `learn_lr` is None")

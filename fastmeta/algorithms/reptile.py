@@ -12,7 +12,7 @@ from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import attached
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Adapt, argument
+from fastmeta.ops.options import Adapt, argument, check_flag
 from fastmeta.ops.rates import Rates
 from fastmeta.update_rules import SGD
 
@@ -62,6 +62,7 @@ class Reptile(InnerLoop):
         batch_stats: str = "task",
         backend: str = "auto",
     ) -> None:
+        check_flag(self.who, "normalise", normalise)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend)
         self.normalise = normalise
         self._scale()

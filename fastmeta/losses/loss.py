@@ -202,13 +202,13 @@ class Loss:
 
 def _check_options(loss: Loss) -> None:
     kind = loss.kind
-    if kind not in NAMES and (kind != "custom" or loss.function is None):
+    if not isinstance(kind, str) or (kind not in NAMES and (kind != "custom" or loss.function is None)):
         raise ValueError(f"loss must be one of {', '.join(map(repr, NAMES))} or a function, got {kind!r}")
     if kind != "custom" and loss.function is not None:
         raise ValueError(f"{kind} has no `function`")
-    if loss.reduction not in ("mean", "sum"):
+    if not isinstance(loss.reduction, str) or loss.reduction not in ("mean", "sum"):
         raise ValueError(f"{kind}: `reduction` must be 'mean' or 'sum', got {loss.reduction!r}")
-    if loss.weight_norm not in ("count", "sum"):
+    if not isinstance(loss.weight_norm, str) or loss.weight_norm not in ("count", "sum"):
         raise ValueError(f"`weight_norm` must be 'count' or 'sum', got {loss.weight_norm!r}")
     beta = "delta" if kind == "huber" else "beta"
     numbers: tuple[tuple[str, object], ...] = (
@@ -229,6 +229,8 @@ def _check_options(loss: Loss) -> None:
     ):
         if value is not None and kind not in kinds:
             raise ValueError(f"{kind} has no `{name}`")
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
         if value is not None and value.requires_grad:
             raise ValueError(f"{kind}: `{name}` gets no gradient, but requires grad; detach it")
 

@@ -144,7 +144,7 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
+    except Exception:  # an argument of any type was hashed or compared here: the full check will name it
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
