@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
+from fastmeta.cli.files import told
 
 #: Columns of the tables where the output is no terminal.
 WIDTH = 128
@@ -27,7 +29,7 @@ BUSY = 0.15
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
 @click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
 @click.option("--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench"))
+@click.option("--out", type=folder.Folder(), default=Path("runs/bench"))
 def bench(
     workloads: tuple[str, ...],
     tasks: tuple[int, ...],
@@ -50,7 +52,7 @@ def bench(
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    folder.make(out)
+    folder.make(out, ("bench.csv", "bench.png"))
     rows: list[Row] = []
     with console.status("") as status:
         for workload in workloads or tuple(WORKLOADS):
@@ -69,13 +71,15 @@ def bench(
             except ValueError as error:
                 raise click.UsageError(str(error)) from error
     _report(console, rows)
-    write_csv(out / "bench.csv", rows)
-    console.print(f"wrote {out / 'bench.csv'}")
+    with told(out / "bench.csv", "write"):
+        write_csv(out / "bench.csv", rows)
+    console.print(f"wrote {escape(str(out / 'bench.csv'))}")
     try:
-        write_chart(out / "bench.png", rows)
-        console.print(f"wrote {out / 'bench.png'}")
+        with told(out / "bench.png", "write"):
+            write_chart(out / "bench.png", rows)
+        console.print(f"wrote {escape(str(out / 'bench.png'))}")
     except ImportError as error:
-        console.print(f"no chart: {error}; pip install 'fastmeta[plot]'")
+        console.print(f"no chart: {error}; pip install 'fastmeta[plot]'", markup=False)
     if any(row.peer.startswith("fastmeta") and row.status in ("wrong", "broken") for row in rows):
         raise click.exceptions.Exit(1)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastmeta import backends
 from fastmeta.benchmark import QUICK, Protocol, inner_memory, orders, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
+from fastmeta.cli.files import told
 
 _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 
@@ -23,7 +25,7 @@ _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 @click.option("--steps", type=click.IntRange(1), multiple=True, help="Inner steps of the second table; repeatable.")
 @click.option("--threads", default=1, help="Cores of the first table.")
 @click.option("--quick", is_flag=True, help="A shorter clock, and no more than 4 tasks or the fewest there are.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/cost"))
+@click.option("--out", type=folder.Folder(), default=Path("runs/cost"))
 def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick: bool, out: Path) -> None:
     """Time of second order over first order on the cpu backend, and peak memory over the number of inner steps.
 
@@ -34,7 +36,7 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    folder.make(out)
+    folder.make(out, ("orders.csv", "memory.csv"))
     times: list[orders.OrderRow] = []
     with console.status("") as status:
         peaks = inner_memory.run(steps=steps or inner_memory.STEPS, say=status.update)
@@ -55,10 +57,12 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
                     raise click.UsageError(str(error)) from error
     if times:
         console.print(_times(times))
-        write_csv(out / "orders.csv", times)
+        with told(out / "orders.csv", "write"):
+            write_csv(out / "orders.csv", times)
     console.print(_peaks(peaks))
-    write_csv(out / "memory.csv", peaks)
-    console.print(f"wrote {out}")
+    with told(out / "memory.csv", "write"):
+        write_csv(out / "memory.csv", peaks)
+    console.print(f"wrote {escape(str(out))}")
     if any(row.reason for row in times) or any(row.reason for row in peaks):
         raise click.exceptions.Exit(1)
 
