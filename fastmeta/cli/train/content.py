@@ -30,7 +30,7 @@ def check(content: Any, columns: Sequence[str]) -> None:
     """
     if not isinstance(content, dict):
         raise Damaged(f"expected a dict, got {type(content).__name__}")
-    if content.get("format") != FORMAT:
+    if type(content.get("format")) is not int or content["format"] != FORMAT:
         raise OtherVersion(f"expected format {FORMAT}, got {content.get('format')!r:.40}")
     if missing := [name for name in _NAMES if name not in content]:
         raise Damaged(f"expected {', '.join(_NAMES)}, got none of {', '.join(missing)}")
@@ -38,11 +38,12 @@ def check(content: Any, columns: Sequence[str]) -> None:
     iteration = content["iteration"]
     _need(type(iteration) is int and iteration >= 0, "`iteration`, 0 or more", iteration)
     seconds = content["seconds"]
-    _need(_number(seconds) and 0 <= seconds < math.inf, "finite `seconds`", seconds)
-    _losses(content["losses"], iteration)
-    if content["columns"] != list(columns):
+    _need(type(seconds) is float and 0 <= seconds < math.inf, "finite `seconds`", seconds)
+    _need(isinstance(content["columns"], list), "the names of the metrics", content["columns"])
+    if [str(column) for column in content["columns"]] != list(columns):
         raise OtherVersion(f"expected the metrics {list(columns)}, got {content['columns']!r:.80}")
     _rows(content["rows"], len(columns), iteration)
+    _losses(content["losses"], iteration - (content["rows"][-1][0] if content["rows"] else 0))
 
 
 def check_weights(content: Mapping[str, Any], maml: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -60,8 +61,9 @@ def check_weights(content: Mapping[str, Any], maml: nn.Module, optimizer: torch.
         return
     _need(list(states) == [0], "the state of one parameter", list(states))
     _like("optimizer", states[0], {"step": torch.zeros(()), "exp_avg": flat, "exp_avg_sq": flat})
-    step = float(states[0]["step"])
-    _need(step == content["iteration"], f"{content['iteration']} steps of the optimiser", step)
+    # Counted in float32, which knows no odd numbers behind this one.
+    steps, step = min(content["iteration"], 2**24), float(states[0]["step"])
+    _need(step == steps, f"{steps} steps of the optimiser", step)
 
 
 def _need(right: bool, expected: str, got: object) -> None:
@@ -81,10 +83,11 @@ def _settings(settings: Any) -> None:
     _need(right, "settings by name", settings)
 
 
-def _losses(losses: Any, iteration: int) -> None:
-    right = isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) <= iteration
-    _need(right, "the losses since the last row", losses)
-    _like("losses", {"": losses}, {"": torch.zeros(len(losses))})
+def _losses(losses: Any, count: int) -> None:
+    plain = isinstance(losses, Tensor) and losses.dim() == 1 and losses.dtype == torch.float32
+    # What is not contiguous may be far longer than the file.
+    right = plain and losses.device.type == "cpu" and losses.is_contiguous() and len(losses) == count
+    _need(right, f"the {count} losses since the last row", losses)
 
 
 def _rows(rows: Any, columns: int, iteration: int) -> None:
