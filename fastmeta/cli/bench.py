@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
+from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, engine, machine, run, write_chart, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
 from fastmeta.cli.files import told
@@ -51,25 +51,34 @@ def bench(
     names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        raise click.UsageError(
+            f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}"
+        )
+    chosen: dict[str, tuple[int, ...]] = {}
+    for workload in workloads or tuple(WORKLOADS):
+        few = tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32})
+        chosen[workload] = tasks or (few if quick else ())
+    # Before anything is timed: a mistake shows at once, not after the workloads that are right.
+    try:
+        machine.check_threads(threads)
+        for workload, counts in chosen.items():
+            engine.select(workload, counts, shots, steps)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     folder.make(out, ("bench.csv", "bench.png"))
     rows: list[Row] = []
     with console.status("") as status:
-        for workload in workloads or tuple(WORKLOADS):
-            counts = tasks or (tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32}) if quick else ())
-            try:
-                rows += run(
-                    workload,
-                    tasks=counts,
-                    shots=shots,
-                    steps=steps,
-                    threads=threads,
-                    peers=names,
-                    protocol=QUICK if quick else Protocol(),
-                    say=status.update,
-                )
-            except ValueError as error:
-                raise click.UsageError(str(error)) from error
+        for workload, counts in chosen.items():
+            rows += run(
+                workload,
+                tasks=counts,
+                shots=shots,
+                steps=steps,
+                threads=threads,
+                peers=names,
+                protocol=QUICK if quick else Protocol(),
+                say=status.update,
+            )
     _report(console, rows)
     with told(out / "bench.csv", "write"):
         write_csv(out / "bench.csv", rows)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastmeta import backends
-from fastmeta.benchmark import QUICK, Protocol, inner_memory, orders, write_csv
+from fastmeta.benchmark import QUICK, Protocol, inner_memory, machine, orders, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
 from fastmeta.cli.files import told
@@ -22,7 +22,9 @@ _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 @click.option(
     "--workload", "workloads", type=click.Choice(_CAPTURED), multiple=True, help="Of the first table; repeatable."
 )
-@click.option("--steps", type=click.IntRange(1), multiple=True, help="Inner steps of the second table; repeatable.")
+@click.option(
+    "--steps", type=click.IntRange(1, 2**31 - 1), multiple=True, help="Inner steps of the second table; repeatable."
+)
 @click.option("--threads", default=1, help="Cores of the first table.")
 @click.option("--quick", is_flag=True, help="A shorter clock, and no more than 4 tasks or the fewest there are.")
 @click.option("--out", type=folder.Folder(), default=Path("runs/cost"))
@@ -36,6 +38,10 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    try:
+        machine.check_threads(threads)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     folder.make(out, ("orders.csv", "memory.csv"))
     times: list[orders.OrderRow] = []
     with console.status("") as status:
@@ -45,16 +51,13 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
         else:
             for name in workloads or orders.DEFAULT:
                 most = max(4, min(case.tasks for case in WORKLOADS[name])) if quick else 32
-                try:
-                    times += orders.run(
-                        (name,),
-                        threads=threads,
-                        most_tasks=most,
-                        protocol=QUICK if quick else Protocol(),
-                        say=status.update,
-                    )
-                except ValueError as error:
-                    raise click.UsageError(str(error)) from error
+                times += orders.run(
+                    (name,),
+                    threads=threads,
+                    most_tasks=most,
+                    protocol=QUICK if quick else Protocol(),
+                    say=status.update,
+                )
     if times:
         console.print(_times(times))
         with told(out / "orders.csv", "write"):
