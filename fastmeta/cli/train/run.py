@@ -25,12 +25,14 @@ COUNT = click.IntRange(1, 2**31 - 1)
 
 
 class Finite(click.FloatRange):
-    """A number of the range, neither NaN nor infinite."""
+    """A number of the range, neither NaN nor infinite, in float32 either: the networks are of that."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{number} is not finite.", param, ctx)
+        if abs(number) > torch.finfo(torch.float32).max:
+            self.fail(f"{number} is not finite in float32.", param, ctx)
         return number
 
 
