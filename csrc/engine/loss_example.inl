@@ -89,9 +89,9 @@ FM_INLINE double example_share(const LossCall<S>& l, i64 n) {
 template <class S>
 FM_INLINE bool weightless(const LossCall<S>& l) {
   if (l.spec.sum || !l.spec.normalise_sum || !l.weights) return false;
-  constexpr S tiny = sizeof(S) == 4 ? S(1.17549435e-38) : S(2.2250738585072014e-308);
+  constexpr double tiny = sizeof(S) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308;
   for (i64 n = 0; n < l.examples; ++n)
-    if (!(l.weights[n] < tiny && l.weights[n] > -tiny)) return false;
+    if (!(double(l.weights[n]) < tiny && double(l.weights[n]) > -tiny)) return false;
   return true;
 }
 
