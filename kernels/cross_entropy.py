@@ -1,6 +1,6 @@
-"""Cross-entropy of an output [N, P, C], P positions an example: value, gradients and their tangents, one program a task.
+"""Cross-entropy of an output [N, P, C], P positions an example: value, gradients and their tangents.
 
-Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
+One program a task. Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
 
 Helpers take what belongs to their task alone, and rows n of positions, of which there are R.
 """
@@ -208,7 +208,7 @@ def loss(
                 each += tl.load(dweights + task * N + n, mask=n < N, other=0.0)
             tl.store(dweights + task * N + n, each, mask=n < N)
     if dweights is not None and POSITIONS:
-        for example in range(0, N):
+        for example in range(N):
             sums = tl.zeros([BN], dtype=dtype)
             for p0 in range(0, P, BN):
                 n = example * P + p0 + tl.arange(0, BN)

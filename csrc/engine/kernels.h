@@ -95,13 +95,13 @@ struct LossCall {
   // Cross-entropy of rows > 1 positions, and what shares its output, is channels-last: rows of one number a class or
   // channel. Targets stand in torch's order [cols, rows] then.
   bool channels;
-  const void* target;            // i64 [examples, rows] or S [examples, rows * cols]
-  const S* weights;              // [examples] or null
-  const S* class_weights;        // [cols] or null (cross_entropy: class weights; bce: pos_weight, [rows] of channels)
-  const S* rz;                   // tangent of z (tangent pass only)
-  S* dz;                         // [examples * rows, ld] or null
-  S* dtarget;                    // [examples, rows * cols], added to, or null
-  S* dweights;                   // [examples], added to, or null
+  const void* target;      // i64 [examples, rows] or S [examples, rows * cols]
+  const S* weights;        // [examples] or null
+  const S* class_weights;  // [cols] or null (cross_entropy: class weights; bce: pos_weight, [rows] of channels)
+  const S* rz;             // tangent of z (tangent pass only)
+  S* dz;                   // [examples * rows, ld] or null
+  S* dtarget;              // [examples, rows * cols], added to, or null
+  S* dweights;             // [examples], added to, or null
 };
 
 // out[c] += sum over rows of (x[r, c] - center[c])^2; n padded.

@@ -156,8 +156,8 @@ S cross_entropy_position(const LossCall<S>& l, i64 row, S factor, S side_factor)
   for (i64 c = 0; c < l.cols; ++c) {
     const S p = exp_(z[c] - top) / total;
     if (l.dz)
-      l.dz[row * l.ld + c] = factor * (TANGENT ? p * (rz[c] - mean_rz) * shares
-                                               : p * shares - class_share(l, row, c, first + c * step));
+      l.dz[row * l.ld + c] =
+          factor * (TANGENT ? p * (rz[c] - mean_rz) * shares : p * shares - class_share(l, row, c, first + c * step));
     if (l.dtarget)
       l.dtarget[first + c * step] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
                                      (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);

@@ -134,9 +134,7 @@ def sequence() -> nn.Sequential:
 
 def segments() -> nn.Sequential:
     """[N, 2, H, W] -> [N, 5, H, W], five numbers a pixel."""
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1)
-    )
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1))
 
 
 class HalfNorms(nn.Module):

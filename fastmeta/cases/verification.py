@@ -99,7 +99,7 @@ def _losses() -> Iterator[Case]:
         lr = 0.02 if name.endswith("_sum") else 0.1
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr)
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr, weighted="sqt", steps=1)
-    for name in ("mse_masked_mean", "ce_masked_mean"):
+    for name in ("mse_masked_mean", "ce_masked_mean"):  # a task without weights
         yield _SMOOTH(loss=name, weighted="sq0")
     yield _SMOOTH(loss="mse", query_loss="huber", kinks=True)
     yield _SMOOTH(loss="bce", query_loss="ce")

@@ -32,8 +32,9 @@ class Loss:
         pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out]. Constant.
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
         weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
-            sum(w * l) / sum(w). Where torch's own denominator is not N (cross_entropy of class indices counts class
-            weights of the positions that are not ignored), it takes the place of N, and w multiplies its terms.
+            sum(w * l) / sum(w), which is zero where all weights are. Where torch's own denominator is not N
+            (cross_entropy of class indices counts class weights of the positions that are not ignored), it takes the
+            place of N, and w multiplies its terms.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -67,8 +68,8 @@ class Loss:
             weights: [N], of output's dtype: one weight an example. None: all ones.
 
         Returns:
-            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"` and weights that are
-            all zero it is zero, and so are its derivatives.
+            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"` and weights that
+            are all zero it is zero, and so are its derivatives.
 
         Derivatives: twice differentiable in output, target (where it is floating point) and weights.
 

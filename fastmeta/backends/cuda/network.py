@@ -11,9 +11,7 @@ from fastmeta.network.program import Program
 _WITH_EPILOGUE = NORMS | {"linear"}
 
 
-def simplify(
-    program: Program, names: list[str], output_channels: bool = False
-) -> tuple[list[Value], list[Layer], int]:
+def simplify(program: Program, names: list[str], output_channels: bool = False) -> tuple[list[Value], list[Layer], int]:
     """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues.
 
     Args:

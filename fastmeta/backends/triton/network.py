@@ -35,9 +35,7 @@ class Network:
     curved: set[int] = field(default_factory=set)  # roots: outputs of functions with a second derivative
 
 
-def build(
-    program: Program, fixed_statistics: bool, input_gradients: bool, output_channels: bool = False
-) -> Network:
+def build(program: Program, fixed_statistics: bool, input_gradients: bool, output_channels: bool = False) -> Network:
     """Analyse a program.
 
     Args:
