@@ -1,6 +1,6 @@
-"""Cross-entropy of an output [N, P, C], P positions an example: value, gradients and their tangents.
+"""Cross-entropy of outputs [N, P, C] with P positions: value, gradients and their tangents, one program a task.
 
-One program a task. Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
+Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
 
 Helpers take what belongs to their task alone, and rows n of positions, of which there are R.
 """
