@@ -44,7 +44,10 @@ def without_masks(
                     _refuse(options.who, field, f"{name or 'the network itself'} ({type(module).__name__})")
         if mask.dim() and not (some := mask.any(-1)).all():
             tasks = sorted({place[0] for place in (~some).nonzero().tolist()}) if some.dim() else []
-            raise ValueError(f"{argument(options.who, field)} leaves no example of tasks {tasks}")
+            raise ValueError(
+                f"{argument(options.who, field)} leaves no example of tasks {tasks}; floating-point weights of zero "
+                "with weight_norm='sum' may"
+            )
         first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
         if isinstance(first, Tensor) and first.is_floating_point():
             tensors = tensors._replace(**{field: mask.to(first.dtype)})
