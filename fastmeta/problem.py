@@ -72,8 +72,8 @@ class Problem:
     loss: Loss | None = None  # support loss; None iff support is None
     query_loss: Loss | None = None  # None iff query is None or query.y is None
     rates: dict[str, Tensor] = field(default_factory=dict)
-    # ^ adapted parameter name -> [K or 1, T or 1, *(S or 1s)], K counted at least 1 when steps == 0; a
-    #   parameter without an entry is not adapted
+    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between, K counted at least
+    #   1 when steps == 0; a parameter without an entry is not adapted
     rule: SGD | None = None  # None iff support is None
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)

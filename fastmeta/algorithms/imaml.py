@@ -171,11 +171,11 @@ class IMAML(InnerLoop):
         options = self._options(who)._replace(steps=1, rule=SGD(weight_decay=self.proximal))
         params = self.parameters_by_name()
         pull = self.inner_lr * self.proximal
-        theta = params
+        theta, names = params, self.names
         with torch.no_grad():
             for _ in range(steps):
                 theta = inner_loop(options, self.net, theta, tensors, self.inner_lr, self.loss)
-                for name in self.names:
+                for name in names:
                     theta[name] += pull * params[name]
         return theta
 
@@ -189,7 +189,7 @@ class IMAML(InnerLoop):
         the inner problem is solved. In the parameters that are not adapted the product is the mixed derivative.
         """
         start = {name: value.requires_grad_() for name, value in solution.items()}
-        x, y, weights = tensors.support_x, tensors.support_y, tensors.support_weights
+        x, y, weights, names = tensors.support_x, tensors.support_y, tensors.support_weights, self.names
         moved = inner_sgd(
             self.net,
             start,
@@ -198,12 +198,12 @@ class IMAML(InnerLoop):
             loss=self.loss,
             lr=-1 / self.proximal,
             steps=1,
-            adapt=self.names,
+            adapt=names,
             weights=weights,
             batch_stats=self.batch_stats,
             backend=self.backend,
         )
-        adapted = [moved[name] for name in self.names]
+        adapted = [moved[name] for name in names]
         shapes = [value.shape for value in adapted]
         sizes = [value[0].numel() for value in adapted]
 
@@ -213,23 +213,19 @@ class IMAML(InnerLoop):
             return dict(zip(start, torch.autograd.grad(adapted, leaves, directions, retain_graph=True), strict=True))
 
         with torch.no_grad():
-            b = self._flat(query)
+            b = _flat(query, names)
             # half of it: the true residual, which is reported, is not quite that of the recursion
             goal = 0.5 * self.cg_tolerance
-            u, indefinite = conjugate_gradient(lambda v: self._flat(products(v)), b, self.cg_steps, goal)
+            u, indefinite = conjugate_gradient(lambda v: _flat(products(v), names), b, self.cg_steps, goal)
             left = {name: query[name] - product for name, product in products(u).items()}
             size = b.norm(dim=1)
-            residuals = self._flat(left).norm(dim=1) / torch.where(size > 0, size, 1)
-            inner = self.proximal * self._flat({name: moved[name] - params[name] for name in self.names}).norm(dim=1)
+            residuals = _flat(left, names).norm(dim=1) / torch.where(size > 0, size, 1)
+            inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(dim=1)
         check_diverged(self.who, "linear systems are", [residuals])
         self._report(residuals, indefinite)
         gradients = {name: value.sum(0) for name, value in left.items()}
-        gradients |= zip(self.names, u.sum(0).split(sizes), strict=True)
+        gradients |= zip(names, u.sum(0).split(sizes), strict=True)
         return gradients, residuals, inner
-
-    def _flat(self, values: dict[str, Tensor]) -> Tensor:
-        """What belongs to adapted parameters as vectors [T, P]."""
-        return torch.cat([values[name].reshape(len(values[name]), -1) for name in self.names], 1)
 
     def _report(self, residuals: Tensor, indefinite: Tensor) -> None:
         """Warn of the tasks whose systems are not solved."""
@@ -245,3 +241,8 @@ class IMAML(InnerLoop):
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _flat(values: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """What belongs to adapted parameters as vectors [T, P]."""
+    return torch.cat([values[name].reshape(len(values[name]), -1) for name in names], 1)

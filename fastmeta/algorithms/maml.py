@@ -16,7 +16,7 @@ from fastmeta.algorithms.inner_rates import InnerRates, repeated
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.adapted import adapted_now
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
@@ -59,10 +59,12 @@ class MAML(nn.Module):
             pattern, and the first pattern that matches before later ones.
         inner_steps: K, at least 0.
         order: "second", exact, or "first" (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
-            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which is asked here and now.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters that
+            require grad when a call is made; names of parameters, glob patterns of names ("blocks.*.weight") or a
+            predicate (name, parameter) -> bool, which is asked here and now: frozen ones too, if they are asked for.
         learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor", one for each
-            parameter tensor; "element", one for each scalar weight (Meta-SGD).
+            adapted parameter tensor; "element", one for each of their scalar weights (Meta-SGD). What is frozen now has
+            none, and what is frozen later has the gradient zero for its rates.
         lr_per_step: learned rates differ from step to step.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
@@ -117,8 +119,9 @@ class MAML(nn.Module):
         self.backend = backend
         check_options(self._options(self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
-        names = adapted_names(self.who, net, self.adapts)
-        self.inner_lrs = InnerRates(self.who, inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
+        now = adapted_now(self.who, net, self.adapts)
+        rates = inner_lr, learn_lr, lr_per_step
+        self.inner_lrs = InnerRates(self.who, *rates, inner_steps, now.names, params, now.frozen)
         self.flat: FlatParameters | None = None
         self._start()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.stepwise import Stepwise, support_of
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, names_of
@@ -65,6 +65,9 @@ class MAMLPlusPlus(Stepwise):
     """
 
     who = "MAMLPlusPlus"
+    # what `adapt` says before norms are left out of it
+    _asked: str | tuple[str, ...] = "all"
+    _norms: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -89,7 +92,8 @@ class MAMLPlusPlus(Stepwise):
         _check_count(argument(self.who, "steps"), inner_steps, 1)
         norms = _norm_parameters(net) if per_step_norms and isinstance(net, nn.Module) else {}
         if norms:
-            names = adapted_names(self.who, net, names_of(self.who, net, adapt))
+            self._asked, self._norms = names_of(self.who, net, adapt), frozenset(norms)
+            names = adapted_names(self.who, net, self._asked)
             adapt = [name for name in names if name not in norms]
         super().__init__(
             net,
@@ -109,6 +113,13 @@ class MAMLPlusPlus(Stepwise):
         self.multi_step_epochs = multi_step_epochs
         self.first_order_epochs = first_order_epochs
         self.set_epoch(0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As `Stepwise.names`, without the norms."""
+        if not self._norms:
+            return super().names
+        return tuple(name for name in adapted_names(self.who, self.net, self._asked) if name not in self._norms)
 
     def set_epoch(self, epoch: int) -> None:
         """Set `order` and `step_weights` to those of an epoch; to be called at its start.
@@ -132,6 +143,10 @@ class MAMLPlusPlus(Stepwise):
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """As `MAML.explain`."""
         return super().explain(*args, **kwargs) if len(self.extra) else MAML.explain(self, *args, **kwargs)
+
+    def _options(self, who: str, support_per_step: bool = False) -> Options:
+        options = super()._options(who, support_per_step)
+        return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
 
     def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""

@@ -59,6 +59,9 @@ class MetaCurvature(Stepwise):
         """As `Stepwise.path`."""
         params, rates = self._differentiable()
         lr = self._lr(rates)
+        late = [name for name in self.names if f"extra.{_keys(name)[0]}" not in rates]
+        if late:
+            raise ValueError(f"{self.who}: {late[0]!r} was frozen when this was made, there are no matrices for it")
         theta = {**params}
         yield theta
         for k in range(steps):

@@ -34,11 +34,15 @@ class Stepwise(MAML):
 
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
-        self.names = adapted_names(self.who, net, self.adapts)
         self.extra = nn.ParameterDict()
         self._extra = ParameterTable(self.extra)
         if self.update_rule.momentum:
             raise ValueError(f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapted parameters, as the network is frozen now."""
+        return adapted_names(self.who, self.net, self.adapts)
 
     def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
         """theta_0 .. theta_K, with their graph where gradients are on.

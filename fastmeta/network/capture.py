@@ -70,6 +70,11 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
     return result
 
 
+def frozen_flags(net: nn.Module) -> tuple[bool, ...]:
+    """Which parameters of a network require grad, module by module; to be asked right after `captured`."""
+    return _CAPTURES[id(net)].guard.requires_grad()
+
+
 def _captured(net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
     try:
         _check(net, guard, dtype)

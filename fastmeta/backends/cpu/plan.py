@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastmeta.backends._layout import lay_out
+from fastmeta.backends._rates import rate_form
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem
@@ -68,8 +69,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     params = []
     for name in [*names, *buffers]:
         shape, matrix = shapes[name], name in matrices
-        rate = problem.rates.get(name)
-        element = rate is not None and rate.shape[2:].numel() > 1
+        rate = rate_form(problem, name, shape)
         params.append(
             (
                 shape[0] if matrix else 1,
@@ -79,9 +79,9 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
                 name in buffers,
                 name in problem.per_task,
                 rate is not None,
-                element,
-                rate is not None and rate.shape[1] > 1,
-                rate is not None and rate.shape[0] > 1,
+                rate is not None and rate.element,
+                rate is not None and rate.per_task,
+                rate is not None and rate.per_step,
             )
         )
     return _C.Plan(
