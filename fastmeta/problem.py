@@ -80,7 +80,7 @@ class Problem:
     task_weights: Tensor | None = None  # [T]
     memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
     task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
-    batch_stats: str = "task"  # "task" | "running"
+    batch_stats: str = "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None

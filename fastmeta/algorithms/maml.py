@@ -55,8 +55,8 @@ class MAML(nn.Module):
             `fastmeta.losses.resolve`. A module is read once, here.
         query_loss: the same for the query sets; None: `loss`.
         inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
-            [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start. A name goes before a
-            pattern, and the first pattern that matches before later ones.
+            [K or 1, T or 1, ...] that end in any shape that broadcasts to the parameter's: the rates, or where `learn_lr`
+            says so their start. A name goes before a pattern, and the first pattern that matches before later ones.
         inner_steps: K, at least 0.
         order: "second", exact, or "first" (FOMAML).
         adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters that
@@ -71,7 +71,9 @@ class MAML(nn.Module):
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
-        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
+            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
+            statistics are never moved, unlike by the module itself.
         backend: "auto", or the name of one.
 
     Raises:

@@ -10,7 +10,17 @@ from torch import nn
 from fastmeta.cases.case import RATES, Case
 from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
-from fastmeta.cases.networks import ACTIVATIONS, KINKED, HalfNorms, Residual, Tied, mlp, normed_rows
+from fastmeta.cases.networks import (
+    ACTIVATIONS,
+    KINKED,
+    HalfNorms,
+    Residual,
+    Tied,
+    half_frozen_norms,
+    half_frozen_norms_mlp,
+    mlp,
+    normed_rows,
+)
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
 
@@ -81,6 +91,9 @@ def _normed() -> Iterator[Case]:
     yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
     yield Case("rows_normed", normed_rows, (6, 4))
     yield Case("half_norms", HalfNorms, (13,), loss="ce")
+    half = partial(Case, loss="ce", batch_stats="module", tasks=2, shots=4, queries=3)
+    yield half("half_frozen_norms", half_frozen_norms_mlp, (3,), rates="rows", memory="recompute")
+    yield half("half_frozen_image_norms", half_frozen_norms, (2, 5, 4))
 
 
 def _losses() -> Iterator[Case]:

@@ -72,12 +72,15 @@ def meta_gradient(
             see `fastmeta.losses.resolve`.
         query_loss: the same for the query sets; None: `loss`.
         lr: inner learning rates: a number, a tensor () or [K], or a dict of numbers and tensors () or
-            [K or 1, T or 1, *(S or 1s)] by parameter name or glob pattern: a name goes before a pattern, and the first
-            pattern that matches before later ones.
+            [K or 1, T or 1, ...] by parameter name or glob pattern: a name goes before a pattern, and the first pattern
+            that matches before later ones. The rest of a shape is any that broadcasts to the parameter's: [O, 1] is a
+            rate for each row of a weight [O, I]. A rate for a parameter that `adapt` leaves out because it is frozen is
+            not used.
         steps: K, at least 0.
         order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
-            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters of `net`
+            that require grad, whatever tensors `params` has for them; or names of parameters, glob patterns of names
+            ("blocks.*.weight") or a predicate (name, parameter) -> bool, which may ask for frozen ones too.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
         task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
@@ -90,7 +93,9 @@ def meta_gradient(
             stores while that takes less than 256 MiB.
         task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all of them side by
             side; None: all. Results are the same but for rounding and random draws. On other backends it has no use.
-        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
+            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
+            statistics are never moved, unlike by the module itself.
         wrt: what to differentiate by, out of `fastmeta.problem.DIFFERENTIABLE`.
         backend: "auto", or the name of one.
 

@@ -149,7 +149,7 @@ def prepare(
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
-    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
     if program is not plan.program:  # the network has changed
         return _first_call(given, masks, key)
     if plan.flags is not None and (flags := frozen_flags(net)) != plan.flags:
@@ -249,7 +249,7 @@ def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes)
         return None, f"the network's input is {x.dtype}"
     if options.backend in _RUN_THE_MODULE:
         return None, f"backend={options.backend!r} runs the module itself"
-    return captured(net, shapes.input, shapes.dtype)
+    return captured(net, shapes.input, shapes.dtype, options.batch_stats)
 
 
 def _check_targets(given: _Given, shapes: Shapes, output: tuple[int, ...]) -> None:

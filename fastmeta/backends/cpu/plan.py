@@ -29,12 +29,9 @@ def used_params(program: Program) -> list[str]:
 
 
 def used_buffers(problem: Problem) -> list[str]:
-    """The network's buffers that the engine reads: running statistics, if they are what it normalises by."""
+    """The network's buffers that the engine reads: running statistics, where they are what a norm normalises by."""
     program = problem.program
-    if program is None or problem.batch_stats == "task":
-        return []
-    used = {name for layer in program.layers for name in layer.params if name is not None}
-    return [name for name, _ in program.buffers if name in used]
+    return [] if program is None else [name for name, _ in program.buffers]
 
 
 def memory_mode(problem: Problem, wrt: frozenset[str]) -> str:

@@ -46,7 +46,7 @@ def network(problem: Problem, wrt: frozenset[str]) -> Network:
     """The analysed program of a problem."""
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
-    return build(problem.program, problem.batch_stats != "task", not wrt.isdisjoint({"support_x", "query_x"}))
+    return build(problem.program, not wrt.isdisjoint({"support_x", "query_x"}))
 
 
 def memory_limit(device: torch.device) -> int:
