@@ -147,7 +147,9 @@ def test_one_entry_for_several_parameters_matches_autograd() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inner_sgd_differentiates_by_rates_between(backend: str) -> None:
     net, episode = _made("linear")
-    rates = _rates({"0.weight": (1, 1, 4, 1), "0.bias": (STEPS, 1, 4), "2.weight": (1, TASKS, 1, 4), "2.bias": (1, 1, 1)})
+    rates = _rates(
+        {"0.weight": (1, 1, 4, 1), "0.bias": (STEPS, 1, 4), "2.weight": (1, TASKS, 1, 4), "2.bias": (1, 1, 1)}
+    )
     want = _plain(net, episode, rates, {name: name for name in rates})[4:]
     lr = {name: rate.requires_grad_() for name, rate in rates.items()}
     params = {name: value.detach() for name, value in net.named_parameters()}
@@ -194,8 +196,8 @@ def test_rejects_rates_that_do_not_broadcast() -> None:
     for shape in ((1, 1, 4, 2), (1, 1, 3), (1, 1, 3, 4), (3, 1, 4, 3), (1, 3, 4, 3), (0, 1, 4, 3)):
         with pytest.raises(ValueError, match=r"`lr`\['0.weight'\] must be .* got"):
             _found(net, episode, {**_rates({"0.weight": shape}), "0.bias": 0.1, "2.*": 0.1}, "cpu")
-    with pytest.raises(ValueError, match=r"`inner_lr`\['0.weight'\] must broadcast to \(1, 1, 1, 1\), .* \(1, 1, 4, 1\)"):
-        rates = {**_rates({"0.weight": (1, 1, 4, 1)}), "0.bias": 0.1, "2.*": 0.1}
+    rates = {**_rates({"0.weight": (1, 1, 4, 1)}), "0.bias": 0.1, "2.*": 0.1}
+    with pytest.raises(ValueError, match=r"\['0.weight'\] must broadcast to \(1, 1, 1, 1\), .* got \(1, 1, 4, 1\)"):
         fm.MAML(net, loss="mse", inner_lr=rates, inner_steps=1, learn_lr="tensor")
     empty = fm.MAML(net, loss="mse", inner_lr=torch.zeros(0).double(), inner_steps=0)
     with pytest.raises(ValueError, match=r"0 inner steps"):
@@ -208,5 +210,5 @@ def test_rejects_rates_between_that_no_operator_laid_out() -> None:
     problem.rates["0.weight"] = torch.full((1, 1, 13, 1), 0.1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"rates of '0.weight' must be .* got \(1, 1, 13, 1\)"):
         rate_form(problem, "0.weight", (13, 3))
-    with pytest.raises(ValueError, match="rates of '0.weight'"):
+    with pytest.raises(ValueError, match=r"rates of '0\.weight'"):
         backends.get("cpu").solve(problem, frozenset({"params", "lr"}), False)

@@ -149,6 +149,17 @@ def at_step(lr: Rates, k: int) -> Rates:
     return _row(lr, k) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
 
 
+def of_tasks(lr: Rates, tasks: Tensor) -> Rates:
+    """The rates of the tasks numbered `tasks`.
+
+    Derivatives: those of indexing.
+    """
+    if not isinstance(lr, Mapping):
+        return lr
+    own = {name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1}
+    return {name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()}
+
+
 def _row(rate: Tensor, k: int) -> Tensor:
     return _not_empty(rate)[min(k, rate.shape[0] - 1)]
 

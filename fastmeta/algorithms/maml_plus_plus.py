@@ -148,10 +148,12 @@ class MAMLPlusPlus(Stepwise):
         options = super()._options(who, support_per_step)
         return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
 
-    def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
+    def path(
+        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self._lr(rates, tasks)
         theta = {**params}
         yield theta
         for k in range(steps):

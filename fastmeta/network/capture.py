@@ -38,9 +38,7 @@ class _Captures:
 _CAPTURES: dict[int, _Captures] = {}
 
 
-def captured(
-    net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str = "task"
-) -> _Result:
+def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str = "task") -> _Result:
     """The layer program of a network for one shape of input, or the reason why it has none.
 
     The same `Program` object is returned until the network changes in a way that changes the program. Trained or

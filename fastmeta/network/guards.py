@@ -92,7 +92,7 @@ class Guard:
             return False
 
     def requires_grad(self) -> tuple[bool, ...]:
-        """Which of the parameters that `holds` has seen last require grad: no part of the record, a program has none."""
+        """Which of the parameters that `holds` has seen last require grad; no part of the record."""
         return tuple(map(_requires_grad, self._tensors))
 
     def _same_parameters(self) -> bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import settled
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of, wrt_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
-from fastmeta.problem import Result
 from fastmeta.update_rules import SGD
 
 
@@ -78,11 +77,12 @@ def meta_gradient(
             not used.
         steps: K, at least 0.
         order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
-        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters of `net`
-            that require grad, whatever tensors `params` has for them; or names of parameters, glob patterns of names
-            ("blocks.*.weight") or a predicate (name, parameter) -> bool, which may ask for frozen ones too.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters of
+            `net` that require grad, whatever tensors `params` has for them; or names of parameters, glob patterns of
+            names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which may ask for frozen ones too.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+        task_weights: [T]; the loss is sum(task_weights * task_losses) / T. A task of weight zero contributes nothing,
+            even if it diverged, except on an accelerator, where that would have to be looked for.
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
             for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
             finite, and any class.
@@ -136,10 +136,11 @@ def meta_gradient(
         lr,
         wrt_of("meta_gradient", wrt),
     )
-    result = call.solve()
+    found = settled("meta_gradient", "keep", call, call.solve())
+    result = found.result
     task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
     return MetaGradient(
-        mean_loss(result, task_weights),
+        found.loss,
         task_losses,
         output,
         grads.params,
@@ -151,16 +152,6 @@ def meta_gradient(
         grads.query_y,
         grads.query_weights,
     )
-
-
-def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
-    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
-    if result.loss is not None:
-        return result.loss
-    task_losses = cast(Tensor, result.task_losses)
-    if task_weights is None:
-        return task_losses.mean()
-    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
 
 
 def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta import backends
@@ -75,6 +76,16 @@ class Call:
             losses = (problem.loss, problem.query_loss)
             diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
             raise
+
+
+def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
+    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
+    if result.loss is not None:
+        return result.loss
+    task_losses = cast(Tensor, result.task_losses)
+    if task_weights is None:
+        return task_losses.mean()
+    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
 
 
 class _Given(NamedTuple):

@@ -32,7 +32,7 @@ class RatePlan:
     """How the learning rates of one call are laid out.
 
     Args:
-        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S] or [K or 1, T or 1, *1s].
+        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S], or *1s in place of *S.
         constants: the rates given as numbers; they cost nothing per call.
         keys: adapted parameter -> the key of its rate, where the rates are a dict.
         device, dtype: of the parameters.
@@ -65,7 +65,7 @@ class RatePlan:
         return {name: views[shape] for name, shape in self.shapes.items()}
 
     def fold(self, grads: dict[str, Tensor], lr: Rates) -> Tensor | dict[str, Tensor]:
-        """The gradient in the structure of `lr`: a number gets a tensor of shape (), a rate of nothing adapted zeros."""
+        """The gradient in the structure of `lr`: a number gets a tensor of shape (), an unused rate zeros."""
         if isinstance(lr, Mapping):
             totals: dict[str, Tensor] = {}
             for name, grad in grads.items():
@@ -99,7 +99,8 @@ def plan_rates(
     Args:
         who: the operator, for messages.
         lr: a finite number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers, tensors ()
-            and tensors [K or 1, T or 1, ...] that end in any shape that broadcasts to S. Values of tensors are not read.
+            and tensors [K or 1, T or 1, ...] that end in any shape that broadcasts to S. Values of tensors are not
+            read.
         names: the adapted parameters.
         shapes: name -> S, the shape of one task's parameter.
         steps, tasks: K and T.
