@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -147,6 +147,13 @@ class MAMLPlusPlus(Stepwise):
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         options = super()._options(who, support_per_step)
         return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
+
+    def _lr(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
+        lr = super()._lr(rates, tasks)
+        if not self._norms or not isinstance(lr, Mapping):
+            return lr
+        names = self.names  # to the operators these are named ones, which have rates for themselves alone
+        return {name: rate for name, rate in lr.items() if name in names}
 
     def path(
         self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
