@@ -12,6 +12,7 @@ from plain_autograd import episodes, error, leaves, meta_losses, network
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.backends import cpu
 from fastmeta.backends.cuda.compile import host_compiler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -281,9 +282,17 @@ def test_cavia_and_flat_parameters_skip_too() -> None:
     assert error(flat.grad, torch.cat([p.grad.flatten() for p in want.parameters()])) < TOLERANCE
 
 
-def test_nothing_is_computed_again_while_all_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmeta.backends import cpu
+def test_skipping_under_the_compiler_matches_autograd_over_the_rest() -> None:
+    maml = _maml(on_divergence="skip")
+    step = torch.compile(lambda *episode: maml(*episode).loss, backend="aot_eager", fullgraph=True)
+    loss = _skipped(lambda: step(*_broken()))
+    loss.backward()
+    want, gradients = _plain()
+    assert error(loss.detach(), want) < TOLERANCE
+    assert _same(maml.net, gradients)
 
+
+def test_nothing_is_computed_again_while_all_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     solve = cpu.solve
     monkeypatch.setattr(cpu, "solve", lambda *args: calls.append(1) or solve(*args))
