@@ -17,6 +17,8 @@ from fastmeta.cases.networks import (
     Residual,
     Tied,
     grid,
+    half_frozen_norms,
+    half_frozen_norms_mlp,
     mlp,
     normed_rows,
     segments,
@@ -92,6 +94,9 @@ def _normed() -> Iterator[Case]:
     yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
     yield Case("rows_normed", normed_rows, (6, 4))
     yield Case("half_norms", HalfNorms, (13,), loss="ce")
+    half = partial(Case, loss="ce", batch_stats="module", tasks=2, shots=4, queries=3)
+    yield half("half_frozen_norms", half_frozen_norms_mlp, (3,), rates="rows", memory="recompute")
+    yield half("half_frozen_image_norms", half_frozen_norms, (2, 5, 4))
 
 
 def _losses() -> Iterator[Case]:

@@ -38,7 +38,7 @@ class _Captures:
 _CAPTURES: dict[int, _Captures] = {}
 
 
-def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str = "task") -> _Result:
     """The layer program of a network for one shape of input, or the reason why it has none.
 
     The same `Program` object is returned until the network changes in a way that changes the program. Trained or
@@ -48,6 +48,7 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
         net: any module; it is not modified.
         input_shape: shape of one example, without batch dimension.
         dtype: of the input, a floating-point type.
+        batch_stats: as in `fastmeta.network.functional.call`; it says which norms name their running statistics.
 
     Returns:
         (program, "") or (None, reason).
@@ -59,10 +60,10 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
                 return None, f"cannot capture {_place(name, module)}: it is a TorchScript module"
         known = captures.known if captures is not None and captures.net() is net else {}
         captures = _CAPTURES[id(net)] = _Captures(net, known)
-    key = (input_shape, dtype)
+    key = (input_shape, dtype, batch_stats)
     result = captures.results.get(key)
     if result is None:
-        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype)
+        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype, batch_stats)
         if program is not None:
             # Plans are cached by program: an equal one is handed out as the same object.
             program = captures.known.setdefault(program, program)
@@ -70,11 +71,18 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
     return result
 
 
-def _captured(net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def frozen_flags(net: nn.Module) -> tuple[bool, ...]:
+    """Which parameters of a network require grad, module by module; to be asked right after `captured`."""
+    return _CAPTURES[id(net)].guard.requires_grad()
+
+
+def _captured(
+    net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str
+) -> _Result:
     try:
         _check(net, guard, dtype)
         root, graph = traced(net)
-        return _program(root, graph, input_shape), ""
+        return _program(root, graph, input_shape, batch_stats), ""
     except Refused as reason:
         return None, str(reason)
 
@@ -100,11 +108,11 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
         raise Refused(f"cannot watch {guard.unwatched[0]} for changes")
 
 
-def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...]) -> Program:
+def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...], batch_stats: str) -> Program:
     """Turn the traced operators into layers, one by one."""
     parameters = {id(p): Parameter(name, tuple(p.shape)) for name, p in root.net.named_parameters()}
     buffers = {id(b): Buffer(name, tuple(b.shape)) for name, b in root.net.named_buffers()}
-    build = Builder(input_shape, parameters, buffers)
+    build = Builder(input_shape, parameters, buffers, batch_stats)
     results: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         try:

@@ -46,7 +46,7 @@ _ARGUMENTS["CAVIA"] = {**_INNER_LOOP, "adapt": "context"}
 _CHOICES = {
     "order": ("second", "first"),
     "memory": ("auto", "store", "recompute"),
-    "batch_stats": ("task", "running"),
+    "batch_stats": ("task", "running", "module"),
     "backend": ("auto", *backends.NAMES),
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.plan import used_buffers, used_params
 from fastmeta.backends.cuda.memory import WIDE, lay_out_params, odd, pad, place
 from fastmeta.backends.cuda.network import simplify
@@ -114,12 +115,10 @@ def _param(problem: Problem, program: Program, number: int, name: str, plan: Pla
     else:
         ld = pad(cols, vector)
         ld = odd(ld, vector) if rows > 1 else ld
-    rate = problem.rates.get(name) if plan.steps > 0 else None
+    rate = rate_form(problem, name, shape) if plan.steps > 0 else None
     param = Param(name, rows, cols, ld, vector, name in problem.per_task, rate is not None, buffer=name not in params)
     if rate is not None:
-        param.rate_element = rate.shape[2:].numel() > 1
-        param.rate_per_task = rate.shape[1] > 1
-        param.rate_per_step = rate.shape[0] > 1
+        param.rate_element, param.rate_per_task, param.rate_per_step = rate
     param.tied = sum((layer.weight == number) + (layer.bias == number) for layer in plan.layers) > 1
     return param
 

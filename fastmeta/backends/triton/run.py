@@ -48,7 +48,7 @@ def network(problem: Problem, wrt: frozenset[str]) -> Network:
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
     inputs = not wrt.isdisjoint({"support_x", "query_x"})
-    return build(problem.program, problem.batch_stats != "task", inputs, reads_channels(problem))
+    return build(problem.program, inputs, reads_channels(problem))
 
 
 def memory_limit(device: torch.device) -> int:
