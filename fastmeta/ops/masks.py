@@ -80,12 +80,12 @@ def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
     if problem.program is not None:
         refused = any(normalises(layer) for layer in problem.program.layers)
     else:
-        batch = problem.query if problem.support is None else problem.support
+        batch = problem.support if problem.steps else problem.query
         if batch is None:
             return
         params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
-        with preserved(x.device):
+        with preserved(x.device, problem.net):
             refused = normalises_by_batch(problem.net, params, x, options.batch_stats)
     if refused:
         _refuse(options.who, fields[0], "batch_norm")

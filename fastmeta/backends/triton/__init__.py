@@ -97,6 +97,9 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         job = scratch.get("triton")
         if job is None or not job.fits(problem, wrt, adapted):
             job = scratch["triton"] = runs.Job(problem, wrt, adapted)
+            runs.keep(scratch, job)
+        else:
+            runs.used(scratch, job)
         return job.run(problem)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
 import triton
@@ -17,7 +18,8 @@ from fastmeta.backends.triton.compile import compile_together
 from fastmeta.backends.triton.memory import copy_together
 from fastmeta.backends.triton.network import Network, build
 from fastmeta.backends.triton.step import KINDS, MetaStep
-from fastmeta.problem import Gradients, Problem, Result
+from fastmeta.bounded import Bounded
+from fastmeta.problem import Gradients, Problem, Result, Scratch
 
 __all__ = ["KINDS", "Job", "describe"]
 
@@ -65,6 +67,37 @@ def memory_mode(problem: Problem, wrt: frozenset[str], limit: int) -> str:
     dtype = next(iter(problem.params.values())).dtype
     step = MetaStep(problem, network(problem, wrt), wrt, "store", precision(dtype), torch.device("meta"))
     return "store" if step.memory.bytes <= limit else "recompute"
+
+
+#: Plans at most, of all networks, and what their static tensors may take together.
+_MOST_JOBS, _MOST_BYTES = 256, 1 << 30
+_kept: dict[torch.device, Bounded[int, ref[Scratch]]] = {}
+
+
+def keep(scratch: Scratch, job: Job) -> None:
+    """Count the memory of a plan that is kept in `scratch`; what was used least recently gives its own back."""
+    device = job.device
+    if device not in _kept:
+        half = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _MOST_BYTES
+        _kept[device] = Bounded(_MOST_JOBS, half, _size, _give_back)
+    key, of_device = id(scratch), _kept[device]
+    of_device.put(key, ref(scratch, lambda _: of_device.drop(key)))
+
+
+def used(scratch: Scratch, job: Job) -> None:
+    """The plan in `scratch` is the one that was used last."""
+    _kept[job.device].get(id(scratch))
+
+
+def _size(kept: ref[Scratch]) -> int:
+    scratch = kept()
+    return 0 if scratch is None else int(scratch["triton"].step.memory.bytes)
+
+
+def _give_back(kept: ref[Scratch]) -> None:
+    scratch = kept()
+    if scratch is not None:
+        scratch.pop("triton", None)
 
 
 class Job:
