@@ -192,9 +192,7 @@ def test_random_loss_matches_store():
 @pytest.mark.parametrize("name", NOT_REPLAYABLE)
 def test_rejects_recomputing_what_cannot_be_replayed(name):
     torch.manual_seed(0)
-    maml = fm.MAML(
-        NOT_REPLAYABLE[name](), loss="mse", inner_lr=0.1, inner_steps=5, memory="recompute", backend="torch"
-    )
+    maml = fm.MAML(NOT_REPLAYABLE[name](), loss="mse", inner_lr=0.1, inner_steps=5, memory="recompute", backend="torch")
     before = [p.clone() for p in maml.net.parameters()]
     with pytest.raises(RuntimeError, match="memory='recompute': .*cannot be replayed.*memory='store'"):
         for _ in range(8):  # each has odds of 1 in 1000 to draw the same ten times

@@ -61,7 +61,11 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, b
         for name, module in net.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 return None, f"cannot capture {_place(name, module)}: it is a TorchScript module"
-        known = captures.known if captures is not None and captures.net() is net else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
+        known = (
+            captures.known
+            if captures is not None and captures.net() is net
+            else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
+        )
         captures = _CAPTURES[id(net)] = _Captures(net, known)
     key = (input_shape, dtype, batch_stats)
     result = captures.results.get(key)

@@ -111,9 +111,7 @@ def cdist(
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`; its weight lies as it was made: the gradient of one that is strided otherwise may be refused."""
 
-    def convolution(
-        input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return function(input, weight.contiguous(), bias, *args, **kwargs)
 
     return convolution
