@@ -41,7 +41,7 @@ class _Captures:
 _CAPTURES: dict[int, _Captures] = {}
 
 
-def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str = "task") -> _Result:
     """The layer program of a network for one shape of input, or the reason why it has none.
 
     The same `Program` object is returned until the network changes in a way that changes the program. Trained or
@@ -51,6 +51,7 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
         net: any module; it is not modified.
         input_shape: shape of one example, without batch dimension.
         dtype: of the input, a floating-point type.
+        batch_stats: as in `fastmeta.network.functional.call`; it says which norms name their running statistics.
 
     Returns:
         (program, "") or (None, reason).
@@ -66,10 +67,10 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
             else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
         )
         captures = _CAPTURES[id(net)] = _Captures(net, known)
-    key = (input_shape, dtype)
+    key = (input_shape, dtype, batch_stats)
     result = captures.results.get(key)
     if result is None:
-        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype)
+        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype, batch_stats)
         if program is not None:
             # Plans are cached by program: an equal one is handed out as the same object.
             program = captures.known.get(program) or captures.known.put(program, program)
@@ -77,16 +78,23 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
     return result
 
 
+def frozen_flags(net: nn.Module) -> tuple[bool, ...]:
+    """Which parameters of a network require grad, module by module; to be asked right after `captured`."""
+    return _CAPTURES[id(net)].guard.requires_grad()
+
+
 def _bytes(program: Program | None) -> int:
     """About what a program takes in memory."""
     return 500 if program is None else 1000 + 700 * len(program.layers) + 200 * len(program.params)
 
 
-def _captured(net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def _captured(
+    net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str
+) -> _Result:
     try:
         _check(net, guard, dtype)
         root, graph = traced(net)
-        return _program(root, graph, input_shape), ""
+        return _program(root, graph, input_shape, batch_stats), ""
     except Refused as reason:
         return None, str(reason)
 
@@ -114,11 +122,11 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
         raise Refused(f"cannot watch {guard.unwatched[0]} for changes")
 
 
-def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...]) -> Program:
+def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...], batch_stats: str) -> Program:
     """Turn the traced operators into layers, one by one."""
     parameters = {id(p): Parameter(name, tuple(p.shape)) for name, p in root.net.named_parameters()}
     buffers = {id(b): Buffer(name, tuple(b.shape)) for name, b in root.net.named_buffers()}
-    build = Builder(input_shape, parameters, buffers)
+    build = Builder(input_shape, parameters, buffers, batch_stats)
     results: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         try:

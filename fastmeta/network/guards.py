@@ -35,6 +35,7 @@ _OF_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 #: Types whose values do not change.
 _ATOMS = (*_NUMBERS_AND_NAMES, *_CODE, *_OF_TORCH)
 _shape = attrgetter("shape")
+_requires_grad = attrgetter("requires_grad")
 _joined = chain.from_iterable
 
 
@@ -92,6 +93,10 @@ class Guard:
             )
         except Exception:  # attributes of any type are compared here; one that cannot be has changed
             return False
+
+    def requires_grad(self) -> tuple[bool, ...]:
+        """Which of the parameters that `holds` has seen last require grad; no part of the record."""
+        return tuple(map(_requires_grad, self._tensors))
 
     def _same_parameters(self) -> bool:
         if any(self._without_parameters) or [*_joined(self._parameter_dicts)] != self._names:

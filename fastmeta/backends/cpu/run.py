@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from fastmeta.backends._losses import class_weights
+from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -36,7 +36,7 @@ class Job:
         self.names, self.buffers = plans.used_params(program), plans.used_buffers(problem)
         self.dtype = problem.params[self.names[0]].dtype
         self.itemsize = self.dtype.itemsize
-        self.output_shape = program.output_shape
+        self.output_shape, self.channels = program.output_shape, reads_channels(problem)
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
         self.templates = [
@@ -157,7 +157,7 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, "cpu")
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
         if weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
             keep.append(weights)
         addresses = _addresses([batch.x, y, batch.weights, weights], keep)

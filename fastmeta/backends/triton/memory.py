@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastmeta.backends._rates import rate_form
 from fastmeta.backends.triton.network import Network, engine_shape
 from fastmeta.kernels.passes import Operand
 from fastmeta.problem import Problem
@@ -86,10 +87,10 @@ class ParameterLayout:
         self.slots, self.row = [-1] * len(self.names), 0
         self.elementwise = [False] * len(self.names)
         for p, name in enumerate(self.names):
-            if not self.adapted[p]:
+            form = rate_form(problem, name, self.shapes[p])
+            if form is None:
                 continue
-            rate = problem.rates[name]
-            self.elementwise[p] = rate.shape[2:].numel() > 1
+            self.elementwise[p] = form.element
             self.slots[p] = self.row
             self.row += prod(self.shapes[p]) if self.elementwise[p] else 1
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
@@ -48,7 +49,8 @@ def network(problem: Problem, wrt: frozenset[str]) -> Network:
     """The analysed program of a problem."""
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
-    return build(problem.program, problem.batch_stats != "task", not wrt.isdisjoint({"support_x", "query_x"}))
+    inputs = not wrt.isdisjoint({"support_x", "query_x"})
+    return build(problem.program, inputs, reads_channels(problem))
 
 
 def memory_limit(device: torch.device) -> int:
@@ -182,7 +184,7 @@ class Job:
         if step.task_weights is not None:
             found.append(step.task_weights)
         if step.output_grad is not None:
-            found.append(step.output_grad)
+            found.append(step.output_grad.movedim(-1, 2) if step.channels else step.output_grad)
         if step.lam is not None and problem.adapted_grad is not None:
             found += [layout.view(step.lam, p) for p in range(len(layout.names))]
         return found
@@ -242,8 +244,12 @@ class Job:
         step = self.step
         result = Result(grads=self._gradients(problem))
         if step.query is not None and step.output is not None and problem.query is not None:
-            shape = (problem.tasks, step.query.examples, *problem.program.output_shape)  # type: ignore[union-attr]
-            result.output = step.output.clone().view(shape)
+            shape = list(problem.program.output_shape)  # type: ignore[union-attr]
+            if step.channels:
+                shape.append(shape.pop(0))
+            output = step.output.view(problem.tasks, step.query.examples, *shape)
+            output = output.movedim(-1, 2) if step.channels else output
+            result.output = output.clone(memory_format=torch.contiguous_format)
         if step.losses is not None and step.loss is not None:
             result.task_losses, result.loss = step.losses.clone(), step.loss.clone()
         if self.adapted:
