@@ -1,4 +1,4 @@
-"""Runs tests/interpreted under Triton's interpreter, in a process of its own: once it is on, nothing can be compiled."""
+"""Runs tests/interpreted under Triton's interpreter, in other processes: once it is on, nothing can be compiled."""
 
 from __future__ import annotations
 
