@@ -51,9 +51,7 @@ def bench(
     names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise click.UsageError(
-            f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}"
-        )
+        raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
     chosen: dict[str, tuple[int, ...]] = {}
     for workload in workloads or tuple(WORKLOADS):
         few = tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32})
