@@ -95,7 +95,8 @@ class Metrics:
     ) -> None:
         os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with told(self._path.parent, "write into"):
+                self._board.close()
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
@@ -125,7 +126,7 @@ def _board(writer: Any, out: Path, start: int) -> Any:
             return writer(str(out), purge_step=start + 1)
         except UnicodeEncodeError as error:
             message = f"--tensorboard: TensorBoard writes only into folders whose names are UTF-8, {out} is not"
-            raise click.UsageError(message) from error
+            raise click.ClickException(message) from error
 
 
 def _shown(line: bytes) -> str:
