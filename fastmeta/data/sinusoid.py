@@ -70,7 +70,7 @@ class Sinusoid(MetaBatches):
         super().__init__(tasks, iterations, seed)
         self.shots = self._integer("shots", shots)
         self.query = self.shots if query is None else self._integer("query", query)
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
             raise TypeError(f"Sinusoid: `dtype` must be torch.float32 or torch.float64, got {dtype!r}")
         self.dtype = dtype
         self._cached: _Block | None = None
