@@ -40,6 +40,10 @@ DIFFERENTIABLE = (
 STORE_AT_MOST = 256 << 20
 
 
+class Scratch(dict[str, Any]):
+    """A dict that can be referred to weakly."""
+
+
 @dataclass(slots=True)
 class Batch:
     """The support or the query sets of all tasks.
@@ -86,7 +90,7 @@ class Problem:
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
-    scratch: dict[str, Any] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
 

@@ -170,7 +170,7 @@ def _output_shape(
     # some networks look at the values or the number of examples: nothing but a real run will do
     x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
     params, _ = maml.meta_parameters()
-    with torch.no_grad(), preserved(device):
+    with torch.no_grad(), preserved(device, maml.net):
         return tuple(call(maml.net, params, x, batch_stats=maml.batch_stats).shape[1:])
 
 

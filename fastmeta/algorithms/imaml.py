@@ -14,6 +14,7 @@ from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
+from fastmeta.models.check import check_count
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import check_choice, check_diverged, left_out, named
 from fastmeta.ops.eager import eager
@@ -92,10 +93,9 @@ class IMAML(InnerLoop):
                 raise TypeError(f"IMAML: `{name}` must be a number, got {type(value).__name__}")
             if not (isfinite(value) and value > 0):
                 raise ValueError(f"IMAML: `{name}` must be finite and greater than 0, got {value}")
-        if not isinstance(cg_steps, int) or isinstance(cg_steps, bool):
-            raise TypeError(f"IMAML: `cg_steps` must be an int, got {cg_steps!r}")
-        if cg_steps < 1:
-            raise ValueError(f"IMAML: `cg_steps` must be at least 1, got {cg_steps}")
+        if cg_tolerance > 1:
+            raise ValueError(f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}")
+        check_count("IMAML: `cg_steps`", cg_steps, 1)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_lr = inner_lr

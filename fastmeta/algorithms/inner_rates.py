@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmeta.ops.options import argument
+from fastmeta.ops.options import argument, check_flag
 from fastmeta.ops.patterns import keys_by_name, matching
 from fastmeta.ops.rates import Rates, plan_rates
 
@@ -55,7 +55,8 @@ class InnerRates(nn.ParameterDict):
                 kept = tuple(n for n in params if n in own and any(matching(str(key), (n,)) for key in given))
             keys = keys_by_name(argument(who, "lr"), given, kept, frozen)
             lr = {name: given[key] for name, key in keys.items()}
-        if learn_lr is not None and learn_lr not in _SORTS:
+        check_flag(who, "lr_per_step", per_step)
+        if learn_lr is not None and (not isinstance(learn_lr, str) or learn_lr not in _SORTS):
             raise ValueError(f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}")
         if learn_lr is None and per_step:
             raise ValueError(f"{who}: `lr_per_step` is for learned rates, but `learn_lr` is None")

@@ -68,7 +68,8 @@ class MAML(nn.Module):
             none, and what is frozen later has the gradient zero for its rates.
         lr_per_step: learned rates differ from step to step.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
+            which is zero, without any gradient, where all weights of a task are zero.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.stepwise import Stepwise, support_of
+from fastmeta.models.check import check_count
 from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, argument, names_of
+from fastmeta.ops.options import Adapt, Options, argument, check_flag, names_of
 from fastmeta.ops.rates import Rates
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ class MAMLPlusPlus(Stepwise):
         for name in ("order", "step_weights"):
             if name in options:
                 raise TypeError(f"{self.who}: `{name}` is no argument, `set_epoch` sets it")
+        check_flag(self.who, "per_step_norms", per_step_norms)
         for name, count in {"multi_step_epochs": multi_step_epochs, "first_order_epochs": first_order_epochs}.items():
-            _check_count(f"{self.who}: `{name}`", count, 0)
-        _check_count(argument(self.who, "steps"), inner_steps, 1)
+            check_count(f"{self.who}: `{name}`", count, 0)
+        check_count(argument(self.who, "steps"), inner_steps, 1)
         norms = _norm_parameters(net) if per_step_norms and isinstance(net, nn.Module) else {}
         if norms:
             self._asked, self._norms = names_of(self.who, net, adapt), frozenset(norms)
@@ -130,7 +132,7 @@ class MAMLPlusPlus(Stepwise):
         Raises:
             TypeError, ValueError: no int, or a negative one.
         """
-        _check_count(f"{self.who}.set_epoch: `epoch`", epoch, 0)
+        check_count(f"{self.who}.set_epoch: `epoch`", epoch, 0)
         self.order = "first" if epoch < self.first_order_epochs else "second"
         self.step_weights = None
         if epoch < self.multi_step_epochs:
@@ -194,10 +196,3 @@ def _norm_parameters(net: nn.Module) -> dict[str, Tensor]:
     """The weights and biases of norms by name."""
     own = {id(value) for module in net.modules() if isinstance(module, _NORMS) for value in module.parameters(False)}
     return {name: value for name, value in net.named_parameters() if id(value) in own}
-
-
-def _check_count(what: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{what} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")

@@ -12,7 +12,7 @@ from fastmeta.algorithms.meta_loss import attached
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import check_choice, check_diverged, left_out
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Adapt, argument
+from fastmeta.ops.options import Adapt, argument, check_flag
 from fastmeta.ops.rates import Rates
 from fastmeta.update_rules import SGD
 
@@ -65,6 +65,7 @@ class Reptile(InnerLoop):
         backend: str = "auto",
         on_divergence: str = "raise",
     ) -> None:
+        check_flag(self.who, "normalise", normalise)
         check_choice(self.who, on_divergence)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend)
         self.normalise = normalise

@@ -15,7 +15,8 @@ def refuses_norms(problem: Problem) -> str:
     program = problem.program
     if program is None:
         return ""
-    if any(_one_value(program, batch) for batch in (problem.support, problem.query) if batch is not None):
+    read = (problem.support if problem.steps else None, problem.query)
+    if any(_one_value(program, batch) for batch in read if batch is not None):
         return "batch norm over one value per channel"
     # a matrix is laid out for products
     matrices = {layer.params[0] for layer in program.layers if layer.kind not in NORMS and layer.params}

@@ -67,7 +67,7 @@ class Case:
     momentum: float = 0.0
     weight_decay: float = 0.0
     step_weights: bool = False  # a weight on the query loss of every step
-    weighted: str = ""  # letters of "s" support examples, "q" query examples, "t" tasks
+    weighted: str = ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
     per_task: str = ""  # "": shared parameters; "all" or "some" have one value a task
     per_step: bool = False  # a support set for each inner step
     memory: str = "auto"
@@ -144,6 +144,10 @@ class Case:
             task_weights=positive(tasks) if "t" in self.weighted else None,
             step_weights=tuple(positive(steps + 1).tolist()) if self.step_weights else None,
         )
+        if "0" in self.weighted:
+            for weights in (instance.support_weights, instance.query_weights):
+                if weights is not None:
+                    weights[-1] = 0
         if self.operator == "inner_sgd":
             instance.adapted_grad = {name: normal(tasks, *shape) for name, shape in shapes.items()}
         if self.operator == "task_forward":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,21 @@ def normed_rows() -> nn.Sequential:
     return nn.Sequential(
         nn.BatchNorm1d(6), nn.Linear(4, 9), nn.GroupNorm(2, 6), nn.Tanh(), nn.LayerNorm((6, 9)), nn.Linear(9, 2)
     )
+
+
+def grid(output: tuple[int, ...]) -> nn.Sequential:
+    """[N, 3] -> [N, *output], by linear layers and an unflattening."""
+    return nn.Sequential(nn.Linear(3, 13), nn.Tanh(), nn.Linear(13, prod(output)), nn.Unflatten(1, output))
+
+
+def sequence() -> nn.Sequential:
+    """[N, 6, 4] -> [N, 6, 5], along the last dimension."""
+    return nn.Sequential(nn.Linear(4, 7), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(7, 5))
+
+
+def segments() -> nn.Sequential:
+    """[N, 2, H, W] -> [N, 5, H, W], five numbers a pixel."""
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1))
 
 
 class HalfNorms(nn.Module):

@@ -16,10 +16,13 @@ from fastmeta.cases.networks import (
     HalfNorms,
     Residual,
     Tied,
+    grid,
     half_frozen_norms,
     half_frozen_norms_mlp,
     mlp,
     normed_rows,
+    segments,
+    sequence,
 )
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
@@ -101,8 +104,21 @@ def _losses() -> Iterator[Case]:
         lr = 0.02 if name.endswith("_sum") else 0.1
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr)
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr, weighted="sqt", steps=1)
+    for name in ("mse_masked_mean", "ce_masked_mean"):  # a task without weights
+        yield _SMOOTH(loss=name, weighted="sq0")
     yield _SMOOTH(loss="mse", query_loss="huber", kinks=True)
     yield _SMOOTH(loss="bce", query_loss="ce")
+
+
+def _positions() -> Iterator[Case]:
+    """Cross-entropy over the channels of an output [C, d...]."""
+    net = partial(Case, "grid", partial(grid, (5, 2, 2)), (3,))
+    yield net(loss="ce_everything", weighted="sqt")
+    yield net(loss="ce_probabilities_everything", weighted="sq", step_weights=True, per_step=True)
+    yield net(loss="ce_masked_mean", weighted="sq0", memory="recompute")
+    yield net(loss="ce_sum", query_loss="ce_probabilities", order="first", lr=0.02)
+    yield Case("sequence", sequence, (6, 4), loss="ce_ignored", shots=11, query_loss="bce_pos_weight")
+    yield Case("segments", segments, (2, 6, 5), loss="ce_everything", shots=3, queries=2, weighted="s")
 
 
 def _options() -> Iterator[Case]:
@@ -149,7 +165,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 def _all() -> Iterator[Case]:
     images = (convolutions, norms, pooled_norms, first_layers, pools)
-    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _options, _operators):
+    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _positions, _options, _operators):
         yield from family()
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fastmeta.network import elementary
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
+from fastmeta.network.twice import REPLACED
 
 _BATCH_STATS = ("task", "running", "module")
 
@@ -271,6 +272,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
 
 
 _DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    **REPLACED,
     F.layer_norm: elementary.layer_norm,
     F.group_norm: elementary.group_norm,
     F.rms_norm: elementary.rms_norm,
@@ -281,6 +283,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    **REPLACED,
     F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
     F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),
 } | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}

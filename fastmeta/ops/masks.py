@@ -43,7 +43,10 @@ def without_masks(
             _refuse(options.who, field, layer)
         if mask.dim() and not (some := mask.any(-1)).all():
             tasks = sorted({place[0] for place in (~some).nonzero().tolist()}) if some.dim() else []
-            raise ValueError(f"{argument(options.who, field)} leaves no example of tasks {tasks}")
+            raise ValueError(
+                f"{argument(options.who, field)} leaves no example of tasks {tasks}; floating-point weights of zero "
+                "with weight_norm='sum' may"
+            )
         first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
         if isinstance(first, Tensor) and first.is_floating_point():
             tensors = tensors._replace(**{field: mask.to(first.dtype)})
@@ -77,12 +80,12 @@ def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
     if problem.program is not None:
         refused = any(normalises(layer) for layer in problem.program.layers)
     else:
-        batch = problem.query if problem.support is None else problem.support
+        batch = problem.support if problem.steps else problem.query
         if batch is None:
             return
         params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
-        with preserved(x.device):
+        with preserved(x.device, problem.net):
             refused = normalises_by_batch(problem.net, params, x, options.batch_stats)
     if refused:
         _refuse(options.who, fields[0], "batch_norm")

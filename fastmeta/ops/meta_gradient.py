@@ -86,7 +86,8 @@ def meta_gradient(
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
             for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
             finite, and any class.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
+            which is zero, without any gradient, where all weights of a task are zero.
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step; "auto"

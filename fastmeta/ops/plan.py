@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from fastmeta import backends
+from fastmeta.bounded import Bounded
 from fastmeta.errors import BackendUnavailable
 from fastmeta.losses import Loss
 from fastmeta.network.capture import captured, frozen_flags
@@ -25,8 +27,9 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Problem, Result
+from fastmeta.problem import Batch, Problem, Result, Scratch
 
+_FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
@@ -45,7 +48,7 @@ class Plan:
     shapes: Shapes
     rates: RatePlan
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
-    scratch: dict[str, Any]
+    scratch: Scratch
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
 
 
@@ -104,7 +107,7 @@ class _Given(NamedTuple):
     prefer_flat: bool
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
 
 
 def prepare(
@@ -130,8 +133,14 @@ def prepare(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
+        RuntimeError: whatever is made now has no values.
         BackendUnavailable: the backend asked for cannot run this.
     """
+    if _get_dispatch_mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
+            "this call"
+        )
     masks = masked(tensors)
     if masks:
         tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
@@ -156,7 +165,7 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
+    except Exception:  # an argument of any type was hashed or compared here: the full check will name it
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
@@ -189,7 +198,8 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
-    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {}, None)
+    given_order = None if own == tuple(given.params) else own
+    plan = Plan(backends, program, refused, shapes, rates, given_order, Scratch(), None)
     problem = _problem(plan, given)
     check_layers(options, masks, problem)
     try:
@@ -198,14 +208,12 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
-        check_capture(plan.backend, problem)
+        if problem.steps or problem.query is not None:  # else nothing is run
+            check_capture(plan.backend, problem)
         if key is not None:
             if names and options.adapt in BY_GRAD:
                 plan.flags = frozen_flags(net)
-            plans = _plans.setdefault(net, {})
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
+            _plans.setdefault(net, Bounded(_MOST_PLANS)).put(key, plan)
     return Call(options, tensors, plan, problem, given.lr, wrt)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastmeta.problem import Batch, Gradients, Problem, Result
+from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
 _DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
 
@@ -46,7 +46,7 @@ def select(problem: Problem, tasks: Tensor) -> Problem:
         adapted_grad=None if cotangents is None else {name: v.index_select(0, tasks) for name, v in cotangents.items()},
         output_grad=part(problem.output_grad),
         prefer_flat=False,
-        scratch={},
+        scratch=Scratch(),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastmeta.backends._layout import lay_out
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._rates import rate_form
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
@@ -50,7 +51,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     names, buffers = used_params(program), used_buffers(problem)
     shapes |= dict(program.buffers)
     index = {name: i for i, name in enumerate([*names, *buffers])}
-    engine = lay_out(program)
+    engine = lay_out(program, reads_channels(problem))
     layers = [
         (
             layer.kind,

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.plan import used_buffers, used_params
@@ -62,7 +63,8 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
     steps = problem.steps if support is not None else 0
     first = next(iter(problem.params.values()))
     names = used_params(program) + used_buffers(problem)
-    values, layers, output = simplify(program, names)
+    channels = reads_channels(problem)
+    values, layers, output = simplify(program, names, channels)
     rule = problem.rule
     flags = {
         "second_order": problem.order == "second" and bool(wrt) and steps > 0,
@@ -75,6 +77,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
         "momentum": rule is not None and rule.momentum != 0 and steps > 0,
         "weight_decay": rule is not None and rule.weight_decay != 0 and steps > 0,
         "step_weights": problem.step_weights is not None and problem.query_loss is not None,
+        "positions": channels and values[output].rows > 1,
     }
     plan = Plan(
         values,

@@ -113,12 +113,12 @@ class ParameterLayout:
 
     def index(self) -> Tensor:
         """[P] int32: the place of each element's rate in a row, -1 where there is none."""
-        found = torch.full((self.size,), -1, dtype=torch.int32)
+        found = torch.full((self.size,), -1, dtype=torch.int32, device="cpu")
         for p, slot in enumerate(self.slots):
             if slot < 0:
                 continue
             size, start = prod(self.shapes[p]), self.offsets[p]
-            found[start : start + size] = slot + torch.arange(size) * self.elementwise[p]
+            found[start : start + size] = slot + torch.arange(size, device="cpu") * self.elementwise[p]
         return found
 
     def table(self) -> Tensor:
@@ -128,7 +128,7 @@ class ParameterLayout:
             for p, slot in enumerate(self.slots)
             if slot >= 0
         ]
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).t().contiguous()
+        return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 4).t().contiguous()
 
     def operand(self, rows: Tensor, p: int) -> Operand:
         """Parameter p of sets [T, P], or of a set [P] that all tasks share."""
