@@ -70,7 +70,7 @@ def check_choice(who: str, on_divergence: object) -> None:
     Raises:
         ValueError: no such choice.
     """
-    if on_divergence not in _CHOICES:
+    if not isinstance(on_divergence, str) or on_divergence not in _CHOICES:
         raise ValueError(f"{who}: `on_divergence` must be 'raise', 'skip' or 'keep', got {on_divergence!r}")
 
 
