@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.network import elementary
+from fastmeta.network import elementary, swap
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
 
@@ -30,11 +30,12 @@ def call(
     *,
     batch_stats: str = "task",
     decompose: bool = False,
+    carried: swap.Carried | None = None,
 ) -> Tensor:
     """The network's output for one task.
 
     Args:
-        net: the module; neither its parameters nor its buffers are touched.
+        net: the module; its parameters, buffers and attributes are the same objects afterwards.
         params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
@@ -42,6 +43,8 @@ def call(
         decompose: compute norms, attention, embeddings and recurrent networks from elementary operators, so that vmap
             and double backward are right together however they nest (autograd over `vmap(grad)` of fused norms is
             silently wrong, pytorch/functorch#534).
+        carried: the state, in buffers and attributes, that the task's last forward pass left the module in, to start
+            from and to be replaced; None: the module's own state.
 
     Returns:
         The output [N, *out].
@@ -52,21 +55,25 @@ def call(
         TypeError: the module returns something else than one tensor.
         ValueError: a norm over the task's own batch would see one value per channel.
     """
-    output = _run(net, params, x, _Conventions(batch_stats, decompose))
+    output = _run(net, params, x, _Conventions(batch_stats, decompose), carried)
     if not isinstance(output, Tensor):
         raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
     return output
 
 
-def _run(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, conventions: _Conventions) -> Any:
-    # A forward pass may count batches or move running statistics: it does so on copies.
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+def _run(
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    conventions: _Conventions,
+    carried: swap.Carried | None = None,
+) -> Any:
     with ExitStack() as stack:
         if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(conventions)
-        return torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
+        return swap.Exchange(net).run(params, (x.clone(),), carried)
 
 
 def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> bool:
