@@ -16,26 +16,28 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.network import elementary, swap
+from fastmeta.network import elementary
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
+from fastmeta.network.swap import Carried, Exchange
 
 _BATCH_STATS = ("task", "running")
 
 
 def call(
-    net: nn.Module,
+    net: nn.Module | Exchange,
     params: Mapping[str, Tensor],
     x: Tensor,
     *,
     batch_stats: str = "task",
     decompose: bool = False,
-    carried: swap.Carried | None = None,
+    carried: Carried | None = None,
 ) -> Tensor:
     """The network's output for one task.
 
     Args:
-        net: the module; its parameters, buffers and attributes are the same objects afterwards.
+        net: the module; its parameters, buffers and attributes are the same objects afterwards. Whoever calls it often
+            gives an `Exchange` of it.
         params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
@@ -55,25 +57,26 @@ def call(
         TypeError: the module returns something else than one tensor.
         ValueError: a norm over the task's own batch would see one value per channel.
     """
-    output = _run(net, params, x, _Conventions(batch_stats, decompose), carried)
+    exchange = net if isinstance(net, Exchange) else Exchange(net)
+    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried)
     if not isinstance(output, Tensor):
         raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
     return output
 
 
 def _run(
-    net: nn.Module,
+    exchange: Exchange,
     params: Mapping[str, Tensor],
     x: Tensor,
     conventions: _Conventions,
-    carried: swap.Carried | None = None,
+    carried: Carried | None = None,
 ) -> Any:
     with ExitStack() as stack:
-        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
+        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in exchange.net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(conventions)
-        return swap.Exchange(net).run(params, (x.clone(),), carried)
+        return exchange.run(params, lambda: exchange.net(x.clone()), carried)
 
 
 def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> bool:
@@ -87,7 +90,7 @@ def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor)
 
     conventions.replacements[F.batch_norm] = noticed
     with torch.no_grad():
-        _run(net, params, x, conventions)
+        _run(Exchange(net), params, x, conventions)
     return bool(found)
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ _NO_STATE = (*_ATOMS, type, FunctionType, BuiltinFunctionType, MethodType, Modul
 _ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALL = slice(None)
+T = TypeVar("T")
 _run_through = deque[Any](maxlen=0).extend
 
 #: The exchanged tensors are there for every thread to see: whoever reads a module's parameters takes this lock.
@@ -78,13 +79,13 @@ class Exchange:
         self._old_keys = [*map(list, self._old_dicts)]
         self._others = [pair for at, pair in enumerate(zip(self.containers, self.old, strict=True)) if at not in plain]
 
-    def run(self, params: Mapping[str, Tensor], args: tuple[Any, ...], carried: Carried | None = None) -> Any:
-        """`net(*args)` with `params` in the place of its parameters.
+    def run(self, params: Mapping[str, Tensor], function: Callable[[], T], carried: Carried | None = None) -> T:
+        """`function()` with `params` in the place of the module's parameters.
 
         Args:
             params: name, as in `net.named_parameters()`, -> tensor. Wherever the module keeps the parameter of that name,
                 in several modules or in a list of its own, the forward finds this tensor.
-            args: of the module.
+            function: runs the module, or something else that may look at it.
             carried: the state that an earlier pass left, which this one starts from and leaves its own in; None: the
                 module's own state.
         """
@@ -93,7 +94,7 @@ class Exchange:
             try:
                 try:
                     self._exchange(new, carried)
-                    output = self.net(*args)
+                    output = function()
                     if carried is not None:
                         carried.contents = self._contents(new)
                     return output

@@ -47,11 +47,12 @@ def evaluate(
 
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
     """
+    net = problem.exchange or problem.net
 
     def one_task(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+        output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
         value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
         return value, output
 
