@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
+from fastmeta.backends._first_run import carries_state
 from fastmeta.network.functional import call, isolated
 from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -33,6 +34,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
+        if wrt or p.steps:
+            carries_state(p)
         answers = [_one_task(p, t) for t in range(p.tasks)]
         result = Result(grads=_gradients(p, _objective(p, answers), wrt))
         if p.query is not None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from fastmeta.network import elementary
+from fastmeta.network.checkpoints import Plain
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
 from fastmeta.network.swap import Carried, Exchange
@@ -141,7 +141,7 @@ def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
     return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point())
 
 
-class _Conventions(TorchFunctionMode):
+class _Conventions(Plain):
     """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls them.
 
     While it is active no native fast path is taken: the attention modules look for it with has_torch_function.

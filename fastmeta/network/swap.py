@@ -69,8 +69,11 @@ class Exchange:
         self._exchanged: list[tuple[Any, Any, list[Any]]] = []
         self._seen: dict[int, Any] = {id(net): net}
         self._modules = [("net", net)]
+        #: id of a container of buffers -> whether a norm holds it.
+        self.buffers: dict[int, bool] = {}
         with LOCK:
-            self._own = {name: id(value) for name, value in net.named_parameters()}
+            #: name, as in `net.named_parameters()` -> id of the parameter.
+            self.own = {name: id(value) for name, value in net.named_parameters()}
             self._parameters = {id(value): value for value in net.parameters()}
             for place, module in self._modules:  # grows
                 self._hold_module(place, module)
@@ -116,7 +119,7 @@ class Exchange:
 
     def _stand_ins(self, params: Mapping[str, Tensor], carried: Carried | None) -> dict[int, Any]:
         """What stands in the place of an object, by the id of that."""
-        new: dict[int, Any] = {self._own[name]: value for name, value in params.items()}
+        new: dict[int, Any] = {self.own[name]: value for name, value in params.items()}
         copies = {} if carried is None else carried.copies
         if not copies:
             copies.update({at: tensor.clone() for at, tensor in self._copied.items()})
@@ -183,6 +186,7 @@ class Exchange:
         buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
         self._copied.update({id(buffer): buffer for buffer in buffers.values() if id(buffer) not in self._parameters})
         self._hold(f"{place}'s buffers", module._buffers, [*buffers])
+        self.buffers[id(module._buffers)] = isinstance(module, nn.modules.batchnorm._NormBase)
         self._hold(f"{place}'s modules", module._modules, [])
         for key, child in module._modules.items():
             if child is not None:

@@ -17,6 +17,7 @@ from fastmeta.losses import Loss
 from fastmeta.network.capture import captured
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.program import Program
+from fastmeta.network.swap import LOCK
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
@@ -25,6 +26,7 @@ from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result
+from fastmeta.undisturbed import undisturbed, undrawn
 
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
@@ -32,6 +34,7 @@ _sort = attrgetter("shape", "dtype", "device", "layout")
 _MOST_PLANS = 256
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
+_NATIVE = "fastmeta.backends.cpu"
 
 
 @dataclass(slots=True)
@@ -45,6 +48,7 @@ class Plan:
     rates: RatePlan
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
     scratch: dict[str, Any]
+    native: bool = False  # the backend calls into nothing that has a global state to leave behind
 
 
 @dataclass(slots=True)
@@ -67,6 +71,11 @@ class Call:
         Raises:
             ValueError, TypeError: the network or the loss cannot take a tensor; the message names it.
         """
+        if self.plan.native:
+            return self._solve(adapted)
+        return undrawn(self.plan.shapes.device, self._solve, adapted)
+
+    def _solve(self, adapted: bool) -> Result:
         problem = self.problem
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
@@ -120,40 +129,41 @@ def prepare(
         TypeError, ValueError: names the argument, what was expected and what came.
         BackendUnavailable: the backend asked for cannot run this.
     """
-    masks = masked(tensors)
-    if masks:
-        tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-    given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
-    try:
-        key = (
-            options,
-            options.steps.__class__,  # True == 1 == 1.0
-            options.task_chunk.__class__,
-            options.support_per_step.__class__,
-            wrt,
-            None if loss is None else loss.key,
-            None if query_loss is None else query_loss.key,
-            rates_key(lr),
-            *params,
-            *map(_sort, params.values()),
-            *[None if tensor is None else _sort(tensor) for tensor in tensors],
-            adapted_grad is None,
-            output_grad is None,
-            prefer_flat,
-            *masks,
-        )
-        plans = _plans.get(net)
-        plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
-        return _first_call(given, masks)
-    if plan is None:
-        return _first_call(given, masks, key)
-    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
-    if program is not plan.program:  # the network has changed
-        return _first_call(given, masks, key)
-    if options.batch_stats != "task":
-        check_batch_stats(net, options.batch_stats)
-    return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
+    with LOCK:
+        masks = masked(tensors)
+        if masks:
+            tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
+        given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
+        try:
+            key = (
+                options,
+                options.steps.__class__,  # True == 1 == 1.0
+                options.task_chunk.__class__,
+                options.support_per_step.__class__,
+                wrt,
+                None if loss is None else loss.key,
+                None if query_loss is None else query_loss.key,
+                rates_key(lr),
+                *params,
+                *map(_sort, params.values()),
+                *[None if tensor is None else _sort(tensor) for tensor in tensors],
+                adapted_grad is None,
+                output_grad is None,
+                prefer_flat,
+                *masks,
+            )
+            plans = _plans.get(net)
+            plan = None if plans is None else plans.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
+            return undisturbed(_first_call, given, masks)
+        if plan is None:
+            return undisturbed(_first_call, given, masks, key)
+        program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+        if program is not plan.program:  # the network has changed
+            return undisturbed(_first_call, given, masks, key)
+        if options.batch_stats != "task":
+            check_batch_stats(net, options.batch_stats)
+        return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
 
 
 def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
@@ -181,6 +191,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     except BackendUnavailable:  # it may be the tensors that do not fit
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
+    plan.native = plan.backend.__name__ == _NATIVE
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
         check_capture(plan.backend, problem)
         if key is not None:

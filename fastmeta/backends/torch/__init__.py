@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from fastmeta.backends import _inputs
+from fastmeta.backends import _inputs, reference
+from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.chunks import Joined, chunks
@@ -17,6 +18,7 @@ from fastmeta.backends.torch.memory import stores
 from fastmeta.backends.torch.sweep import Sweep
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
+from fastmeta.undisturbed import asynchronous
 
 
 def missing() -> str:
@@ -34,6 +36,9 @@ def notes(problem: Problem) -> list[str]:
     with isolated(_inputs.any_batch(problem).x.device):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
+        state = carries_state(p) if p.steps else ""
+        if state:
+            return [f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"]
         reason = tasks.why_loop(p) if at_once > 1 else ""
     lines = [f"tasks run in a loop: {reason}"] if reason else []
     if at_once < problem.tasks:
@@ -48,14 +53,16 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
+        if (wrt or p.steps) and carries_state(p) and p.steps:
+            return _with_state(p, wrt, adapted)
         if _at_once(p) == 1 or tasks.why_loop(p):
             return _sweep(p, wrt, adapted, vectorised=False)
         start = RandomState.now(device)
         try:
             return _sweep(p, wrt, adapted, vectorised=True)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if asynchronous(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
             start.restore()
             result = _sweep(p, wrt, adapted, vectorised=False)  # an error of the caller's own comes out here
             tasks.remember_loop(p, error)
@@ -64,6 +71,17 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def _at_once(problem: Problem) -> int:
     return min(problem.tasks, problem.task_chunk or problem.tasks)
+
+
+def _with_state(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """A step that starts from what the last one left can be followed back through the graph of all steps alone."""
+    answers = (reference.solve(part, wrt, adapted) for part in chunks(problem))
+    if _at_once(problem) == problem.tasks:
+        return next(answers)
+    joined = Joined(problem, next(answers))
+    for answer in answers:
+        joined.add(answer)
+    return joined.result()
 
 
 def _sweep(problem: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool) -> Result:
