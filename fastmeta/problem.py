@@ -87,10 +87,10 @@ class Problem:
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
-    exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
     scratch: dict[str, Any] = field(default_factory=dict)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
+    exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
 
 
 @dataclass(slots=True)

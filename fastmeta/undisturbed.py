@@ -13,7 +13,7 @@ from traceback import clear_frames, walk_tb
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._C import _autograd, _functorch  # type: ignore[attr-defined]
+from torch._C import _autograd, _functorch
 
 from fastmeta.backends._random_state import RandomState
 
@@ -72,6 +72,14 @@ def undrawn(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
         raise
 
 
+def abandon(error: BaseException | None) -> None:
+    """Have context managers that were interrupted as they were entered go now, not when the last trace of the error
+    does: they still put back what they had found, which by then may be somebody else's."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 def asynchronous(error: BaseException) -> bool:
     """Whether an exception comes from outside of the code that it came up in: not an `Exception`, or raised by the
     handler of a signal. Who would go on another way after an error of the code's own lets it pass."""
@@ -108,8 +116,7 @@ class _State:
         """Make the state this one."""
         if vars(_State()) == vars(self):
             return
-        # context managers that were interrupted as they were entered go now, not when the error does
-        clear_frames(error.__traceback__)
+        abandon(error)
         while _functorch.get_dynamic_layer_stack_depth() > self.transforms:
             _functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.transforms)
         while _C._len_torch_dispatch_stack() > self.dispatch:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._random_state import RandomState, preserved
+from fastmeta.backends._random_state import preserved
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Carried, Exchange
 from fastmeta.problem import Problem
@@ -102,7 +102,8 @@ def _two_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
 def _check_reached(output: Tensor, exchange: Exchange) -> None:
     """All parameters were exchanged: none of the module's own is in the graph."""
     names = {at: name for name, at in exchange.own.items()}
-    pending, seen = [output.grad_fn], {None}
+    pending: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node in seen:

@@ -33,7 +33,8 @@ def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
 
 
 def detached(problem: Problem, requires_grad: bool = False) -> Problem:
-    """The same problem: its tensors fresh leaves, its step weights written out, its network ready to run. To be called inside `isolated`."""
+    """The same problem: its tensors fresh leaves, its step weights written out, its network ready to run. For inside
+    `isolated`."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else own(tensor, requires_grad)

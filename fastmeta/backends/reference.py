@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
 from fastmeta.backends._first_run import carries_state
+from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
 from fastmeta.network.functional import call, isolated
 from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result

@@ -1,7 +1,7 @@
 """`torch.utils.checkpoint` inside a network, which runs parts of it again in the backward pass.
 
 By then the module has its own parameters back, and the gradients would be those of another network. So a checkpointed
-part is run like any other while fastmeta evaluates a module; what it would have saved is `memory="recompute"`'s to save.
+part is run like any other while fastmeta evaluates a module, and memory is saved by `memory="recompute"` instead.
 torch.utils.checkpoint looks up what it is made of at every call: that is how it is reached however it was imported.
 """
 
@@ -22,6 +22,11 @@ _generator: Any = _checkpoint._checkpoint_without_reentrant_generator
 
 class Plain(TorchFunctionMode):
     """While one of these modes is active, in its own thread, checkpointed functions are run like any others."""
+
+    def __exit__(self, *raised: Any) -> None:
+        # who took it off the stack for a while may have been interrupted before it was put back
+        if self in _get_current_function_mode_stack()[-1:]:
+            super().__exit__(*raised)
 
 
 def _active() -> bool:
@@ -48,4 +53,4 @@ def _around(function: Any, preserve_rng_state: bool, context_fn: Any, *args: Any
 
 
 _Reentrant.apply = _apply
-_checkpoint._checkpoint_without_reentrant_generator = _around
+_checkpoint._checkpoint_without_reentrant_generator = _around  # type: ignore[assignment]

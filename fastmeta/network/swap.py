@@ -205,7 +205,9 @@ class Exchange:
         if id(value) in self._parameters:
             return True
         if isinstance(value, Tensor):
-            if kind not in _ORDINARY or value.requires_grad:  # a leaf is not written into, and gradients are to reach it
+            if (
+                kind not in _ORDINARY or value.requires_grad
+            ):  # a leaf is not written into, and gradients are to reach it
                 return False
             self._copied[id(value)] = value
             return True
@@ -267,6 +269,6 @@ def _refill(container: Any, content: Any) -> None:
     if isinstance(container, list):
         list.__setitem__(container, _ALL, content)
         return
-    kind = next(kind for kind in (OrderedDict, dict, set, deque) if isinstance(container, kind))
+    kind: Any = next(kind for kind in (OrderedDict, dict, set, deque) if isinstance(container, kind))
     fill = deque.extend if kind is deque else kind.update
     _run_through(chain(map(kind.clear, [container]), map(fill, [container], [content])))

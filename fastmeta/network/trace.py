@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from fastmeta.network.build import Refused
 from fastmeta.network.guards import Guard
 from fastmeta.network.kinds import MODULES
-from fastmeta.undisturbed import asynchronous, undisturbed
+from fastmeta.undisturbed import abandon, asynchronous, undisturbed
 
 
 class Root(nn.Module):
@@ -65,11 +65,11 @@ def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
         try:
             try:
                 return undisturbed(_traced, net, tracer)
-            except BaseException:
-                before.restore(tracer)
+            except BaseException as error:
+                before.restore(tracer, error)
                 raise
-        except BaseException:  # the first time may have been interrupted itself
-            before.restore(tracer)
+        except BaseException as error:  # the first time may have been interrupted itself
+            before.restore(tracer, error)
             raise
 
 
@@ -199,8 +199,9 @@ class _Patched:
         self.random = random.getstate()
         self.numpy = numpy.random.get_state() if numpy else None
 
-    def restore(self, tracer: _Tracer) -> None:
+    def restore(self, tracer: _Tracer, error: BaseException) -> None:
         """Make it what it was; may be done twice."""
+        abandon(error)
         for patcher in tracer.patchers - {None}:  # of names in the modules that the user's classes are from
             for patch in reversed(patcher.patches_made):
                 if getattr(patch.frame_dict, "get", None) and patch.frame_dict.get(patch.fn_name) is patch.new_fn:
