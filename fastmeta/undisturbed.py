@@ -91,8 +91,11 @@ def asynchronous(error: BaseException) -> bool:
 
 
 def _code(function: Any) -> Any:
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", None) or getattr(getattr(type(function), "__call__", None), "__code__", None)
+    """The code of a function, a method or an object that is called, None where it is not Python's."""
+    for called in (getattr(function, "__func__", function), type(function).__call__):
+        if hasattr(called, "__code__"):
+            return called.__code__
+    return None
 
 
 class _State:

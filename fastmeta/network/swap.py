@@ -86,8 +86,8 @@ class Exchange:
         """`function()` with `params` in the place of the module's parameters.
 
         Args:
-            params: name, as in `net.named_parameters()`, -> tensor. Wherever the module keeps the parameter of that name,
-                in several modules or in a list of its own, the forward finds this tensor.
+            params: name, as in `net.named_parameters()`, -> tensor. Wherever the module keeps the parameter of that
+                name, in several modules or in a list of its own, this tensor is found.
             function: runs the module, or something else that may look at it.
             carried: the state that an earlier pass left, which this one starts from and leaves its own in; None: the
                 module's own state.
@@ -214,7 +214,8 @@ class Exchange:
         if isinstance(value, nn.Module):
             self._add_module(place, value)
         elif isinstance(value, tuple):
-            if any([self._visit(place, item, objects) for item in value]):
+            exchanged = [self._visit(place, item, objects) for item in value]  # all of them are held
+            if any(exchanged):
                 self._tuples.pop(id(value), None)  # behind those that it holds
                 self._tuples[id(value)] = value
                 return True
