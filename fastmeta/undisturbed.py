@@ -117,9 +117,11 @@ class _State:
 
     def restore(self, error: BaseException) -> None:
         """Make the state this one."""
-        if vars(_State()) == vars(self):
+        differs = vars(_State()) != vars(self)
+        if differs or asynchronous(error):  # else the frames are left to a debugger
+            abandon(error)
+        if not differs and vars(_State()) == vars(self):
             return
-        abandon(error)
         while _functorch.get_dynamic_layer_stack_depth() > self.transforms:
             _functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.transforms)
         while _C._len_torch_dispatch_stack() > self.dispatch:
