@@ -246,7 +246,13 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     return output, weights if wanted else None
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """PyTorch's fused one has a wrong second derivative."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
     F.layer_norm: elementary.layer_norm,
     F.group_norm: elementary.group_norm,
     F.rms_norm: elementary.rms_norm,
@@ -257,6 +263,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
     F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
     F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),
 } | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}
