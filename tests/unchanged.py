@@ -1,8 +1,9 @@
 """After every public call, also one that raised, modules and torch's global state are what they were before.
 
-`conftest.py` has every test run inside `watched`, which wraps the public functions: each call notes the entries of every
-submodule's `__dict__`, parameters, buffers, submodules and hooks by identity, and torch's global state, and compares.
-What is meant to change something is not wrapped: `fm.flatten`, `load_state_dict`, and `.backward()`, which fills `.grad`.
+`conftest.py` has every test run inside `watched`, which wraps the public functions: each call notes the entries of
+every submodule's `__dict__`, parameters, buffers, submodules and hooks by identity, and torch's global state, and
+compares. What is meant to change something is not wrapped: `fm.flatten`, `load_state_dict`, and `.backward()`, which
+fills `.grad`.
 """
 
 from __future__ import annotations
