@@ -117,16 +117,17 @@ class _State:
 
     def restore(self, error: BaseException) -> None:
         """Make the state this one."""
+        self._restore_modes()  # first of all: they would see what is read and set here
         differs = vars(_State()) != vars(self)
         if differs or asynchronous(error):  # else the frames are left to a debugger
             abandon(error)
-        if not differs and vars(_State()) == vars(self):
+            self._restore_modes()
+        if vars(_State()) == vars(self):
             return
         while _functorch.get_dynamic_layer_stack_depth() > self.transforms:
             _functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.transforms)
         while _C._len_torch_dispatch_stack() > self.dispatch:
             _C._pop_torch_dispatch_stack(None)
-        self._restore_modes()
         self._restore_hooks()
         while (depth := [*map(_called, _AUTOCAST_NESTING)][1]) != self.nesting:
             _AUTOCAST_NESTING[depth > self.nesting]()

@@ -93,19 +93,21 @@ class Exchange:
                 module's own state.
         """
         with LOCK:
-            new = self._stand_ins(params, carried)
+            return self._run(self._stand_ins(params, carried), function, carried)
+
+    def _run(self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None) -> T:
+        try:
             try:
-                try:
-                    self._exchange(new, carried)
-                    output = function()
-                    if carried is not None:
-                        carried.contents = self._contents(new)
-                    return output
-                finally:
-                    self.put_back()
-            except BaseException:
-                self.put_back()  # the first time may have been interrupted itself
-                raise
+                self._exchange(new, carried)
+                output = function()
+                if carried is not None:
+                    carried.contents = self._contents(new)
+                return output
+            finally:
+                self.put_back()
+        except BaseException:
+            self.put_back()  # the first time may have been interrupted itself
+            raise
 
     def put_back(self) -> None:
         """Make the module what it was; may be done twice."""

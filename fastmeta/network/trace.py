@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as _fx
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastmeta.network.build import Refused
 from fastmeta.network.guards import Guard
@@ -60,17 +60,22 @@ def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
         Refused: the forward cannot be traced, or not faithfully.
     """
     with _TRACING:
-        tracer = _Tracer()
-        before = _Patched()
+        return _unpatched(net)
+
+
+def _unpatched(net: nn.Module) -> tuple[Root, fx.Graph]:
+    """`_traced`, and nothing is left patched if it is interrupted."""
+    tracer = _Tracer()
+    before = _Patched()
+    try:
         try:
-            try:
-                return undisturbed(_traced, net, tracer)
-            except BaseException as error:
-                before.restore(tracer, error)
-                raise
-        except BaseException as error:  # the first time may have been interrupted itself
+            return undisturbed(_traced, net, tracer)
+        except BaseException as error:
             before.restore(tracer, error)
             raise
+    except BaseException as error:  # the first time may have been interrupted itself
+        before.restore(tracer, error)
+        raise
 
 
 def _traced(net: nn.Module, tracer: _Tracer) -> tuple[Root, fx.Graph]:
@@ -82,9 +87,13 @@ def _traced(net: nn.Module, tracer: _Tracer) -> tuple[Root, fx.Graph]:
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
+        refusing = _RealTensorsRefused()
         try:
-            with _RealTensorsRefused():
-                graph = tracer.trace(root)
+            try:
+                with refusing:
+                    graph = tracer.trace(root)
+            finally:
+                refusing.gone()
         except Refused as reason:
             raise Refused(f"cannot capture `{_class_name(net)}` (in {tracer.place or 'net'}): {reason}") from None
         except Exception as error:  # the forward is the user's code: on stand-ins it may raise anything
@@ -221,6 +230,11 @@ class _Patched:
 
 class _RealTensorsRefused(TorchFunctionMode):
     """Refuses what is computed without the traced input: its result would be baked into the program."""
+
+    def gone(self) -> None:
+        """Make sure that it was left: leaving may have been interrupted, and nothing else could be put back."""
+        while self in _get_current_function_mode_stack():
+            torch._C._pop_torch_function_stack()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

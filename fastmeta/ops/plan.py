@@ -134,36 +134,41 @@ def prepare(
         if masks:
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
         given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
-        try:
-            key = (
-                options,
-                options.steps.__class__,  # True == 1 == 1.0
-                options.task_chunk.__class__,
-                options.support_per_step.__class__,
-                wrt,
-                None if loss is None else loss.key,
-                None if query_loss is None else query_loss.key,
-                rates_key(lr),
-                *params,
-                *map(_sort, params.values()),
-                *[None if tensor is None else _sort(tensor) for tensor in tensors],
-                adapted_grad is None,
-                output_grad is None,
-                prefer_flat,
-                *masks,
-            )
-            plans = _plans.get(net)
-            plan = None if plans is None else plans.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
-            return undisturbed(_first_call, given, masks)
-        if plan is None:
-            return undisturbed(_first_call, given, masks, key)
-        program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
-        if program is not plan.program:  # the network has changed
-            return undisturbed(_first_call, given, masks, key)
-        if options.batch_stats != "task":
-            check_batch_stats(net, options.batch_stats)
-        return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
+        return _prepared(given, masks)
+
+
+def _prepared(given: _Given, masks: list[str]) -> Call:
+    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat = given
+    try:
+        key = (
+            options,
+            options.steps.__class__,  # True == 1 == 1.0
+            options.task_chunk.__class__,
+            options.support_per_step.__class__,
+            wrt,
+            None if loss is None else loss.key,
+            None if query_loss is None else query_loss.key,
+            rates_key(lr),
+            *params,
+            *map(_sort, params.values()),
+            *[None if tensor is None else _sort(tensor) for tensor in tensors],
+            adapted_grad is None,
+            output_grad is None,
+            prefer_flat,
+            *masks,
+        )
+        plans = _plans.get(net)
+        plan = None if plans is None else plans.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
+        return undisturbed(_first_call, given, masks)
+    if plan is None:
+        return undisturbed(_first_call, given, masks, key)
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+    if program is not plan.program:  # the network has changed
+        return undisturbed(_first_call, given, masks, key)
+    if options.batch_stats != "task":
+        check_batch_stats(net, options.batch_stats)
+    return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
 
 
 def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
