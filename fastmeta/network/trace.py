@@ -88,6 +88,7 @@ def _traced(net: nn.Module, tracer: _Tracer) -> tuple[Root, fx.Graph]:
         torch.enable_grad(),
     ):
         refusing = _RealTensorsRefused()
+        tracer.ambient = _ambient()
         try:
             try:
                 with refusing:
@@ -154,7 +155,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.place = ""  # where in the network tracing failed
         self.patchers: set[Any] = set()  # what torch.fx has patched
-        self._ambient = _ambient()
+        self.ambient = _ambient()  # gradients and autocast as the trace began
         self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -188,7 +189,7 @@ class _Tracer(fx.Tracer):
         raise Refused("it iterates over a traced value")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _ambient() != self._ambient:
+        if _ambient() != self.ambient:
             raise Refused("it switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["place"] = self.scope.module_path
