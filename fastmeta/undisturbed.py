@@ -16,6 +16,7 @@ import torch
 from torch._C import _autograd, _functorch
 
 from fastmeta.backends._random_state import RandomState
+from fastmeta.network.swap import LOCK
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,6 +103,10 @@ class _State:
     """torch's state, of this thread and of the process, as far as a forward pass or fastmeta changes it for a time."""
 
     def __init__(self) -> None:
+        with LOCK:  # flags are of the process: not those of another thread's forward pass
+            self._read()
+
+    def _read(self) -> None:
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
@@ -117,6 +122,10 @@ class _State:
 
     def restore(self, error: BaseException) -> None:
         """Make the state this one."""
+        with LOCK:
+            self._restore(error)
+
+    def _restore(self, error: BaseException) -> None:
         self._restore_modes()  # first of all: they would see what is read and set here
         differs = vars(_State()) != vars(self)
         if differs or asynchronous(error):  # else the frames are left to a debugger

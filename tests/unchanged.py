@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 import fastmeta as fm
 from fastmeta import heads, ops
 from fastmeta.algorithms.inner_loop import InnerLoop
+from fastmeta.network.swap import LOCK
 
 _OPERATORS = ("inner_sgd", "meta_gradient", "task_forward", "task_gradient")
 _METHODS = ("forward", "adapt", "predict", "explain")
@@ -107,14 +108,17 @@ def checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        nets = [_net(argument) for argument in (*args, *kwargs.values()) if isinstance(argument, nn.Module)]
-        nets_before, before = [*map(module_state, nets)], global_state()
+        modules = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, nn.Module)]
+        nets = [_net(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        with LOCK:  # another thread may be running the same network
+            nets_before, before = [*map(module_state, nets)], global_state()
         try:
             return function(*args, **kwargs)
         finally:
-            changed = differences(before, global_state())
-            for net, was in zip(nets, nets_before, strict=True):
-                changed += differences(was, module_state(net))
+            with LOCK:
+                changed = differences(before, global_state())
+                for net, was in zip(nets, nets_before, strict=True):
+                    changed += differences(was, module_state(net))
             assert not changed, f"{name} has changed {', '.join(changed)}"
 
     call.watched = True  # type: ignore[attr-defined]
