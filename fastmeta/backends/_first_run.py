@@ -23,6 +23,7 @@ from fastmeta.problem import Problem
 from fastmeta.undisturbed import asynchronous
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes)
+_HELD_APART = ("_parameters", "_buffers", "_modules")
 _known: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
 
 
@@ -189,6 +190,8 @@ def _difference(exchange: Exchange, before: list[Any], after: list[Any], buffers
             continue
         if isinstance(old, dict):
             for key in dict.fromkeys(chain(old, new)):
+                if key in _HELD_APART:
+                    continue
                 if key not in old or key not in new or not _equal(old[key], new[key]):
                     return f"{place.removesuffix(_BUFFERS)}.{key}"
         elif not _equal(old, new):
