@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import os
 import pickle
 import random
 import sys
@@ -48,6 +49,10 @@ _METHODS: list[tuple[type, str]] = [
     (torch.autograd.Function, "apply"),
     *_fx._wrapped_methods_to_patch,
 ]
+
+# A process forks between captures: the child has none of the threads that could end one.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_TRACING.acquire, after_in_parent=_TRACING.release, after_in_child=_TRACING.release)
 
 
 def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
