@@ -10,6 +10,7 @@ from fastmeta.network.functional import norms_by_batch
 from fastmeta.network.program import normalises
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
+from fastmeta.undisturbed import undrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class Explanation:
 
 def explain(call: Call) -> Explanation:
     """How a checked call runs. Reads shapes and options, and may run two tasks once on the `torch` backend."""
+    return undrawn(call.plan.shapes.device, _explanation, call)
+
+
+def _explanation(call: Call) -> Explanation:
     problem, wrt = call.problem, call.wrt
     chosen = call.plan.backend.__name__.rpartition(".")[2]
     tried = backends.candidates(problem)

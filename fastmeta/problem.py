@@ -22,6 +22,7 @@ from torch import dtype as Dtype
 if TYPE_CHECKING:
     from fastmeta.losses import Loss
     from fastmeta.network.program import Program
+    from fastmeta.network.swap import Exchange
     from fastmeta.update_rules import SGD
 
 #: Everything that a gradient can be asked for, besides nothing at all.
@@ -95,6 +96,7 @@ class Problem:
     scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
+    exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
+from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Problem
 from fastmeta.update_rules import SGD
 
@@ -37,7 +38,8 @@ def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
 
 
 def detached(problem: Problem, requires_grad: bool = False) -> Problem:
-    """The same problem: its tensors fresh leaves, its step weights written out. To be called inside `isolated`."""
+    """The same problem: its tensors fresh leaves, its step weights written out, its network ready to run. For inside
+    `isolated`."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else own(tensor, requires_grad)
@@ -50,6 +52,7 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
     cotangents = problem.adapted_grad
     return replace(
         problem,
+        exchange=Exchange(problem.net),
         params={name: own(value, requires_grad) for name, value in problem.params.items()},
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
         support=leaves(problem.support),
@@ -92,7 +95,7 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
     with torch.no_grad(), preserved_for(problem):
-        return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
+        return tuple(call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
 
 
 def check_rates(problem: Problem) -> None:

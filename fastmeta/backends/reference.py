@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
 from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.network.functional import call, isolated
+from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
 
@@ -33,6 +35,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
+        if wrt or p.steps:
+            carries_state(p)
         answers = [_one_task(p, t) for t in range(p.tasks)]
         result = Result(grads=_gradients(p, _objective(p, answers), wrt))
         if p.query is not None:
@@ -48,27 +52,30 @@ def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
+    net, state = p.exchange or p.net, Carried()
     query_loss = output = _zero(p)
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             x, y, weights = _examples(p.query, (t,))
-            output = call(p.net, theta, x, batch_stats=p.batch_stats)
+            output = call(net, theta, x, batch_stats=p.batch_stats, carried=state)
             if p.query_loss is not None and weight:
                 query_loss = query_loss + weight * p.query_loss(output, y, weights)
         if k < p.steps:
-            theta, momentum = _inner_step(p, t, k, theta, momentum)
+            theta, momentum = _inner_step(p, t, k, theta, momentum, state)
     return query_loss, output, theta
 
 
 def _inner_step(
-    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor], state: Carried
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
     x, y, weights = _examples(support, (t, k) if support.per_step else (t,))
-    value = loss(call(p.net, theta, x, batch_stats=p.batch_stats), y, weights)
+    output = call(p.exchange or p.net, theta, x, batch_stats=p.batch_stats, carried=state)
+    value = loss(output, y, weights)
     adapted = [theta[name] for name in p.rates]
-    gradient = gradients([value], adapted, create_graph=p.order == "second")
+    # what the module keeps may lead back into this graph
+    gradient = gradients([value], adapted, create_graph=p.order == "second", retain_graph=True)
     if t == k == 0 and p.order == "second":
         check_twice(value, gradient)
     theta, momentum = dict(theta), dict(momentum)

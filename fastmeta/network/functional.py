@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from fastmeta.network import elementary
+from fastmeta.network.checkpoints import Plain
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
+from fastmeta.network.swap import Carried, Exchange
 from fastmeta.network.twice import REPLACED
 
 _BATCH_STATS = ("task", "running", "module")
@@ -34,17 +35,19 @@ class NotOneTensorError(TypeError):
 
 
 def call(
-    net: nn.Module,
+    net: nn.Module | Exchange,
     params: Mapping[str, Tensor],
     x: Tensor,
     *,
     batch_stats: str = "task",
     decompose: bool = False,
+    carried: Carried | None = None,
 ) -> Tensor:
     """The network's output for one task.
 
     Args:
-        net: the module; neither its parameters nor its buffers are touched.
+        net: the module; its parameters, buffers and attributes are the same objects afterwards. Whoever calls it often
+            gives an `Exchange` of it.
         params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
@@ -53,6 +56,8 @@ def call(
         decompose: compute norms, attention, embeddings and recurrent networks from elementary operators, so that vmap
             and double backward are right together however they nest (autograd over `vmap(grad)` of fused norms is
             silently wrong, pytorch/functorch#534).
+        carried: the state, in buffers and attributes, that the task's last forward pass left the module in, to start
+            from and to be replaced; None: the module's own state.
 
     Returns:
         The output [N, *out].
@@ -63,24 +68,29 @@ def call(
         TypeError: the module returns something else than one tensor.
         ValueError: a norm over the task's own batch would see one value per channel.
     """
-    output = _run(net, params, x, _Conventions(batch_stats, decompose))
+    exchange = net if isinstance(net, Exchange) else Exchange(net)
+    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried)
     if not isinstance(output, Tensor):
         raise NotOneTensorError(type(output).__name__)
     return output
 
 
-def _run(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, conventions: _Conventions) -> Any:
-    # A forward pass may count batches or move running statistics: it does so on copies.
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+def _run(
+    exchange: Exchange,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    conventions: _Conventions,
+    carried: Carried | None = None,
+) -> Any:
     with ExitStack() as stack:
-        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
+        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in exchange.net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules and any(map(_compiled, net.modules())):
+        if "torch._dynamo" in sys.modules and any(map(_compiled, exchange.net.modules())):
             # compiled code would be compiled again for every task's own parameters, or has failed to be
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(conventions)
-        return torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
+        return exchange.run(params, lambda: exchange.net(x.clone()), carried)
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -125,7 +135,7 @@ def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor,
 
     conventions.replacements[F.batch_norm] = noticed
     with torch.no_grad():
-        _run(net, params, x, conventions)
+        _run(Exchange(net), params, x, conventions)
     return bool(found)
 
 
@@ -179,7 +189,7 @@ def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
     return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point())
 
 
-class _Conventions(TorchFunctionMode):
+class _Conventions(Plain):
     """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls them.
 
     While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
@@ -287,7 +297,13 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     return output, weights if wanted else None
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """PyTorch's fused one has a wrong second derivative."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
     **REPLACED,
     F.layer_norm: elementary.layer_norm,
     F.group_norm: elementary.group_norm,
@@ -299,6 +315,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
     **REPLACED,
     F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
     F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
 from fastmeta.network.functional import NotOneTensorError, call
+from fastmeta.network.swap import Exchange
 from fastmeta.ops.checks import Shapes, Tensors, check_ordinary
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates, check_finite
@@ -95,9 +96,10 @@ def _forward(
         return None
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
     example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
+    exchange = Exchange(net)  # refuses some networks by its own words
     try:
         with preserved(x.device, net), torch.no_grad():
-            return call(net, own, example, batch_stats=options.batch_stats)
+            return call(exchange, own, example, batch_stats=options.batch_stats)
     except Exception as error:
         _check_call(options.who, net, example, error)
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)

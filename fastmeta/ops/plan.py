@@ -21,6 +21,7 @@ from fastmeta.network.capture import captured, frozen_flags
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.program import Program
 from fastmeta.network.renormalised import check_renormalised
+from fastmeta.network.swap import LOCK
 from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
@@ -29,6 +30,7 @@ from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.problem import Batch, Problem, Result, Scratch
+from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
 _FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
@@ -37,6 +39,7 @@ _sort = attrgetter("shape", "dtype", "device", "layout")
 _MOST_PLANS = 256
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
+_NATIVE = "fastmeta.backends.cpu"
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class Plan:
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
     scratch: Scratch
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
+    native: bool = False  # the backend calls into nothing that has a global state to leave behind
 
 
 @dataclass(slots=True)
@@ -73,6 +77,11 @@ class Call:
         Raises:
             ValueError, TypeError: the network or the loss cannot take a tensor; the message names it.
         """
+        if self.plan.native:
+            return self._solve(adapted)
+        return undrawn(self.plan.shapes.device, self._solve, adapted)
+
+    def _solve(self, adapted: bool) -> Result:
         problem = self.problem
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
@@ -142,10 +151,16 @@ def prepare(
             f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
             "this call"
         )
-    masks = masked(tensors)
-    if masks:
-        tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-    given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
+    with LOCK:
+        masks = masked(tensors)
+        if masks:
+            tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
+        given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
+        return _prepared(given, masks)
+
+
+def _prepared(given: _Given, masks: list[str]) -> Call:
+    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat = given
     try:
         key = (
             options,
@@ -166,18 +181,20 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except Exception:  # an argument of any type was hashed or compared here: the full check will name it
-        return _first_call(given, masks)
+    except Exception as error:  # an argument of any type was hashed or compared here: the full check will name it
+        if asynchronous(error):
+            raise
+        return undisturbed(_first_call, given, masks)
     if plan is None:
-        return _first_call(given, masks, key)
+        return undisturbed(_first_call, given, masks, key)
     program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
     if program is not plan.program:  # the network has changed
-        return _first_call(given, masks, key)
+        return undisturbed(_first_call, given, masks, key)
     if plan.flags is not None and (flags := frozen_flags(net)) != plan.flags:
         key = (*key, flags)
         plan = plans.get(key) if plans is not None else None
         if plan is None or plan.program is not program:
-            return _first_call(given, masks, key)
+            return undisturbed(_first_call, given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
@@ -210,6 +227,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     except BackendUnavailable:  # it may be the tensors that do not fit
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
+    plan.native = plan.backend.__name__ == _NATIVE
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
         if problem.steps or problem.query is not None:  # else nothing is run
             check_capture(plan.backend, problem)

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from fastmeta.backends import _inputs
+from fastmeta.backends import _inputs, reference
 from fastmeta.backends._autocast import autocast_dtype
+from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
@@ -22,6 +23,7 @@ from fastmeta.backends.torch.replay import WHY, NotReplayedError
 from fastmeta.backends.torch.sweep import Sweep
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
+from fastmeta.undisturbed import asynchronous
 
 
 def missing() -> str:
@@ -41,6 +43,9 @@ def notes(problem: Problem) -> list[str]:
     with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
+        state = carries_state(p) if p.steps and _inputs.runs(p) else ""
+        if state:
+            return [f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"]
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
     lines = [f"tasks run in a loop: {reason}"] if reason else []
     if tasks.must_store(p):
@@ -63,6 +68,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
+        if (wrt or p.steps) and _inputs.runs(p) and carries_state(p) and p.steps:
+            return _with_state(p, wrt, adapted)
         start = RandomState.of(p)
         vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
         try:
@@ -70,7 +77,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
-            if not vectorised:
+            if not vectorised or asynchronous(error):
                 raise
             start.restore()
             result = _replayable(p, wrt, adapted, False, start)  # an error of the caller's own comes out here
@@ -98,6 +105,17 @@ def _replayable(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool
 
 def _at_once(problem: Problem) -> int:
     return min(problem.tasks, problem.task_chunk or problem.tasks)
+
+
+def _with_state(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """A step that starts from what the last one left can be followed back through the graph of all steps alone."""
+    answers = (reference.solve(part, wrt, adapted) for part in chunks(problem))
+    if _at_once(problem) == problem.tasks:
+        return next(answers)
+    joined = Joined(problem, next(answers))
+    for answer in answers:
+        joined.add(answer)
+    return joined.result()
 
 
 def _sweep(problem: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool) -> Result:

@@ -53,6 +53,7 @@ def evaluate(
 
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
     """
+    net = problem.exchange or problem.net
 
     device, dtype = batch.x.device, next(iter(params.values())).dtype
 
@@ -60,7 +61,7 @@ def evaluate(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with autocast(device, problem.autocast):
-            output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+            output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
             if problem.autocast is not None:
                 output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
             value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
