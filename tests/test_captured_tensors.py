@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastmeta as fm
-from tests.plain_autograd import MSE, adapt, episodes, error, network
+from tests.plain_autograd import MSE, episodes, error, network
 
 TOLERANCE = 1e-9
 BACKENDS = ("torch", "reference")
@@ -141,7 +139,7 @@ def maml(net: nn.Module, **options: Any) -> fm.MAML:
 
 
 def compare(value: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
-    """`value.backward()` fills the gradients that `expected` has; by leaves with no dependence they are None or zero."""
+    """`value.backward()` fills the gradients that `expected` has; where there is no dependence, None or zeros."""
     want = torch.autograd.grad(expected, leaves, retain_graph=True, materialize_grads=True)
     for leaf in leaves:
         leaf.grad = None

@@ -15,15 +15,25 @@ from fastmeta.algorithms.diverged import check_diverged, named
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
+from fastmeta.ops.again import Read, captures_of, reads
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.differentiable import Operation, run_and_read
 from fastmeta.ops.eager import eager
-from fastmeta.ops.inner_sgd import inner_loop, inner_sgd
+from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt
 from fastmeta.ops.plan import prepare
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
+
+
+class _Step(NamedTuple):
+    """One inner step."""
+
+    start: dict[str, Tensor]  # name -> [T, *shape], leaves
+    moved: dict[str, Tensor]  # name -> [T, *shape]
+    captured: list[Tensor]  # what the network and the loss read past their arguments
 
 
 class IMAMLLoss(NamedTuple):
@@ -132,19 +142,25 @@ class IMAML(InnerLoop):
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
         check_no_gradients(self.who, tensors)
         params = self.parameters_by_name()
-        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
+        wanted = torch.is_grad_enabled()
         solution = self.adapted(self.who, Tensors(support_x, support_y, support_weights), self.inner_steps)
         options = self._options(self.who)._replace(steps=0)
         wrt = frozenset({"params"} if wanted else ())
-        call = prepare(options, self.net, solution, tensors, self.loss, self.query_loss, self.inner_lr, wrt)
+        given = options, self.net, solution, tensors, self.loss, self.query_loss, self.inner_lr, wrt
+        call = prepare(*given, captures=captures_of(True, None) if wanted else None)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
         if not wanted:
             return IMAMLLoss(loss, task_losses, output)
+        direct = reads(result.grads.captured, None)
+        step = self._step(solution, tensors)
+        if not (direct or step.captured or any(value.requires_grad for value in params.values())):
+            return IMAMLLoss(loss, task_losses, output)
         query = cast("dict[str, Tensor]", result.grads.params)  # name -> [T, *shape], task weights and 1 / T in it
         check_diverged(self.who, "adapted parameters or query gradients are", [*solution.values(), *query.values()])
-        gradients, residuals, inner = self._implicit(params, solution, query, tensors)
-        return IMAMLLoss(attached(loss, gradients, params), task_losses, output, residuals, inner)
+        gradients, implicit, residuals, inner = self._implicit(params, step, query)
+        loss = attached(loss, gradients, params, [*direct, *implicit])
+        return IMAMLLoss(loss, task_losses, output, residuals, inner)
 
     def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, and why others do not; print it.
@@ -179,38 +195,34 @@ class IMAML(InnerLoop):
                     theta[name] += pull * params[name]
         return theta
 
+    def _step(self, solution: dict[str, Tensor], tensors: Tensors) -> _Step:
+        """One inner step of rate -1 / lambda from the solution, with its graph."""
+        start = {name: value.requires_grad_() for name, value in solution.items()}
+        support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
+        options = self._options(self.who)._replace(steps=1, adapt=self.names)
+        moved, captured = run_and_read(Operation(options, self.net, start, support, -1 / self.proximal, self.loss))
+        return _Step(start, dict(zip(start, moved, strict=True)), captured)
+
     def _implicit(
-        self, params: dict[str, Tensor], solution: dict[str, Tensor], query: dict[str, Tensor], tensors: Tensors
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(the meta-gradient by name, residuals [T], inner residuals [T]).
+        self, params: dict[str, Tensor], step: _Step, query: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[Read], Tensor, Tensor]:
+        """(the meta-gradient by name, that of what was captured, residuals [T], inner residuals [T]).
 
         One inner step of rate -1 / lambda from the solution, theta_K + grad L(theta_K) / lambda, has I + H / lambda
         as its Jacobian: vector-Jacobian products of it are what conjugate gradients need. It also lands on theta if
-        the inner problem is solved. In the parameters that are not adapted the product is the mixed derivative.
+        the inner problem is solved. In what is not adapted the product is the mixed derivative.
         """
-        start = {name: value.requires_grad_() for name, value in solution.items()}
-        x, y, weights = tensors.support_x, tensors.support_y, tensors.support_weights
-        moved = inner_sgd(
-            self.net,
-            start,
-            cast(Tensor, x),
-            cast(Tensor, y),
-            loss=self.loss,
-            lr=-1 / self.proximal,
-            steps=1,
-            adapt=self.names,
-            weights=weights,
-            batch_stats=self.batch_stats,
-            backend=self.backend,
-        )
+        start, moved = step.start, step.moved
         adapted = [moved[name] for name in self.names]
         shapes = [value.shape for value in adapted]
         sizes = [value[0].numel() for value in adapted]
 
-        def products(v: Tensor) -> dict[str, Tensor]:  # [T, P] -> name -> [T, *shape]
+        def along(v: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:  # v: [T, P]
             directions = [part.reshape(shape) for part, shape in zip(v.split(sizes, 1), shapes, strict=True)]
-            leaves = list(start.values())
-            return dict(zip(start, torch.autograd.grad(adapted, leaves, directions, retain_graph=True), strict=True))
+            return torch.autograd.grad(adapted, leaves, directions, retain_graph=True)
+
+        def products(v: Tensor) -> dict[str, Tensor]:  # name -> [T, *shape]
+            return dict(zip(start, along(v, [*start.values()]), strict=True))
 
         with torch.no_grad():
             b = self._flat(query)
@@ -218,6 +230,7 @@ class IMAML(InnerLoop):
             goal = 0.5 * self.cg_tolerance
             u, indefinite = conjugate_gradient(lambda v: self._flat(products(v)), b, self.cg_steps, goal)
             left = {name: query[name] - product for name, product in products(u).items()}
+            products_captured = along(u, step.captured) if step.captured else ()
             size = b.norm(dim=1)
             residuals = self._flat(left).norm(dim=1) / torch.where(size > 0, size, 1)
             inner = self.proximal * self._flat({name: moved[name] - params[name] for name in self.names}).norm(dim=1)
@@ -225,7 +238,8 @@ class IMAML(InnerLoop):
         self._report(residuals, indefinite)
         gradients = {name: value.sum(0) for name, value in left.items()}
         gradients |= zip(self.names, u.sum(0).split(sizes), strict=True)
-        return gradients, residuals, inner
+        implicit = [Read(x, None, -product) for x, product in zip(step.captured, products_captured, strict=True)]
+        return gradients, implicit, residuals, inner
 
     def _flat(self, values: dict[str, Tensor]) -> Tensor:
         """What belongs to adapted parameters as vectors [T, P]."""

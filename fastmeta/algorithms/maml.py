@@ -17,6 +17,7 @@ from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
@@ -186,7 +187,7 @@ class MAML(nn.Module):
             options = options._replace(steps=steps)
             check_options(options)
             lr = repeated(lr, steps)
-        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss)
+        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss, self.aliases())
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -282,6 +283,14 @@ class MAML(nn.Module):
         """The learning rates as operators take them, from the learned ones by their keys."""
         number = self._number
         return self.inner_lrs.as_given(rates) if number is None else number
+
+    def aliases(self) -> Aliases | None:
+        """What a loss may read of a flattened module: the parameters, which autograd knows as pieces of its vector."""
+        flat = self.flat
+        if flat is None:
+            return None
+        parts = flat.parts(*self.meta_parameters(check=False))
+        return Aliases(tuple(parts), lambda: views(flat.vector, parts))
 
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         return Options(

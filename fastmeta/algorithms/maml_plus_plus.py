@@ -143,7 +143,8 @@ class MAMLPlusPlus(Stepwise):
             if k:
                 later = {name: rates[f"extra.{key}"] for name, key in self._keys.items()}  # [K - 1, *shape]
                 theta = {**theta, **{name: rows[min(k, len(rows)) - 1] for name, rows in later.items()}}
-            moved = inner_loop(options, self.net, theta, support_of(support, k, per_step), at_step(lr, k), self.loss)
+            tensors = support_of(support, k, per_step)
+            moved = inner_loop(options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases())
             theta = {**theta, **{name: moved[name] for name in self.names}}
             yield theta
 

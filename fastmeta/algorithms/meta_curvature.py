@@ -62,7 +62,7 @@ class MetaCurvature(Stepwise):
         theta = {**params}
         yield theta
         for k in range(steps):
-            g = gradient(options, self.net, theta, support_of(support, k, per_step), self.loss)
+            g = gradient(options, self.net, theta, support_of(support, k, per_step), self.loss, self.aliases())
             alpha = at_step(lr, k)
             moved = {}
             for name, value in g.items():

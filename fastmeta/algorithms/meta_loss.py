@@ -31,8 +31,6 @@ _WRT = {
     for rates in (False, True)
 }
 
-_CAPTURES = Captures(True)
-
 
 class Leaves(NamedTuple):
     """The meta-parameters that a loss is differentiated by."""
@@ -51,11 +49,13 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt, captures_of(maml, params, rates))
+    aliases = maml.aliases()
+    captures = again.captures_of(True, aliases)
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt, captures)
     state = state_before(call)
     result = call.solve()
     loss, task_losses, output = answer(call, result)
-    captured = again.living(result.grads.captured)
+    captured = again.reads(result.grads.captured, aliases)
     if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
         gradients += [input_gradient(field, result) for field in inputs]
@@ -63,12 +63,6 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
         recipe = Recipe(call.options, maml.net, *losses, wrt, state, maml.lr_of, maml.flat)
         loss = recipe.attach(loss, gradients, leaves, inputs, captured, params, rates, tensors)
     return loss, task_losses, output
-
-
-def captures_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Captures:
-    """What a call wants of captured tensors; a loss may read the parameters of a flattened module too."""
-    flat = maml.flat
-    return _CAPTURES if flat is None else Captures(True, tuple(flat.parts(params, rates)))
 
 
 def state_before(call: Call) -> RandomState | None:
@@ -117,7 +111,7 @@ def attached(
     loss: Tensor,
     gradients: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
-    captured: Sequence[tuple[Tensor, Tensor]] = (),
+    captured: Sequence[again.Read] = (),
 ) -> Tensor:
     """A loss as a function of parameters that its gradients are known for, those of the same names.
 
@@ -128,8 +122,8 @@ def attached(
     Derivatives: once; differentiating again raises.
     """
     leaves = [*params.values()]
-    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [gradient for _, gradient in captured]
-    inputs = [*leaves, *[tensor for tensor, _ in captured]]
+    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [read.gradient for read in captured]
+    inputs = [*leaves, *[read.tensor for read in captured]]
     return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
 
 
@@ -179,7 +173,7 @@ class Recipe:
         gradients: list[Tensor],
         leaves: list[Tensor],
         inputs: list[str],
-        captured: Sequence[tuple[Tensor, Tensor]],
+        captured: Sequence[again.Read],
         params: Mapping[str, Tensor],
         rates: Mapping[str, Tensor],
         tensors: Tensors,
@@ -191,7 +185,7 @@ class Recipe:
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
             leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
             inputs: fields of `tensors`.
-            captured: (tensor, gradient).
+            captured: what was read besides.
             params, rates, tensors: everything that the loss was computed from.
         """
         self.names, self.keys = tuple(params), tuple(rates)
@@ -204,8 +198,9 @@ class Recipe:
         if not self._leads("lr"):
             rest += rates.values()
         if captured:
-            gradients = gradients + [gradient for _, gradient in captured]
-            given = given + self._known([tensor for tensor, _ in captured], params, rates)
+            self.parts = tuple(read.part for read in captured)
+            gradients = gradients + [read.gradient for read in captured]
+            given = given + [read.tensor for read in captured]
         return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
 
     def gradients(
@@ -229,13 +224,10 @@ class Recipe:
             params.update({name: next(pieces) for name in self.flat.names})
             rates.update({key: next(pieces) for key in self.flat.keys})
         tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
-        parts = [part for part in self.parts if part is not None]
-        captures = Captures(True, tuple(parts))
+        captures = Captures(True, tuple(part for part in self.parts if part is not None))
         losses = self.loss, self.query_loss
         call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
-        captured = [
-            tensor if part is None else part for tensor, part in zip(given[count:], self.parts, strict=True)
-        ]
+        captured = again.read_again(given[count:], self.parts)
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
         found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
         return [next(found) if need else None for need in needs]
@@ -256,25 +248,14 @@ class Recipe:
             slots += [] if self._leads(group) else members
         return slots
 
-    def _known(
-        self, captured: list[Tensor], params: Mapping[str, Tensor], rates: Mapping[str, Tensor]
-    ) -> list[Tensor]:
-        """What autograd knows captured tensors as: a part of a flattened module as a piece of its vector."""
-        if self.flat is None:
-            self.parts = (None,) * len(captured)
-            return captured
-        parts = self.flat.parts(params, rates)
-        pieces = {id(part): (part, piece) for part, piece in zip(parts, views(self.flat.vector, parts), strict=True)}
-        found = [pieces.get(id(tensor), (None, tensor)) for tensor in captured]
-        self.parts = tuple(part for part, _ in found)
-        return [piece for _, piece in found]
-
 
 class _Attach(torch.autograd.Function):
     """Makes a loss a function of the tensors that its gradients are known for."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Tensor, list[Tensor], Recipe | None, list[Tensor]], leaves: int, *given: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, known: tuple[Tensor, list[Tensor], Recipe | None, Sequence[Tensor]], leaves: int, *given: Tensor
+    ) -> Tensor:
         loss, gradients, ctx.recipe, rest = known
         # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
         ctx.save_for_backward(*gradients, *given, *rest)
@@ -286,8 +267,8 @@ class _Attach(torch.autograd.Function):
         saved = ctx.saved_tensors
         known, given, leaves = ctx.counts
         if torch.is_grad_enabled() and ctx.recipe is not None:  # create_graph=True
-            needs = ctx.needs_input_grad[2:]
-            return (None, None, *ctx.recipe.gradients(saved[known : known + given], saved[known + given :], needs, grad))
+            by, rest = saved[known : known + given], saved[known + given :]
+            return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
         # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
         with torch.no_grad():
             results = [gradient * grad for gradient in saved[:known]]

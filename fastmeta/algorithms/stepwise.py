@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaLoss
-from fastmeta.algorithms.meta_loss import answer, attached, input_gradient, inputs_of
+from fastmeta.algorithms.meta_loss import Recipe, answer, input_gradient, inputs_of, state_before
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, check_options
@@ -121,15 +122,21 @@ class Stepwise(MAML):
         wanted = grad and any(value.requires_grad for value in theta.values())
         wrt = frozenset(["params"] * wanted + fields) - {"task_weights"}
         options = self._step()._replace(steps=0)
-        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt)
+        aliases = self.aliases()
+        captures = captures_of(True, aliases) if grad else None
+        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt, captures=captures)
+        state = state_before(call)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
-        leaves = {**theta} if wanted else {}
-        gradients = {**(result.grads.params or {})}
-        for field in fields:
-            leaves[f"{field}="] = getattr(query, field)  # the key is no parameter's name
-            gradients[f"{field}="] = input_gradient(field, result)
-        return MetaLoss(attached(loss, gradients, leaves) if leaves else loss, task_losses, output)
+        captured = reads(result.grads.captured, aliases)
+        if wanted or fields or captured:
+            params = result.grads.params or {}
+            gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
+            gradients += [input_gradient(field, result) for field in fields]
+            recipe = Recipe(options, self.net, None, self.query_loss, wrt, state, lambda rates: 0.0)
+            leaves = [*theta.values()] if wanted else []
+            loss = recipe.attach(loss, gradients, leaves, fields, captured, theta, {}, query)
+        return MetaLoss(loss, task_losses, output)
 
     def _start(self) -> None:
         super()._start()

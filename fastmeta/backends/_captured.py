@@ -1,9 +1,9 @@
 """Tensors that require grad and that a network or a loss reads past its arguments, and the gradients by them.
 
-A learned weight in a closure, a loss network behind a lambda, a vector that another network has made: `Watch` sees them
-as PyTorch's functions are called, and what it cannot see there it finds in the autograd graph of what came out. Each gets
-a stand-in, a view of it, by which the gradient is taken: so nothing of the user's own graph is run, freed, or told to a
-hook before the user's backward pass is.
+A learned weight in a closure, a loss network behind a lambda, a vector that another network has made: `Watch` sees
+them as PyTorch's functions are called, and what it cannot see there it finds in the autograd graph of what came out.
+Each gets a stand-in, a view of it, by which the gradient is taken: nothing of the user's own graph is run, freed or
+told to a hook before the user's backward pass is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Captured:
         self.wanted = wanted
         self._keep = keep
         self._kept: list[Watch] = []
-        self._start = torch.autograd._get_sequence_nr()
+        self._start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._totals: dict[Key, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -203,7 +203,7 @@ class Watch(TorchFunctionMode):
         if (known := self._stand_ins.get(id(tensor))) is not None:
             return known
         node = tensor.grad_fn
-        made_here = node is not None and node._sequence_nr() >= self._start  # type: ignore[attr-defined]
+        made_here = node is not None and node._sequence_nr() >= self._start
         if made_here or id(tensor) in self._given or _wrapped(tensor) or tensor.layout != torch.strided:
             return tensor
         if node is not None and self._is_ours(node):

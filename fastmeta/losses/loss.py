@@ -28,12 +28,15 @@ class Loss:
         label_smoothing: of cross_entropy, from 0 to 1.
         ignore_index: of cross_entropy: the class index of positions that do not count.
         weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's output [*out], so it
-            cannot tell examples apart (example weights do). Constant: it gets no gradient.
-        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out]. Constant.
+            cannot tell examples apart (example weights do).
+        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
         weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
             sum(w * l) / sum(w). Where torch's own denominator is not N (cross_entropy of class indices counts class
             weights of the positions that are not ignored), it takes the place of N, and w multiplies its terms.
+
+    A weight that requires grad gets its gradient as anything that a custom loss reads, on the backends that run the
+    module itself.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -54,7 +57,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
+        shapes = tuple(None if t is None else (*t.shape, t.requires_grad) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
 
@@ -86,6 +89,12 @@ class Loss:
         if self.weight_norm == "sum":
             shares = weights.expand_as(values) if shares is None else weights * shares
         return self._reduce(weights * values, shares)
+
+    @property
+    def learned(self) -> str:
+        """The weight that requires grad, or ""."""
+        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+        return next((name for name, value in weights.items() if value is not None and value.requires_grad), "")
 
     def needs_class_indices(self, target: Tensor) -> bool:
         """Whether `target` is read as class indices, whose range is worth checking (`check_values`)."""
@@ -229,8 +238,6 @@ def _check_options(loss: Loss) -> None:
     ):
         if value is not None and kind not in kinds:
             raise ValueError(f"{kind} has no `{name}`")
-        if value is not None and value.requires_grad:
-            raise ValueError(f"{kind}: `{name}` gets no gradient, but requires grad; detach it")
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

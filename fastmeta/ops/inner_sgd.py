@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fastmeta.losses import resolve
+from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.differentiable import Operation, run
 from fastmeta.ops.eager import eager
@@ -77,8 +78,14 @@ def inner_sgd(
 
 
 def inner_loop(
-    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, lr: Rates, loss: object
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    lr: Rates,
+    loss: object,
+    aliases: Aliases | None = None,
 ) -> dict[str, Tensor]:
     """`inner_sgd` with its options in one piece, under any name in messages."""
-    operation = Operation(options, net, params, tensors, lr, resolve(loss))
+    operation = Operation(options, net, params, tensors, lr, resolve(loss), aliases)
     return dict(zip(params, run(operation), strict=True))

@@ -173,7 +173,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     rates = plan_rates(
         options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
     )
-    program, refused = _capture(options, net, tensors, shapes)
+    program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
@@ -241,10 +241,15 @@ def _problem(plan: Plan, given: _Given) -> Problem:
     )
 
 
-def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes) -> tuple[Program | None, str]:
+def _capture(
+    options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes, losses: tuple[Loss | None, ...]
+) -> tuple[Program | None, str]:
     x = tensors.query_x if tensors.support_x is None else tensors.support_x
     if x is not None and not x.is_floating_point():
         return None, f"the network's input is {x.dtype}"
+    for loss in losses:
+        if loss is not None and loss.learned:
+            return None, f"`{loss.learned}` of the loss {loss.kind} requires grad"
     if options.backend in _RUN_THE_MODULE:
         return None, f"backend={options.backend!r} runs the module itself"
     return captured(net, shapes.input, shapes.dtype)
