@@ -13,6 +13,7 @@ loss of task t. A term whose ingredients are absent (no query loss, no cotangent
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ class Captures:
     """
 
     gradients: bool  # else only which they are; their gradients are then zeros
-    also: tuple[Tensor, ...] = ()  # these too, although they require no grad themselves: parts of a flat vector
+    # gives more of them, which require no grad themselves: the parts of a flattened module
+    also: Callable[[], Sequence[Tensor]] | None = None
 
 
 @dataclass(slots=True)

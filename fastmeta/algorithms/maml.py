@@ -289,8 +289,11 @@ class MAML(nn.Module):
         flat = self.flat
         if flat is None:
             return None
-        parts = flat.parts(*self.meta_parameters(check=False))
-        return Aliases(tuple(parts), lambda: views(flat.vector, parts))
+
+        def parts() -> list[Tensor]:
+            return flat.parts(*self.meta_parameters(check=False))
+
+        return Aliases(parts, lambda: views(flat.vector, parts()))
 
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         return Options(

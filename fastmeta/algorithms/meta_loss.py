@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -59,9 +58,11 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
         gradients += [input_gradient(field, result) for field in inputs]
-        losses = maml.loss, maml.query_loss
-        recipe = Recipe(call.options, maml.net, *losses, wrt, state, maml.lr_of, maml.flat)
-        loss = recipe.attach(loss, gradients, leaves, inputs, captured, params, rates, tensors)
+        parts = tuple([read.part for read in captured])
+        own = None if maml.flat is None else (params, rates)
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, state, maml.flat
+        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own)
+        loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
 
 
@@ -145,8 +146,7 @@ def input_gradient(field: str, result: Result) -> Tensor:
     return cast(Tensor, getattr(result.grads, field))
 
 
-@dataclass(slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a loss was computed, so that its gradients can be computed with a graph.
 
     It holds no tensors but the module's own: the others go through `save_for_backward`, which frees them in time and
@@ -157,26 +157,25 @@ class Recipe:
     net: nn.Module
     loss: Loss | None
     query_loss: Loss | None
+    lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
     wrt: frozenset[str]
     state: RandomState | None  # before the call
-    lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
-    flat: FlatParameters | None = None
-    # filled in by `attach`
-    names: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()  # the inputs, those first that a gradient is wanted of
-    parts: tuple[Tensor | None, ...] = ()  # what was captured, where it is a part of a flattened module
+    flat: FlatParameters | None
+    names: tuple[str, ...]  # of the parameters
+    keys: tuple[str, ...]  # of the learned rates
+    inputs: list[str]  # those that a gradient is wanted of
+    parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
+    own: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None  # parameters and rates of a flattened module
 
     def attach(
         self,
         loss: Tensor,
         gradients: list[Tensor],
         leaves: list[Tensor],
-        inputs: list[str],
-        captured: Sequence[again.Read],
         params: Mapping[str, Tensor],
         rates: Mapping[str, Tensor],
         tensors: Tensors,
+        captured: Sequence[again.Read],
     ) -> Tensor:
         """`loss` as a function of what its gradients are known for.
 
@@ -184,23 +183,20 @@ class Recipe:
             loss: ().
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
             leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
-            inputs: fields of `tensors`.
-            captured: what was read besides.
             params, rates, tensors: everything that the loss was computed from.
+            captured: what was read besides.
         """
-        self.names, self.keys = tuple(params), tuple(rates)
-        others = [f for f, x in zip(tensors._fields, tensors, strict=True) if x is not None and f not in inputs]
-        self.fields = (*inputs, *others)
-        given = leaves + [getattr(tensors, field) for field in inputs]
-        rest = [getattr(tensors, field) for field in others]
-        if not self._leads("params"):
-            rest += params.values()
-        if not self._leads("lr"):
-            rest += rates.values()
+        given, rest = leaves, [*tensors]
+        if self.inputs:
+            given = given + [getattr(tensors, field) for field in self.inputs]
         if captured:
-            self.parts = tuple(read.part for read in captured)
             gradients = gradients + [read.gradient for read in captured]
             given = given + [read.tensor for read in captured]
+        if self.flat is None:
+            if "params" not in self.wrt:
+                rest += params.values()
+            if "lr" not in self.wrt:
+                rest += rates.values()
         return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
 
     def gradients(
@@ -215,38 +211,34 @@ class Recipe:
         """
         count = len(given) - len(self.parts)
         here = [again.local(tensor) for tensor in given[:count]]
-        by: dict[str, dict[str, Tensor]] = {"params": {}, "lr": {}, "tensors": {}, "flat": {}}
-        for (group, name), tensor in zip(self._slots(), [*here, *rest], strict=True):
+        by: dict[str, dict[str, Tensor]] = {"tensors": {}, "params": {}, "lr": {}, "flat": {}}
+        first, then = self._slots()
+        for (group, name), tensor in [*zip(then, rest, strict=True), *zip(first, here, strict=True)]:
             by[group][name] = tensor
         params, rates = by["params"], by["lr"]
-        if self.flat is not None:
+        if self.flat is not None and self.own is not None:
+            params, rates = {**self.own[0]}, {**self.own[1]}
             pieces = iter(views(by["flat"][""], self.flat.parts(params, rates)))
             params.update({name: next(pieces) for name in self.flat.names})
             rates.update({key: next(pieces) for key in self.flat.keys})
         tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
-        captures = Captures(True, tuple(part for part in self.parts if part is not None))
+        parts = tuple(part for part in self.parts if part is not None)
         losses = self.loss, self.query_loss
+        captures = Captures(True, lambda: parts)
         call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
         captured = again.read_again(given[count:], self.parts)
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
         found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
         return [next(found) if need else None for need in needs]
 
-    def _leads(self, group: str) -> bool:
-        """Whether parameters or rates are leaves themselves."""
-        return self.flat is None and group in self.wrt
-
-    def _slots(self) -> list[tuple[str, str]]:
-        """What `attach` saved, in that order, but for what was captured."""
-        params, rates = [("params", name) for name in self.names], [("lr", key) for key in self.keys]
-        fields = [("tensors", field) for field in self.fields]
-        slots = [("flat", "")] if self.flat is not None else []
-        for group, members in (("params", params), ("lr", rates)):
-            slots += members if self._leads(group) else []
-        slots += fields
-        for group, members in (("params", params), ("lr", rates)):
-            slots += [] if self._leads(group) else members
-        return slots
+    def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(group, name) of what `attach` was given, but for what was captured, and of the rest."""
+        first = [] if self.flat is None else [("flat", "")]
+        then = [("tensors", field) for field in Tensors._fields]
+        for group, names in (("params", self.names), ("lr", self.keys)):
+            if self.flat is None:
+                (first if group in self.wrt else then).extend([(group, name) for name in names])
+        return first + [("tensors", field) for field in self.inputs], then
 
 
 class _Attach(torch.autograd.Function):
@@ -254,10 +246,14 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, known: tuple[Tensor, list[Tensor], Recipe | None, Sequence[Tensor]], leaves: int, *given: Tensor
+        ctx: Any,
+        known: tuple[Tensor, list[Tensor], Recipe | None, Sequence[Tensor | None]],
+        leaves: int,
+        *given: Tensor,
     ) -> Tensor:
         loss, gradients, ctx.recipe, rest = known
-        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
+        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error; it also
+        # notices when what the loss was computed from was modified
         ctx.save_for_backward(*gradients, *given, *rest)
         ctx.counts = len(gradients), len(given), leaves
         return loss
@@ -266,14 +262,16 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         known, given, leaves = ctx.counts
-        if torch.is_grad_enabled() and ctx.recipe is not None:  # create_graph=True
+        if torch.is_grad_enabled():  # create_graph=True
             by, rest = saved[known : known + given], saved[known + given :]
-            return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
-        # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
-        with torch.no_grad():
-            results = [gradient * grad for gradient in saved[:known]]
-            if leaves:
-                results[:1] = _unflatten_dense_tensors(results[0], saved[known : known + leaves])
-        if torch.is_grad_enabled():
-            results = refused(results, saved[known : known + given])
-        return (None, None, *results)
+            if ctx.recipe is not None:
+                return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
+            return (None, None, *refused(_scaled(saved[:known], grad.detach(), by[:leaves]), by))
+        return (None, None, *_scaled(saved[:known], grad, saved[known : known + leaves]))
+
+
+def _scaled(gradients: Sequence[Tensor], grad: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients` times `grad`, the first of them in the shapes of `leaves`."""
+    # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
+    scaled = [gradient * grad for gradient in gradients]
+    return [*_unflatten_dense_tensors(scaled[0], leaves), *scaled[1:]] if leaves else scaled

@@ -133,9 +133,10 @@ class Stepwise(MAML):
             params = result.grads.params or {}
             gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
             gradients += [input_gradient(field, result) for field in fields]
-            recipe = Recipe(options, self.net, None, self.query_loss, wrt, state, lambda rates: 0.0)
+            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, state, None
+            recipe = Recipe(*how, tuple(theta), (), fields, tuple(read.part for read in captured), None)
             leaves = [*theta.values()] if wanted else []
-            loss = recipe.attach(loss, gradients, leaves, fields, captured, theta, {}, query)
+            loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)
         return MetaLoss(loss, task_losses, output)
 
     def _start(self) -> None:

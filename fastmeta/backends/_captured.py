@@ -8,8 +8,7 @@ told to a hook before the user's backward pass is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.problem import Captures
+from fastmeta.backends._random_state import RandomState
+from fastmeta.problem import Captures, Problem
 
 Key = int | tuple[Node, int]
 _PLAIN = (Tensor, nn.Parameter)
@@ -48,35 +48,53 @@ class Captured:
     """What one problem's network and losses read, and the sums of the gradients by it.
 
     Args:
-        wanted: None: nothing is looked for.
+        problem: its `captures` say what is wanted.
         keep: whether one gradient of everything is taken at the end, by `inputs`.
     """
 
-    def __init__(self, wanted: Captures | None, keep: bool = False) -> None:
-        self.wanted = wanted
+    def __init__(self, problem: Problem, keep: bool = False) -> None:
+        self.wanted = problem.captures
         self._keep = keep
         self._kept: list[Watch] = []
         self._start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._totals: dict[Key, tuple[Tensor, Tensor]] = {}
+        # a graph does not show tensors that require no grad; the network has no use for its own
+        losses = [loss.kind for loss in (problem.loss, problem.query_loss) if loss is not None]
+        self._watches = self.wanted is not None and self.wanted.also is not None and "custom" in losses
 
     def __len__(self) -> int:
         return len(self._totals)
 
-    @contextmanager
-    def watching(self, ours: Iterable[Tensor | None]) -> Iterator[Watch]:
-        """While it is active, what is read is noted; `Watch.follow` has to see what was made of it.
+    def evaluated(
+        self, evaluate: Callable[[], tuple[Tensor, Tensor]], ours: Iterable[Tensor | None], device: torch.device
+    ) -> tuple[Tensor, Tensor, Watch]:
+        """(loss, output, what was read).
+
+        Most networks read nothing, as their graph shows; the first one that does is run again and watched.
 
         Args:
+            evaluate: gives a loss and an output.
             ours: what the network and the loss are given.
+            device: where random numbers are drawn.
         """
-        watch = Watch(self._start, [tensor for tensor in ours if tensor is not None], self.wanted)
+        given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
+        watch = Watch(self._start, given, self.wanted)
         if self.wanted is None:
-            yield watch
-        else:
-            with watch:
-                yield watch
+            return (*evaluate(), watch)
+        if not self._watches:
+            state = RandomState.now(device)
+            loss, output = evaluate()
+            if not watch.reaches([loss, output]):
+                return loss, output, watch
+            state.restore()
+            self._watches = True
+        with watch:
+            loss, output = evaluate()
+        watch.follow([loss, output])
+        self._note(watch)
+        return loss, output, watch
 
-    def note(self, watch: Watch) -> None:
+    def _note(self, watch: Watch) -> None:
         """What `watch` has found has a gradient, if only of zeros."""
         if self._keep:
             self._kept.append(watch)
@@ -122,11 +140,11 @@ class Watch(TorchFunctionMode):
         self.tensors: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.through = False
-        self._wanted = wanted
         self._start = start
         self._ours = ours
         self._given = {id(tensor) for tensor in ours}
-        self._also = frozenset(map(id, wanted.also)) if wanted is not None else frozenset()
+        also = None if wanted is None else wanted.also
+        self._also = frozenset() if also is None else frozenset(map(id, also()))
         self._stand_ins: dict[int, Tensor] = {}
         self._roots: list[Node] = []
         self._made: list[Tensor] = []  # leaves of the network's own; kept, so that their ids stay theirs
@@ -147,12 +165,14 @@ class Watch(TorchFunctionMode):
             self._make(result)
         return result
 
+    def reaches(self, outputs: Iterable[Tensor]) -> bool:
+        """Whether `outputs` depend on a leaf that was not given, past what was seen."""
+        self._roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        return bool(self._leaves([stand_in.grad_fn for stand_in in self.inputs]))
+
     def follow(self, outputs: Iterable[Tensor]) -> None:
         """Find what reached `outputs` unseen, in the graph; to be called once, after the evaluation."""
-        if self._wanted is None:
-            return
-        self._roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
-        if self._leaves([stand_in.grad_fn for stand_in in self.inputs]):
+        if self.reaches(outputs):
             self.by_leaves()
 
     def by_leaves(self) -> None:

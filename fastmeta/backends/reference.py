@@ -42,7 +42,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
-        captured = Captured(p.captures, keep=True)
+        captured = Captured(p, keep=True)
         answers = [_one_task(p, t, captured) for t in range(p.tasks)]
         objective = _objective(p, answers)
         result = Result(grads=_gradients(p, objective, wrt))
@@ -61,7 +61,7 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
     """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
     with isolated(any_batch(problem).x.device):
         p = with_step_weights(problem)
-        captured = Captured(p.captures, keep=True)
+        captured = Captured(p, keep=True)
         return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
 
 
@@ -85,11 +85,12 @@ def _evaluated(
 ) -> tuple[Tensor, Tensor]:
     """(loss, output) of one task; the loss zero where there is none."""
     x, y, weights = examples
-    with captured.watching([*theta.values(), *examples]) as watch:
+
+    def evaluate() -> tuple[Tensor, Tensor]:
         output = call(p.net, theta, x, batch_stats=p.batch_stats)
-        value = torch.zeros(()) if loss is None else loss(output, y, weights)
-    watch.follow([value, output])
-    captured.note(watch)
+        return torch.zeros(()) if loss is None else loss(output, y, weights), output
+
+    value, output, _ = captured.evaluated(evaluate, [*theta.values(), *examples], x.device)
     return value, output
 
 

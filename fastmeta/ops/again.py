@@ -76,11 +76,11 @@ class Aliases:
     """Tensors that require no grad and that autograd knows as others: parameters of a flattened module.
 
     Args:
-        parts: the tensors.
+        parts: gives the tensors.
         pieces: gives those that autograd knows, in the same order.
     """
 
-    parts: tuple[Tensor, ...]
+    parts: Callable[[], Sequence[Tensor]]
     pieces: Callable[[], Sequence[Tensor]]
 
 
@@ -94,9 +94,9 @@ class Read(NamedTuple):
 
 def captures_of(gradients: bool, aliases: Aliases | None) -> Captures:
     """What a problem is asked for."""
-    if aliases is None:
-        return _GRADIENTS if gradients else _FIND
-    return Captures(gradients, aliases.parts)
+    if aliases is not None:
+        return Captures(gradients, aliases.parts)
+    return _GRADIENTS if gradients else _FIND
 
 
 def reads(pairs: list[tuple[Tensor, Tensor]] | None, aliases: Aliases | None) -> list[Read]:
@@ -108,7 +108,7 @@ def reads(pairs: list[tuple[Tensor, Tensor]] | None, aliases: Aliases | None) ->
     living = [(tensor, gradient) for reference, gradient in kept if (tensor := reference()) is not None]
     if aliases is None or not living:
         return [Read(tensor, None, gradient) for tensor, gradient in living]
-    pieces = {id(part): piece for part, piece in zip(aliases.parts, aliases.pieces(), strict=True)}
+    pieces = {id(part): piece for part, piece in zip(aliases.parts(), aliases.pieces(), strict=True)}
     return [
         Read(pieces.get(id(tensor), tensor), tensor if id(tensor) in pieces else None, gradient)
         for tensor, gradient in living

@@ -69,7 +69,7 @@ class Sweep:
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
-        self.captured = Captured(p.captures)
+        self.captured = Captured(p)
         self.back = needs_sweep_back(wrt) or (p.captures is not None and p.captures.gradients)
         self.store = store
         self.task_losses: Tensor | None = None

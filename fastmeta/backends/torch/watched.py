@@ -22,8 +22,6 @@ def evaluate(
     captured: Captured,
 ) -> tuple[Tensor, Tensor, Watch]:
     """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`, `captured` takes note."""
-    with captured.watching([*params.values(), batch.x, batch.y, batch.weights]) as seen:
-        losses, output = tasks.evaluate(problem, params, stacked, batch, loss, vectorised)
-    seen.follow([losses, output])
-    captured.note(seen)
-    return losses, output, seen
+    given = problem, params, stacked, batch, loss, vectorised
+    ours = [*params.values(), batch.x, batch.y, batch.weights]
+    return captured.evaluated(lambda: tasks.evaluate(*given), ours, batch.x.device)
