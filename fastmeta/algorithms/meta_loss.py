@@ -48,19 +48,21 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    aliases = maml.aliases()
-    captures = again.captures_of(True, aliases)
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt, captures)
-    state = state_before(call)
+    flat = maml.flat
+    aliases = None if flat is None else maml.aliases()
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
+    state = None if call.plan.program is not None else state_before(call)
     result = call.solve()
     loss, task_losses, output = answer(call, result)
-    captured = again.reads(result.grads.captured, aliases)
+    found = result.grads.captured
+    captured = again.reads(found, aliases) if found else []
     if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
-        gradients += [input_gradient(field, result) for field in inputs]
-        parts = tuple([read.part for read in captured])
-        own = None if maml.flat is None else (params, rates)
-        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, state, maml.flat
+        if inputs:
+            gradients += [input_gradient(field, result) for field in inputs]
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, state, flat
+        own = None if flat is None else (params, rates)
+        parts = tuple([read.part for read in captured]) if captured else ()
         recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own)
         loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
