@@ -103,6 +103,7 @@ class Problem:
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
     captures: Captures | None = None  # None: nothing is wanted of captured tensors
+    third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from fastmeta.backends._inputs import (
     detached,
     gradients,
     inner_loop,
-    with_step_weights,
+    varied,
+    with_graph,
 )
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, isolated
@@ -60,7 +61,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
     """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
     with isolated(any_batch(problem).x.device):
-        p = with_step_weights(problem)
+        p = with_graph(problem)
         captured = Captured(p, keep=True)
         return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
 
@@ -87,7 +88,7 @@ def _evaluated(
     x, y, weights = examples
 
     def evaluate() -> tuple[Tensor, Tensor]:
-        output = call(p.net, theta, x, batch_stats=p.batch_stats)
+        output = call(p.net, theta, x, batch_stats=p.batch_stats, decompose=p.third)
         return torch.zeros(()) if loss is None else loss(output, y, weights), output
 
     value, output, _ = captured.evaluated(evaluate, [*theta.values(), *examples], x.device)
@@ -99,6 +100,7 @@ def _inner_step(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
+    theta = {**theta, **varied({name: theta[name] for name in p.rates})}
     value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured)
     adapted = [theta[name] for name in p.rates]
     gradient = gradients([value], adapted, create_graph=p.order == "second")

@@ -68,9 +68,9 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
     """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
     with isolated(_inputs.any_batch(problem).x.device):
-        p = _inputs.with_step_weights(problem)
+        vectorised = _at_once(problem) > 1 and not tasks.why_loop(_inputs.detached(problem))
+        p = _inputs.with_graph(problem)
         captured = Captured(p, keep=True)
-        vectorised = _at_once(p) > 1 and not tasks.why_loop(_inputs.detached(p))
         return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
 
 

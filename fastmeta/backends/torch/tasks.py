@@ -51,7 +51,8 @@ def evaluate(
     def one_task(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+        decompose = vectorised or problem.third
+        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=decompose)
         value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
         return value, output
 
