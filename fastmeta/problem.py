@@ -65,6 +65,7 @@ class Captures:
     gradients: bool  # else only which they are; their gradients are then zeros
     # gives more of them, which require no grad themselves: the parts of a flattened module
     also: Callable[[], Sequence[Tensor]] | None = None
+    known: tuple[Tensor, ...] = ()  # what an earlier evaluation has found
 
 
 @dataclass(slots=True)

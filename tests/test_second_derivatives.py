@@ -12,9 +12,12 @@ from torch import Tensor, nn
 import fastmeta as fm
 from tests.plain_autograd import MSE, adapt, episodes, error, leaves, meta_losses, network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-9
 BACKENDS = ("auto", "torch", "reference")
 STEPS, RATE = 2, 0.1
+FEW = episodes(tasks=2, shots=3, queries=3)
 
 
 def maml(net: nn.Module, **options: Any) -> fm.MAML:
@@ -42,7 +45,7 @@ def compare_with_differences(value: Callable[[], Tensor], by: Sequence[Tensor]) 
     directions = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in by]
     first = torch.autograd.grad(value(), by, create_graph=True, materialize_grads=True)
     plain = torch.autograd.grad(value(), by, materialize_grads=True)
-    assert all((g - want).norm() <= TOLERANCE * want.norm() for g, want in zip(first, plain, strict=True))
+    assert all((g - want).norm() <= TOLERANCE * want.norm() + 1e-12 for g, want in zip(first, plain, strict=True))
     got = torch.autograd.grad(first, by, directions, materialize_grads=True)
 
     def moved(change: float) -> list[Tensor]:
@@ -137,7 +140,7 @@ def test_random_draws_match_finite_differences(options: dict[str, Any]) -> None:
 
     def value() -> Tensor:
         torch.manual_seed(5)
-        return module(*episodes()).loss
+        return module(*FEW).loss
 
     compare_with_differences(value, list(net.parameters()))
 
@@ -159,7 +162,7 @@ def relatives() -> dict[str, fm.MAML]:
 def test_relatives_match_finite_differences(name: str) -> None:
     module = relatives()[name]
     by = [value for value in module.parameters() if value.requires_grad]
-    compare_with_differences(lambda: module(*episodes()).loss, by)
+    compare_with_differences(lambda: module(*FEW).loss, by)
 
 
 class NormedLoss(nn.Module):
@@ -173,15 +176,20 @@ class NormedLoss(nn.Module):
         return self.net(torch.cat([output, target], -1)).square().mean()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("norm", [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.BatchNorm1d(3)])
+@pytest.mark.parametrize(
+    ("norm", "backend"),
+    [
+        (nn.LayerNorm(3), "torch"),
+        (nn.GroupNorm(1, 3), "torch"),
+        (nn.BatchNorm1d(3), "torch"),
+        (nn.LayerNorm(3), "reference"),
+    ],
+)
 def test_norms_match_finite_differences(norm: nn.Module, backend: str) -> None:
     net = nn.Sequential(nn.Linear(2, 3), norm, nn.Tanh(), nn.Linear(3, 1)).double()
     loss = NormedLoss(norm)
     module = maml(net, loss=loss, query_loss="mse", backend=backend)
-    compare_with_differences(
-        lambda: module(*episodes()).loss, [net[0].weight, net[3].weight, *loss.net[0].parameters()]
-    )
+    compare_with_differences(lambda: module(*FEW).loss, [net[0].weight, net[3].weight, *loss.net[0].parameters()])
 
 
 @pytest.mark.parametrize("options", [{}, {"materialize_grads": True}, {"allow_unused": True}])

@@ -226,9 +226,9 @@ class Recipe(NamedTuple):
         tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
         parts = tuple(part for part in self.parts if part is not None)
         losses = self.loss, self.query_loss
-        captures = Captures(True, lambda: parts)
-        call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
         captured = again.read_again(given[count:], self.parts)
+        captures = Captures(True, lambda: parts, tuple(captured))
+        call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
         found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
         return [next(found) if need else None for need in needs]

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from fastmeta.backends._random_state import RandomState
-from fastmeta.problem import Captures, Problem
+from fastmeta.problem import Problem
 
 Key = int | tuple[Node, int]
 _PLAIN = (Tensor, nn.Parameter)
@@ -59,8 +59,11 @@ class Captured:
         self._start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._totals: dict[Key, tuple[Tensor, Tensor]] = {}
         # a graph does not show tensors that require no grad; the network has no use for its own
+        also = None if self.wanted is None else self.wanted.also
         losses = [loss.kind for loss in (problem.loss, problem.query_loss) if loss is not None]
-        self._watches = self.wanted is not None and self.wanted.also is not None and "custom" in losses
+        self._watches = also is not None and "custom" in losses
+        self._also = frozenset(map(id, also())) if self._watches and also is not None else frozenset()
+        self._known = frozenset(map(key_of, () if self.wanted is None else self.wanted.known))
 
     def __len__(self) -> int:
         return len(self._totals)
@@ -78,7 +81,7 @@ class Captured:
             device: where random numbers are drawn.
         """
         given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
-        watch = Watch(self._start, given, self.wanted)
+        watch = Watch(given, self._start, self._also, self._known)
         if self.wanted is None:
             return (*evaluate(), watch)
         if not self._watches:
@@ -133,9 +136,15 @@ class Watch(TorchFunctionMode):
 
     `tensors` are what was read, `inputs` what the gradient by each of them is to be taken by.
     `through` says whether that runs the user's own graph, which must then be retained.
+
+    Args:
+        ours: what the network and the loss are given.
+        start: nodes of the graph with lower numbers, which are those of one thread, are the user's own.
+        also: ids of tensors to be noted although they require no grad.
+        known: what is the user's own whatever number it has: autograd may evaluate backward on another thread.
     """
 
-    def __init__(self, start: int, ours: Sequence[Tensor], wanted: Captures | None) -> None:
+    def __init__(self, ours: Sequence[Tensor], start: int, also: frozenset[int], known: frozenset[Key]) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
         self.inputs: list[Tensor] = []
@@ -143,8 +152,7 @@ class Watch(TorchFunctionMode):
         self._start = start
         self._ours = ours
         self._given = {id(tensor) for tensor in ours}
-        also = None if wanted is None else wanted.also
-        self._also = frozenset() if also is None else frozenset(map(id, also()))
+        self._also, self._known = also, known
         self._stand_ins: dict[int, Tensor] = {}
         self._roots: list[Node] = []
         self._made: list[Tensor] = []  # leaves of the network's own; kept, so that their ids stay theirs
@@ -223,10 +231,9 @@ class Watch(TorchFunctionMode):
         if (known := self._stand_ins.get(id(tensor))) is not None:
             return known
         node = tensor.grad_fn
-        made_here = node is not None and node._sequence_nr() >= self._start
-        if made_here or id(tensor) in self._given or _wrapped(tensor) or tensor.layout != torch.strided:
+        if id(tensor) in self._given or _wrapped(tensor) or tensor.layout != torch.strided:
             return tensor
-        if node is not None and self._is_ours(node):
+        if node is not None and key_of(tensor) not in self._known and self._is_ours(node):
             return tensor
         stand_in = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
         if _wrapped(stand_in):  # inside a transform of the network's own, whose end it would not survive
@@ -237,7 +244,9 @@ class Watch(TorchFunctionMode):
         return stand_in
 
     def _is_ours(self, node: Node) -> bool:
-        """Whether a node of another thread, whose number tells nothing, was made here: whether it leads to ours."""
+        """Whether a node was made here: by its number, or, as that tells nothing of other threads, by where it leads."""
+        if node._sequence_nr() >= self._start:
+            return True
         nodes = {tensor.grad_fn for tensor in (*self._ours, *self.inputs)}
         seen, pending = {node}, [node]
         while pending:

@@ -54,12 +54,14 @@ class Loss:
     weight_norm: str = "count"
     #: All of it but the values of the tensors: two losses with the same key run the same code.
     key: tuple[object, ...] = field(init=False, repr=False)
+    plain: bool = field(init=False, repr=False)  # it has no weights
 
     def __post_init__(self) -> None:
         _check_options(self)
-        shapes = tuple(None if t is None else (*t.shape, t.requires_grad) for t in (self.weight, self.pos_weight))
+        shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
+        object.__setattr__(self, "plain", shapes == (None, None))
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.

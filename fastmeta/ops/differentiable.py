@@ -128,7 +128,7 @@ class _Solve(torch.autograd.Function):
         operation = operation.with_leaves(slots, leaves)
         wanted = [need for _, need in zip(slots, needs, strict=False)]
         wrt = frozenset(field for (field, _), need in zip(slots, wanted, strict=True) if need)
-        captures = Captures(True, lambda: [part for part in parts if part is not None])
+        captures = Captures(True, lambda: [part for part in parts if part is not None], tuple(captured))
         call = operation.call(wrt, captures=captures, **_cotangents(operation, grads))
         if again:
             by = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]

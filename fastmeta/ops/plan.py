@@ -135,8 +135,12 @@ def prepare(
             options.task_chunk.__class__,
             options.support_per_step.__class__,
             wrt,
-            None if loss is None else loss.key,
-            None if query_loss is None else query_loss.key,
+            None if loss is None else loss.key if loss.plain else (loss.key, loss.learned),
+            None
+            if query_loss is None
+            else query_loss.key
+            if query_loss.plain
+            else (query_loss.key, query_loss.learned),
             rates_key(lr),
             *params,
             *map(_sort, params.values()),
