@@ -128,8 +128,9 @@ class IMAML(InnerLoop):
         Returns:
             `IMAMLLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters. The gradients are computed here, wherever
-            gradients are on.
+        Derivatives: `loss` is once differentiable in the parameters and in whatever requires grad that the network or
+            a loss reads besides; differentiating again raises. The gradients are computed here, wherever gradients are
+            on.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.

@@ -54,7 +54,8 @@ class MAML(nn.Module):
     Args:
         net: the network; its parameters are the meta-parameters.
         loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar; see
-            `fastmeta.losses.resolve`. A module is read once, here.
+            `fastmeta.losses.resolve`. A module of `torch.nn` is read once, here. Parameters of a loss network get their
+            gradients, but are none of this module's `parameters()`.
         query_loss: the same for the query sets; None: `loss`.
         inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
             [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start. A name goes before a
@@ -151,14 +152,18 @@ class MAML(nn.Module):
         Returns:
             `MetaLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters, the learned rates and every input that requires
-            grad. The gradients are computed here, together with the loss, wherever gradients are on.
+        Derivatives: `loss` is differentiable in the parameters, the learned rates, every input that requires grad and
+            everything else that requires grad and that the network or a loss reads. The gradients are computed here,
+            together with the loss, wherever gradients are on. With `create_graph=True`, for Hessian-vector products of
+            the outer loss, the backward pass computes them again by plain autograd, which takes the time and the memory
+            of a loop over all inner steps in PyTorch; with order="first" inner gradients are constants there too.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
             FloatingPointError: tasks diverged: their query losses are not finite. Without gradients, on an accelerator,
                 where reading a loss would wait for it, and under torch.compile this is not looked for.
             BackendUnavailable: the backend named cannot run this call.
+            RuntimeError: in the backward pass: something that the loss was computed from was modified since.
         """
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
         if torch.compiler.is_compiling():

@@ -244,7 +244,7 @@ class Watch(TorchFunctionMode):
         return stand_in
 
     def _is_ours(self, node: Node) -> bool:
-        """Whether a node was made here: by its number, or, as that tells nothing of other threads, by where it leads."""
+        """Whether a node was made here: by its number, or, since threads count apart, by where it leads."""
         if node._sequence_nr() >= self._start:
             return True
         nodes = {tensor.grad_fn for tensor in (*self._ours, *self.inputs)}

@@ -53,8 +53,9 @@ def task_gradient(
     Returns:
         name -> [T, *shape], the parameters in `adapt`.
 
-    Derivatives: once differentiable in `params`, `x`, `y` and `weights` where they are floating-point tensors: one
-        Hessian-vector product of every task.
+    Derivatives: differentiable in `params`, `x`, `y` and `weights` where they are floating-point tensors, and in
+        whatever requires grad that the network or the loss reads besides: one Hessian-vector product of every task.
+        With `create_graph=True` more than once, by plain autograd.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
