@@ -27,6 +27,8 @@ _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 _ABOUT = frozenset(
     {"grad", "backward", "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
 )
+# They make a leaf of what was none.
+_SWITCHES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -63,7 +65,7 @@ class Captured:
         losses = [loss.kind for loss in (problem.loss, problem.query_loss) if loss is not None]
         self._watches = also is not None and "custom" in losses
         self._also = frozenset(map(id, also())) if self._watches and also is not None else frozenset()
-        self._known = frozenset(map(key_of, () if self.wanted is None else self.wanted.known))
+        self._known = set(map(key_of, () if self.wanted is None else self.wanted.known))
 
     def __len__(self) -> int:
         return len(self._totals)
@@ -141,10 +143,10 @@ class Watch(TorchFunctionMode):
         ours: what the network and the loss are given.
         start: nodes of the graph with lower numbers, which are those of one thread, are the user's own.
         also: ids of tensors to be noted although they require no grad.
-        known: what is the user's own whatever number it has: autograd may evaluate backward on another thread.
+        known: what is the user's own whatever number it has: autograd may evaluate backward on another thread. Grows.
     """
 
-    def __init__(self, ours: Sequence[Tensor], start: int, also: frozenset[int], known: frozenset[Key]) -> None:
+    def __init__(self, ours: Sequence[Tensor], start: int, also: frozenset[int], known: set[Key]) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
         self.inputs: list[Tensor] = []
@@ -165,11 +167,10 @@ class Watch(TorchFunctionMode):
             args = self._with_stand_ins(args)
             if kwargs and "out" not in kwargs:
                 kwargs = self._with_stand_ins(kwargs)
-        result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("requires_grad_", "__set__"):
+        if func in _SWITCHES and not args[0].requires_grad:
             self._make(args[0])
-        elif kwargs.get("requires_grad"):
+        result = func(*args, **kwargs)
+        if kwargs.get("requires_grad"):
             self._make(result)
         return result
 
@@ -235,6 +236,7 @@ class Watch(TorchFunctionMode):
             return tensor
         if node is not None and key_of(tensor) not in self._known and self._is_ours(node):
             return tensor
+        self._known.add(key_of(tensor))
         stand_in = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
         if _wrapped(stand_in):  # inside a transform of the network's own, whose end it would not survive
             return tensor
