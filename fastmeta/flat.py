@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.maml import MAML
+from fastmeta.ops.adapted import mark_as_trained
 
 
 def flatten(maml: MAML) -> Tensor:
@@ -58,6 +59,7 @@ def flatten(maml: MAML) -> Tensor:
             part.data = view
             part.grad = None
             part.requires_grad_(False)
+            mark_as_trained(part)
     flat = FlatParameters(vector.requires_grad_(), names, keys)
     maml.flat = flat
     return flat.vector

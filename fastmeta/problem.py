@@ -41,6 +41,10 @@ DIFFERENTIABLE = (
 STORE_AT_MOST = 256 << 20
 
 
+class Scratch(dict[str, Any]):
+    """A dict that can be referred to weakly."""
+
+
 @dataclass(slots=True)
 class Batch:
     """The support or the query sets of all tasks.
@@ -66,6 +70,7 @@ class Captures:
     # gives more of them, which require no grad themselves: the parts of a flattened module
     also: Callable[[], Sequence[Tensor]] | None = None
     known: tuple[Tensor, ...] = ()  # what an earlier evaluation has found
+    watch: bool = False  # there is something to be found
 
 
 @dataclass(slots=True)
@@ -86,21 +91,21 @@ class Problem:
     loss: Loss | None = None  # support loss; None iff support is None
     query_loss: Loss | None = None  # None iff query is None or query.y is None
     rates: dict[str, Tensor] = field(default_factory=dict)
-    # ^ adapted parameter name -> [K or 1, T or 1, *(S or 1s)], K counted at least 1 when steps == 0; a
-    #   parameter without an entry is not adapted
+    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between, K counted at least
+    #   1 when steps == 0; a parameter without an entry is not adapted
     rule: SGD | None = None  # None iff support is None
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
     task_weights: Tensor | None = None  # [T]
     memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
     task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
-    batch_stats: str = "task"  # "task" | "running"
+    batch_stats: str = "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
-    scratch: dict[str, Any] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
     captures: Captures | None = None  # None: nothing is wanted of captured tensors

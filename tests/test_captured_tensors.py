@@ -322,7 +322,8 @@ def test_a_frozen_network_learns_its_loss(backend: str) -> None:
     assert error(weight.grad, want) < TOLERANCE
     x, y, *_ = episodes()
     params = {name: value.detach() for name, value in net.named_parameters()}
-    found = fm.inner_sgd(net, params, x, y, loss=learned(weight), lr=RATE, steps=STEPS, backend=backend)
+    given = {"lr": RATE, "steps": STEPS, "adapt": "*", "backend": backend}
+    found = fm.inner_sgd(net, params, x, y, loss=learned(weight), **given)
     assert all(value.requires_grad for value in found.values())
 
 

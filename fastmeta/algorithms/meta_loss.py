@@ -11,13 +11,14 @@ from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.ops import again
 from fastmeta.ops.checks import Tensors
-from fastmeta.ops.meta_gradient import mean_loss
+from fastmeta.ops.divergence import Settled, settled
 from fastmeta.ops.once import refused
 from fastmeta.ops.options import Options
-from fastmeta.ops.plan import Call, prepare
+from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.problem import Captures, Result
 
@@ -43,7 +44,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     params, rates = maml.meta_parameters()
     if not torch.is_grad_enabled():
         call = maml.prepare(params, rates, tensors, support_per_step)
-        return answer(call, call.solve())
+        return found_in(settled(maml.who, maml.on_divergence, call, call.solve()))
     leaves, wrt = leaves_of(maml, params, rates)
     inputs = inputs_of(tensors)
     if inputs:
@@ -51,26 +52,29 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     flat = maml.flat
     aliases = None if flat is None else maml.aliases()
     call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
-    state = None if call.plan.program is not None else state_before(call)
-    result = call.solve()
-    loss, task_losses, output = answer(call, result)
-    found = result.grads.captured
-    captured = again.reads(found, aliases) if found else []
+    replay = None if call.plan.program is not None else replay_of(call)
+    found = settled(maml.who, maml.on_divergence, call, call.solve())
+    loss, task_losses, output = found_in(found)
+    result = found.result
+    captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
     if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
         if inputs:
-            gradients += [input_gradient(field, result) for field in inputs]
-        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, state, flat
+            gradients += [
+                found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
+                for field in inputs
+            ]
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, replay, flat
         own = None if flat is None else (params, rates)
         parts = tuple([read.part for read in captured]) if captured else ()
-        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own)
+        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
         loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
 
 
-def state_before(call: Call) -> RandomState | None:
+def replay_of(call: Call) -> Replay | None:
     """The random state, where the call may draw from it: only a module that is run as it is does."""
-    return RandomState.now(call.plan.shapes.device) if call.plan.program is None else None
+    return Replay(RandomState.of(call.problem)) if call.plan.program is None else None
 
 
 def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
@@ -104,6 +108,12 @@ def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
+def found_in(found: Settled) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task_losses, output)."""
+    result = found.result
+    return found.loss, cast(Tensor, result.task_losses), cast(Tensor, result.output)
+
+
 def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
@@ -128,6 +138,15 @@ def attached(
     known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [read.gradient for read in captured]
     inputs = [*leaves, *[read.tensor for read in captured]]
     return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
+
+
+def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """A loss as a function of leaves and inputs that its gradients are known for, in their order."""
+    if not gradients:
+        return loss
+    at = len(leaves)
+    flat = [torch.cat([gradient.reshape(-1) for gradient in gradients[:at]])] if leaves else []
+    return cast(Tensor, _Attach.apply((loss, flat + gradients[at:], None, ()), at, *leaves, *inputs))
 
 
 def inputs_of(tensors: Tensors) -> list[str]:
@@ -161,13 +180,14 @@ class Recipe(NamedTuple):
     query_loss: Loss | None
     lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
     wrt: frozenset[str]
-    state: RandomState | None  # before the call
+    replay: Replay | None  # of the random state before the call
     flat: FlatParameters | None
     names: tuple[str, ...]  # of the parameters
     keys: tuple[str, ...]  # of the learned rates
     inputs: list[str]  # those that a gradient is wanted of
     parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
     own: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None  # parameters and rates of a flattened module
+    whole: bool = True  # no task was left out: else the gradients are those of others, and refuse to be differentiated
 
     def attach(
         self,
@@ -230,7 +250,7 @@ class Recipe(NamedTuple):
         captures = Captures(True, lambda: parts, tuple(captured))
         call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
-        found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
+        found = iter(again.gradients(call, lr, wanted, captured, self.replay, grad))
         return [next(found) if need else None for need in needs]
 
     def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -266,7 +286,7 @@ class _Attach(torch.autograd.Function):
         known, given, leaves = ctx.counts
         if torch.is_grad_enabled():  # create_graph=True
             by, rest = saved[known : known + given], saved[known + given :]
-            if ctx.recipe is not None:
+            if ctx.recipe is not None and ctx.recipe.whole:
                 return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
             return (None, None, *refused(_scaled(saved[:known], grad.detach(), by[:leaves]), by))
         return (None, None, *_scaled(saved[:known], grad, saved[known : known + leaves]))

@@ -9,7 +9,9 @@ told to a hook before the user's backward pass is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from fastmeta.backends._random_state import RandomState
 from fastmeta.problem import Problem
 
+R = TypeVar("R")
 Key = int | tuple[Node, int]
+_readers: WeakSet[nn.Module] = WeakSet()  # networks that were found to read something, or a loss on them
 _PLAIN = (Tensor, nn.Parameter)
 # Getters whose result depends on the tensor differentiably.
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -46,6 +50,42 @@ def merged(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]
     return list(totals.values())
 
 
+class CapturedError(Exception):
+    """What is read has to be watched."""
+
+
+def rerun(problem: Problem, run: Callable[[Problem], R], start: RandomState | None = None) -> R:
+    """`run(problem)`; if the network or a loss reads something past its arguments, from the start again and watched.
+
+    Most read nothing, as the graphs of their losses show. Where one did, the next call watches at once.
+
+    Args:
+        problem: its `captures` say what is wanted.
+        run: answers it.
+        start: the random state.
+    """
+    if problem.captures is None:
+        return run(problem)
+    watched = replace(problem, captures=replace(problem.captures, watch=True))
+    if problem.net in _readers:
+        return run(watched)
+    start = RandomState.of(problem) if start is None else start
+    try:
+        return run(problem)
+    except CapturedError:
+        pass
+    _readers.add(problem.net)
+    start.restore()
+    return run(watched)
+
+
+def leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor depends on."""
+    watch = Watch([], 0, frozenset(), set())
+    watch.reaches([tensor])
+    return watch._leaves([])
+
+
 class Captured:
     """What one problem's network and losses read, and the sums of the gradients by it.
 
@@ -63,36 +103,35 @@ class Captured:
         # a graph does not show tensors that require no grad; the network has no use for its own
         also = None if self.wanted is None else self.wanted.also
         losses = [loss.kind for loss in (problem.loss, problem.query_loss) if loss is not None]
-        self._watches = also is not None and "custom" in losses
-        self._also = frozenset(map(id, also())) if self._watches and also is not None else frozenset()
+        aside = also is not None and "custom" in losses
+        self._watches = self.wanted is not None and (self.wanted.watch or aside or bool(self.wanted.known))
+        self._also = frozenset(map(id, also())) if aside and also is not None else frozenset()
         self._known = set(map(key_of, () if self.wanted is None else self.wanted.known))
 
     def __len__(self) -> int:
         return len(self._totals)
 
     def evaluated(
-        self, evaluate: Callable[[], tuple[Tensor, Tensor]], ours: Iterable[Tensor | None], device: torch.device
+        self, evaluate: Callable[[], tuple[Tensor, Tensor]], ours: Iterable[Tensor | None]
     ) -> tuple[Tensor, Tensor, Watch]:
         """(loss, output, what was read).
-
-        Most networks read nothing, as their graph shows; the first one that does is run again and watched.
 
         Args:
             evaluate: gives a loss and an output.
             ours: what the network and the loss are given.
-            device: where random numbers are drawn.
+
+        Raises:
+            CapturedError: something was read, and nobody watched; see `rerun`.
         """
         given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
         watch = Watch(given, self._start, self._also, self._known)
         if self.wanted is None:
             return (*evaluate(), watch)
         if not self._watches:
-            state = RandomState.now(device)
             loss, output = evaluate()
-            if not watch.reaches([loss, output]):
-                return loss, output, watch
-            state.restore()
-            self._watches = True
+            if watch.reaches([loss, output]):
+                raise CapturedError
+            return loss, output, watch
         with watch:
             loss, output = evaluate()
         watch.follow([loss, output])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs, get
 from fastmeta.backends._captured import key_of
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.ops.plan import Call
 from fastmeta.ops.rates import Rates
 from fastmeta.problem import Captures
@@ -30,7 +30,7 @@ def gradients(
     lr: Rates,
     by: Sequence[Tensor],
     captured: Sequence[Tensor],
-    state: RandomState | None,
+    replay: Replay | None,
     scale: Tensor | None = None,
 ) -> list[Tensor]:
     """dJ/d `by` and dJ/d `captured`, times `scale`, with their graph.
@@ -40,11 +40,11 @@ def gradients(
         lr: its learning rates, with theirs.
         by: some of them, made by `local`.
         captured: what the network and the losses read besides.
-        state: the random state that the call began with; None: it draws nothing.
+        replay: of the random state that the call began with; None: it draws nothing.
     """
     problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True))
     backend: Any = call.plan.backend
-    with nullcontext() if state is None else replayed(state):
+    with nullcontext() if replay is None else replay.again():
         objective, found = (backend if hasattr(backend, "objective") else get("torch")).objective(problem)
     if scale is not None:
         objective = objective * scale

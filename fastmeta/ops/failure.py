@@ -9,6 +9,7 @@ from traceback import walk_tb
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call
 from fastmeta.ops.checks import Shapes, Tensors, check_ordinary
@@ -69,6 +70,8 @@ def diagnose(
         if tensor is not None:
             check_ordinary(argument(options.who, field), tensor)
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
+        if part == "support" and not options.steps:
+            continue  # it is not run
         output = _forward(options, net, params, tensors, shapes, part)
         y = getattr(tensors, f"{part}_y")
         if output is not None and y is not None and loss is not None:
@@ -92,7 +95,7 @@ def _forward(
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
     example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        with preserved(x.device, net), torch.no_grad():
             return call(net, own, example, batch_stats=options.batch_stats)
     except Exception as error:
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)

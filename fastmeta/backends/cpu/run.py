@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from fastmeta.backends._losses import class_weights
+from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -17,6 +17,10 @@ POISON = False
 
 _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
+
+
+#: Said wherever memory is made for the engine: the default device may be another one, "meta" for example.
+_CPU = torch.device("cpu")
 
 
 class Job:
@@ -32,7 +36,7 @@ class Job:
         self.names, self.buffers = plans.used_params(program), plans.used_buffers(problem)
         self.dtype = problem.params[self.names[0]].dtype
         self.itemsize = self.dtype.itemsize
-        self.output_shape = program.output_shape
+        self.output_shape, self.channels = program.output_shape, reads_channels(problem)
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
         self.templates = [
@@ -64,7 +68,7 @@ class Job:
             grad = self._parameter_gradients(problem, grads) + self.no_gradients
         rate_grad: list[int] = []
         if "lr" in wrt:
-            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
+            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()}
             rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names] + self.no_gradients
         adapted: list[int] = []
         if self.adapted:
@@ -73,10 +77,11 @@ class Job:
         seeds = problem.adapted_grad
         output = losses = loss = 0
         if query is not None:
-            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype)
+            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
             output = result.output.data_ptr()
             if query.y is not None:
-                result.task_losses, result.loss = torch.empty(tasks, dtype=dtype), torch.empty((), dtype=dtype)
+                result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
+                result.loss = torch.empty((), dtype=dtype, device=_CPU)
                 losses, loss = result.task_losses.data_ptr(), result.loss.data_ptr()
         verdict = self.plan.run(
             tasks,
@@ -108,7 +113,7 @@ class Job:
                 for value in own.values():
                     value.fill_(torch.nan)
             return [own[name].data_ptr() for name in self.names]
-        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype)
+        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype, device=_CPU)
         if POISON and not self.some_unused:
             flat.fill_(torch.nan)
         if not problem.prefer_flat:
@@ -140,7 +145,7 @@ class Job:
         adapted = {}
         for name, shape in self.adapted_shapes.items():
             if name in used:
-                adapted[name] = torch.empty(shape, dtype=self.dtype)
+                adapted[name] = torch.empty(shape, dtype=self.dtype, device=_CPU)
             else:
                 adapted[name] = problem.params[name].detach().expand(shape).clone()
         return adapted
@@ -152,7 +157,7 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, "cpu")
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
         if weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
             keep.append(weights)
         addresses = _addresses([batch.x, y, batch.weights, weights], keep)
@@ -161,7 +166,7 @@ class Job:
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
             if key in self.wrt and tensor is not None:
-                grad = torch.zeros(tensor.shape, dtype=self.dtype)
+                grad = torch.zeros(tensor.shape, dtype=self.dtype, device=_CPU)
                 setattr(grads, key, grad)
                 addresses.append(grad.data_ptr())
             else:

@@ -24,4 +24,4 @@ def evaluate(
     """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`, `captured` takes note."""
     given = problem, params, stacked, batch, loss, vectorised
     ours = [*params.values(), batch.x, batch.y, batch.weights]
-    return captured.evaluated(lambda: tasks.evaluate(*given), ours, batch.x.device)
+    return captured.evaluated(lambda: tasks.evaluate(*given), ours)
