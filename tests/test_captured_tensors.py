@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +15,18 @@ from torch import Tensor, nn
 import fastmeta as fm
 from tests.plain_autograd import MSE, episodes, error, network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 TOLERANCE = 1e-9
 BACKENDS = ("torch", "reference")
 ORDERS = ("first", "second")
 STEPS, RATE = 2, 0.1
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)
+
 
 GLOBAL = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
@@ -414,6 +421,33 @@ def test_relatives_match_finite_differences(name: str) -> None:
             losses.append(module(*episode).loss)
     want = (losses[0] - losses[1]) / (2 * step)
     assert abs(got - want) < 1e-7 * abs(want) + 1e-9
+
+
+@pytest.mark.parametrize("algorithm", [fm.MAML, fm.MetaCurvature])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.0]])
+def test_tasks_that_are_left_out_match_the_others_alone(algorithm: type[fm.MAML], weights: list[float] | None) -> None:
+    weight, net, episode = tensor(), network(width=3), episodes()
+    module = algorithm(
+        net,
+        loss=learned(weight),
+        query_loss=lambda o, y: MSE(o, y) / weight,
+        inner_lr=RATE,
+        inner_steps=STEPS,
+        on_divergence="skip",
+    )
+    given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    kept = torch.tensor([0, 2])
+    few = [x[kept] for x in episode]
+    want = module(*few, task_weights=None if given is None else given[kept]).loss
+    scale = 1.0 if weights is None else 2 / 3  # a task of weight zero counts in the mean
+    wanted = torch.autograd.grad(scale * want, [*net.parameters(), weight])
+    episode[1][1] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        loss = module(*episode, task_weights=given).loss
+    found = torch.autograd.grad(loss, [*net.parameters(), weight])
+    assert error(loss.detach(), scale * want.detach()) < TOLERANCE
+    assert all(error(got, gradient) < TOLERANCE for got, gradient in zip(found, wanted, strict=True))
 
 
 def test_a_loss_that_reads_something_else_in_backward_is_refused() -> None:
