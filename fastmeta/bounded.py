@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -13,8 +12,10 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-class Bounded(Generic[_K, _V]):
-    """What was used least recently is dropped when there are too many entries, or when they weigh too much.
+class Bounded(dict[_K, _V]):
+    """What came first is dropped when there are too many entries, or when they weigh too much.
+
+    Values come in by `put`. To read is to read a dict, which hot paths do: `used` tells which entry shall stay longer.
 
     Args:
         entries: at most so many.
@@ -30,47 +31,35 @@ class Bounded(Generic[_K, _V]):
         weigh: Callable[[_V], float] | None = None,
         dropped: Callable[[_V], object] | None = None,
     ) -> None:
+        super().__init__()
         self._entries, self._most, self._weigh, self._dropped = entries, weight, weigh, dropped
-        self._found: OrderedDict[_K, _V] = OrderedDict()
         self._weights: dict[_K, float] = {}
         self._total = 0.0
-
-    def get(self, key: _K, default: Any = None) -> Any:
-        """The value under `key`, which is then the one used last."""
-        try:
-            value = self._found[key]
-            self._found.move_to_end(key)
-        except KeyError:  # or another thread has just dropped it
-            return default
-        return value
 
     def put(self, key: _K, value: _V) -> _V:
         """Keep `value` under `key`; returns it."""
         self.drop(key)
-        self._found[key] = value
+        self[key] = value
         if self._weigh is not None:
             self._weights[key] = self._weigh(value)
             self._total += self._weights[key]
-        while len(self._found) > self._entries or (
-            self._most is not None and self._total > self._most and len(self._found) > 1
-        ):
-            oldest = next(iter(self._found))
-            dropped = self._found[oldest]
+        while len(self) > self._entries or (self._most is not None and self._total > self._most and len(self) > 1):
+            oldest = next(iter(self))
+            gone = self[oldest]
             self.drop(oldest)
             if self._dropped is not None:
-                self._dropped(dropped)
+                self._dropped(gone)
         return value
+
+    def used(self, key: _K) -> None:
+        """Drop what is under `key`, if anything is, after all that is there now."""
+        if key in self:
+            self[key] = self.pop(key)
 
     def drop(self, key: _K) -> None:
         """Forget what is under `key`, if anything is."""
-        self._found.pop(key, None)
+        self.pop(key, None)
         self._total -= self._weights.pop(key, 0.0)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._found
-
-    def __len__(self) -> int:
-        return len(self._found)
 
 
 class Known(Generic[_K, _V]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastmeta import backends
+from fastmeta.backends._autocast import said
 from fastmeta.network.functional import norms_by_batch
 from fastmeta.network.program import normalises
 from fastmeta.ops.plan import Call
@@ -110,7 +111,8 @@ def _normalises_by_batch(problem: Problem) -> bool:
 
 
 def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
-    lines = []
+    autocast = said(chosen, next(iter(problem.params.values())).device)
+    lines = [autocast] if autocast else []
     if problem.batch_stats == "module" and _normalises_by_batch(problem):
         lines.append(
             "batch norms in training mode use the statistics of the task's own batch (transductive: query examples are "

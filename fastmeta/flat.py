@@ -15,6 +15,7 @@ def flatten(maml: MAML) -> Tensor:
 
     The vector is the only leaf from here on: backward fills `flat.grad` and no other, the parameters are views of
     it that require no grad themselves: an optimiser must get the vector, one on `maml.parameters()` moves nothing.
+    They count as if they did where `adapt` asks; what shall be frozen is to be frozen before.
     `state_dict` and `load_state_dict` work as before.
 
         flat = fm.flatten(maml)

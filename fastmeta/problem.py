@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch import dtype as Dtype
 
 if TYPE_CHECKING:
     from fastmeta.losses import Loss
@@ -105,6 +106,7 @@ class Problem:
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
+    autocast: Dtype | None = None  # what forward passes compute in; the `torch` backend's own
     scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)

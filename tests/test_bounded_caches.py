@@ -4,6 +4,7 @@ import gc
 import random
 import tracemalloc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import fastmeta as fm
 from fastmeta.bounded import Bounded, Known
 from fastmeta.network import capture
 from fastmeta.network.generators import generators_of
+from fastmeta.problem import Scratch
 
 
 def test_least_recently_used_goes_first():
@@ -21,13 +23,18 @@ def test_least_recently_used_goes_first():
     kept = Bounded(3, 10, lambda value: value, gone.append)
     for value in (1, 2, 3):
         kept.put(str(value), value)
-    assert kept.get("1") == 1
+    kept.used("1")
+    kept.used("never there")
     kept.put("4", 4)
-    assert gone == [2] and kept.get("2") is None and len(kept) == 3
+    assert gone == [2]
+    assert kept.get("2") is None
+    assert len(kept) == 3
     kept.put("9", 9)  # 3 and 1 and 4 would make 17
-    assert gone == [2, 3, 1, 4] and len(kept) == 1
+    assert gone == [2, 3, 1, 4]
+    assert len(kept) == 1
     kept.put("20", 20)  # more than all may weigh, and the newest stays
-    assert kept.get("20") == 20 and len(kept) == 1
+    assert kept.get("20") == 20
+    assert len(kept) == 1
     kept.put("20", 1)
     kept.put("5", 5)
     assert len(kept) == 2
@@ -40,7 +47,7 @@ def test_what_is_known_goes_with_the_network():
     known, net = Known(2), nn.Linear(1, 1)
     for key in range(5):
         known.put(net, key, key)
-    assert known.get(net, 4) == 4 and known.get(net, 0) is None and known.get(nn.Linear(1, 1), 4) is None
+    assert [known.get(net, 4), known.get(net, 0), known.get(nn.Linear(1, 1), 4)] == [4, None, None]
     del net
     assert len(known) == 0
 
@@ -100,3 +107,26 @@ def test_deleted_network_is_freed(make, backend):
     del net, maml, adapted
     gc.collect()
     assert gone() is None
+
+
+def test_static_tensors_of_triton_plans_are_given_back(monkeypatch):
+    pytest.importorskip("triton")
+    from fastmeta.backends.triton import run as runs
+
+    monkeypatch.setattr(runs, "_MOST_BYTES", 100)
+    monkeypatch.setattr(runs, "_kept", {})
+
+    def plan(size):
+        job = SimpleNamespace(device=torch.device("cpu"), step=SimpleNamespace(memory=SimpleNamespace(bytes=size)))
+        scratch = Scratch(triton=job)
+        runs.keep(scratch, job)
+        return scratch, job
+
+    first, second = plan(40), plan(40)
+    runs.used(*first)
+    third = plan(40)
+    assert [len(scratch) for scratch, _ in (first, second, third)] == [1, 0, 1]
+    del first
+    gc.collect()
+    fourth = plan(60)
+    assert [len(scratch) for scratch, _ in (third, fourth)] == [1, 1]

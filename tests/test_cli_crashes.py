@@ -159,6 +159,35 @@ def test_disk_that_refuses_any_call_leaves_a_run_that_goes_on(tmp_path, runs, la
     assert refused > 15
 
 
+@pytest.mark.parametrize("more", [0, 1, 2], ids=["once", "and-at-the-next-call", "and-two-calls-later"])
+def test_ctrl_c_at_any_call_leaves_a_run_that_goes_on(tmp_path, runs, more):
+    """The first one lets the iteration end and saves; a second one stops at once."""
+    whole, begun = runs
+    number, codes = 1 + more, []
+    while True:
+        out = tmp_path / str(number)
+        shutil.copytree(begun, out)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def interrupt(count: int, name: str, number: int = number) -> None:
+                if count in (number, number + more):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            injector = Injector(patch, interrupt)
+            done = resume(out)
+        if injector.calls < number:
+            break
+        codes.append(done.exit_code)
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        check_between(out)
+        assert resume(out).exit_code == 0
+        check_after(out, whole)
+        number += 3
+    # 130: saved; 1: "Aborted!" before or after the training, or by the second one.
+    assert set(codes) <= {0, 1, 130}
+    assert (1 if more else 130) in codes
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, runs):
     """What a power failure would show: a file is synced before it is renamed, and the folder after."""
     out = tmp_path / "run"

@@ -77,7 +77,7 @@ FLOAT64 = [
     "grid-T3-N7-M5-K2-ce_everything-weights_sqt",
     "grid-T3-N7-M5-K2-ce_probabilities_everything-step_weights-weights_sq-per_step",
     "grid-T3-N7-M5-K2-ce_masked_mean-weights_sq0-recompute",
-    "sequence-T3-N11-M5-K2-ce_ignored+bce_pos_weight",
+    "sequence-T3-N7-M5-K2-ce_ignored+bce_pos_weight",
     "tanh-T3-N7-M5-K2-mse+huber",
     "tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-store",
     "tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-recompute",

@@ -87,10 +87,15 @@ def _episode(tasks=2):
 
 def _seed():
     random.seed(1)
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global generator is what is meant
     torch.manual_seed(1)
     global _GLOBAL
     _GLOBAL = np.random.default_rng(5)
+
+
+def _next_draws():
+    numbers = [random.random(), np.random.random(), torch.rand(()).item()]  # noqa: NPY002 - the global generator
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _answer(make, memory, steps=3, loss="mse", tasks=2, warm=True, **options):
@@ -105,7 +110,7 @@ def _answer(make, memory, steps=3, loss="mse", tasks=2, warm=True, **options):
     _seed()
     out = maml(*_episode(tasks))
     out.loss.backward()
-    after = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+    after = _next_draws()
     return torch.cat([out.loss.detach().reshape(1), *(p.grad.flatten() for p in maml.net.parameters()), after])
 
 
@@ -131,7 +136,7 @@ def test_random_network_matches_plain_loop(name):
             theta = {k: v - 0.1 * g for (k, v), g in zip(theta.items(), gradient, strict=True)}
         loss = F.mse_loss(torch.func.functional_call(net, theta, (qx,)), qy)
         loss.backward()
-        after = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+        after = _next_draws()
         return torch.cat([loss.detach().reshape(1), *(p.grad.flatten() for p in net.parameters()), after])
 
     expected = plain()
@@ -194,9 +199,13 @@ def test_rejects_recomputing_what_cannot_be_replayed(name):
     torch.manual_seed(0)
     maml = fm.MAML(NOT_REPLAYABLE[name](), loss="mse", inner_lr=0.1, inner_steps=5, memory="recompute", backend="torch")
     before = [p.clone() for p in maml.net.parameters()]
-    with pytest.raises(RuntimeError, match="memory='recompute': .*cannot be replayed.*memory='store'"):
-        for _ in range(8):  # each has odds of 1 in 1000 to draw the same ten times
+
+    def several():  # each has odds of 1 in 1000 to draw the same ten times
+        for _ in range(8):
             maml(*_episode())
+
+    with pytest.raises(RuntimeError, match=r"memory='recompute': .*cannot be replayed.*memory='store'"):
+        several()
     assert all(torch.equal(a, b) for a, b in zip(before, maml.net.parameters(), strict=True))
 
 
@@ -225,7 +234,7 @@ def test_operators_gradient_of_random_network_matches_plain_loop(name, operator)
         else:
             adapted = fm.inner_sgd(net, theta, x, y, loss="mse", lr=0.1, steps=2)
             value = sum(v.square().sum() for v in adapted.values())
-        random.random(), np.random.rand(), torch.rand(())  # somebody draws between forward and backward
+        _next_draws()  # somebody draws between forward and backward
         return torch.autograd.grad(value, list(theta.values()))
 
     def plain():
@@ -250,7 +259,11 @@ def test_rejects_backward_of_what_cannot_be_replayed():
     net = NOT_REPLAYABLE["urandom"]()
     theta = {k: v.detach().requires_grad_() for k, v in net.named_parameters()}
     x, y, _, _ = _episode()
-    with pytest.raises(RuntimeError, match="inner_sgd: .*cannot be replayed"):
+
+    def several():
         for _ in range(8):
             adapted = fm.inner_sgd(net, theta, x, y, loss="mse", lr=0.1, steps=5)
             sum(v.sum() for v in adapted.values()).backward()
+
+    with pytest.raises(RuntimeError, match=r"inner_sgd: .*cannot be replayed"):
+        several()

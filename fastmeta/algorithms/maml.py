@@ -79,7 +79,7 @@ class MAML(nn.Module):
         batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
             the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
             statistics are never moved, unlike by the module itself.
-        backend: "auto", or the name of one.
+        backend: "auto", or the name of one; only "torch" honours autocast.
         on_divergence: what becomes of a call in which a task's query loss, or with "skip" a gradient, is not finite.
             "raise": FloatingPointError. "skip": the loss and its gradient are those of the other tasks alone, computed
             again, the mean over as many as they are, and a RuntimeWarning counts and names the tasks that are left out.

@@ -49,7 +49,7 @@ class MAMLPlusPlus(Stepwise):
     normalised by itself and they are never read; batch_stats="running" reads the network's own at every step.
 
     Args:
-        net, loss, query_loss, weight_norm, memory, batch_stats, backend: as in `fastmeta.MAML`.
+        net, loss, query_loss, weight_norm, memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
         inner_lr: where the rates start.
         inner_steps: K, at least 1.
         multi_step_epochs: epochs with a multi-step loss; 0: none.

@@ -35,7 +35,7 @@ class MetaCurvature(Stepwise):
 
     Args:
         net, loss, query_loss, inner_lr, inner_steps, order, adapt, learn_lr, lr_per_step, step_weights, weight_norm,
-            memory, batch_stats, backend: as in `fastmeta.MAML`.
+            memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

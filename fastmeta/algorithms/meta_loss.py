@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
@@ -52,7 +53,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     flat = maml.flat
     aliases = None if flat is None else maml.aliases()
     call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
-    replay = None if call.plan.program is not None else replay_of(call)
+    run = None if call.plan.program is not None else again_of(call)
     found = settled(maml.who, maml.on_divergence, call, call.solve())
     loss, task_losses, output = found_in(found)
     result = found.result
@@ -64,7 +65,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
                 found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
                 for field in inputs
             ]
-        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, replay, flat
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, run, flat
         own = None if flat is None else (params, rates)
         parts = tuple([read.part for read in captured]) if captured else ()
         recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
@@ -72,9 +73,11 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     return loss, task_losses, output
 
 
-def replay_of(call: Call) -> Replay | None:
-    """The random state, where the call may draw from it: only a module that is run as it is does."""
-    return Replay(RandomState.of(call.problem)) if call.plan.program is None else None
+def again_of(call: Call) -> tuple[Replay, torch.dtype | None] | None:
+    """The random state and autocast, where the call may depend on them: only a module that is run as it is does."""
+    if call.plan.program is not None:
+        return None
+    return Replay(RandomState.of(call.problem)), autocast_dtype(call.plan.shapes.device)
 
 
 def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
@@ -180,7 +183,7 @@ class Recipe(NamedTuple):
     query_loss: Loss | None
     lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
     wrt: frozenset[str]
-    replay: Replay | None  # of the random state before the call
+    rerun: tuple[Replay, torch.dtype | None] | None  # of the random state before the call; the dtype of autocast
     flat: FlatParameters | None
     names: tuple[str, ...]  # of the parameters
     keys: tuple[str, ...]  # of the learned rates
@@ -250,7 +253,8 @@ class Recipe(NamedTuple):
         captures = Captures(True, lambda: parts, tuple(captured))
         call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
-        found = iter(again.gradients(call, lr, wanted, captured, self.replay, grad))
+        replay, dtype = self.rerun or (None, None)
+        found = iter(again.gradients(call, lr, wanted, captured, replay, dtype, grad))
         return [next(found) if need else None for need in needs]
 
     def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaLoss
-from fastmeta.algorithms.meta_loss import Recipe, answer, attached_to, input_gradient, inputs_of, replay_of
+from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, input_gradient, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.backends._captured import leaves_behind
 from fastmeta.ops.adapted import adapted_names
@@ -174,7 +174,7 @@ class Stepwise(MAML):
         aliases = self.aliases()
         captures = captures_of(True, aliases) if grad else None
         call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt, captures=captures)
-        replay = replay_of(call)
+        run = again_of(call)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
         captured = reads(result.grads.captured, aliases)
@@ -182,7 +182,7 @@ class Stepwise(MAML):
             params = result.grads.params or {}
             gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
             gradients += [input_gradient(field, result) for field in fields]
-            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, replay, None
+            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, run, None
             recipe = Recipe(*how, tuple(theta), (), fields, tuple(read.part for read in captured), None)
             leaves = [*theta.values()] if wanted else []
             loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)

@@ -1,7 +1,7 @@
 """Operators without a second derivative, said in one sentence with the way out.
 
-Most raise when the second derivative is taken. A `torch.autograd.Function` that is marked `once_differentiable` does not:
-its gradient ends in a node that nothing leads on from, and what it should have passed on would be missing.
+Most raise when the second derivative is taken. A `torch.autograd.Function` that is marked `once_differentiable` does
+not: its gradient ends in a node that nothing leads on from, and what it should have passed on would be missing.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def _positions() -> Iterator[Case]:
     yield net(loss="ce_probabilities_everything", weighted="sq", step_weights=True, per_step=True)
     yield net(loss="ce_masked_mean", weighted="sq0", memory="recompute")
     yield net(loss="ce_sum", query_loss="ce_probabilities", order="first", lr=0.02)
-    yield Case("sequence", sequence, (6, 4), loss="ce_ignored", shots=11, query_loss="bce_pos_weight")
-    yield Case("segments", segments, (2, 6, 5), loss="ce_everything", shots=3, queries=2, weighted="s")
+    yield Case("sequence", sequence, (6, 4), loss="ce_ignored", query_loss="bce_pos_weight")
+    yield Case("segments", segments, (2, 4, 3), loss="ce_everything", shots=2, queries=2, weighted="s")
 
 
 def _options() -> Iterator[Case]:

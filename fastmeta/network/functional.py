@@ -6,6 +6,7 @@ This is what the `reference` and `torch` backends evaluate, and what a captured 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +23,14 @@ from fastmeta.network.elementary_recurrent import LAYERS
 from fastmeta.network.twice import REPLACED
 
 _BATCH_STATS = ("task", "running", "module")
+
+
+class NotOneTensorError(TypeError):
+    """A network returned something else than one tensor."""
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"the network must return one Tensor, got {got}")
+        self.got = got
 
 
 def call(
@@ -56,7 +65,7 @@ def call(
     """
     output = _run(net, params, x, _Conventions(batch_stats, decompose))
     if not isinstance(output, Tensor):
-        raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
+        raise NotOneTensorError(type(output).__name__)
     return output
 
 
@@ -67,8 +76,15 @@ def _run(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, conventions: _
         if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules and any(map(_compiled, net.modules())):
+            # compiled code would be compiled again for every task's own parameters, or has failed to be
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(conventions)
         return torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
+
+
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def by_own_batch(batch_stats: str, training: bool) -> bool:

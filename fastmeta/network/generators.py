@@ -1,4 +1,4 @@
-"""Random generators of the user's own that a forward pass can draw from: what torch, Python and NumPy hold globally aside.
+"""Random generators of the user's own that a forward pass can draw from, beside those that are global.
 
 They are looked for where a forward finds them: attributes of modules and of the objects in these, bound methods,
 closures, default arguments, and the globals that its byte code reads.
@@ -79,7 +79,7 @@ def _values(reads: Iterable[Read]) -> list[Any]:
 
 
 def _search(starts: list[Any]) -> Iterator[Any]:
-    pending, seen = starts, set()
+    pending, seen = starts, set[int]()
     kinds, known = _kinds()
     while pending and len(seen) < _MOST_OBJECTS:
         value = pending.pop()

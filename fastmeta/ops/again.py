@@ -8,9 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs, get
+from fastmeta.backends._autocast import autocast
 from fastmeta.backends._captured import key_of
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.ops.plan import Call
@@ -31,6 +33,7 @@ def gradients(
     by: Sequence[Tensor],
     captured: Sequence[Tensor],
     replay: Replay | None,
+    dtype: torch.dtype | None,
     scale: Tensor | None = None,
 ) -> list[Tensor]:
     """dJ/d `by` and dJ/d `captured`, times `scale`, with their graph.
@@ -41,10 +44,12 @@ def gradients(
         by: some of them, made by `local`.
         captured: what the network and the losses read besides.
         replay: of the random state that the call began with; None: it draws nothing.
+        dtype: of the autocast that the call was made under.
+        scale: (); None: one.
     """
     problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True))
     backend: Any = call.plan.backend
-    with nullcontext() if replay is None else replay.again():
+    with autocast(call.plan.shapes.device, dtype), nullcontext() if replay is None else replay.again():
         objective, found = (backend if hasattr(backend, "objective") else get("torch")).objective(problem)
     if scale is not None:
         objective = objective * scale

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._autocast import autocast, autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
@@ -115,7 +116,8 @@ class _Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.frame = operation, replay, slots, parts
+        # backward passes run outside of the caller's autocast block
+        ctx.frame = operation, replay, slots, parts, autocast_dtype(answer[0].device)
         return answer
 
     @staticmethod
@@ -123,7 +125,7 @@ class _Solve(torch.autograd.Function):
         needs = ctx.needs_input_grad[_FIRST:]
         if all(grad is None for grad in grads):
             return (None,) * (_FIRST + len(needs))
-        operation, replay, slots, parts = ctx.frame
+        operation, replay, slots, parts, dtype = ctx.frame
         again = torch.is_grad_enabled()  # create_graph=True
         leaves, captured = ctx.saved_tensors[: len(slots)], read_again(ctx.saved_tensors[len(slots) :], parts)
         leaves = [local(leaf) if again else leaf for leaf in leaves]
@@ -134,10 +136,11 @@ class _Solve(torch.autograd.Function):
         call = operation.call(wrt, captures=captures, **_cotangents(operation, grads))
         if again:
             by = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-            found = iter(gradients(call, operation.lr, by, captured, replay))
+            found = iter(gradients(call, operation.lr, by, captured, replay, dtype))
             results = [next(found) if need else None for need in wanted]
             return (*[None] * _FIRST, *results, *found)
-        grad = call.solve().grads if replay is None else _solved_again(replay, operation, call).grads
+        with autocast(call.plan.shapes.device, dtype):
+            grad = (call.solve() if replay is None else _solved_again(replay, operation, call)).grads
         rates = None if grad.lr is None else call.plan.rates.fold(grad.lr, operation.lr)
         result: list[Tensor | None] = [None] * _FIRST
         for (field, name), need in zip(slots, wanted, strict=True):

@@ -12,7 +12,7 @@ are skipped, sum(task_weights * task_losses) / (T - S) over the rest.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -70,7 +70,7 @@ def check_choice(who: str, on_divergence: object) -> None:
     Raises:
         ValueError: no such choice.
     """
-    if on_divergence not in _CHOICES:
+    if not isinstance(on_divergence, str) or on_divergence not in _CHOICES:
         raise ValueError(f"{who}: `on_divergence` must be 'raise', 'skip' or 'keep', got {on_divergence!r}")
 
 
@@ -81,7 +81,7 @@ def looked_for(on_divergence: str, on_cpu: bool, weights: Tensor | None) -> bool
     """
     if on_divergence == "skip":
         return True
-    return weights is not None and on_cpu and not bool(weights.all())
+    return weights is not None and on_cpu and 0.0 in weights.tolist()
 
 
 def leave_out(
@@ -200,12 +200,12 @@ def warn_of_skipped(who: str, skipped: list[int], number: int, some_left: bool) 
     )
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are; reads them."""
     sums = [tensor.sum() for tensor in tensors]
-    if not sums or isfinite(torch.stack(sums).sum().item()):
-        return True
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else 0.0
+    # a sum may overflow where all of its terms are finite
+    return isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 @dataclass(slots=True)
@@ -271,13 +271,16 @@ class _Solved:
 
     @property
     def finite(self) -> bool:
+        if self.loss.is_cpu and not isfinite(self.loss.item()):
+            return False
         grads = self.result.grads
         single = [getattr(grads, field) for field in grads.__slots__]
         found = [tensor for tensor in single if isinstance(tensor, Tensor)]
         found += [gradient for _, gradient in grads.captured or ()]
         if grads.flat_params is None:
             found += (grads.params or {}).values()
-        return all_finite([self.loss, *found, *(grads.lr or {}).values()])
+        found += (grads.lr or {}).values()
+        return all_finite(found if self.loss.is_cpu else [self.loss, *found])
 
 
 def check_diverged(who: str, what: str, values: Iterable[Tensor], weights: Tensor | None = None) -> None:

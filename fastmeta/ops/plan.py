@@ -20,6 +20,7 @@ from fastmeta.losses import Loss
 from fastmeta.network.capture import captured, frozen_flags
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.program import Program
+from fastmeta.network.renormalised import check_renormalised
 from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
@@ -200,6 +201,8 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     check_wrt(options.who, wrt, tensors)
     check_batch_stats(net, options.batch_stats)
     names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
+    if options.steps:
+        check_renormalised(options.who, net, names)
     sort = shapes.device, shapes.dtype
     rates = plan_rates(options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen)
     program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
@@ -266,6 +269,7 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         plan.program,
         plan.refused,
         prefer_flat,
+        None,
         plan.scratch,
         captures,
     )

@@ -7,10 +7,13 @@ once or `task_chunk` at a time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
@@ -36,7 +39,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
-    with isolated(_inputs.any_batch(problem).x.device), named_in(problem):
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
@@ -56,6 +61,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         NotImplementedError: second order, and an operator has no second derivative.
     """
     device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
@@ -70,9 +76,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
             if not vectorised:
                 raise
             start.restore()
-            result = rerun(
-                p, lambda p: _replayable(p, wrt, adapted, False, start), start
-            )  # an error of the caller's own comes out here
+            # an error of the caller's own comes out here
+            result = rerun(p, lambda p: _replayable(p, wrt, adapted, False, start), start)
             tasks.remember_loop(p, tasks.failure(error))
             return result
 
@@ -84,7 +89,9 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
         captured = Captured(p, keep=True)
         return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
 
-    with isolated(_inputs.any_batch(problem).x.device):
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device):
         detached = _inputs.detached(problem)
         vectorised = _at_once(problem) > 1 and _inputs.runs(problem) and not tasks.why_loop(detached)
         return rerun(_inputs.with_graph(problem), whole)

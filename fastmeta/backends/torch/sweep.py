@@ -150,11 +150,11 @@ class Sweep:
     def _hessian_product(self, step: _Step, v: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """H_k v; adds d<g_k, v> / d everything else to the totals."""
         gradient = step.gradient
-        if gradient is None and step.replay is not None:
-            with step.replay.again():
+        if gradient is None:
+            replay = step.replay or Replay(RandomState.of(self.p))
+            with replay.again():
                 gradient = self._support_gradient(step.theta, k, create_graph=True)
-            step.replay.check(gradient.losses)
-        assert gradient is not None  # it is kept, or there is a replay
+            replay.check(gradient.losses)
         seen = gradient.captured
         leaves = [*gradient.theta.values(), *gradient.others.values(), *seen.inputs]
         directions = [v[name] for name in self.names]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._autocast import autocast
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
@@ -53,13 +54,18 @@ def evaluate(
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
     """
 
+    device, dtype = batch.x.device, next(iter(params.values())).dtype
+
     def one_task(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        decompose = vectorised or problem.third
-        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=decompose)
-        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        return value, output
+        with autocast(device, problem.autocast):
+            decompose = vectorised or problem.third
+            output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=decompose)
+            if problem.autocast is not None:
+                output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
+            value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
+            return (value if problem.autocast is None else value.to(dtype)), output
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
@@ -105,6 +111,8 @@ def why_loop(problem: Problem) -> str:
     agree with the loop in value, gradient and Hessian-vector product. Draws nothing from the random state. To be
     called inside `isolated`, with the tensors of `problem` detached.
     """
+    if problem.autocast is not None:
+        return "under vmap PyTorch's autocast passes over linear layers"
     key = _key(problem)
     reason = _loops.get(problem.net, key)
     if reason is None:
@@ -148,15 +156,25 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
     if size is None:
         sample = cut(problem, 0, 2 if vectorised else 1)
         held: dict[int, int] = {}  # address -> size: the same storage is saved many times
+        unknown: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            try:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # one of torch.func's own has no memory to look at
+                unknown.append(tensor.numel() * tensor.element_size())
             return tensor
 
-        with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _probe(sample, vectorised)
-        size = _graphs.put(problem.net, key, sum(held.values()) / sample.tasks)
+        try:
+            with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                _probe(sample, vectorised)
+            size = (sum(held.values()) + sum(unknown)) / sample.tasks
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            size = inf  # torch.func's transforms inside the forward allow no hooks: nothing can be measured
+        _graphs.put(problem.net, key, size)
     return size
 
 
@@ -180,7 +198,7 @@ def _key(problem: Problem) -> int:
             tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
             tuple((name, t.shape[1:], t.dtype) for name, t in tensors.items() if t is not None),
             (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
-            (problem.order, problem.batch_stats, batch.x.device),
+            (problem.order, problem.batch_stats, batch.x.device, problem.autocast),
         )
     )
 

@@ -75,7 +75,7 @@ _kept: dict[torch.device, Bounded[int, ref[Scratch]]] = {}
 
 
 def keep(scratch: Scratch, job: Job) -> None:
-    """Count the memory of a plan that is kept in `scratch`; what was used least recently gives its own back."""
+    """Count the memory of a plan that is kept in `scratch`; what was not used for longest gives its own back."""
     device = job.device
     if device not in _kept:
         half = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _MOST_BYTES
@@ -86,7 +86,7 @@ def keep(scratch: Scratch, job: Job) -> None:
 
 def used(scratch: Scratch, job: Job) -> None:
     """The plan in `scratch` is the one that was used last."""
-    _kept[job.device].get(id(scratch))
+    _kept[job.device].used(id(scratch))
 
 
 def _size(kept: ref[Scratch]) -> int:

@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from fastmeta.cli.files import keep, told, write_whole
+from fastmeta.cli.files import discard, keep, sync_folder, told, write_whole
 from fastmeta.cli.train import sealed
 from fastmeta.cli.train.content import FORMAT, OtherVersion, check, check_weights
 from fastmeta.cli.train.run import Run
@@ -138,4 +138,6 @@ def forget(run: Run) -> None:
     """
     for path in (run.previous, run.checkpoint):
         with told(path, "remove"):
-            path.unlink(missing_ok=True)
+            discard(path)
+    with told(run.out, "write into"):
+        sync_folder(run.out)

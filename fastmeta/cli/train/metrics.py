@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,17 +37,14 @@ class Metrics:
     def __init__(self, run: Run, columns: Sequence[str], rows: list[list[float]], start: int) -> None:
         self._path = run.out / "metrics.csv"
         self._state = rows
-        board = summary_writer() if run.tensorboard else None
+        writer = summary_writer() if run.tensorboard else None
         content = csv_text([["iteration", *columns], *rows])
         if not run.overwrite:
             self._compare(content, start)
+        self._board = None if writer is None else _board(writer, run.out, start)
         write_whole(self._path, content)
         with told(self._path, "write"):
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        self._board = None
-        if board is not None:
-            with told(run.out, "write into"):
-                self._board = board(str(run.out), purge_step=start + 1)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """One row.
@@ -97,7 +95,8 @@ class Metrics:
     ) -> None:
         os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with told(self._path.parent, "write into"):
+                self._board.close()
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
@@ -119,6 +118,15 @@ def summary_writer() -> Any:
         message = "--tensorboard needs the package tensorboard: pip install 'fastmeta[tensorboard]'"
         raise click.UsageError(message) from error
     return SummaryWriter
+
+
+def _board(writer: Any, out: Path, start: int) -> Any:
+    with told(out, "write into"):
+        try:
+            return writer(str(out), purge_step=start + 1)
+        except UnicodeEncodeError as error:
+            message = f"--tensorboard: TensorBoard writes only into folders whose names are UTF-8, {out} is not"
+            raise click.ClickException(message) from error
 
 
 def _shown(line: bytes) -> str:

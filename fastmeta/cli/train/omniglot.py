@@ -61,7 +61,7 @@ class Accuracy(NamedTuple):
 @click.option("--eval-steps", type=COUNT, help="Inner steps in testing [default: 3, and 5 for mlp].")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder.Folder(),
     help="Folder of images_background_small{1,2}.zip, or of omniglot/ with them [default: $FASTMETA_DATA].",
 )
 @click.option("--download", "data_download", is_flag=True, help="Fetch the files into the folder if they are missing.")

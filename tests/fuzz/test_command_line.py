@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import command_line
 import pytest
-from fuzz import command_line
 
 pytest.importorskip("PIL.Image", reason="Pillow not installed")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+import kill_train
 import pytest
-from fuzz import kill_train
 
 from fastmeta.cli.train import plots
 
