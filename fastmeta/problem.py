@@ -13,6 +13,7 @@ loss of task t. A term whose ingredients are absent (no query loss, no cotangent
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,20 @@ class Batch:
     per_step: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Captures:
+    """What is wanted of the tensors that require grad and that the network or a loss reads past its arguments.
+
+    Backends that run a layer program need not look for any: a network or a loss that reads one does not get to them.
+    """
+
+    gradients: bool  # else only which they are; their gradients are then zeros
+    # gives more of them, which require no grad themselves: the parts of a flattened module
+    also: Callable[[], Sequence[Tensor]] | None = None
+    known: tuple[Tensor, ...] = ()  # what an earlier evaluation has found
+    watch: bool = False  # there is something to be found
+
+
 @dataclass(slots=True)
 class Problem:
     """One batch of tasks, checked: T tasks, K = `steps` inner steps.
@@ -97,6 +112,8 @@ class Problem:
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
     exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
+    captures: Captures | None = None  # None: nothing is wanted of captured tensors
+    third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
 
 
 @dataclass(slots=True)
@@ -115,6 +132,7 @@ class Gradients:
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
     flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
+    captured: list[tuple[Tensor, Tensor]] | None = None  # (tensor, gradient), where `captures` asked for it
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from fastmeta.algorithms.meta_loss import flat_gradient, found_in, leaves_of
 from fastmeta.backends._random_state import preserved
 from fastmeta.network.capture import captured
 from fastmeta.network.functional import call
+from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import settled
 from fastmeta.ops.plan import NOTHING
@@ -51,7 +52,7 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
         if x is not None and x.requires_grad:
             raise ValueError(f"MAML: `{field}` requires grad, which is not supported under torch.compile")
     leaves = leaves_of(maml, maml.traced_parameters(), dict(maml.inner_lrs.named_parameters())).tensors
-    with_gradients = torch.is_grad_enabled() and len(leaves) > 0
+    with_gradients = torch.is_grad_enabled()
     answered = torch.ops.fastmeta.meta_loss(
         leaves, *tensors, support_per_step, with_gradients, maml.handle, _next_site()
     )
@@ -91,11 +92,18 @@ def _operator(
     params, rates = maml.meta_parameters()
     wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
     params, rates = _in_place_of(maml, params, rates, wrt, leaves)
-    checked = maml.prepare(params, rates, tensors, support_per_step, wrt)
+    captures = captures_of(True, maml.aliases()) if with_gradients else None
+    checked = maml.prepare(params, rates, tensors, support_per_step, wrt, captures)
     run = _just_so if checked.plan.program is not None else _outside
-    found = settled(maml.who, maml.on_divergence, checked, run(checked.solve), run)
+    result = run(checked.solve)
+    for read in reads(result.grads.captured, None):
+        raise ValueError(
+            f"MAML: the network or a loss reads a tensor {tuple(read.tensor.shape)} that requires grad and is none of "
+            "its arguments; under torch.compile it would get no gradient: leave the call out of what is compiled"
+        )
+    found = settled(maml.who, maml.on_divergence, checked, result, run)
     loss, task_losses, output = found_in(found)
-    gradient = flat_gradient(maml, checked, found.result) if with_gradients else loss.new_empty(0)
+    gradient = flat_gradient(maml, checked, found.result) if with_gradients and leaves else loss.new_empty(0)
     # some backends sum both up in one vector, and the outputs of an operator may not share memory
     return loss.clone(), task_losses, output, gradient
 

@@ -15,16 +15,26 @@ from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
 from fastmeta.models.check import check_count
+from fastmeta.ops.again import Read, captures_of, reads
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.differentiable import Operation, run_and_read
 from fastmeta.ops.divergence import check_choice, check_diverged, left_out, named
 from fastmeta.ops.eager import eager
-from fastmeta.ops.inner_sgd import inner_loop, inner_sgd
+from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt
 from fastmeta.ops.plan import prepare
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
+
+
+class _Step(NamedTuple):
+    """One inner step."""
+
+    start: dict[str, Tensor]  # name -> [T, *shape], leaves
+    moved: dict[str, Tensor]  # name -> [T, *shape]
+    captured: list[Tensor]  # what the network and the loss read past their arguments
 
 
 class IMAMLLoss(NamedTuple):
@@ -123,8 +133,9 @@ class IMAML(InnerLoop):
         Returns:
             `IMAMLLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters. The gradients are computed here, wherever
-            gradients are on.
+        Derivatives: `loss` is once differentiable in the parameters and in whatever requires grad that the network or
+            a loss reads besides; differentiating again raises. The gradients are computed here, wherever gradients are
+            on.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
@@ -137,31 +148,43 @@ class IMAML(InnerLoop):
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
         check_no_gradients(self.who, tensors)
         params = self.parameters_by_name()
-        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
+        wanted = torch.is_grad_enabled()
         solution = self.adapted(self.who, Tensors(support_x, support_y, support_weights), self.inner_steps)
         options = self._options(self.who)._replace(steps=0)
         wrt = frozenset({"params"} if wanted else ())
-        call = prepare(options, self.net, solution, tensors, self.loss, self.query_loss, self.inner_lr, wrt)
+        given = options, self.net, solution, tensors, self.loss, self.query_loss, self.inner_lr, wrt
+        call = prepare(*given, captures=captures_of(True, None) if wanted else None)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
         if not wanted:
+            gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
+            return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
+        direct = reads(result.grads.captured, None)
+        step = self._step(solution, tensors)
+        if not (direct or step.captured or any(value.requires_grad for value in params.values())):
             gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
             return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
         query = cast("dict[str, Tensor]", result.grads.params)  # name -> [T, *shape], task weights and 1 / T in it
         found = [*solution.values(), *query.values()]
         if self.on_divergence == "raise":
             check_diverged(self.who, "adapted parameters or query gradients are", found, task_weights)
-        gradients, residuals, inner, indefinite = self._implicit(params, solution, query, tensors)
+        gradients, implicit, residuals, inner, indefinite = self._implicit(params, step, query)
         if self.on_divergence == "raise":
             check_diverged(self.who, "linear systems are", [residuals], task_weights)
         gone = left_out(self.who, self.on_divergence, [*found, residuals], task_weights)
+        captured = [*direct, *implicit]
         if gone:
+            if captured:
+                raise FloatingPointError(
+                    f"{self.who}: tasks diverged or have weight zero without being finite, and the network or a loss "
+                    "reads tensors that require grad, whose gradients are sums over all tasks: leave those tasks out"
+                )
             loss = gone.mean(task_losses, task_weights)
             scale = len(residuals) / gone.counted
             gradients = {name: scale * gone.without(value) for name, value in gradients.items()}
         self._report(residuals, indefinite)
         total = {name: value.sum(0) for name, value in gradients.items()}
-        return IMAMLLoss(attached(loss, total, params), task_losses, output, residuals, inner)
+        return IMAMLLoss(attached(loss, total, params, captured), task_losses, output, residuals, inner)
 
     def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, and why others do not; print it.
@@ -196,38 +219,35 @@ class IMAML(InnerLoop):
                     theta[name] += pull * params[name]
         return theta
 
+    def _step(self, solution: dict[str, Tensor], tensors: Tensors) -> _Step:
+        """One inner step of rate -1 / lambda from the solution, with its graph."""
+        start = {name: value.requires_grad_() for name, value in solution.items()}
+        support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
+        options = self._options(self.who)._replace(steps=1, adapt=self.names)
+        moved, captured = run_and_read(Operation(options, self.net, start, support, -1 / self.proximal, self.loss))
+        return _Step(start, dict(zip(start, moved, strict=True)), captured)
+
     def _implicit(
-        self, params: dict[str, Tensor], solution: dict[str, Tensor], query: dict[str, Tensor], tensors: Tensors
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """(every task's meta-gradient by name, residuals [T], inner residuals [T], which systems are indefinite [T]).
+        self, params: dict[str, Tensor], step: _Step, query: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[Read], Tensor, Tensor, Tensor]:
+        """(every task's meta-gradient by name, that of what was captured, residuals [T], inner residuals [T], which
+        systems are indefinite [T]).
 
         One inner step of rate -1 / lambda from the solution, theta_K + grad L(theta_K) / lambda, has I + H / lambda
         as its Jacobian: vector-Jacobian products of it are what conjugate gradients need. It also lands on theta if
-        the inner problem is solved. In the parameters that are not adapted the product is the mixed derivative.
+        the inner problem is solved. In what is not adapted the product is the mixed derivative.
         """
-        start = {name: value.requires_grad_() for name, value in solution.items()}
-        x, y, weights, names = tensors.support_x, tensors.support_y, tensors.support_weights, self.names
-        moved = inner_sgd(
-            self.net,
-            start,
-            cast(Tensor, x),
-            cast(Tensor, y),
-            loss=self.loss,
-            lr=-1 / self.proximal,
-            steps=1,
-            adapt=names,
-            weights=weights,
-            batch_stats=self.batch_stats,
-            backend=self.backend,
-        )
+        start, moved, names = step.start, step.moved, self.names
         adapted = [moved[name] for name in names]
         shapes = [value.shape for value in adapted]
         sizes = [value[0].numel() for value in adapted]
 
-        def products(v: Tensor) -> dict[str, Tensor]:  # [T, P] -> name -> [T, *shape]
+        def along(v: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:  # v: [T, P]
             directions = [part.reshape(shape) for part, shape in zip(v.split(sizes, 1), shapes, strict=True)]
-            leaves = list(start.values())
-            return dict(zip(start, torch.autograd.grad(adapted, leaves, directions, retain_graph=True), strict=True))
+            return torch.autograd.grad(adapted, leaves, directions, retain_graph=True)
+
+        def products(v: Tensor) -> dict[str, Tensor]:  # name -> [T, *shape]
+            return dict(zip(start, along(v, [*start.values()]), strict=True))
 
         with torch.no_grad():
             b = _flat(query, names)
@@ -235,11 +255,13 @@ class IMAML(InnerLoop):
             goal = 0.5 * self.cg_tolerance
             u, indefinite = conjugate_gradient(lambda v: _flat(products(v), names), b, self.cg_steps, goal)
             left = {name: query[name] - product for name, product in products(u).items()}
+            products_captured = along(u, step.captured) if step.captured else ()
             size = b.norm(dim=1)
             residuals = _flat(left, names).norm(dim=1) / torch.where(size > 0, size, 1)
             inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(dim=1)
         own = [part.reshape(shape) for part, shape in zip(u.split(sizes, 1), shapes, strict=True)]
-        return {**left, **dict(zip(names, own, strict=True))}, residuals, inner, indefinite
+        implicit = [Read(x, None, -product) for x, product in zip(step.captured, products_captured, strict=True)]
+        return {**left, **dict(zip(names, own, strict=True))}, implicit, residuals, inner, indefinite
 
     def _report(self, residuals: Tensor, indefinite: Tensor) -> None:
         """Warn of the tasks whose systems are not solved."""

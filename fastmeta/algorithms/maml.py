@@ -16,6 +16,7 @@ from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_now
+from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.divergence import check_choice, check_diverged
 from fastmeta.ops.eager import eager
@@ -24,6 +25,7 @@ from fastmeta.ops.options import Adapt, Options, check_options, names_of, number
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ops.task_forward import forward as task_forward
+from fastmeta.problem import Captures
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class MAML(nn.Module):
     Args:
         net: the network; its parameters are the meta-parameters.
         loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar; see
-            `fastmeta.losses.resolve`. A module is read once, here.
+            `fastmeta.losses.resolve`. A module of `torch.nn` is read once, here. Parameters of a loss network get their
+            gradients, but are none of this module's `parameters()`.
         query_loss: the same for the query sets; None: `loss`.
         inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
             [K or 1, T or 1, ...] that end in any shape that broadcasts to the parameter's: the rates, or where
@@ -165,8 +168,11 @@ class MAML(nn.Module):
         Returns:
             `MetaLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters, the learned rates and every input that requires
-            grad. The gradients are computed here, together with the loss, wherever gradients are on.
+        Derivatives: `loss` is differentiable in the parameters, the learned rates, every input that requires grad and
+            everything else that requires grad and that the network or a loss reads. The gradients are computed here,
+            together with the loss, wherever gradients are on. With `create_graph=True`, for Hessian-vector products of
+            the outer loss, the backward pass computes them again by plain autograd, which takes the time and the memory
+            of a loop over all inner steps in PyTorch; with order="first" inner gradients are constants there too.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
@@ -174,6 +180,7 @@ class MAML(nn.Module):
                 where reading a loss would wait for it, and under torch.compile this is not looked for. With
                 on_divergence="skip": no task is left.
             BackendUnavailable: the backend named cannot run this call.
+            RuntimeError: in the backward pass: something that the loss was computed from was modified since.
 
         Warns:
             RuntimeWarning: tasks are skipped, see `on_divergence`.
@@ -200,12 +207,12 @@ class MAML(nn.Module):
         """
         options = self._options(f"{self.who}.adapt")._replace(step_weights=None)
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self.lr_of(rates)
         if steps is not None:
             options = options._replace(steps=steps)
             check_options(options)
             lr = repeated(lr, steps)
-        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss)
+        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss, self.aliases())
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -290,18 +297,30 @@ class MAML(nn.Module):
         tensors: Tensors,
         support_per_step: bool = False,
         wrt: frozenset[str] = NOTHING,
+        captures: Captures | None = None,
     ) -> Call:
         """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
         options = self._options(self.who, support_per_step)
         flat = self.flat is None or len(self.flat.names) == len(params)
-        losses = self.loss, self.query_loss
-        return prepare(options, self.net, params, tensors, *losses, self._lr(rates), wrt, prefer_flat=flat)
+        given = options, self.net, params, tensors, self.loss, self.query_loss, self.lr_of(rates), wrt
+        return prepare(*given, prefer_flat=flat, captures=captures)
 
-    def _lr(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
-        """The rates as an operator takes them; with `tasks`, of those alone."""
+    def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
+        """The rates as an operator takes them, from the learned ones by their keys; with `tasks`, of those alone."""
         number = self._number
         lr = self.inner_lrs.as_given(rates) if number is None else number
         return lr if tasks is None else of_tasks(lr, tasks)
+
+    def aliases(self) -> Aliases | None:
+        """What a loss may read of a flattened module: the parameters, which autograd knows as pieces of its vector."""
+        flat = self.flat
+        if flat is None:
+            return None
+
+        def parts() -> list[Tensor]:
+            return flat.parts(*self.meta_parameters(check=False))
+
+        return Aliases(parts, lambda: views(flat.vector, parts()))
 
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         return Options(

@@ -150,8 +150,8 @@ class MAMLPlusPlus(Stepwise):
         options = super()._options(who, support_per_step)
         return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
 
-    def _lr(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
-        lr = super()._lr(rates, tasks)
+    def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
+        lr = super().lr_of(rates, tasks)
         if not self._norms or not isinstance(lr, Mapping):
             return lr
         names = self.names  # to the operators these are named ones, which have rates for themselves alone
@@ -162,14 +162,15 @@ class MAMLPlusPlus(Stepwise):
     ) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""
         params, rates = self._differentiable()
-        lr = self._lr(rates, tasks)
+        lr = self.lr_of(rates, tasks)
         theta = {**params}
         yield theta
         for k in range(steps):
             if k:
                 later = {name: rates[f"extra.{key}"] for name, key in self._keys.items()}  # [K - 1, *shape]
                 theta = {**theta, **{name: rows[min(k, len(rows)) - 1] for name, rows in later.items()}}
-            moved = inner_loop(options, self.net, theta, support_of(support, k, per_step), at_step(lr, k), self.loss)
+            tensors = support_of(support, k, per_step)
+            moved = inner_loop(options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases())
             theta = {**theta, **{name: moved[name] for name in self.names}}
             yield theta
 

@@ -60,14 +60,14 @@ class MetaCurvature(Stepwise):
     ) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`."""
         params, rates = self._differentiable()
-        lr = self._lr(rates, tasks)
+        lr = self.lr_of(rates, tasks)
         late = [name for name in self.names if f"extra.{_keys(name)[0]}" not in rates]
         if late:
             raise ValueError(f"{self.who}: {late[0]!r} was frozen when this was made, there are no matrices for it")
         theta = {**params}
         yield theta
         for k in range(steps):
-            g = gradient(options, self.net, theta, support_of(support, k, per_step), self.loss)
+            g = gradient(options, self.net, theta, support_of(support, k, per_step), self.loss, self.aliases())
             alpha = at_step(lr, k)
             moved = {}
             for name, value in g.items():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
+from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.backends._autocast import autocast_dtype
+from fastmeta.backends._random_state import RandomState
+from fastmeta.backends.torch.replay import Replay
+from fastmeta.losses import Loss
+from fastmeta.ops import again
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import Settled, settled
-from fastmeta.ops.once import once_differentiable
-from fastmeta.ops.plan import Call, mean_loss
-from fastmeta.problem import Result
+from fastmeta.ops.once import refused
+from fastmeta.ops.options import Options
+from fastmeta.ops.plan import Call, mean_loss, prepare
+from fastmeta.ops.rates import Rates
+from fastmeta.problem import Captures, Result
 
 if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML
@@ -42,18 +50,34 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt)
+    flat = maml.flat
+    aliases = None if flat is None else maml.aliases()
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
+    run = None if call.plan.program is not None else again_of(call)
     found = settled(maml.who, maml.on_divergence, call, call.solve())
     loss, task_losses, output = found_in(found)
-    if leaves or inputs:
-        gradients = [flat_gradient(maml, call, found.result)] if leaves else []
-        gradients += [
-            found.by_task_weights() if field == "task_weights" else input_gradient(field, found.result)
-            for field in inputs
-        ]
-        given = [getattr(tensors, field) for field in inputs]
-        loss = _Attach.apply((loss, gradients), leaves, *leaves, *given)
+    result = found.result
+    captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
+    if leaves or inputs or captured:
+        gradients = [flat_gradient(maml, call, result)] if leaves else []
+        if inputs:
+            gradients += [
+                found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
+                for field in inputs
+            ]
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, run, flat
+        own = None if flat is None else (params, rates)
+        parts = tuple([read.part for read in captured]) if captured else ()
+        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
+        loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
+
+
+def again_of(call: Call) -> tuple[Replay, torch.dtype | None] | None:
+    """The random state and autocast, where the call may depend on them: only a module that is run as it is does."""
+    if call.plan.program is not None:
+        return None
+    return Replay(RandomState.of(call.problem)), autocast_dtype(call.plan.shapes.device)
 
 
 def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
@@ -99,11 +123,24 @@ def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     return mean_loss(result, call.problem.task_weights), task_losses, output
 
 
-def attached(loss: Tensor, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor:
-    """A loss as a function of parameters that its gradients are known for, those of the same names."""
+def attached(
+    loss: Tensor,
+    gradients: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    captured: Sequence[again.Read] = (),
+) -> Tensor:
+    """A loss as a function of parameters that its gradients are known for, those of the same names.
+
+    Args:
+        loss, gradients, params: as above; `gradients` may hold more.
+        captured: what else it is a function of, and the gradients by that.
+
+    Derivatives: once; differentiating again raises.
+    """
     leaves = [*params.values()]
-    gradient = torch.cat([gradients[name].reshape(-1) for name in params])
-    return cast(Tensor, _Attach.apply((loss, [gradient]), leaves, *leaves))
+    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [read.gradient for read in captured]
+    inputs = [*leaves, *[read.tensor for read in captured]]
+    return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
 
 
 def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inputs: list[Tensor]) -> Tensor:
@@ -112,7 +149,7 @@ def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inp
         return loss
     at = len(leaves)
     flat = [torch.cat([gradient.reshape(-1) for gradient in gradients[:at]])] if leaves else []
-    return cast(Tensor, _Attach.apply((loss, flat + gradients[at:]), leaves, *leaves, *inputs))
+    return cast(Tensor, _Attach.apply((loss, flat + gradients[at:], None, ()), at, *leaves, *inputs))
 
 
 def inputs_of(tensors: Tensors) -> list[str]:
@@ -133,22 +170,134 @@ def input_gradient(field: str, result: Result) -> Tensor:
     return cast(Tensor, getattr(result.grads, field))
 
 
+class Recipe(NamedTuple):
+    """How a loss was computed, so that its gradients can be computed with a graph.
+
+    It holds no tensors but the module's own: the others go through `save_for_backward`, which frees them in time and
+    notices when one of them was modified.
+    """
+
+    options: Options
+    net: nn.Module
+    loss: Loss | None
+    query_loss: Loss | None
+    lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
+    wrt: frozenset[str]
+    rerun: tuple[Replay, torch.dtype | None] | None  # of the random state before the call; the dtype of autocast
+    flat: FlatParameters | None
+    names: tuple[str, ...]  # of the parameters
+    keys: tuple[str, ...]  # of the learned rates
+    inputs: list[str]  # those that a gradient is wanted of
+    parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
+    own: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None  # parameters and rates of a flattened module
+    whole: bool = True  # no task was left out: else the gradients are those of others, and refuse to be differentiated
+
+    def attach(
+        self,
+        loss: Tensor,
+        gradients: list[Tensor],
+        leaves: list[Tensor],
+        params: Mapping[str, Tensor],
+        rates: Mapping[str, Tensor],
+        tensors: Tensors,
+        captured: Sequence[again.Read],
+    ) -> Tensor:
+        """`loss` as a function of what its gradients are known for.
+
+        Args:
+            loss: ().
+            gradients: of all leaves in one vector, where there are any, then of `inputs`.
+            leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
+            params, rates, tensors: everything that the loss was computed from.
+            captured: what was read besides.
+        """
+        given, rest = leaves, [*tensors]
+        if self.inputs:
+            given = given + [getattr(tensors, field) for field in self.inputs]
+        if captured:
+            gradients = gradients + [read.gradient for read in captured]
+            given = given + [read.tensor for read in captured]
+        if self.flat is None:
+            if "params" not in self.wrt:
+                rest += params.values()
+            if "lr" not in self.wrt:
+                rest += rates.values()
+        return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
+
+    def gradients(
+        self, given: Sequence[Tensor], rest: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+    ) -> list[Tensor | None]:
+        """The gradients by what was given, times `grad`, with their graph: by one loop of autograd over everything.
+
+        Args:
+            given, rest: as `attach` saved them.
+            needs: which gradients are wanted, all of those that were captured included.
+            grad: ().
+        """
+        count = len(given) - len(self.parts)
+        here = [again.local(tensor) for tensor in given[:count]]
+        by: dict[str, dict[str, Tensor]] = {"tensors": {}, "params": {}, "lr": {}, "flat": {}}
+        first, then = self._slots()
+        for (group, name), tensor in [*zip(then, rest, strict=True), *zip(first, here, strict=True)]:
+            by[group][name] = tensor
+        params, rates = by["params"], by["lr"]
+        if self.flat is not None and self.own is not None:
+            params, rates = {**self.own[0]}, {**self.own[1]}
+            pieces = iter(views(by["flat"][""], self.flat.parts(params, rates)))
+            params.update({name: next(pieces) for name in self.flat.names})
+            rates.update({key: next(pieces) for key in self.flat.keys})
+        tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
+        parts = tuple(part for part in self.parts if part is not None)
+        losses = self.loss, self.query_loss
+        captured = again.read_again(given[count:], self.parts)
+        captures = Captures(True, lambda: parts, tuple(captured))
+        call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
+        wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
+        replay, dtype = self.rerun or (None, None)
+        found = iter(again.gradients(call, lr, wanted, captured, replay, dtype, grad))
+        return [next(found) if need else None for need in needs]
+
+    def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(group, name) of what `attach` was given, but for what was captured, and of the rest."""
+        first = [] if self.flat is None else [("flat", "")]
+        then = [("tensors", field) for field in Tensors._fields]
+        for group, names in (("params", self.names), ("lr", self.keys)):
+            if self.flat is None:
+                (first if group in self.wrt else then).extend([(group, name) for name in names])
+        return first + [("tensors", field) for field in self.inputs], then
+
+
 class _Attach(torch.autograd.Function):
     """Makes a loss a function of the tensors that its gradients are known for."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Tensor, list[Tensor]], leaves: list[Tensor], *inputs: Tensor) -> Tensor:
-        loss, gradients = known
-        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
-        ctx.save_for_backward(*gradients)
-        ctx.leaves = leaves
+    def forward(
+        ctx: Any,
+        known: tuple[Tensor, list[Tensor], Recipe | None, Sequence[Tensor | None]],
+        leaves: int,
+        *given: Tensor,
+    ) -> Tensor:
+        loss, gradients, ctx.recipe, rest = known
+        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error; it also
+        # notices when what the loss was computed from was modified
+        ctx.save_for_backward(*gradients, *given, *rest)
+        ctx.counts = len(gradients), len(given), leaves
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
-        scaled = [saved * grad for saved in ctx.saved_tensors]
-        if not ctx.leaves:
-            return (None, None, *scaled)
-        return (None, None, *_unflatten_dense_tensors(scaled[0], ctx.leaves), *scaled[1:])
+        saved = ctx.saved_tensors
+        known, given, leaves = ctx.counts
+        if torch.is_grad_enabled():  # create_graph=True
+            by, rest = saved[known : known + given], saved[known + given :]
+            if ctx.recipe is not None and ctx.recipe.whole:
+                return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
+            return (None, None, *refused(_scaled(saved[:known], grad.detach(), by[:leaves]), by))
+        return (None, None, *_scaled(saved[:known], grad, saved[known : known + leaves]))
+
+
+def _scaled(gradients: Sequence[Tensor], grad: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients` times `grad`, the first of them in the shapes of `leaves`."""
+    # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
+    scaled = [gradient * grad for gradient in gradients]
+    return [*_unflatten_dense_tensors(scaled[0], leaves), *scaled[1:]] if leaves else scaled

@@ -94,7 +94,7 @@ class Reptile(InnerLoop):
             `ReptileLoss`.
 
         Derivatives: `loss` is once differentiable in the parameters, at constant adapted parameters: `backward` puts
-            mean_T(theta - theta_K) into `.grad`.
+            mean_T(theta - theta_K) into `.grad`. What a loss reads gets none, and differentiating again raises.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.

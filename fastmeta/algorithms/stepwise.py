@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaLoss
-from fastmeta.algorithms.meta_loss import answer, attached, attached_to, input_gradient, inputs_of
+from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, input_gradient, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.backends._captured import leaves_behind
 from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import all_finite, leave_out, looked_for
 from fastmeta.ops.eager import eager
@@ -126,6 +128,7 @@ class Stepwise(MAML):
     def _settled(self, tensors: Tensors, per_step: bool) -> MetaLoss:
         """As `_chain`, without tasks that diverged: the gradients have to be there to be looked at."""
         leaves, inputs = [], []
+        captured: list[Tensor] = []
         if torch.is_grad_enabled():
             params, rates = self.meta_parameters()
             own = [self.flat.vector] if self.flat is not None else [*params.values(), *rates.values()]
@@ -136,8 +139,12 @@ class Stepwise(MAML):
             part = tensors
             if tasks is not None:
                 part = Tensors(*[None if x is None else x.index_select(0, tasks) for x in tensors])
-            out, by = self._chain(part, per_step, tasks), [*leaves, *inputs]
-            grads = torch.autograd.grad(out.loss, by, materialize_grads=True) if by else ()
+            out = self._chain(part, per_step, tasks)
+            known = {id(leaf) for leaf in (*leaves, *inputs)}
+            captured.extend(leaf for leaf in leaves_behind(out.loss) if id(leaf) not in known)
+            captured[:] = {id(leaf): leaf for leaf in captured}.values()
+            by = [*leaves, *inputs, *captured]
+            grads = torch.autograd.grad(out.loss, by, materialize_grads=True, retain_graph=True) if by else ()
             return _Gradients(out._replace(loss=out.loss.detach()), list(grads))
 
         whole = again(None)
@@ -150,7 +157,7 @@ class Stepwise(MAML):
             loss, found = part.loss * rest.scale, [grad * rest.scale for grad in rest.answer.grads]
             task_losses = task_losses.index_copy(0, rest.tasks, part.task_losses)
             output = output.index_copy(0, rest.tasks, part.output)
-        return MetaLoss(attached_to(loss, found, leaves, inputs), task_losses, output)
+        return MetaLoss(attached_to(loss, found, leaves, [*inputs, *captured]), task_losses, output)
 
     def _step(self) -> Options:
         """The options of one inner step."""
@@ -164,15 +171,22 @@ class Stepwise(MAML):
         wanted = grad and any(value.requires_grad for value in theta.values())
         wrt = frozenset(["params"] * wanted + fields) - {"task_weights"}
         options = self._step()._replace(steps=0)
-        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt)
+        aliases = self.aliases()
+        captures = captures_of(True, aliases) if grad else None
+        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt, captures=captures)
+        run = again_of(call)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
-        leaves = {**theta} if wanted else {}
-        gradients = {**(result.grads.params or {})}
-        for field in fields:
-            leaves[f"{field}="] = getattr(query, field)  # the key is no parameter's name
-            gradients[f"{field}="] = input_gradient(field, result)
-        return MetaLoss(attached(loss, gradients, leaves) if leaves else loss, task_losses, output)
+        captured = reads(result.grads.captured, aliases)
+        if wanted or fields or captured:
+            params = result.grads.params or {}
+            gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
+            gradients += [input_gradient(field, result) for field in fields]
+            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, run, None
+            recipe = Recipe(*how, tuple(theta), (), fields, tuple(read.part for read in captured), None)
+            leaves = [*theta.values()] if wanted else []
+            loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)
+        return MetaLoss(loss, task_losses, output)
 
     def _start(self) -> None:
         super()._start()

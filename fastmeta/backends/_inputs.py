@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
+from fastmeta.network.decomposed import Decomposed
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Problem
@@ -57,11 +58,40 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
         support=leaves(problem.support),
         query=leaves(problem.query),
-        step_weights=problem.step_weights or (0.0,) * problem.steps + (1.0,),
+        step_weights=with_step_weights(problem).step_weights,
         task_weights=None if problem.task_weights is None else own(problem.task_weights),
         adapted_grad=None if cotangents is None else {name: own(value) for name, value in cotangents.items()},
         output_grad=None if problem.output_grad is None else own(problem.output_grad),
     )
+
+
+def with_graph(problem: Problem) -> Problem:
+    """The same problem, its tensors as they are, for gradients that are differentiated again."""
+    losses = (_decomposed(problem.loss), _decomposed(problem.query_loss))
+    return replace(with_step_weights(problem), third=True, loss=losses[0], query_loss=losses[1])
+
+
+def _decomposed(loss: Loss | None) -> Loss | None:
+    """A loss of which any derivative is right, where it is the user's own."""
+    if loss is None or loss.function is None:
+        return loss
+    function = loss.function
+
+    def decomposed(output: Tensor, target: Tensor) -> Tensor:
+        with Decomposed():
+            return function(output, target)
+
+    return replace(loss, function=decomposed)
+
+
+def varied(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`theta`, in which everything can be differentiated by: what requires no grad is a leaf of its own."""
+    return {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in theta.items()}
+
+
+def with_step_weights(problem: Problem) -> Problem:
+    """The same problem, its step weights written out."""
+    return replace(problem, step_weights=problem.step_weights or (0.0,) * problem.steps + (1.0,))
 
 
 def gradients(

@@ -11,9 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
-from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
+from fastmeta.backends._inputs import (
+    any_batch,
+    check_class_indices,
+    check_rates,
+    detached,
+    gradients,
+    inner_loop,
+    varied,
+    with_graph,
+)
 from fastmeta.backends._twice import check_twice, named_in
+from fastmeta.losses import Loss
 from fastmeta.network.functional import call, isolated
 from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -31,14 +42,22 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
+    return rerun(problem, lambda problem: _solve(problem, wrt, adapted))
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     with isolated(any_batch(problem).x.device), named_in(problem):
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
         if wrt or p.steps:
             carries_state(p)
-        answers = [_one_task(p, t) for t in range(p.tasks)]
-        result = Result(grads=_gradients(p, _objective(p, answers), wrt))
+        captured = Captured(p, keep=True)
+        answers = [_one_task(p, t, captured) for t in range(p.tasks)]
+        objective = _objective(p, answers)
+        result = Result(grads=_gradients(p, objective, wrt))
+        captured.add_kept(gradients([objective], captured.inputs, retain_graph=True))
+        result.grads.captured = captured.pairs()
         if p.query is not None:
             result.output = torch.stack([output for _, output, _ in answers]).detach()
         if p.query_loss is not None:
@@ -48,31 +67,66 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         return result
 
 
-def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def objective(problem: Problem) -> tuple[Tensor, Captured]:
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+
+    def unrolled(p: Problem) -> tuple[Tensor, Captured]:
+        captured = Captured(p, keep=True)
+        return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
+
+    with isolated(any_batch(problem).x.device):
+        return rerun(with_graph(problem), unrolled)
+
+
+def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
-    net, state = p.exchange or p.net, Carried()
+    state = Carried()
     query_loss = output = _zero(p)
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
-            x, y, weights = _examples(p.query, (t,))
-            output = call(net, theta, x, batch_stats=p.batch_stats, carried=state)
-            if p.query_loss is not None and weight:
-                query_loss = query_loss + weight * p.query_loss(output, y, weights)
+            loss = p.query_loss if weight else None
+            value, output = _evaluated(p, theta, _examples(p.query, (t,)), loss, captured, state)
+            query_loss = query_loss + weight * value
         if k < p.steps:
-            theta, momentum = _inner_step(p, t, k, theta, momentum, state)
+            theta, momentum = _inner_step(p, t, k, theta, momentum, captured, state)
     return query_loss, output, theta
 
 
+def _evaluated(
+    p: Problem,
+    theta: Mapping[str, Tensor],
+    examples: tuple[Any, Any, Any],
+    loss: Loss | None,
+    captured: Captured,
+    state: Carried,
+) -> tuple[Tensor, Tensor]:
+    """(loss, output) of one task; the loss zero where there is none."""
+    x, y, weights = examples
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        net = p.exchange or p.net
+        output = call(net, theta, x, batch_stats=p.batch_stats, decompose=p.third, carried=state)
+        return _zero(p) if loss is None else loss(output, y, weights), output
+
+    value, output, _ = captured.evaluated(evaluate, [*theta.values(), *examples])
+    return value, output
+
+
 def _inner_step(
-    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor], state: Carried
+    p: Problem,
+    t: int,
+    k: int,
+    theta: Mapping[str, Tensor],
+    momentum: Mapping[str, Tensor],
+    captured: Captured,
+    state: Carried,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
-    x, y, weights = _examples(support, (t, k) if support.per_step else (t,))
-    output = call(p.exchange or p.net, theta, x, batch_stats=p.batch_stats, carried=state)
-    value = loss(output, y, weights)
+    theta = {**theta, **varied({name: theta[name] for name in p.rates})}
+    value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured, state)
     adapted = [theta[name] for name in p.rates]
     # what the module keeps may lead back into this graph
     gradient = gradients([value], adapted, create_graph=p.order == "second", retain_graph=True)

@@ -28,13 +28,16 @@ class Loss:
         label_smoothing: of cross_entropy, from 0 to 1.
         ignore_index: of cross_entropy: the class index of positions that do not count.
         weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's output [*out], so it
-            cannot tell examples apart (example weights do). Constant: it gets no gradient.
-        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out]. Constant.
+            cannot tell examples apart (example weights do).
+        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
         weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
             sum(w * l) / sum(w), which is zero where all weights are. Where torch's own denominator is not N
             (cross_entropy of class indices counts class weights of the positions that are not ignored), it takes the
             place of N, and w multiplies its terms.
+
+    A weight that requires grad gets its gradient as anything that a custom loss reads, on the backends that run the
+    module itself.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -52,12 +55,14 @@ class Loss:
     weight_norm: str = "count"
     #: All of it but the values of the tensors: two losses with the same key run the same code.
     key: tuple[object, ...] = field(init=False, repr=False)
+    plain: bool = field(init=False, repr=False)  # it has no weights
 
     def __post_init__(self) -> None:
         _check_options(self)
         shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
+        object.__setattr__(self, "plain", shapes == (None, None))
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.
@@ -91,6 +96,12 @@ class Loss:
         # no weights at all: nothing counts, and no derivative is left
         nothing = (weights.abs() < finfo(weights.dtype).tiny).all()
         return (weights * values).sum() / total.masked_fill(nothing, inf)
+
+    @property
+    def learned(self) -> str:
+        """The weight that requires grad, or ""."""
+        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+        return next((name for name, value in weights.items() if value is not None and value.requires_grad), "")
 
     def needs_class_indices(self, target: Tensor) -> bool:
         """Whether `target` is read as class indices, whose range is worth checking (`check_values`)."""
@@ -236,8 +247,6 @@ def _check_options(loss: Loss) -> None:
             raise ValueError(f"{kind} has no `{name}`")
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
-        if value is not None and value.requires_grad:
-            raise ValueError(f"{kind}: `{name}` gets no gradient, but requires grad; detach it")
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -43,7 +43,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
             `torch.nn.functional` or the module of `torch.nn` of that loss; any other callable
             f(output [N, *out], target) -> scalar, called for one task at a time, possibly under `torch.func.vmap`;
             or a `Loss`, which is returned as it is, with a `weight_norm` of its own. A loss module that was
-            subclassed or carries hooks is just a callable. A module is read once, here.
+            subclassed or carries hooks is just a callable. A loss module of PyTorch's is read once, here. A callable
+            may read tensors that require grad, its own parameters or any others: they get their gradients.
         weight_norm: "count" or "sum", see `Loss`.
 
     Raises:
@@ -78,12 +79,6 @@ def _from_module(module: nn.Module, weight_norm: str) -> Loss:
     # a hook, or a `forward` set on the instance, may do anything
     changed = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
     if type(module) not in _MODULES or changed:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                raise ValueError(
-                    f"custom loss: parameter `{name}` of {type(module).__name__} gets no gradient, but requires grad; "
-                    "call requires_grad_(False) on it"
-                )
         return Loss("custom", function=module, weight_norm=weight_norm)
     kind, attributes = _MODULES[type(module)]
     options = {field: getattr(module, attribute) for attribute, field in attributes.items()}

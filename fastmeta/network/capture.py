@@ -114,6 +114,9 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
                 raise Refused(f"cannot capture {place}: it has a parameter of type {type(parameter).__qualname__}")
+        for buffer, value in module._buffers.items():
+            if value is not None and value.requires_grad:
+                raise Refused(f"cannot capture {place}: its buffer `{buffer}` requires grad")
     if guard.hooked:
         raise Refused("cannot capture any network while global module hooks are registered")
     if guard.entropy:

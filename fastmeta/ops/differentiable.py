@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,12 +13,14 @@ from fastmeta.backends._autocast import autocast, autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
+from fastmeta.ops.again import Aliases, captures_of, gradients, local, matched, read_again, reads
 from fastmeta.ops.checks import Tensors
-from fastmeta.ops.once import once_differentiable
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
-from fastmeta.problem import Result
+from fastmeta.problem import Captures, Result
+
+_FIRST = 5  # arguments of `_Solve` before the tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +33,27 @@ class Operation:
     tensors: Tensors
     lr: Rates = 0.0
     loss: Loss | None = None
+    aliases: Aliases | None = None
 
     def call(
         self,
         wrt: frozenset[str] = NOTHING,
         adapted_grad: dict[str, Tensor] | None = None,
         output_grad: Tensor | None = None,
+        captures: Captures | None = None,
     ) -> Call:
         """This operation, checked; with cotangents its derivative."""
-        return prepare(
-            self.options, self.net, self.params, self.tensors, self.loss, None, self.lr, wrt, adapted_grad, output_grad
-        )
+        given = self.options, self.net, self.params, self.tensors, self.loss, None, self.lr, wrt
+        return prepare(*given, adapted_grad, output_grad, captures=captures)
 
-    def answer(self, call: Call) -> tuple[Tensor, ...]:
-        """The output, or else the adapted parameters in the order of `self.params`."""
+    def answer(self, call: Call) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]] | None]:
+        """(the output, or else the adapted parameters in the order of `self.params`; what else was read)."""
         if self.tensors.query_x is not None:
-            return (cast(Tensor, call.solve().output),)
-        adapted = cast("dict[str, Tensor]", call.solve(adapted=True).adapted)
-        return tuple(adapted[name] for name in self.params)
+            result = call.solve()
+            return (cast(Tensor, result.output),), result.grads.captured
+        result = call.solve(adapted=True)
+        adapted = cast("dict[str, Tensor]", result.adapted)
+        return tuple(adapted[name] for name in self.params), result.grads.captured
 
     def leaves(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         """All tensors, and beside each its field and its name within that."""
@@ -60,7 +65,7 @@ class Operation:
         pairs += [((field, ""), x) for field, x in self.tensors._asdict().items() if x is not None]
         return [slot for slot, _ in pairs], [tensor for _, tensor in pairs]
 
-    def with_leaves(self, slots: list[tuple[str, str]], leaves: tuple[Tensor, ...]) -> Operation:
+    def with_leaves(self, slots: list[tuple[str, str]], leaves: Sequence[Tensor]) -> Operation:
         """The same operation on other tensors."""
         fields: dict[str, dict[str, Tensor]] = {}
         for (field, name), leaf in zip(slots, leaves, strict=True):
@@ -68,60 +73,83 @@ class Operation:
         params, rates = fields.pop("params"), fields.pop("lr", {})
         lr: Rates = {**self.lr, **rates} if isinstance(self.lr, Mapping) else rates.get("", self.lr)
         tensors = Tensors(**{field: entry[""] for field, entry in fields.items()})
-        return Operation(self.options, self.net, params, tensors, lr, self.loss)
+        return replace(self, params=params, tensors=tensors, lr=lr)
 
 
 def run(operation: Operation) -> tuple[Tensor, ...]:
     """The answer, differentiable in every tensor that requires grad where gradients are on."""
-    if torch.is_grad_enabled() and isinstance(operation.params, Mapping):
-        slots, leaves = operation.leaves()
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            return cast("tuple[Tensor, ...]", _Solve.apply(operation, slots, *leaves))
-    return operation.answer(operation.call())
+    return run_and_read(operation)[0]
+
+
+def run_and_read(operation: Operation) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """(the answer, the tensors among what it depends on that the network or the loss reads past its arguments)."""
+    if not torch.is_grad_enabled():
+        return operation.answer(operation.call())[0], []
+    call = operation.call(captures=captures_of(False, operation.aliases))
+    # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
+    replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
+    answer, found = operation.answer(call)
+    if replay is not None:
+        replay.keep(marks_of(answer))
+    captured = reads(found, operation.aliases)
+    slots, leaves = operation.leaves()
+    if not captured and not any(leaf.requires_grad for leaf in leaves):
+        return answer, []
+    # the tensors go through save_for_backward alone: it notices when one of them was modified
+    bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
+    tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
+    return cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors)), tensors
 
 
 class _Solve(torch.autograd.Function):
+    """Makes an answer a function of the tensors that it was computed from."""
+
     @staticmethod
-    def forward(ctx: Any, operation: Operation, slots: list[tuple[str, str]], *leaves: Tensor) -> tuple[Tensor, ...]:
-        call = operation.call()
-        ctx.save_for_backward(*leaves)
+    def forward(
+        ctx: Any,
+        answer: tuple[Tensor, ...],
+        operation: Operation,
+        replay: Replay | None,
+        slots: list[tuple[str, str]],
+        parts: list[Tensor | None],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.slots = slots
-        # the tensors go through save_for_backward alone: it notices when one of them was modified
-        ctx.frame = (operation.options, operation.net, _numbers(operation.lr), operation.loss)
-        # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
-        ctx.replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
-        ctx.autocast = autocast_dtype(call.plan.shapes.device)  # backward passes run outside of the caller's block
-        answer = operation.answer(call)
-        if ctx.replay is not None:
-            ctx.replay.keep(marks_of(answer))
+        # backward passes run outside of the caller's autocast block
+        ctx.frame = operation, replay, slots, parts, autocast_dtype(answer[0].device)
         return answer
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        slots, needs = ctx.slots, ctx.needs_input_grad[2:]
-        nothing = (None,) * (2 + len(slots))
+        needs = ctx.needs_input_grad[_FIRST:]
         if all(grad is None for grad in grads):
-            return nothing
-        options, net, lr, loss = ctx.frame
-        operation = Operation(options, net, {}, Tensors(), lr, loss).with_leaves(slots, ctx.saved_tensors)
-        wrt = frozenset(field for (field, _), need in zip(slots, needs, strict=True) if need)
-        if operation.tensors.query_x is not None:
-            call = operation.call(wrt, output_grad=grads[0])
-        else:
-            call = operation.call(wrt, adapted_grad=_cotangents(operation, grads))
-        with autocast(call.plan.shapes.device, ctx.autocast):
-            found = (call.solve() if ctx.replay is None else _solved_again(ctx.replay, operation, call)).grads
-        rates = None if found.lr is None else call.plan.rates.fold(found.lr, operation.lr)
-        result: list[Tensor | None] = []
-        for (field, name), need in zip(slots, needs, strict=True):
-            if not need:
-                result.append(None)
-                continue
-            entry: Any = rates if field == "lr" else getattr(found, field)
-            result.append(entry[name] if name else entry)
-        return (None, None, *result)
+            return (None,) * (_FIRST + len(needs))
+        operation, replay, slots, parts, dtype = ctx.frame
+        again = torch.is_grad_enabled()  # create_graph=True
+        leaves, captured = ctx.saved_tensors[: len(slots)], read_again(ctx.saved_tensors[len(slots) :], parts)
+        leaves = [local(leaf) if again else leaf for leaf in leaves]
+        operation = operation.with_leaves(slots, leaves)
+        wanted = [need for _, need in zip(slots, needs, strict=False)]
+        wrt = frozenset(field for (field, _), need in zip(slots, wanted, strict=True) if need)
+        captures = Captures(True, lambda: [part for part in parts if part is not None], tuple(captured))
+        call = operation.call(wrt, captures=captures, **_cotangents(operation, grads))
+        if again:
+            by = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+            found = iter(gradients(call, operation.lr, by, captured, replay, dtype))
+            results = [next(found) if need else None for need in wanted]
+            return (*[None] * _FIRST, *results, *found)
+        with autocast(call.plan.shapes.device, dtype):
+            grad = (call.solve() if replay is None else _solved_again(replay, operation, call)).grads
+        rates = None if grad.lr is None else call.plan.rates.fold(grad.lr, operation.lr)
+        result: list[Tensor | None] = [None] * _FIRST
+        for (field, name), need in zip(slots, wanted, strict=True):
+            entry: Any = None
+            if need:
+                entry = rates if field == "lr" else getattr(grad, field)
+                entry = entry[name] if name else entry
+            result.append(entry)
+        return (*result, *matched(captured, grad.captured or ()))
 
 
 def _solved_again(replay: Replay, operation: Operation, call: Call) -> Result:
@@ -151,11 +179,14 @@ def _numbers(lr: Rates) -> Rates:
     return 0.0 if isinstance(lr, Tensor) else lr
 
 
-def _cotangents(operation: Operation, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """The cotangents of all adapted parameters, zeros where nothing came."""
+def _cotangents(operation: Operation, grads: tuple[Tensor | None, ...]) -> dict[str, Any]:
+    """The cotangent of the output, or those of all adapted parameters, zeros where nothing came."""
+    if operation.tensors.query_x is not None:
+        return {"output_grad": grads[0]}
     some = next(grad for grad in grads if grad is not None)
     own = dict(operation.net.named_parameters())
-    return {
+    found = {
         name: some.new_zeros(some.shape[0], *own[name].shape) if grad is None else grad
         for name, grad in zip(operation.params, grads, strict=True)
     }
+    return {"adapted_grad": found}

@@ -276,6 +276,7 @@ class _Solved:
         grads = self.result.grads
         single = [getattr(grads, field) for field in grads.__slots__]
         found = [tensor for tensor in single if isinstance(tensor, Tensor)]
+        found += [gradient for _, gradient in grads.captured or ()]
         if grads.flat_params is None:
             found += (grads.params or {}).values()
         found += (grads.lr or {}).values()

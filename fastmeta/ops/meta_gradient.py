@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from fastmeta.losses import resolve
+from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import settled
 from fastmeta.ops.eager import eager
@@ -31,6 +32,8 @@ class MetaGradient(NamedTuple):
     query_x: Tensor | None = None
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
+    # (tensor, gradient) of every tensor that requires grad and that the network or a loss read past its arguments
+    captured: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 @eager
@@ -101,7 +104,9 @@ def meta_gradient(
         backend: "auto", or the name of one.
 
     Returns:
-        `MetaGradient`; all of its tensors are detached.
+        `MetaGradient`; its gradients are detached. What the network or a loss reads past its arguments and requires
+            grad, such as a learned weight in a closure or the parameters of a loss network, is in `captured`, whatever
+            `wrt` says.
 
     Derivatives: of `loss`, exact, computed here; what is returned has none.
 
@@ -136,6 +141,7 @@ def meta_gradient(
         support_loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm),
         lr,
         wrt_of("meta_gradient", wrt),
+        captures=captures_of(True, None),
     )
     found = settled("meta_gradient", "keep", call, call.solve())
     result = found.result
@@ -152,6 +158,7 @@ def meta_gradient(
         grads.query_x,
         grads.query_y,
         grads.query_weights,
+        tuple((read.tensor, read.gradient) for read in reads(grads.captured, None)),
     )
 
 

@@ -1,44 +1,30 @@
-"""Backward passes that refuse to be differentiated."""
+"""Gradients that refuse to be differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Backward = Callable[..., "tuple[Tensor | None, ...]"]
 
+def refused(gradients: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients`, whose derivatives by anything that made them raise.
 
-def once_differentiable(backward: Backward) -> Backward:
-    """`backward`, whose results raise when they are differentiated.
-
-    PyTorch's own decorator lets a second derivative through as zero where the incoming gradient has no graph, as
-    that of a plain loss; and it costs several microseconds a call.
+    Args:
+        gradients: without a graph.
+        by: what they are the gradients by. They are put in front of what refuses: without them `torch.autograd.grad`
+            would find no way there, and answer with None or zeros instead of asking.
     """
-
-    @wraps(backward)
-    def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        given = [result for result in results if result is not None]
-        if not given:
-            return results
-        refusing = iter(_Refuse.apply(*[result.detach().requires_grad_() for result in given]))
-        return tuple(None if result is None else next(refusing) for result in results)
-
-    return once
+    return list(_Refuse.apply(len(by), *by, *[gradient.detach().requires_grad_() for gradient in gradients]))
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *results: Tensor) -> tuple[Tensor, ...]:
-        return tuple(result.view_as(result) for result in results)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("fastmeta: gradients are once differentiable, and were differentiated again")
+        raise RuntimeError("fastmeta: these gradients are once differentiable, and were differentiated again")

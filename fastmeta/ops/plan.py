@@ -29,7 +29,7 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Problem, Result, Scratch
+from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
 from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
 _FAKE = _TorchDispatchModeKey.FAKE
@@ -115,6 +115,7 @@ class _Given(NamedTuple):
     adapted_grad: dict[str, Tensor] | None
     output_grad: Tensor | None
     prefer_flat: bool
+    captures: Captures | None
 
 
 _plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
@@ -132,13 +133,14 @@ def prepare(
     adapted_grad: dict[str, Tensor] | None = None,
     output_grad: Tensor | None = None,
     prefer_flat: bool = False,
+    captures: Captures | None = None,
 ) -> Call:
     """Check one call and choose its backend.
 
     Args:
         options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
         wrt: the gradients wanted.
-        prefer_flat: as in `Problem`.
+        prefer_flat, captures: as in `Problem`.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
 
     Raises:
@@ -155,12 +157,14 @@ def prepare(
         masks = masked(tensors)
         if masks:
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-        given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
+        given = _Given(
+            options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, captures
+        )
         return _prepared(given, masks)
 
 
 def _prepared(given: _Given, masks: list[str]) -> Call:
-    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat = given
+    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, _ = given
     try:
         key = (
             options,
@@ -168,8 +172,12 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             options.task_chunk.__class__,
             options.support_per_step.__class__,
             wrt,
-            None if loss is None else loss.key,
-            None if query_loss is None else query_loss.key,
+            None if loss is None else loss.key if loss.plain else (loss.key, loss.learned),
+            None
+            if query_loss is None
+            else query_loss.key
+            if query_loss.plain
+            else (query_loss.key, query_loss.learned),
             rates_key(lr),
             *params,
             *map(_sort, params.values()),
@@ -214,7 +222,7 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
         check_renormalised(options.who, net, names)
     sort = shapes.device, shapes.dtype
     rates = plan_rates(options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen)
-    program, refused = _capture(options, net, tensors, shapes)
+    program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
@@ -251,7 +259,7 @@ def _check_given(given: _Given) -> None:
 
 
 def _problem(plan: Plan, given: _Given) -> Problem:
-    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat, captures = given
     support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
     shapes = plan.shapes
     if plan.order is not None:
@@ -281,13 +289,19 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         prefer_flat,
         None,
         plan.scratch,
+        captures,
     )
 
 
-def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes) -> tuple[Program | None, str]:
+def _capture(
+    options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes, losses: tuple[Loss | None, ...]
+) -> tuple[Program | None, str]:
     x = tensors.query_x if tensors.support_x is None else tensors.support_x
     if x is not None and not x.is_floating_point():
         return None, f"the network's input is {x.dtype}"
+    for loss in losses:
+        if loss is not None and loss.learned:
+            return None, f"`{loss.learned}` of the loss {loss.kind} requires grad"
     if options.backend in _RUN_THE_MODULE:
         return None, f"backend={options.backend!r} runs the module itself"
     return captured(net, shapes.input, shapes.dtype, options.batch_stats)

@@ -44,10 +44,14 @@ class RatePlan:
     device: torch.device
     dtype: torch.dtype
 
-    def spread(self, lr: Rates) -> dict[str, Tensor]:
+    def spread(self, lr: Rates, graph: bool = False) -> dict[str, Tensor]:
         """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views, no copies.
 
         What is given for the rows of a parameter, or for its columns, becomes a view with a number for each element.
+
+        Args:
+            lr: as given.
+            graph: whether they keep the graph of `lr`.
         """
         if len(self.constants) == len(self.shapes):
             return self.constants
@@ -55,10 +59,10 @@ class RatePlan:
             return {
                 name: self.constants[name]
                 if name in self.constants
-                else _laid_out(cast(Tensor, lr[self.keys[name]]).detach(), shape)
+                else _laid_out(_value(lr[self.keys[name]], graph), shape)
                 for name, shape in self.shapes.items()
             }
-        rate = cast(Tensor, lr).detach()
+        rate = _value(lr, graph)
         if rate.numel() == 0:  # no steps, and one rate for each of them
             rate = rate.new_zeros(1)
         views = {shape: rate.reshape(shape) for shape in set(self.shapes.values())}
@@ -190,6 +194,10 @@ def _number(label: str, rate: Rate) -> float:
     if not isfinite(rate):
         raise ValueError(f"{label} must be finite, got {rate}")
     return float(rate)
+
+
+def _value(rate: Rate | Rates, graph: bool) -> Tensor:
+    return cast(Tensor, rate) if graph else cast(Tensor, rate).detach()
 
 
 def _shape(lr: object) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastmeta.backends._captured import merged
 from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
 _DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
@@ -91,6 +92,9 @@ def scatter(problem: Problem, whole: Result, tasks: Tensor, some: Result | None,
             name: spread(rates.get(name), rate, 1) if rate.shape[1] > 1 else shared(rates.get(name), rate)
             for name, rate in problem.rates.items()
         }
+    if grads.captured is not None:
+        parts = merged((tensor, gradient * scale) for tensor, gradient in own.captured or ())
+        found.captured = merged([*[(tensor, torch.zeros_like(g)) for tensor, g in grads.captured], *parts])
     task_losses = kept(None if some is None else some.task_losses, whole.task_losses)
     output = kept(None if some is None else some.output, whole.output)
     return Result(task_losses, output, whole.adapted, found)

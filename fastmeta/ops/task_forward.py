@@ -38,7 +38,8 @@ def task_forward(
     Returns:
         The output [T, N, *out].
 
-    Derivatives: once differentiable in `params` and `x`.
+    Derivatives: differentiable in `params`, `x` and whatever requires grad that the network reads besides; more than
+        once by plain autograd, where `create_graph=True` asks for it.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -169,8 +169,16 @@ def attention(width: int, activation: str, norm: str, bias: bool, depth: int) ->
     )
 
 
+class Bounded(nn.Module):
+    """A parametrization. Not weight_norm: the second derivative of PyTorch's own is wrong."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.tanh(weight) * weight.norm()
+
+
 def parametrized(width: int, activation: str, norm: str, bias: bool, depth: int) -> nn.Module:
-    first = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, width, bias=bias))
+    first = nn.Linear(4, width, bias=bias)
+    nn.utils.parametrize.register_parametrization(first, "weight", Bounded())
     return nn.Sequential(first, ACTIVATIONS[activation](), nn.Linear(width, CLASSES))
 
 

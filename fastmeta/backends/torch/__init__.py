@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fastmeta.backends import _inputs, reference
 from fastmeta.backends._autocast import autocast_dtype
+from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
@@ -21,6 +23,7 @@ from fastmeta.backends.torch.chunks import Joined, chunks
 from fastmeta.backends.torch.memory import stores
 from fastmeta.backends.torch.replay import WHY, NotReplayedError
 from fastmeta.backends.torch.sweep import Sweep
+from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
 from fastmeta.undisturbed import asynchronous
@@ -73,16 +76,34 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         start = RandomState.of(p)
         vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
         try:
-            return _replayable(p, wrt, adapted, vectorised, start)
+            return rerun(p, lambda p: _replayable(p, wrt, adapted, vectorised, start), start)
         except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
             if not vectorised or asynchronous(error):
                 raise
             start.restore()
-            result = _replayable(p, wrt, adapted, False, start)  # an error of the caller's own comes out here
+            # an error of the caller's own comes out here
+            result = rerun(p, lambda p: _replayable(p, wrt, adapted, False, start), start)
             tasks.remember_loop(p, tasks.failure(error))
             return result
+
+
+def objective(problem: Problem) -> tuple[Tensor, Captured]:
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+
+    def whole(p: Problem) -> tuple[Tensor, Captured]:
+        captured = Captured(p, keep=True)
+        return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
+
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device):
+        detached = _inputs.detached(problem)
+        if problem.steps and carries_state(detached):
+            return reference.objective(problem)
+        vectorised = _at_once(problem) > 1 and _inputs.runs(problem) and not tasks.why_loop(detached)
+        return rerun(_inputs.with_graph(problem), whole)
 
 
 def _replayable(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:

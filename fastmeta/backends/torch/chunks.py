@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastmeta.backends._captured import merged
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
 #: A tensor of a result: (group, member), the member "" for a group of one.
@@ -64,10 +65,13 @@ class Joined:
         self._first = first  # says what was asked for
         self._sums: dict[_Key, Tensor] = {}
         self._parts: dict[_Key, list[Tensor]] = {}
+        self._captured: list[tuple[Tensor, Tensor]] | None = None
         self.add(first)
 
     def add(self, result: Result) -> None:
         """The answer to the next chunk."""
+        if result.grads.captured is not None:
+            self._captured = merged([*(self._captured or ()), *result.grads.captured])
         for key, tensor in _tensors(result):
             if self._dim(key) is not None:
                 self._parts.setdefault(key, []).append(tensor)
@@ -85,7 +89,7 @@ class Joined:
             names = self._problem.params  # in their order
             return None if like is None else {name: found[which, name] for name in names if (which, name) in found}
 
-        grads = Gradients(group("params", first.grads.params), group("lr", first.grads.lr))
+        grads = Gradients(group("params", first.grads.params), group("lr", first.grads.lr), captured=self._captured)
         for field in _DATA:
             setattr(grads, field, found.get((field, "")))
         adapted = group("adapted", first.adapted)

@@ -5,15 +5,16 @@ The mathematics is that of docs/architecture.md; the update rule brings its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._captured import Captured, Watch
 from fastmeta.backends._random_state import RandomState
-from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch import tasks, watched
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
@@ -32,6 +33,7 @@ class _Gradient:
     others: dict[str, Tensor]  # by their keys in `Sweep.total`
     values: list[Tensor]  # [T, *shape] for every adapted parameter
     losses: Tensor  # [T], detached
+    captured: Watch
 
 
 @dataclass(slots=True)
@@ -68,7 +70,8 @@ class Sweep:
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
-        self.back = needs_sweep_back(wrt)
+        self.captured = Captured(p)
+        self.back = needs_sweep_back(wrt) or (p.captures is not None and p.captures.gradients)
         self.store = store
         self.task_losses: Tensor | None = None
         self.output: Tensor | None = None
@@ -106,6 +109,8 @@ class Sweep:
         if p.adapted_grad is not None:
             lam = {name: lam[name] + p.adapted_grad[name] for name in self.names}
         mbar: dict[str, Tensor | None] = dict.fromkeys(self.names)
+        if not (needs_sweep_back(self.wrt) or self.captured):
+            steps.clear()
         for k in reversed(range(len(steps))):
             lam, mbar = self._step_back(steps.pop(), lam, mbar, k)
         result = Result(self.task_losses, self.output, grads=self._gradients(lam))
@@ -150,9 +155,11 @@ class Sweep:
             with replay.again():
                 gradient = self._support_gradient(step.theta, k, create_graph=True)
             replay.check(gradient.losses)
-        leaves = [*gradient.theta.values(), *gradient.others.values()]
-        products = _inputs.gradients(gradient.values, leaves, [v[name] for name in self.names])
-        self._add(gradient.others, products[len(gradient.theta) :], k)
+        seen = gradient.captured
+        leaves = [*gradient.theta.values(), *gradient.others.values(), *seen.inputs]
+        directions = [v[name] for name in self.names]
+        products = _inputs.gradients(gradient.values, leaves, directions, retain_graph=seen.through or None)
+        self._add(gradient.others, products[len(gradient.theta) :], k, seen)
         return dict(zip(gradient.theta, products, strict=False))
 
     def _support_gradient(self, theta: Mapping[str, Tensor], k: int, create_graph: bool) -> _Gradient:
@@ -160,11 +167,11 @@ class Sweep:
         support, loss, _ = _inputs.inner_loop(self.p)
         leaves = {name: own(value, requires_grad=True) for name, value in theta.items()}
         others = self._leaves("support", k) if create_graph else {}
-        losses, _ = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
+        losses, _, seen = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
         values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
         if create_graph:
             tasks.check_second_order(self.p, self.vectorised, losses, values)
-        return _Gradient(leaves, others, values, losses.detach())
+        return _Gradient(leaves, others, values, losses.detach(), seen)
 
     def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The gradient of what J holds of the query set at theta_k; keeps losses and output."""
@@ -173,8 +180,8 @@ class Sweep:
             return {name: torch.zeros_like(value) for name, value in theta.items()}
         leaves = {name: own(value, requires_grad=self.back) for name, value in theta.items()}
         others = self._leaves("query", k)
-        with torch.set_grad_enabled(bool(self.wrt)):
-            losses, output = self._evaluate(leaves, others, "query", p.query, p.query_loss)
+        with torch.set_grad_enabled(bool(self.wrt) or p.captures is not None):
+            losses, output, seen = self._evaluate(leaves, others, "query", p.query, p.query_loss)
             terms = []
             if p.query_loss is not None and self.step_weights[k]:
                 weighted = self.step_weights[k] * losses
@@ -187,18 +194,21 @@ class Sweep:
                     self.task_losses = torch.zeros_like(losses)
                 if p.output_grad is not None:
                     terms.append((output * p.output_grad).sum())
-        found = _inputs.gradients(terms, [*leaves.values(), *others.values()])
-        self._add(others, found[len(leaves) :], k)
+        wanted = [*leaves.values(), *others.values(), *seen.inputs]
+        found = _inputs.gradients(terms, wanted, retain_graph=seen.through or None)
+        self._add(others, found[len(leaves) :], k, seen)
         return dict(zip(leaves, found, strict=False))
 
     def _evaluate(
         self, theta: Mapping[str, Tensor], others: Mapping[str, Tensor], role: str, batch: Batch, loss: Loss | None
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand for."""
+    ) -> tuple[Tensor, Tensor, Watch]:
+        """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand for, and what was
+        captured."""
         params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
         data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
         batch = replace(batch, **data)  # type: ignore[arg-type]
-        return tasks.evaluate(self.p, {**params, **theta}, self.stacked, batch, loss, self.vectorised)
+        params |= theta
+        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured)
 
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
         """A leaf for everything in `total` that a pass over the support or the query set at step k depends on."""
@@ -207,16 +217,17 @@ class Sweep:
         sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
         return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
 
-    def _add(self, keys: Iterable[str], found: Iterable[Tensor], k: int) -> None:
-        """Add gradients found at step k to the totals."""
-        for key, gradient in zip(keys, found, strict=True):
+    def _add(self, others: Mapping[str, Tensor], found: Sequence[Tensor], k: int, seen: Watch) -> None:
+        """Add gradients found at step k, by `others` and then by what was captured, to the totals."""
+        self.captured.add(seen, found[len(others) :])
+        for key, gradient in zip(others, found, strict=False):
             one_step = key.startswith("support_") and _inputs.inner_loop(self.p)[0].per_step
             total = self.total[key][:, k] if one_step else self.total[key]
             total += gradient
 
     def _gradients(self, lam: Mapping[str, Tensor]) -> Gradients:
         """The gradients asked for; `lam` is dJ/d theta_0."""
-        grads = Gradients(lr=self.total_rates if "lr" in self.wrt else None)
+        grads = Gradients(lr=self.total_rates if "lr" in self.wrt else None, captured=self.captured.pairs())
         if "params" in self.wrt:
             grads.params = {name: self._params_gradient(name, lam) for name in self.p.params}
         for key, total in self.total.items():

@@ -61,7 +61,8 @@ def evaluate(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with autocast(device, problem.autocast):
-            output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+            decompose = vectorised or problem.third
+            output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=decompose)
             if problem.autocast is not None:
                 output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
             value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)

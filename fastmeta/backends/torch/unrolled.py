@@ -1,0 +1,55 @@
+"""The scalar J of a problem with its whole graph, for gradients that are differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends import _inputs
+from fastmeta.backends._captured import Captured
+from fastmeta.backends.torch import tasks, watched
+from fastmeta.losses import Loss
+from fastmeta.problem import Batch, Problem
+
+
+def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
+    """J, (), from the tensors of `p` as they are; draws what `Sweep` draws, in its order.
+
+    Args:
+        p: its step weights written out.
+        vectorised: tasks by vmap instead of a loop.
+        captured: takes note of what else J depends on.
+
+    Derivatives: any number of times, as far as those of the network go; with order="first" inner gradients are
+        constants.
+    """
+    names = list(p.rates) if p.steps else []
+    stacked = p.per_task | frozenset(names)
+    theta = {name: tasks.stack(p, name) for name in names}
+    momentum: dict[str, Tensor] = {}
+    terms: list[Tensor] = []
+
+    def evaluated(theta: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> tuple[Tensor, Tensor]:
+        losses, output, _ = watched.evaluate(p, {**p.params, **theta}, stacked, batch, loss, vectorised, captured)
+        return losses, output
+
+    for k, weight in enumerate(p.step_weights or ()):
+        if p.query is not None and (weight or k == p.steps):
+            losses, output = evaluated(theta, p.query, p.query_loss)
+            if p.query_loss is not None and weight:
+                terms.append(weight * (losses if p.task_weights is None else losses * p.task_weights).sum() / p.tasks)
+            if p.output_grad is not None and k == p.steps:
+                terms.append((output * p.output_grad).sum())
+        if k < p.steps:
+            support, loss, rule = _inputs.inner_loop(p)
+            theta = _inputs.varied(theta)
+            losses, _ = evaluated(theta, tasks.step_of(support, k), loss)
+            found = _inputs.gradients([losses.sum()], [*theta.values()], create_graph=p.order == "second")
+            for name, g in zip(names, found, strict=True):
+                rate = p.rates[name][k if p.rates[name].shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
+                theta[name], momentum[name] = rule.update(theta[name], g, momentum.get(name), rate)
+    for name, cotangent in (p.adapted_grad or {}).items():
+        terms.append((cotangent * theta.get(name, tasks.stack(p, name))).sum())
+    return torch.stack(terms).sum() if terms else next(iter(p.params.values())).new_zeros(())
