@@ -95,7 +95,7 @@ def test_rejects_wrapped_and_scripted_networks(backend: str) -> None:
     x, params = episodes()[0], dict(network().named_parameters())
     with pytest.raises(TypeError, match=r"TorchScript module, whose parameters cannot be exchanged"):
         fm.task_forward(torch.jit.script(network()), params, x, backend=backend)
-    with pytest.raises(TypeError, match="wrapped in DataParallel: give the network itself"):
+    with pytest.raises(TypeError, match="it is a DataParallel, which makes replicas of its own"):
         _maml(nn.DataParallel(network()), backend)(*episodes())
 
 
