@@ -7,6 +7,7 @@ handler of a signal or by an exception set from another thread. What they leave 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from operator import methodcaller
 from traceback import clear_frames, walk_tb
@@ -119,6 +120,8 @@ class _State:
         self.hooks = _autograd._top_saved_tensors_default_hooks(True)
         self.hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self.flags = [read() for read, _ in _FLAGS]
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        self.stance = None if compiler is None else getattr(compiler, "_stance", None)
 
     def restore(self, error: BaseException) -> None:
         """Make the state this one."""
@@ -147,6 +150,8 @@ class _State:
         for (read, write), value in zip(_FLAGS, self.flags, strict=True):
             if read() != value:
                 write(value)
+        if self.stance is not None:
+            sys.modules["torch._dynamo.eval_frame"]._set_stance(self.stance)
         if torch.is_grad_enabled() != self.grad:
             torch._C._set_grad_enabled(self.grad)
 

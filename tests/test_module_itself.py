@@ -93,9 +93,9 @@ def test_rejects_saved_tensor_hooks_that_compute_anew(backend: str) -> None:
 @BACKENDS
 def test_rejects_wrapped_and_scripted_networks(backend: str) -> None:
     x, params = episodes()[0], dict(network().named_parameters())
-    with pytest.raises(TypeError, match=r"TorchScript module.*give the nn\.Module that it was made from"):
+    with pytest.raises(TypeError, match=r"TorchScript module, whose parameters cannot be exchanged"):
         fm.task_forward(torch.jit.script(network()), params, x, backend=backend)
-    with pytest.raises(TypeError, match="wrapped in DataParallel: give the network itself"):
+    with pytest.raises(TypeError, match="it is a DataParallel, which makes replicas of its own"):
         _maml(nn.DataParallel(network()), backend)(*episodes())
 
 
