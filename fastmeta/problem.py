@@ -13,14 +13,17 @@ loss of task t. A term whose ingredients are absent (no query loss, no cotangent
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch import dtype as Dtype
 
 if TYPE_CHECKING:
     from fastmeta.losses import Loss
     from fastmeta.network.program import Program
+    from fastmeta.network.swap import Exchange
     from fastmeta.update_rules import SGD
 
 #: Everything that a gradient can be asked for, besides nothing at all.
@@ -38,6 +41,10 @@ DIFFERENTIABLE = (
 
 #: memory="auto" stores activations while what they take (see `Problem.memory`) stays below this many bytes.
 STORE_AT_MOST = 256 << 20
+
+
+class Scratch(dict[str, Any]):
+    """A dict that can be referred to weakly."""
 
 
 @dataclass(slots=True)
@@ -62,7 +69,10 @@ class Captures:
     """
 
     gradients: bool  # else only which they are; their gradients are then zeros
-    also: tuple[Tensor, ...] = ()  # these too, although they require no grad themselves: parts of a flat vector
+    # gives more of them, which require no grad themselves: the parts of a flattened module
+    also: Callable[[], Sequence[Tensor]] | None = None
+    known: tuple[Tensor, ...] = ()  # what an earlier evaluation has found
+    watch: bool = False  # there is something to be found
 
 
 @dataclass(slots=True)
@@ -83,25 +93,28 @@ class Problem:
     loss: Loss | None = None  # support loss; None iff support is None
     query_loss: Loss | None = None  # None iff query is None or query.y is None
     rates: dict[str, Tensor] = field(default_factory=dict)
-    # ^ adapted parameter name -> [K or 1, T or 1, *(S or 1s)], K counted at least 1 when steps == 0; a
-    #   parameter without an entry is not adapted
+    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between, K counted at least
+    #   1 when steps == 0; a parameter without an entry is not adapted
     rule: SGD | None = None  # None iff support is None
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
     task_weights: Tensor | None = None  # [T]
     memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
     task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
-    batch_stats: str = "task"  # "task" | "running"
+    batch_stats: str = "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
-    scratch: dict[str, Any] = field(default_factory=dict)
+    autocast: Dtype | None = None  # what forward passes compute in; the `torch` backend's own
+    scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
     frozen: frozenset[str] = frozenset()  # parameters whose gradients nobody reads: they may be zeros
+    exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
     captures: Captures | None = None  # None: nothing is wanted of captured tensors
+    third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from unchanged import watched
 
 _FAILED: list[str] = []
 
@@ -57,3 +58,10 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         with archive.open(name, "w") as file:
                             pillow.fromarray(pixels.numpy()).convert("1").save(file, "png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_changed() -> Iterator[None]:
+    """Every public call in every test leaves modules and torch's global state as they were."""
+    with watched():
+        yield

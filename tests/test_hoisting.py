@@ -105,7 +105,7 @@ def problem_of(case: str) -> Problem:
     torch.manual_seed(0)
     net = make().double()
     problem = make_problem(net, shape, **options)  # type: ignore[arg-type]
-    program, refused = captured(net, shape, torch.float64)
+    program, refused = captured(net, shape, torch.float64, problem.batch_stats)
     assert program is not None, refused
     if problem.output_grad is not None:  # the operators ask for one or the other
         problem = replace(problem, query_loss=None, query=Batch(problem.query.x))  # type: ignore[union-attr]

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import fastmeta as fm
 from fastmeta.backends import reference
 from fastmeta.backends import torch as backend
-from fastmeta.backends.torch.features import names_of
+from fastmeta.backends._inputs import with_step_weights
+from fastmeta.backends.torch.features import standing
 from fastmeta.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +159,12 @@ OPTIONS = {
     "one-task-step-weights": {"step_weights": True, "steps": 3, "weighted": True, "rate_form": "all", "tasks": 1},
     "cotangents": {"cotangents": True, "per_task": "all"},
 }
+
+
+def names_of(problem: Problem) -> tuple[str, ...]:
+    """The modules that are computed once."""
+    found = standing(with_step_weights(problem))
+    return tuple(dict.fromkeys(name for names in found.values() for name in names))
 
 
 def problem_of(case: str, **options: object) -> Problem:

@@ -61,14 +61,6 @@ def test_without_gradients_there_is_no_graph() -> None:
     assert not fm.task_forward(net, plain, x).requires_grad
 
 
-def test_second_derivative_raises() -> None:
-    net, x = network(), episodes()[0]
-    params = leaves(net)
-    (gradient,) = torch.autograd.grad(fm.task_forward(net, params, x).sum(), [params["0.weight"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="once differentiable"):
-        gradient.sum().backward()
-
-
 def test_an_input_modified_before_backward_raises() -> None:
     net, x = network(), episodes()[0]
     params = leaves(net)

@@ -104,6 +104,9 @@ void Plan::finish() {
     require(layer.inputs[1] < layer.output, "a layer reads a value written later");
     for (int p : layer.params) require(p < known, "a layer reads a parameter that is none");
   }
+  for (const LossSpec* loss : {&options.loss, &options.query_loss})
+    require(loss->kind != LossKind::cross_entropy || values[output].rows == 1 || values[output].channels,
+            "cross_entropy reads one row of classes for each position");
   for (Value& v : values) v.ld = value_ld(v.cols);
   for (const Layer& layer : layers) needs(*this, layer, 1);
   std::vector<int> uses(params.size(), 0);

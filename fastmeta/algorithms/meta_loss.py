@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -11,14 +10,16 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.ops import again
 from fastmeta.ops.checks import Tensors
-from fastmeta.ops.meta_gradient import mean_loss
+from fastmeta.ops.divergence import Settled, settled
 from fastmeta.ops.once import refused
 from fastmeta.ops.options import Options
-from fastmeta.ops.plan import Call, prepare
+from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.problem import Captures, Result
 
@@ -30,8 +31,6 @@ _WRT = {
     for params in (False, True)
     for rates in (False, True)
 }
-
-_CAPTURES = Captures(True)
 
 
 class Leaves(NamedTuple):
@@ -46,34 +45,39 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     params, rates = maml.meta_parameters()
     if not torch.is_grad_enabled():
         call = maml.prepare(params, rates, tensors, support_per_step)
-        return answer(call, call.solve())
+        return found_in(settled(maml.who, maml.on_divergence, call, call.solve()))
     leaves, wrt = leaves_of(maml, params, rates)
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt, captures_of(maml, params, rates))
-    state = state_before(call)
-    result = call.solve()
-    loss, task_losses, output = answer(call, result)
-    captured = again.living(result.grads.captured)
+    flat = maml.flat
+    aliases = None if flat is None else maml.aliases()
+    call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
+    run = None if call.plan.program is not None else again_of(call)
+    found = settled(maml.who, maml.on_divergence, call, call.solve())
+    loss, task_losses, output = found_in(found)
+    result = found.result
+    captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
     if leaves or inputs or captured:
         gradients = [flat_gradient(maml, call, result)] if leaves else []
-        gradients += [input_gradient(field, result) for field in inputs]
-        losses = maml.loss, maml.query_loss
-        recipe = Recipe(call.options, maml.net, *losses, wrt, state, maml.lr_of, maml.flat)
-        loss = recipe.attach(loss, gradients, leaves, inputs, captured, params, rates, tensors)
+        if inputs:
+            gradients += [
+                found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
+                for field in inputs
+            ]
+        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, run, flat
+        own = None if flat is None else (params, rates)
+        parts = tuple([read.part for read in captured]) if captured else ()
+        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
+        loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
 
 
-def captures_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Captures:
-    """What a call wants of captured tensors; a loss may read the parameters of a flattened module too."""
-    flat = maml.flat
-    return _CAPTURES if flat is None else Captures(True, tuple(flat.parts(params, rates)))
-
-
-def state_before(call: Call) -> RandomState | None:
-    """The random state, where the call may draw from it: only a module that is run as it is does."""
-    return RandomState.now(call.plan.shapes.device) if call.plan.program is None else None
+def again_of(call: Call) -> tuple[Replay, torch.dtype | None] | None:
+    """The random state and autocast, where the call may depend on them: only a module that is run as it is does."""
+    if call.plan.program is not None:
+        return None
+    return Replay(RandomState.of(call.problem)), autocast_dtype(call.plan.shapes.device)
 
 
 def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
@@ -107,6 +111,12 @@ def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
+def found_in(found: Settled) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task_losses, output)."""
+    result = found.result
+    return found.loss, cast(Tensor, result.task_losses), cast(Tensor, result.output)
+
+
 def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
@@ -117,7 +127,7 @@ def attached(
     loss: Tensor,
     gradients: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
-    captured: Sequence[tuple[Tensor, Tensor]] = (),
+    captured: Sequence[again.Read] = (),
 ) -> Tensor:
     """A loss as a function of parameters that its gradients are known for, those of the same names.
 
@@ -128,9 +138,18 @@ def attached(
     Derivatives: once; differentiating again raises.
     """
     leaves = [*params.values()]
-    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [gradient for _, gradient in captured]
-    inputs = [*leaves, *[tensor for tensor, _ in captured]]
+    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [read.gradient for read in captured]
+    inputs = [*leaves, *[read.tensor for read in captured]]
     return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
+
+
+def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """A loss as a function of leaves and inputs that its gradients are known for, in their order."""
+    if not gradients:
+        return loss
+    at = len(leaves)
+    flat = [torch.cat([gradient.reshape(-1) for gradient in gradients[:at]])] if leaves else []
+    return cast(Tensor, _Attach.apply((loss, flat + gradients[at:], None, ()), at, *leaves, *inputs))
 
 
 def inputs_of(tensors: Tensors) -> list[str]:
@@ -151,8 +170,7 @@ def input_gradient(field: str, result: Result) -> Tensor:
     return cast(Tensor, getattr(result.grads, field))
 
 
-@dataclass(slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a loss was computed, so that its gradients can be computed with a graph.
 
     It holds no tensors but the module's own: the others go through `save_for_backward`, which frees them in time and
@@ -163,26 +181,26 @@ class Recipe:
     net: nn.Module
     loss: Loss | None
     query_loss: Loss | None
-    wrt: frozenset[str]
-    state: RandomState | None  # before the call
     lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
-    flat: FlatParameters | None = None
-    # filled in by `attach`
-    names: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()  # the inputs, those first that a gradient is wanted of
-    parts: tuple[Tensor | None, ...] = ()  # what was captured, where it is a part of a flattened module
+    wrt: frozenset[str]
+    rerun: tuple[Replay, torch.dtype | None] | None  # of the random state before the call; the dtype of autocast
+    flat: FlatParameters | None
+    names: tuple[str, ...]  # of the parameters
+    keys: tuple[str, ...]  # of the learned rates
+    inputs: list[str]  # those that a gradient is wanted of
+    parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
+    own: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None  # parameters and rates of a flattened module
+    whole: bool = True  # no task was left out: else the gradients are those of others, and refuse to be differentiated
 
     def attach(
         self,
         loss: Tensor,
         gradients: list[Tensor],
         leaves: list[Tensor],
-        inputs: list[str],
-        captured: Sequence[tuple[Tensor, Tensor]],
         params: Mapping[str, Tensor],
         rates: Mapping[str, Tensor],
         tensors: Tensors,
+        captured: Sequence[again.Read],
     ) -> Tensor:
         """`loss` as a function of what its gradients are known for.
 
@@ -190,22 +208,20 @@ class Recipe:
             loss: ().
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
             leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
-            inputs: fields of `tensors`.
-            captured: (tensor, gradient).
             params, rates, tensors: everything that the loss was computed from.
+            captured: what was read besides.
         """
-        self.names, self.keys = tuple(params), tuple(rates)
-        others = [f for f, x in zip(tensors._fields, tensors, strict=True) if x is not None and f not in inputs]
-        self.fields = (*inputs, *others)
-        given = leaves + [getattr(tensors, field) for field in inputs]
-        rest = [getattr(tensors, field) for field in others]
-        if not self._leads("params"):
-            rest += params.values()
-        if not self._leads("lr"):
-            rest += rates.values()
+        given, rest = leaves, [*tensors]
+        if self.inputs:
+            given = given + [getattr(tensors, field) for field in self.inputs]
         if captured:
-            gradients = gradients + [gradient for _, gradient in captured]
-            given = given + self._known([tensor for tensor, _ in captured], params, rates)
+            gradients = gradients + [read.gradient for read in captured]
+            given = given + [read.tensor for read in captured]
+        if self.flat is None:
+            if "params" not in self.wrt:
+                rest += params.values()
+            if "lr" not in self.wrt:
+                rest += rates.values()
         return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
 
     def gradients(
@@ -220,50 +236,35 @@ class Recipe:
         """
         count = len(given) - len(self.parts)
         here = [again.local(tensor) for tensor in given[:count]]
-        by: dict[str, dict[str, Tensor]] = {"params": {}, "lr": {}, "tensors": {}, "flat": {}}
-        for (group, name), tensor in zip(self._slots(), [*here, *rest], strict=True):
+        by: dict[str, dict[str, Tensor]] = {"tensors": {}, "params": {}, "lr": {}, "flat": {}}
+        first, then = self._slots()
+        for (group, name), tensor in [*zip(then, rest, strict=True), *zip(first, here, strict=True)]:
             by[group][name] = tensor
         params, rates = by["params"], by["lr"]
-        if self.flat is not None:
+        if self.flat is not None and self.own is not None:
+            params, rates = {**self.own[0]}, {**self.own[1]}
             pieces = iter(views(by["flat"][""], self.flat.parts(params, rates)))
             params.update({name: next(pieces) for name in self.flat.names})
             rates.update({key: next(pieces) for key in self.flat.keys})
         tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
-        parts = [part for part in self.parts if part is not None]
-        captures = Captures(True, tuple(parts))
+        parts = tuple(part for part in self.parts if part is not None)
         losses = self.loss, self.query_loss
+        captured = again.read_again(given[count:], self.parts)
+        captures = Captures(True, lambda: parts, tuple(captured))
         call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
-        captured = [tensor if part is None else part for tensor, part in zip(given[count:], self.parts, strict=True)]
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
-        found = iter(again.gradients(call, lr, wanted, captured, self.state, grad))
+        replay, dtype = self.rerun or (None, None)
+        found = iter(again.gradients(call, lr, wanted, captured, replay, dtype, grad))
         return [next(found) if need else None for need in needs]
 
-    def _leads(self, group: str) -> bool:
-        """Whether parameters or rates are leaves themselves."""
-        return self.flat is None and group in self.wrt
-
-    def _slots(self) -> list[tuple[str, str]]:
-        """What `attach` saved, in that order, but for what was captured."""
-        params, rates = [("params", name) for name in self.names], [("lr", key) for key in self.keys]
-        fields = [("tensors", field) for field in self.fields]
-        slots = [("flat", "")] if self.flat is not None else []
-        for group, members in (("params", params), ("lr", rates)):
-            slots += members if self._leads(group) else []
-        slots += fields
-        for group, members in (("params", params), ("lr", rates)):
-            slots += [] if self._leads(group) else members
-        return slots
-
-    def _known(self, captured: list[Tensor], params: Mapping[str, Tensor], rates: Mapping[str, Tensor]) -> list[Tensor]:
-        """What autograd knows captured tensors as: a part of a flattened module as a piece of its vector."""
-        if self.flat is None:
-            self.parts = (None,) * len(captured)
-            return captured
-        parts = self.flat.parts(params, rates)
-        pieces = {id(part): (part, piece) for part, piece in zip(parts, views(self.flat.vector, parts), strict=True)}
-        found = [pieces.get(id(tensor), (None, tensor)) for tensor in captured]
-        self.parts = tuple(part for part, _ in found)
-        return [piece for _, piece in found]
+    def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(group, name) of what `attach` was given, but for what was captured, and of the rest."""
+        first = [] if self.flat is None else [("flat", "")]
+        then = [("tensors", field) for field in Tensors._fields]
+        for group, names in (("params", self.names), ("lr", self.keys)):
+            if self.flat is None:
+                (first if group in self.wrt else then).extend([(group, name) for name in names])
+        return first + [("tensors", field) for field in self.inputs], then
 
 
 class _Attach(torch.autograd.Function):
@@ -271,10 +272,14 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, known: tuple[Tensor, list[Tensor], Recipe | None, list[Tensor]], leaves: int, *given: Tensor
+        ctx: Any,
+        known: tuple[Tensor, list[Tensor], Recipe | None, Sequence[Tensor | None]],
+        leaves: int,
+        *given: Tensor,
     ) -> Tensor:
         loss, gradients, ctx.recipe, rest = known
-        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error
+        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error; it also
+        # notices when what the loss was computed from was modified
         ctx.save_for_backward(*gradients, *given, *rest)
         ctx.counts = len(gradients), len(given), leaves
         return loss
@@ -283,18 +288,16 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         known, given, leaves = ctx.counts
-        if torch.is_grad_enabled() and ctx.recipe is not None:  # create_graph=True
-            needs = ctx.needs_input_grad[2:]
-            return (
-                None,
-                None,
-                *ctx.recipe.gradients(saved[known : known + given], saved[known + given :], needs, grad),
-            )
-        # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
-        with torch.no_grad():
-            results = [gradient * grad for gradient in saved[:known]]
-            if leaves:
-                results[:1] = _unflatten_dense_tensors(results[0], saved[known : known + leaves])
-        if torch.is_grad_enabled():
-            results = refused(results, saved[known : known + given])
-        return (None, None, *results)
+        if torch.is_grad_enabled():  # create_graph=True
+            by, rest = saved[known : known + given], saved[known + given :]
+            if ctx.recipe is not None and ctx.recipe.whole:
+                return (None, None, *ctx.recipe.gradients(by, rest, ctx.needs_input_grad[2:], grad))
+            return (None, None, *refused(_scaled(saved[:known], grad.detach(), by[:leaves]), by))
+        return (None, None, *_scaled(saved[:known], grad, saved[known : known + leaves]))
+
+
+def _scaled(gradients: Sequence[Tensor], grad: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients` times `grad`, the first of them in the shapes of `leaves`."""
+    # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
+    scaled = [gradient * grad for gradient in gradients]
+    return [*_unflatten_dense_tensors(scaled[0], leaves), *scaled[1:]] if leaves else scaled

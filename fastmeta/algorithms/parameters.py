@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmeta.network.swap import LOCK
+
 
 class ParameterTable:
     """`dict(module.named_parameters())`, kept until a parameter or a submodule is replaced, added or removed.
@@ -32,6 +34,10 @@ class ParameterTable:
 
     def current(self) -> dict[str, Tensor]:
         """name -> parameter, in `named_parameters()` order; not to be modified."""
+        with LOCK:
+            return self._current()
+
+    def _current(self) -> dict[str, Tensor]:
         entries = [entry for own in self._parameter_dicts for entry in own.values()]
         if self.modules_replaced() or len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             self._read()

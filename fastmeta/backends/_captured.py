@@ -1,25 +1,29 @@
 """Tensors that require grad and that a network or a loss reads past its arguments, and the gradients by them.
 
-A learned weight in a closure, a loss network behind a lambda, a vector that another network has made: `Watch` sees them
-as PyTorch's functions are called, and what it cannot see there it finds in the autograd graph of what came out. Each gets
-a stand-in, a view of it, by which the gradient is taken: so nothing of the user's own graph is run, freed, or told to a
-hook before the user's backward pass is.
+A learned weight in a closure, a loss network behind a lambda, a vector that another network has made: `Watch` sees
+them as PyTorch's functions are called, and what it cannot see there it finds in the autograd graph of what came out.
+Each gets a stand-in, a view of it, by which the gradient is taken: nothing of the user's own graph is run, freed or
+told to a hook before the user's backward pass is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.problem import Captures
+from fastmeta.backends._random_state import RandomState
+from fastmeta.problem import Problem
 
+R = TypeVar("R")
 Key = int | tuple[Node, int]
+_readers: WeakSet[nn.Module] = WeakSet()  # networks that were found to read something, or a loss on them
 _PLAIN = (Tensor, nn.Parameter)
 # Getters whose result depends on the tensor differentiably.
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -27,6 +31,8 @@ _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 _ABOUT = frozenset(
     {"grad", "backward", "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
 )
+# They make a leaf of what was none.
+_SWITCHES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -44,39 +50,102 @@ def merged(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]
     return list(totals.values())
 
 
+class CapturedError(Exception):
+    """What is read has to be watched."""
+
+
+def rerun(problem: Problem, run: Callable[[Problem], R], start: RandomState | None = None) -> R:
+    """`run(problem)`; if the network or a loss reads something past its arguments, from the start again and watched.
+
+    Most read nothing, as the graphs of their losses show. Where one did, the next call watches at once.
+
+    Args:
+        problem: its `captures` say what is wanted.
+        run: answers it.
+        start: the random state.
+    """
+    if problem.captures is None:
+        return run(problem)
+    watched = replace(problem, captures=replace(problem.captures, watch=True))
+    if problem.net in _readers:
+        return run(watched)
+    start = RandomState.of(problem) if start is None else start
+    try:
+        return run(problem)
+    except CapturedError:
+        pass
+    _readers.add(problem.net)
+    start.restore()
+    return run(watched)
+
+
+def leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor depends on."""
+    watch = Watch([], 0, frozenset(), set())
+    watch.reaches([tensor])
+    return watch._leaves([])
+
+
 class Captured:
     """What one problem's network and losses read, and the sums of the gradients by it.
 
     Args:
-        wanted: None: nothing is looked for.
+        problem: its `captures` say what is wanted.
         keep: whether one gradient of everything is taken at the end, by `inputs`.
     """
 
-    def __init__(self, wanted: Captures | None, keep: bool = False) -> None:
-        self.wanted = wanted
+    def __init__(self, problem: Problem, keep: bool = False) -> None:
+        self.wanted = problem.captures
         self._keep = keep
         self._kept: list[Watch] = []
-        self._start = torch.autograd._get_sequence_nr()
+        self._start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._totals: dict[Key, tuple[Tensor, Tensor]] = {}
+        # a graph does not show tensors that require no grad; the network has no use for its own
+        also = None if self.wanted is None else self.wanted.also
+        losses = [loss.kind for loss in (problem.loss, problem.query_loss) if loss is not None]
+        aside = also is not None and "custom" in losses
+        self._watches = self.wanted is not None and (self.wanted.watch or aside or bool(self.wanted.known))
+        self._also = frozenset(map(id, also())) if aside and also is not None else frozenset()
+        self._known = set(map(key_of, () if self.wanted is None else self.wanted.known))
 
     def __len__(self) -> int:
         return len(self._totals)
 
-    @contextmanager
-    def watching(self, ours: Iterable[Tensor | None]) -> Iterator[Watch]:
-        """While it is active, what is read is noted; `Watch.follow` has to see what was made of it.
+    def evaluated(
+        self, evaluate: Callable[[], tuple[Tensor, Tensor]], ours: Iterable[Tensor | None]
+    ) -> tuple[Tensor, Tensor, Watch]:
+        """(loss, output, what was read).
 
         Args:
+            evaluate: gives a loss and an output.
             ours: what the network and the loss are given.
-        """
-        watch = Watch(self._start, [tensor for tensor in ours if tensor is not None], self.wanted)
-        if self.wanted is None:
-            yield watch
-        else:
-            with watch:
-                yield watch
 
-    def note(self, watch: Watch) -> None:
+        Raises:
+            CapturedError: something was read, and nobody watched; see `rerun`.
+        """
+        (loss, output), watch = self.watched(evaluate, ours)
+        return loss, output, watch
+
+    def watched(
+        self, evaluate: Callable[[], tuple[Tensor, ...]], ours: Iterable[Tensor | None]
+    ) -> tuple[tuple[Tensor, ...], Watch]:
+        """(what `evaluate` gives, what was read); the rest as of `evaluated`."""
+        given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
+        watch = Watch(given, self._start, self._also, self._known)
+        if self.wanted is None:
+            return evaluate(), watch
+        if not self._watches:
+            found = evaluate()
+            if watch.reaches(found):
+                raise CapturedError
+            return found, watch
+        with watch:
+            found = evaluate()
+        watch.follow(found)
+        self._note(watch)
+        return found, watch
+
+    def _note(self, watch: Watch) -> None:
         """What `watch` has found has a gradient, if only of zeros."""
         if self._keep:
             self._kept.append(watch)
@@ -115,18 +184,23 @@ class Watch(TorchFunctionMode):
 
     `tensors` are what was read, `inputs` what the gradient by each of them is to be taken by.
     `through` says whether that runs the user's own graph, which must then be retained.
+
+    Args:
+        ours: what the network and the loss are given.
+        start: nodes of the graph with lower numbers, which are those of one thread, are the user's own.
+        also: ids of tensors to be noted although they require no grad.
+        known: what is the user's own whatever number it has: autograd may evaluate backward on another thread. Grows.
     """
 
-    def __init__(self, start: int, ours: Sequence[Tensor], wanted: Captures | None) -> None:
+    def __init__(self, ours: Sequence[Tensor], start: int, also: frozenset[int], known: set[Key]) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.through = False
-        self._wanted = wanted
         self._start = start
         self._ours = ours
         self._given = {id(tensor) for tensor in ours}
-        self._also = frozenset(map(id, wanted.also)) if wanted is not None else frozenset()
+        self._also, self._known = also, known
         self._stand_ins: dict[int, Tensor] = {}
         self._roots: list[Node] = []
         self._made: list[Tensor] = []  # leaves of the network's own; kept, so that their ids stay theirs
@@ -139,20 +213,21 @@ class Watch(TorchFunctionMode):
             args = self._with_stand_ins(args)
             if kwargs and "out" not in kwargs:
                 kwargs = self._with_stand_ins(kwargs)
-        result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("requires_grad_", "__set__"):
+        if func in _SWITCHES and not args[0].requires_grad:
             self._make(args[0])
-        elif kwargs.get("requires_grad"):
+        result = func(*args, **kwargs)
+        if kwargs.get("requires_grad"):
             self._make(result)
         return result
 
+    def reaches(self, outputs: Iterable[Tensor]) -> bool:
+        """Whether `outputs` depend on a leaf that was not given, past what was seen."""
+        self._roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        return bool(self._leaves([stand_in.grad_fn for stand_in in self.inputs]))
+
     def follow(self, outputs: Iterable[Tensor]) -> None:
         """Find what reached `outputs` unseen, in the graph; to be called once, after the evaluation."""
-        if self._wanted is None:
-            return
-        self._roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
-        if self._leaves([stand_in.grad_fn for stand_in in self.inputs]):
+        if self.reaches(outputs):
             self.by_leaves()
 
     def by_leaves(self) -> None:
@@ -203,11 +278,11 @@ class Watch(TorchFunctionMode):
         if (known := self._stand_ins.get(id(tensor))) is not None:
             return known
         node = tensor.grad_fn
-        made_here = node is not None and node._sequence_nr() >= self._start  # type: ignore[attr-defined]
-        if made_here or id(tensor) in self._given or _wrapped(tensor) or tensor.layout != torch.strided:
+        if id(tensor) in self._given or _wrapped(tensor) or tensor.layout != torch.strided:
             return tensor
-        if node is not None and self._is_ours(node):
+        if node is not None and key_of(tensor) not in self._known and self._is_ours(node):
             return tensor
+        self._known.add(key_of(tensor))
         stand_in = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
         if _wrapped(stand_in):  # inside a transform of the network's own, whose end it would not survive
             return tensor
@@ -217,7 +292,9 @@ class Watch(TorchFunctionMode):
         return stand_in
 
     def _is_ours(self, node: Node) -> bool:
-        """Whether a node of another thread, whose number tells nothing, was made here: whether it leads to ours."""
+        """Whether a node was made here: by its number, or, since threads count apart, by where it leads."""
+        if node._sequence_nr() >= self._start:
+            return True
         nodes = {tensor.grad_fn for tensor in (*self._ours, *self.inputs)}
         seen, pending = {node}, [node]
         while pending:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fastmeta.backends._pieces import add
 from fastmeta.network.program import Program
 from fastmeta.network.split import Halves, split
-from fastmeta.problem import Batch, Gradients, Problem, Result
+from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
 #: Multiply-adds that have to be saved before three to five calls are worth more than one, by kind of device: on
 #: the CPU as bench/hoisting.py measures it, on a GPU an estimate, some 100 microseconds of launches.
@@ -31,9 +32,6 @@ ALONE = 1.2
 Solve = Callable[[Problem, frozenset[str], bool], Result]
 Refuses = Callable[[Problem, frozenset[str]], str]
 
-#: PyTorch runs an operator of fewer elements on one thread.
-_PIECE = 1 << 14
-
 _THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
 _INPUTS = {"support": "support_x", "query": "query_x"}
 
@@ -44,8 +42,8 @@ class _Pass:
 
     role: str
     wrt: frozenset[str]  # of the way back; empty: there is none
-    forward: dict[str, Any] = field(default_factory=dict)  # scratch
-    backward: dict[str, Any] = field(default_factory=dict)
+    forward: Scratch = field(default_factory=Scratch)
+    backward: Scratch = field(default_factory=Scratch)
 
 
 @dataclass(slots=True)
@@ -55,7 +53,7 @@ class Hoisted:
     halves: Halves
     passes: list[_Pass]
     wrt: frozenset[str]  # of the inner loop
-    scratch: dict[str, Any] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
     def body(self, problem: Problem, run: _Pass, output_grad: Tensor | None = None) -> Problem:
         """The body's output for the examples of one pass; with a cotangent its way back."""
@@ -197,18 +195,17 @@ def _wanted(problem: Problem, role: str, wrt: frozenset[str], body: Program) -> 
 
 
 def _solve(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    with torch.no_grad():
-        features = {}
-        for run in plan.passes:
-            features[run.role] = cast(Tensor, one(plan.body(problem, run), frozenset(), False).output)
-        result = one(plan.inner(problem, features), plan.wrt, adapted)
-        if result.adapted is not None:
-            own = result.adapted
-            result.adapted = {
-                name: own[name] if name in own else _every_task(problem, name).clone() for name in problem.params
-            }
-        _way_back(one, plan, problem, wrt, result.grads)
-        return result
+    features = {}
+    for run in plan.passes:
+        features[run.role] = cast(Tensor, one(plan.body(problem, run), frozenset(), False).output)
+    result = one(plan.inner(problem, features), plan.wrt, adapted)
+    if result.adapted is not None:
+        own = result.adapted
+        result.adapted = {
+            name: own[name] if name in own else _every_task(problem, name).clone() for name in problem.params
+        }
+    _way_back(one, plan, problem, wrt, result.grads)
+    return result
 
 
 def _way_back(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], grads: Gradients) -> None:
@@ -235,15 +232,6 @@ def _way_back(one: Solve, plan: Hoisted, problem: Problem, wrt: frozenset[str], 
             seed = problem.adapted_grad[key].detach()
             params[key] += seed if key in problem.per_task else seed.sum(0)
     grads.params = {name: params[name] for name in problem.params}
-
-
-def add(to: Tensor, what: Tensor) -> Tensor:
-    """to += what, without waking PyTorch's threads: they would fight with the engine's for the cores."""
-    if to.device.type != "cpu" or to.numel() < _PIECE:
-        return to.add_(what)
-    for piece, more in zip(to.view(-1).split(_PIECE), what.reshape(-1).split(_PIECE), strict=True):
-        piece.add_(more)
-    return to
 
 
 def _every_task(problem: Problem, name: str) -> Tensor:

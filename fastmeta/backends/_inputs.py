@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from fastmeta.backends._random_state import preserved
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
+from fastmeta.network.decomposed import Decomposed
 from fastmeta.network.functional import call, own
+from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Problem
 from fastmeta.update_rules import SGD
 
 
 def any_batch(problem: Problem) -> Batch:
-    """The support set, or else the query set; a problem has at least one."""
-    batch = problem.support or problem.query
+    """The set that is run first: the support set if inner steps read it, else the query set if there is one."""
+    batch = (problem.steps and problem.support) or problem.query or problem.support
     if batch is None:
         raise ValueError("a problem needs a support or a query set")
     return batch
+
+
+def runs(problem: Problem) -> bool:
+    """Whether the network is run at all: without inner steps only on a query set."""
+    return problem.steps > 0 or problem.query is not None
 
 
 def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
@@ -33,7 +40,8 @@ def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
 
 
 def detached(problem: Problem, requires_grad: bool = False) -> Problem:
-    """The same problem: its tensors fresh leaves, its step weights written out. To be called inside `isolated`."""
+    """The same problem: its tensors fresh leaves, its step weights written out, its network ready to run. For inside
+    `isolated`."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else own(tensor, requires_grad)
@@ -46,6 +54,7 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
     cotangents = problem.adapted_grad
     return replace(
         problem,
+        exchange=Exchange(problem.net),
         params={name: own(value, requires_grad) for name, value in problem.params.items()},
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
         support=leaves(problem.support),
@@ -55,6 +64,30 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         adapted_grad=None if cotangents is None else {name: own(value) for name, value in cotangents.items()},
         output_grad=None if problem.output_grad is None else own(problem.output_grad),
     )
+
+
+def with_graph(problem: Problem) -> Problem:
+    """The same problem, its tensors as they are, for gradients that are differentiated again."""
+    losses = (_decomposed(problem.loss), _decomposed(problem.query_loss))
+    return replace(with_step_weights(problem), third=True, loss=losses[0], query_loss=losses[1])
+
+
+def _decomposed(loss: Loss | None) -> Loss | None:
+    """A loss of which any derivative is right, where it is the user's own."""
+    if loss is None or loss.function is None:
+        return loss
+    function = loss.function
+
+    def decomposed(output: Tensor, target: Tensor) -> Tensor:
+        with Decomposed():
+            return function(output, target)
+
+    return replace(loss, function=decomposed)
+
+
+def varied(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`theta`, in which everything can be differentiated by: what requires no grad is a leaf of its own."""
+    return {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in theta.items()}
 
 
 def with_step_weights(problem: Problem) -> Problem:
@@ -92,8 +125,8 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
     batch = any_batch(problem)
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
-    with torch.no_grad(), preserved(x.device):
-        return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
+    with torch.no_grad(), preserved_for(problem):
+        return tuple(call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
 
 
 def check_rates(problem: Problem) -> None:
@@ -124,5 +157,7 @@ def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, 
         ("`support_y`", problem.loss, problem.support),
         ("`query_y`", problem.query_loss, problem.query),
     ):
+        if batch is problem.support and not runs(problem):
+            continue  # nothing runs, and the network need not take a set that is not used
         if loss is not None and batch is not None and batch.y is not None and loss.needs_class_indices(batch.y):
             loss.check_values(what, batch.y, shape(problem)[0])

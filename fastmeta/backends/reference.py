@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._captured import Captured
+from fastmeta.backends._captured import Captured, rerun
+from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._inputs import (
     any_batch,
     check_class_indices,
@@ -19,10 +20,13 @@ from fastmeta.backends._inputs import (
     detached,
     gradients,
     inner_loop,
-    with_step_weights,
+    varied,
+    with_graph,
 )
+from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, isolated
+from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
 
@@ -38,11 +42,17 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
-    with isolated(any_batch(problem).x.device):
+    return rerun(problem, lambda problem: _solve(problem, wrt, adapted))
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    with isolated(any_batch(problem).x.device), named_in(problem):
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
-        captured = Captured(p.captures, keep=True)
+        if wrt or p.steps:
+            carries_state(p)
+        captured = Captured(p, keep=True)
         answers = [_one_task(p, t, captured) for t in range(p.tasks)]
         objective = _objective(p, answers)
         result = Result(grads=_gradients(p, objective, wrt))
@@ -59,48 +69,69 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
     """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
-    with isolated(any_batch(problem).x.device):
-        p = with_step_weights(problem)
-        captured = Captured(p.captures, keep=True)
+
+    def unrolled(p: Problem) -> tuple[Tensor, Captured]:
+        captured = Captured(p, keep=True)
         return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
+
+    with isolated(any_batch(problem).x.device):
+        return rerun(with_graph(problem), unrolled)
 
 
 def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
-    query_loss = output = torch.zeros(())
+    state = Carried()
+    query_loss = output = _zero(p)
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             loss = p.query_loss if weight else None
-            value, output = _evaluated(p, theta, _examples(p.query, (t,)), loss, captured)
+            value, output = _evaluated(p, theta, _examples(p.query, (t,)), loss, captured, state)
             query_loss = query_loss + weight * value
         if k < p.steps:
-            theta, momentum = _inner_step(p, t, k, theta, momentum, captured)
+            theta, momentum = _inner_step(p, t, k, theta, momentum, captured, state)
     return query_loss, output, theta
 
 
 def _evaluated(
-    p: Problem, theta: Mapping[str, Tensor], examples: tuple[Any, Any, Any], loss: Loss | None, captured: Captured
+    p: Problem,
+    theta: Mapping[str, Tensor],
+    examples: tuple[Any, Any, Any],
+    loss: Loss | None,
+    captured: Captured,
+    state: Carried,
 ) -> tuple[Tensor, Tensor]:
     """(loss, output) of one task; the loss zero where there is none."""
     x, y, weights = examples
-    with captured.watching([*theta.values(), *examples]) as watch:
-        output = call(p.net, theta, x, batch_stats=p.batch_stats)
-        value = torch.zeros(()) if loss is None else loss(output, y, weights)
-    watch.follow([value, output])
-    captured.note(watch)
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        net = p.exchange or p.net
+        output = call(net, theta, x, batch_stats=p.batch_stats, decompose=p.third, carried=state)
+        return _zero(p) if loss is None else loss(output, y, weights), output
+
+    value, output, _ = captured.evaluated(evaluate, [*theta.values(), *examples])
     return value, output
 
 
 def _inner_step(
-    p: Problem, t: int, k: int, theta: Mapping[str, Tensor], momentum: Mapping[str, Tensor], captured: Captured
+    p: Problem,
+    t: int,
+    k: int,
+    theta: Mapping[str, Tensor],
+    momentum: Mapping[str, Tensor],
+    captured: Captured,
+    state: Carried,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
-    value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured)
+    theta = {**theta, **varied({name: theta[name] for name in p.rates})}
+    value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured, state)
     adapted = [theta[name] for name in p.rates]
-    gradient = gradients([value], adapted, create_graph=p.order == "second")
+    # what the module keeps may lead back into this graph
+    gradient = gradients([value], adapted, create_graph=p.order == "second", retain_graph=True)
+    if t == k == 0 and p.order == "second":
+        check_twice(value, gradient)
     theta, momentum = dict(theta), dict(momentum)
     for (name, rate), g in zip(p.rates.items(), gradient, strict=True):
         rate = rate[k if rate.shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
@@ -118,7 +149,7 @@ def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
 
 def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
     """The scalar J of `fastmeta.problem`."""
-    objective = torch.zeros(())
+    objective = _zero(p)
     for t, (query_loss, output, theta) in enumerate(answers):
         objective = objective + (1 if p.task_weights is None else p.task_weights[t]) / p.tasks * query_loss
         if p.adapted_grad is not None:
@@ -127,6 +158,10 @@ def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Ten
         if p.output_grad is not None:
             objective = objective + (p.output_grad[t] * output).sum()
     return objective
+
+
+def _zero(p: Problem) -> Tensor:
+    return next(iter(p.params.values())).detach().new_zeros(())
 
 
 def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:

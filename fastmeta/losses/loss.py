@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
-from weakref import ref
+from math import inf, isfinite
 
-from torch import Tensor, int64
+from torch import Tensor, finfo, int64
 from torch import dtype as Dtype
 
 from fastmeta.losses import cross_entropy, elementwise
@@ -29,12 +28,16 @@ class Loss:
         label_smoothing: of cross_entropy, from 0 to 1.
         ignore_index: of cross_entropy: the class index of positions that do not count.
         weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's output [*out], so it
-            cannot tell examples apart (example weights do). Constant: it gets no gradient.
-        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out]. Constant.
+            cannot tell examples apart (example weights do).
+        pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
         weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
-            sum(w * l) / sum(w). Where torch's own denominator is not N (cross_entropy of class indices counts class
-            weights of the positions that are not ignored), it takes the place of N, and w multiplies its terms.
+            sum(w * l) / sum(w), which is zero where all weights are. Where torch's own denominator is not N
+            (cross_entropy of class indices counts class weights of the positions that are not ignored), it takes the
+            place of N, and w multiplies its terms.
+
+    A weight that requires grad gets its gradient as anything that a custom loss reads, on the backends that run the
+    module itself.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -52,16 +55,14 @@ class Loss:
     weight_norm: str = "count"
     #: All of it but the values of the tensors: two losses with the same key run the same code.
     key: tuple[object, ...] = field(init=False, repr=False)
+    plain: bool = field(init=False, repr=False)  # it has no weights
 
     def __post_init__(self) -> None:
         _check_options(self)
         shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
-
-    def weak_key(self) -> tuple[object, ...]:
-        """`key`, without keeping a custom function alive: it may hold the network that something is cached for."""
-        return self.key if self.function is None else (*self.key[:-1], ref(self.function))
+        object.__setattr__(self, "plain", shapes == (None, None))
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.
@@ -72,7 +73,8 @@ class Loss:
             weights: [N], of output's dtype: one weight an example. None: all ones.
 
         Returns:
-            A scalar; as in PyTorch, NaN where a mean has nothing to count.
+            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"` and weights that
+            are all zero it is zero, and so are its derivatives.
 
         Derivatives: twice differentiable in output, target (where it is floating point) and weights.
 
@@ -88,9 +90,18 @@ class Loss:
         if weights.shape != output.shape[:1]:
             raise ValueError(f"{self.kind}: `weights` must be {tuple(output.shape[:1])}, got {tuple(weights.shape)}")
         weights = weights.reshape(-1, *[1] * (values.dim() - 1))  # [N, 1...]
-        if self.weight_norm == "sum":
-            shares = weights.expand_as(values) if shares is None else weights * shares
-        return self._reduce(weights * values, shares)
+        if self.weight_norm != "sum" or self.reduction == "sum":
+            return self._reduce(weights * values, shares)
+        total = (weights.expand_as(values) if shares is None else weights * shares).sum()
+        # no weights at all: nothing counts, and no derivative is left
+        nothing = (weights.abs() < finfo(weights.dtype).tiny).all()
+        return (weights * values).sum() / total.masked_fill(nothing, inf)
+
+    @property
+    def learned(self) -> str:
+        """The weight that requires grad, or ""."""
+        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+        return next((name for name, value in weights.items() if value is not None and value.requires_grad), "")
 
     def needs_class_indices(self, target: Tensor) -> bool:
         """Whether `target` is read as class indices, whose range is worth checking (`check_values`)."""
@@ -207,13 +218,13 @@ class Loss:
 
 def _check_options(loss: Loss) -> None:
     kind = loss.kind
-    if kind not in NAMES and (kind != "custom" or loss.function is None):
+    if not isinstance(kind, str) or (kind not in NAMES and (kind != "custom" or loss.function is None)):
         raise ValueError(f"loss must be one of {', '.join(map(repr, NAMES))} or a function, got {kind!r}")
     if kind != "custom" and loss.function is not None:
         raise ValueError(f"{kind} has no `function`")
-    if loss.reduction not in ("mean", "sum"):
+    if not isinstance(loss.reduction, str) or loss.reduction not in ("mean", "sum"):
         raise ValueError(f"{kind}: `reduction` must be 'mean' or 'sum', got {loss.reduction!r}")
-    if loss.weight_norm not in ("count", "sum"):
+    if not isinstance(loss.weight_norm, str) or loss.weight_norm not in ("count", "sum"):
         raise ValueError(f"`weight_norm` must be 'count' or 'sum', got {loss.weight_norm!r}")
     beta = "delta" if kind == "huber" else "beta"
     numbers: tuple[tuple[str, object], ...] = (
@@ -234,8 +245,8 @@ def _check_options(loss: Loss) -> None:
     ):
         if value is not None and kind not in kinds:
             raise ValueError(f"{kind} has no `{name}`")
-        if value is not None and value.requires_grad:
-            raise ValueError(f"{kind}: `{name}` gets no gradient, but requires grad; detach it")
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

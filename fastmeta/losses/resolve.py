@@ -43,7 +43,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
             `torch.nn.functional` or the module of `torch.nn` of that loss; any other callable
             f(output [N, *out], target) -> scalar, called for one task at a time, possibly under `torch.func.vmap`;
             or a `Loss`, which is returned as it is, with a `weight_norm` of its own. A loss module that was
-            subclassed or carries hooks is just a callable. A module is read once, here.
+            subclassed or carries hooks is just a callable. A loss module of PyTorch's is read once, here. A callable
+            may read tensors that require grad, its own parameters or any others: they get their gradients.
         weight_norm: "count" or "sum", see `Loss`.
 
     Raises:
@@ -52,6 +53,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
+    if not isinstance(weight_norm, str):
+        raise TypeError(f"`weight_norm` must be 'count' or 'sum', got {weight_norm!r}")
     if isinstance(loss, str):
         return _named(loss, weight_norm)
     if isinstance(loss, type):

@@ -8,7 +8,9 @@ works in place, that attributes are set, types tested or random numbers drawn.
 from __future__ import annotations
 
 import copy
+import math
 import operator
+import os
 import pickle
 import random
 import sys
@@ -19,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch.fx import _symbolic_trace as _fx
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastmeta.network.build import Refused
 from fastmeta.network.guards import Guard
 from fastmeta.network.kinds import MODULES
+from fastmeta.undisturbed import abandon, asynchronous, undisturbed
 
 
 class Root(nn.Module):
@@ -39,6 +43,16 @@ class Root(nn.Module):
 
 # torch.fx patches nn.Module for the whole process while it traces: one capture at a time.
 _TRACING = threading.RLock()
+_METHODS: list[tuple[type, str]] = [
+    (nn.Module, "__call__"),
+    (nn.Module, "__getattr__"),
+    (torch.autograd.Function, "apply"),
+    *_fx._wrapped_methods_to_patch,
+]
+
+# A process forks between captures: the child has none of the threads that could end one.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_TRACING.acquire, after_in_parent=_TRACING.release, after_in_child=_TRACING.release)
 
 
 def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
@@ -50,22 +64,47 @@ def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
     Raises:
         Refused: the forward cannot be traced, or not faithfully.
     """
+    with _TRACING:
+        return _unpatched(net)
+
+
+def _unpatched(net: nn.Module) -> tuple[Root, fx.Graph]:
+    """`_traced`, and nothing is left patched if it is interrupted."""
+    tracer = _Tracer()
+    before = _Patched()
+    try:
+        try:
+            return undisturbed(_traced, net, tracer)
+        except BaseException as error:
+            before.restore(tracer, error)
+            raise
+    except BaseException as error:  # the first time may have been interrupted itself
+        before.restore(tracer, error)
+        raise
+
+
+def _traced(net: nn.Module, tracer: _Tracer) -> tuple[Root, fx.Graph]:
     root = Root(_copied(net))
     guard = Guard(root)
     with (
-        _TRACING,
         _random_draws_refused(),
         _autograd_functions_refused(),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        tracer = _Tracer()
+        refusing = _RealTensorsRefused()
+        tracer.ambient = _ambient()
         try:
-            with _RealTensorsRefused():
-                graph = tracer.trace(root)
+            try:
+                with refusing:
+                    graph = tracer.trace(root)
+            finally:
+                refusing.gone()
         except Refused as reason:
             raise Refused(f"cannot capture `{_class_name(net)}` (in {tracer.place or 'net'}): {reason}") from None
         except Exception as error:  # the forward is the user's code: on stand-ins it may raise anything
+            if asynchronous(error):
+                raise
             message = str(error).partition("\n")[0] or type(error).__name__
             raise Refused(f"cannot trace `{_class_name(net)}` (in {tracer.place or 'net'}): {message}") from error
     if not guard.holds(root):
@@ -120,7 +159,8 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.place = ""  # where in the network tracing failed
-        self._ambient = _ambient()
+        self.patchers: set[Any] = set()  # what torch.fx has patched
+        self.ambient = _ambient()  # gradients and autocast as the trace began
         self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -132,6 +172,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:  # somebody else's module, called while we trace
             return forward(*args, **kwargs)
+        self.patchers.add(getattr(_fx, "CURRENT_PATCHER", None))
         try:
             return super().call_module(m, forward, args, kwargs)
         except BaseException:
@@ -153,15 +194,53 @@ class _Tracer(fx.Tracer):
         raise Refused("it iterates over a traced value")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _ambient() != self._ambient:
+        if _ambient() != self.ambient:
             raise Refused("it switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["place"] = self.scope.module_path
         return node
 
 
+class _Patched:
+    """What tracing patches for the whole process, as it was before; what an interrupted trace leaves is put back."""
+
+    def __init__(self) -> None:
+        self.methods = [(cls, name, vars(cls)[name]) for cls, name in _METHODS if name in vars(cls)]
+        spaces = [(vars(math), name) for name in vars(math)]
+        spaces += [(space, name) for (_, name), space in _fx._wrapped_fns_to_patch.items() if name in space]
+        self.entries = [(space, name, space[name]) for space, name in spaces]
+        self.flags = [(name, getattr(_fx, name, None)) for name in ("_is_fx_tracing_flag", "CURRENT_PATCHER")]
+        numpy = sys.modules.get("numpy")
+        self.random = random.getstate()
+        self.numpy = numpy.random.get_state() if numpy else None
+
+    def restore(self, tracer: _Tracer, error: BaseException) -> None:
+        """Make it what it was; may be done twice."""
+        abandon(error)
+        for patcher in tracer.patchers - {None}:  # of names in the modules that the user's classes are from
+            for patch in reversed(patcher.patches_made):
+                if getattr(patch.frame_dict, "get", None) and patch.frame_dict.get(patch.fn_name) is patch.new_fn:
+                    patch.revert()
+        for owner, name, value in self.methods:
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
+        for space, name, value in self.entries:
+            if space[name] is not value:
+                space[name] = value
+        for name, value in self.flags:
+            setattr(_fx, name, value)
+        random.setstate(self.random)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
 class _RealTensorsRefused(TorchFunctionMode):
     """Refuses what is computed without the traced input: its result would be baked into the program."""
+
+    def gone(self) -> None:
+        """Make sure that it was left: leaving may have been interrupted, and nothing else could be put back."""
+        while self in _get_current_function_mode_stack():
+            torch._C._pop_torch_function_stack()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -189,6 +268,8 @@ def _copied(net: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(net, {id(tensor): tensor for tensor in tensors})
     except Exception as error:  # attributes of any type are copied here
+        if asynchronous(error):
+            raise
         raise Refused(f"cannot copy `{_class_name(net)}`: {error}") from error
 
 
@@ -219,11 +300,14 @@ def _random_draws_refused() -> Iterator[None]:
     """Refuses a forward that draws from Python's or NumPy's global generator, and gives their states back."""
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), pickle.dumps(numpy.random.get_state()) if numpy else b""
-    yield
-    drawn = random.getstate() != state
-    random.setstate(state)
-    if numpy:
-        drawn |= pickle.dumps(numpy.random.get_state()) != numpy_state
-        numpy.random.set_state(pickle.loads(numpy_state))
+    drawn = False
+    try:
+        yield
+    finally:
+        drawn = random.getstate() != state
+        random.setstate(state)
+        if numpy:
+            drawn |= pickle.dumps(numpy.random.get_state()) != numpy_state
+            numpy.random.set_state(pickle.loads(numpy_state))
     if drawn:
         raise Refused("cannot capture a forward that draws random numbers")

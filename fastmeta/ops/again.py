@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs, get
+from fastmeta.backends._autocast import autocast
 from fastmeta.backends._captured import key_of
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.ops.plan import Call
 from fastmeta.ops.rates import Rates
+from fastmeta.problem import Captures
+
+_FIND, _GRADIENTS = Captures(False), Captures(True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,7 +32,8 @@ def gradients(
     lr: Rates,
     by: Sequence[Tensor],
     captured: Sequence[Tensor],
-    state: RandomState | None,
+    replay: Replay | None,
+    dtype: torch.dtype | None,
     scale: Tensor | None = None,
 ) -> list[Tensor]:
     """dJ/d `by` and dJ/d `captured`, times `scale`, with their graph.
@@ -37,11 +43,13 @@ def gradients(
         lr: its learning rates, with theirs.
         by: some of them, made by `local`.
         captured: what the network and the losses read besides.
-        state: the random state that the call began with; None: it draws nothing.
+        replay: of the random state that the call began with; None: it draws nothing.
+        dtype: of the autocast that the call was made under.
+        scale: (); None: one.
     """
     problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True))
     backend: Any = call.plan.backend
-    with nullcontext() if state is None else replayed(state):
+    with autocast(call.plan.shapes.device, dtype), nullcontext() if replay is None else replay.again():
         objective, found = (backend if hasattr(backend, "objective") else get("torch")).objective(problem)
     if scale is not None:
         objective = objective * scale
@@ -68,10 +76,50 @@ def matched(tensors: Iterable[Tensor], pairs: Iterable[tuple[Tensor, Tensor]]) -
     return [found[key_of(tensor)] for tensor in tensors]
 
 
-def living(pairs: list[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Tensor]]:
-    """Those of `pairs` whose tensor somebody else holds: not what a forward pass made for itself. Empties `pairs`."""
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """Tensors that require no grad and that autograd knows as others: parameters of a flattened module.
+
+    Args:
+        parts: gives the tensors.
+        pieces: gives those that autograd knows, in the same order.
+    """
+
+    parts: Callable[[], Sequence[Tensor]]
+    pieces: Callable[[], Sequence[Tensor]]
+
+
+class Read(NamedTuple):
+    """A tensor that the network or a loss read past its arguments."""
+
+    tensor: Tensor  # as autograd knows it
+    part: Tensor | None  # of which it is the alias
+    gradient: Tensor
+
+
+def captures_of(gradients: bool, aliases: Aliases | None) -> Captures:
+    """What a problem is asked for."""
+    if aliases is not None:
+        return Captures(gradients, aliases.parts)
+    return _GRADIENTS if gradients else _FIND
+
+
+def reads(pairs: list[tuple[Tensor, Tensor]] | None, aliases: Aliases | None) -> list[Read]:
+    """What a problem has found, but for what a forward pass made for itself. Empties `pairs`, (tensor, gradient)."""
     if not pairs:
         return []
     kept = [(weakref.ref(tensor), gradient) for tensor, gradient in pairs]
-    pairs.clear()
-    return [(tensor, gradient) for reference, gradient in kept if (tensor := reference()) is not None]
+    pairs.clear()  # now only what somebody else holds is left
+    living = [(tensor, gradient) for reference, gradient in kept if (tensor := reference()) is not None]
+    if aliases is None or not living:
+        return [Read(tensor, None, gradient) for tensor, gradient in living]
+    pieces = {id(part): piece for part, piece in zip(aliases.parts(), aliases.pieces(), strict=True)}
+    return [
+        Read(pieces.get(id(tensor), tensor), tensor if id(tensor) in pieces else None, gradient)
+        for tensor, gradient in living
+    ]
+
+
+def read_again(tensors: Iterable[Tensor], parts: Iterable[Tensor | None]) -> list[Tensor]:
+    """What a second evaluation should find, from the tensors and the parts of `Read`."""
+    return [tensor if part is None else part for tensor, part in zip(tensors, parts, strict=True)]

@@ -11,6 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
 from fastmeta.ops.options import Options, argument
+from fastmeta.ops.wrappers import check_wrappers
 from fastmeta.problem import DIFFERENTIABLE
 
 
@@ -71,6 +72,7 @@ def check_net(who: str, net: nn.Module) -> None:
     what = argument(who, "net")
     if not isinstance(net, nn.Module):
         raise TypeError(f"{what} must be a torch.nn.Module, got {type(net).__name__}")
+    check_wrappers(what, net)
     parameters = dict(net.named_parameters())
     if not parameters:
         raise ValueError(f"{what} must have parameters, {type(net).__name__} has none")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends._autocast import autocast, autocast_dtype
+from fastmeta.backends._random_state import RandomState
+from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
-from fastmeta.ops.again import gradients, living, local, matched
+from fastmeta.ops.again import Aliases, captures_of, gradients, local, matched, read_again, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
-from fastmeta.problem import Captures
+from fastmeta.problem import Captures, Result
 
-_FIND, _GRADIENTS = Captures(False), Captures(True)
-_FIRST = 4  # arguments of `_Solve` before the tensors
+_FIRST = 5  # arguments of `_Solve` before the tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Operation:
     tensors: Tensors
     lr: Rates = 0.0
     loss: Loss | None = None
+    aliases: Aliases | None = None
 
     def call(
         self,
@@ -77,19 +78,27 @@ class Operation:
 
 def run(operation: Operation) -> tuple[Tensor, ...]:
     """The answer, differentiable in every tensor that requires grad where gradients are on."""
+    return run_and_read(operation)[0]
+
+
+def run_and_read(operation: Operation) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """(the answer, the tensors among what it depends on that the network or the loss reads past its arguments)."""
     if not torch.is_grad_enabled():
-        return operation.answer(operation.call())[0]
-    call = operation.call(captures=_FIND)
+        return operation.answer(operation.call())[0], []
+    call = operation.call(captures=captures_of(False, operation.aliases))
     # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
-    state = RandomState.now(call.plan.shapes.device) if call.plan.program is None else None
+    replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
     answer, found = operation.answer(call)
-    captured = [tensor for tensor, _ in living(found)]
+    if replay is not None:
+        replay.keep(marks_of(answer))
+    captured = reads(found, operation.aliases)
     slots, leaves = operation.leaves()
-    if captured or any(leaf.requires_grad for leaf in leaves):
-        # the tensors go through save_for_backward alone: it notices when one of them was modified
-        bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr))
-        return cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, state, slots, *leaves, *captured))
-    return answer
+    if not captured and not any(leaf.requires_grad for leaf in leaves):
+        return answer, []
+    # the tensors go through save_for_backward alone: it notices when one of them was modified
+    bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
+    tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
+    return cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors)), tensors
 
 
 class _Solve(torch.autograd.Function):
@@ -100,13 +109,15 @@ class _Solve(torch.autograd.Function):
         ctx: Any,
         answer: tuple[Tensor, ...],
         operation: Operation,
-        state: RandomState | None,
+        replay: Replay | None,
         slots: list[tuple[str, str]],
+        parts: list[Tensor | None],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.frame = operation, state, slots
+        # backward passes run outside of the caller's autocast block
+        ctx.frame = operation, replay, slots, parts, autocast_dtype(answer[0].device)
         return answer
 
     @staticmethod
@@ -114,21 +125,22 @@ class _Solve(torch.autograd.Function):
         needs = ctx.needs_input_grad[_FIRST:]
         if all(grad is None for grad in grads):
             return (None,) * (_FIRST + len(needs))
-        operation, state, slots = ctx.frame
+        operation, replay, slots, parts, dtype = ctx.frame
         again = torch.is_grad_enabled()  # create_graph=True
-        leaves, captured = ctx.saved_tensors[: len(slots)], ctx.saved_tensors[len(slots) :]
+        leaves, captured = ctx.saved_tensors[: len(slots)], read_again(ctx.saved_tensors[len(slots) :], parts)
         leaves = [local(leaf) if again else leaf for leaf in leaves]
         operation = operation.with_leaves(slots, leaves)
         wanted = [need for _, need in zip(slots, needs, strict=False)]
         wrt = frozenset(field for (field, _), need in zip(slots, wanted, strict=True) if need)
-        call = operation.call(wrt, captures=_GRADIENTS, **_cotangents(operation, grads))
+        captures = Captures(True, lambda: [part for part in parts if part is not None], tuple(captured))
+        call = operation.call(wrt, captures=captures, **_cotangents(operation, grads))
         if again:
             by = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-            found = iter(gradients(call, operation.lr, by, captured, state))
+            found = iter(gradients(call, operation.lr, by, captured, replay, dtype))
             results = [next(found) if need else None for need in wanted]
             return (*[None] * _FIRST, *results, *found)
-        with nullcontext() if state is None else replayed(state):
-            grad = call.solve().grads
+        with autocast(call.plan.shapes.device, dtype):
+            grad = (call.solve() if replay is None else _solved_again(replay, operation, call)).grads
         rates = None if grad.lr is None else call.plan.rates.fold(grad.lr, operation.lr)
         result: list[Tensor | None] = [None] * _FIRST
         for (field, name), need in zip(slots, wanted, strict=True):
@@ -138,6 +150,26 @@ class _Solve(torch.autograd.Function):
                 entry = entry[name] if name else entry
             result.append(entry)
         return (*result, *matched(captured, grad.captured or ()))
+
+
+def _solved_again(replay: Replay, operation: Operation, call: Call) -> Result:
+    """The derivative of what the forward pass answered, and not of another draw.
+
+    Raises:
+        RuntimeError: the network or the loss cannot be run again with the same result.
+    """
+    adapts = operation.tensors.query_x is None
+    with replay.again():
+        result = call.solve(adapted=adapts)
+    if adapts:
+        answer = [cast("dict[str, Tensor]", result.adapted)[name] for name in operation.params]
+    else:
+        answer = [cast(Tensor, result.output)]
+    try:
+        replay.check(marks_of(answer))
+    except NotReplayedError as error:
+        raise NotReplayedError(f"{operation.options.who}: {error}; `meta_gradient` runs every forward once") from None
+    return result
 
 
 def _numbers(lr: Rates) -> Rates:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fastmeta.losses import resolve
+from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.differentiable import Operation, run
 from fastmeta.ops.eager import eager
@@ -51,12 +52,15 @@ def inner_sgd(
     Returns:
         name -> [T, *shape], every parameter, also those that are not adapted.
 
-    Derivatives: once differentiable in `params`, `lr`, `x`, `y` and `weights` where they are floating-point tensors;
-        the backward pass runs the inner loop again. With order="first" only the identity part of each step remains.
+    Derivatives: differentiable in `params`, `lr`, `x`, `y` and `weights` where they are floating-point tensors, and in
+        whatever requires grad that the network or the loss reads besides; the backward pass runs the inner loop, and
+        so the loss, again. With order="first" only the identity part of each step remains. With `create_graph=True` the
+        backward pass is a loop of plain autograd, whose results can be differentiated again.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: the backend named cannot run this call.
+        RuntimeError: in the backward pass: a tensor was modified since, or the loss reads others than it did.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 2.2.
     """
@@ -77,8 +81,14 @@ def inner_sgd(
 
 
 def inner_loop(
-    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, lr: Rates, loss: object
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    lr: Rates,
+    loss: object,
+    aliases: Aliases | None = None,
 ) -> dict[str, Tensor]:
     """`inner_sgd` with its options in one piece, under any name in messages."""
-    operation = Operation(options, net, params, tensors, lr, resolve(loss))
+    operation = Operation(options, net, params, tensors, lr, resolve(loss), aliases)
     return dict(zip(params, run(operation), strict=True))

@@ -6,32 +6,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from fastmeta import backends
+from fastmeta.bounded import Bounded
 from fastmeta.errors import BackendUnavailable
 from fastmeta.losses import Loss
-from fastmeta.network.capture import captured
+from fastmeta.network.capture import captured, frozen_flags
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.program import Program
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.network.renormalised import check_renormalised
+from fastmeta.network.swap import LOCK
+from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
 from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Captures, Problem, Result
+from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
+from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
+_FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
 _MOST_PLANS = 256
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
+_NATIVE = "fastmeta.backends.cpu"
 
 
 @dataclass(slots=True)
@@ -44,7 +52,9 @@ class Plan:
     shapes: Shapes
     rates: RatePlan
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
-    scratch: dict[str, Any]
+    scratch: Scratch
+    flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
+    native: bool = False  # the backend calls into nothing that has a global state to leave behind
 
 
 @dataclass(slots=True)
@@ -67,6 +77,11 @@ class Call:
         Raises:
             ValueError, TypeError: the network or the loss cannot take a tensor; the message names it.
         """
+        if self.plan.native:
+            return self._solve(adapted)
+        return undrawn(self.plan.shapes.device, self._solve, adapted)
+
+    def _solve(self, adapted: bool) -> Result:
         problem = self.problem
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
@@ -74,6 +89,16 @@ class Call:
             losses = (problem.loss, problem.query_loss)
             diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
             raise
+
+
+def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
+    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
+    if result.loss is not None:
+        return result.loss
+    task_losses = cast(Tensor, result.task_losses)
+    if task_weights is None:
+        return task_losses.mean()
+    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
 
 
 class _Given(NamedTuple):
@@ -94,7 +119,7 @@ class _Given(NamedTuple):
     captures: Captures | None
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
 
 
 def prepare(
@@ -122,26 +147,27 @@ def prepare(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
+        RuntimeError: whatever is made now has no values.
         BackendUnavailable: the backend asked for cannot run this.
     """
-    masks = masked(tensors)
-    if masks:
-        tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-    given = _Given(
-        options,
-        net,
-        params,
-        tensors,
-        loss,
-        query_loss,
-        lr,
-        wrt,
-        adapted_grad,
-        output_grad,
-        prefer_flat,
-        frozen,
-        captures,
-    )
+    if _get_dispatch_mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
+            "this call"
+        )
+    with LOCK:
+        masks = masked(tensors)
+        if masks:
+            tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
+        cotangents = adapted_grad, output_grad
+        given = _Given(
+            options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
+        )
+        return _prepared(given, masks)
+
+
+def _prepared(given: _Given, masks: list[str]) -> Call:
+    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, frozen, _ = given
     try:
         key = (
             options,
@@ -149,8 +175,12 @@ def prepare(
             options.task_chunk.__class__,
             options.support_per_step.__class__,
             wrt,
-            None if loss is None else loss.weak_key(),
-            None if query_loss is None else query_loss.weak_key(),
+            None if loss is None else loss.key if loss.plain else (loss.key, loss.learned),
+            None
+            if query_loss is None
+            else query_loss.key
+            if query_loss.plain
+            else (query_loss.key, query_loss.learned),
             rates_key(lr),
             *params,
             *map(_sort, params.values()),
@@ -163,25 +193,27 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
-        return _first_call(given, masks)
+    except Exception as error:  # an argument of any type was hashed or compared here: the full check will name it
+        if asynchronous(error):
+            raise
+        return undisturbed(_first_call, given, masks)
     if plan is None:
-        return _first_call(given, masks, key)
-    if plan.program is None:
-        found = _capture(options, net, tensors, plan.shapes)
-        if found != (None, plan.refused):
-            return _first_call(given, masks, key)
-    else:
-        program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
-        if program is not plan.program:  # the network has changed
-            return _first_call(given, masks, key)
+        return undisturbed(_first_call, given, masks, key)
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
+    if program is not plan.program:  # the network has changed
+        return undisturbed(_first_call, given, masks, key)
+    if plan.flags is not None and (flags := frozen_flags(net)) != plan.flags:
+        key = (*key, flags)
+        plan = plans.get(key) if plans is not None else None
+        if plan is None or plan.program is not program:
+            return undisturbed(_first_call, given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
 
 
 def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
-    """The full check. The plan is kept under `key`, where there is one."""
+    """The full check. The plan is kept under `key`, where there is one and the network is captured."""
     options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
     check_options(options)
     _check_given(given)
@@ -189,15 +221,17 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     check_examples(options, net, given.params, tensors, shapes)
     check_wrt(options.who, wrt, tensors)
     check_batch_stats(net, options.batch_stats)
-    names = () if tensors.support_x is None else adapted_names(options.who, net, options.adapt)
-    rates = plan_rates(
-        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
-    )
-    program, refused = _capture(options, net, tensors, shapes)
+    names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
+    if options.steps:
+        check_renormalised(options.who, net, names)
+    sort = shapes.device, shapes.dtype
+    rates = plan_rates(options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen)
+    program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
-    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
+    given_order = None if own == tuple(given.params) else own
+    plan = Plan(backends, program, refused, shapes, rates, given_order, Scratch(), None)
     problem = _problem(plan, given)
     check_layers(options, masks, problem)
     try:
@@ -205,15 +239,14 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     except BackendUnavailable:  # it may be the tensors that do not fit
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
-    runs_module = plan.backend.__name__.rpartition(".")[2] in _RUN_THE_MODULE
-    if program is not None and not runs_module:
-        check_capture(plan.backend, problem)
-    # whether masks are right for a module that is run as it is shows in what it does, at each call
-    if key is not None and (not runs_module or not masks):
-        plans = _plans.setdefault(net, {})
-        if len(plans) >= _MOST_PLANS:
-            plans.clear()
-        plans[key] = plan
+    plan.native = plan.backend.__name__ == _NATIVE
+    if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
+        if problem.steps or problem.query is not None:  # else nothing is run
+            check_capture(plan.backend, problem)
+        if key is not None:
+            if names and options.adapt in BY_GRAD:
+                plan.flags = frozen_flags(net)
+            _plans.setdefault(net, Bounded(_MOST_PLANS)).put(key, plan)
     return Call(options, tensors, plan, problem, given.lr, wrt)
 
 
@@ -258,19 +291,24 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         plan.program,
         plan.refused,
         prefer_flat,
-        plan.scratch,
-        given.frozen,
-        given.captures,
+        scratch=plan.scratch,
+        frozen=given.frozen,
+        captures=given.captures,
     )
 
 
-def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes) -> tuple[Program | None, str]:
+def _capture(
+    options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes, losses: tuple[Loss | None, ...]
+) -> tuple[Program | None, str]:
     x = tensors.query_x if tensors.support_x is None else tensors.support_x
     if x is not None and not x.is_floating_point():
         return None, f"the network's input is {x.dtype}"
+    for loss in losses:
+        if loss is not None and loss.learned:
+            return None, f"`{loss.learned}` of the loss {loss.kind} requires grad"
     if options.backend in _RUN_THE_MODULE:
         return None, f"backend={options.backend!r} runs the module itself"
-    return captured(net, shapes.input, shapes.dtype)
+    return captured(net, shapes.input, shapes.dtype, options.batch_stats)
 
 
 def _check_targets(given: _Given, shapes: Shapes, output: tuple[int, ...]) -> None:

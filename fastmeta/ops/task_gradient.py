@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
@@ -52,8 +53,9 @@ def task_gradient(
     Returns:
         name -> [T, *shape], the parameters in `adapt`.
 
-    Derivatives: once differentiable in `params`, `x`, `y` and `weights` where they are floating-point tensors: one
-        Hessian-vector product of every task.
+    Derivatives: differentiable in `params`, `x`, `y` and `weights` where they are floating-point tensors, and in
+        whatever requires grad that the network or the loss reads besides: one Hessian-vector product of every task.
+        With `create_graph=True` more than once, by plain autograd.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -68,7 +70,12 @@ def task_gradient(
 
 
 def gradient(
-    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, loss: object
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    loss: object,
+    aliases: Aliases | None = None,
 ) -> dict[str, Tensor]:
     """`task_gradient` with its options, of one inner step, in one piece.
 
@@ -78,6 +85,6 @@ def gradient(
     first = next(iter(params.values()), None) if isinstance(params, Mapping) else None
     if isinstance(first, Tensor) and first.dtype == torch.float16:
         raise TypeError(f"{argument(options.who, 'params')} must have the range of float32, got {first.dtype}")
-    moved = inner_loop(options, net, params, tensors, -_SCALE, loss)
+    moved = inner_loop(options, net, params, tensors, -_SCALE, loss, aliases)
     names = adapted_names(options.who, net, options.adapt)
     return {name: (moved[name] - params[name]) / _SCALE for name in names}

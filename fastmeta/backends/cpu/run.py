@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from fastmeta.backends._losses import class_weights
+from fastmeta.backends._losses import class_weights, reads_channels
+from fastmeta.backends._pieces import zeros
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
 POISON = False
 
-#: PyTorch runs an operator of fewer elements on one thread.
-_PIECE = 1 << 14
 _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
+
+
+#: Said wherever memory is made for the engine: the default device may be another one, "meta" for example.
+_CPU = torch.device("cpu")
 
 
 class Job:
@@ -34,7 +37,7 @@ class Job:
         self.names, self.buffers = plans.used_params(program), plans.used_buffers(problem)
         self.dtype = problem.params[self.names[0]].dtype
         self.itemsize = self.dtype.itemsize
-        self.output_shape = program.output_shape
+        self.output_shape, self.channels = program.output_shape, reads_channels(problem)
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
         self.templates = [
@@ -66,7 +69,7 @@ class Job:
             grad = self._parameter_gradients(problem, grads) + self.no_gradients
         rate_grad: list[int] = []
         if "lr" in wrt:
-            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
+            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()}
             rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names] + self.no_gradients
         adapted: list[int] = []
         if self.adapted:
@@ -75,10 +78,11 @@ class Job:
         seeds = problem.adapted_grad
         output = losses = loss = 0
         if query is not None:
-            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype)
+            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
             output = result.output.data_ptr()
             if query.y is not None:
-                result.task_losses, result.loss = torch.empty(tasks, dtype=dtype), torch.empty((), dtype=dtype)
+                result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
+                result.loss = torch.empty((), dtype=dtype, device=_CPU)
                 losses, loss = result.task_losses.data_ptr(), result.loss.data_ptr()
         verdict = self.plan.run(
             tasks,
@@ -110,7 +114,7 @@ class Job:
                 for value in own.values():
                     value.fill_(torch.nan)
             return [own[name].data_ptr() for name in self.names]
-        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype)
+        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype, device=_CPU)
         if POISON and not self.some_unused:
             flat.fill_(torch.nan)
         if not problem.prefer_flat:
@@ -142,7 +146,7 @@ class Job:
         adapted = {}
         for name, shape in self.adapted_shapes.items():
             if name in used:
-                adapted[name] = torch.empty(shape, dtype=self.dtype)
+                adapted[name] = torch.empty(shape, dtype=self.dtype, device=_CPU)
             else:
                 adapted[name] = problem.params[name].detach().expand(shape).clone()
         return adapted
@@ -154,7 +158,7 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, "cpu")
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
         if weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
             keep.append(weights)
         addresses = _addresses([batch.x, y, batch.weights, weights], keep)
@@ -163,7 +167,7 @@ class Job:
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"
             if key in self.wrt and tensor is not None:
-                grad = _zeros(tensor.shape, self.dtype)
+                grad = zeros(tensor.shape, self.dtype)
                 setattr(grads, key, grad)
                 addresses.append(grad.data_ptr())
             else:
@@ -177,14 +181,6 @@ class Job:
         batch, loss = getattr(problem, which), getattr(problem, loss_field)
         loss.check_values(f"`{which}_y`", batch.y, self.output_shape[0])
         raise ValueError(f"`{which}_y` must hold class indices in [0, {self.output_shape[0]})")
-
-
-def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`torch.zeros` without PyTorch's threads, which would fight with the engine's for the cores."""
-    tensor = torch.empty(shape, dtype=dtype)
-    for piece in tensor.view(-1).split(_PIECE):
-        piece.zero_()
-    return tensor
 
 
 def _addresses(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:

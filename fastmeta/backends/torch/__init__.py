@@ -7,25 +7,30 @@ once or `task_chunk` at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastmeta.backends import _inputs
-from fastmeta.backends._captured import Captured
+from fastmeta.backends import _inputs, reference
+from fastmeta.backends._autocast import autocast_dtype
+from fastmeta.backends._captured import Captured, rerun
+from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
-from fastmeta.backends.torch.alone import Captures, alone
+from fastmeta.backends.torch.alone import alone
 from fastmeta.backends.torch.chunks import chunks, joined
-from fastmeta.backends.torch.features import Moved, names_of
+from fastmeta.backends.torch.features import Moved, standing
 from fastmeta.backends.torch.memory import stores
+from fastmeta.backends.torch.replay import WHY, NotReplayedError
 from fastmeta.backends.torch.still import give_up
-from fastmeta.backends.torch.sweep import Sweep, needs_sweep_back
+from fastmeta.backends.torch.sweep import Sweep, goes_back
 from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
+from fastmeta.undisturbed import asynchronous
 
 
 def missing() -> str:
@@ -40,91 +45,127 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
-    with isolated(_inputs.any_batch(problem).x.device):
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
         at_once = _at_once(p)
-        reason = tasks.why_loop(p) if at_once > 1 else ""
-        once = names_of(p)
+        state = carries_state(p) if p.steps and _inputs.runs(p) else ""
+        if state:
+            return [f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"]
+        reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
+        once = dict.fromkeys(name for names in standing(p).values() for name in names)
     lines = [f"computed once per call, since no adapted parameter matters for it: {', '.join(once)}"] if once else []
     lines += [f"tasks run in a loop: {reason}"] if reason else []
+    if tasks.must_store(p):
+        lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
         lines.append(f"tasks run {at_once} at a time, and no more than theirs is in memory")
     return lines
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    """Answer `problem`; the random state moves on as if every forward pass had run once."""
-    try:
-        return _solve(problem, wrt, adapted)
-    except Moved:
-        give_up(problem.net)
-        return _solve(problem, wrt, adapted)
+    """Answer `problem`; the random state moves on as if every forward pass had run once.
 
-
-def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    Raises:
+        RuntimeError: memory="recompute", and a step that was run again was another one.
+        NotImplementedError: second order, and an operator has no second derivative.
+    """
     device = _inputs.any_batch(problem).x.device
-    with isolated(device):
-        _inputs.check_rates(problem)
-        _inputs.check_class_indices(problem, tasks.output_shape)
-        if problem.tasks == 1 and problem.scratch.get("torch alone") == wrt:  # known to be nothing more to do
-            try:
-                return alone(_inputs.with_step_weights(problem), wrt, adapted)
-            except Captures:
-                problem.scratch["torch alone"] = None
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
-        if _at_once(p) == 1 or tasks.why_loop(p):
-            return _loop(p, wrt, adapted)
-        start = RandomState.now(device)
+        _inputs.check_rates(p)
+        _inputs.check_class_indices(p, tasks.output_shape)
+        if (wrt or p.steps) and _inputs.runs(p) and carries_state(p) and p.steps:
+            return _with_state(p, wrt, adapted)
+        start = RandomState.of(p)
+        vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
         try:
-            return _vectorised(p, wrt, adapted)
-        except (torch.OutOfMemoryError, Moved):
+            return rerun(p, lambda p: _replayable(p, wrt, adapted, vectorised, start), start)
+        except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
+            if not vectorised or asynchronous(error):
+                raise
             start.restore()
-            result = _loop(p, wrt, adapted)  # an error of the caller's own comes out here
-            tasks.remember_loop(p, error)
+            # an error of the caller's own comes out here
+            result = rerun(p, lambda p: _replayable(p, wrt, adapted, False, start), start)
+            tasks.remember_loop(p, tasks.failure(error))
             return result
 
 
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
     """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
-    with isolated(_inputs.any_batch(problem).x.device):
-        p = _inputs.with_step_weights(problem)
-        captured = Captured(p.captures, keep=True)
-        vectorised = _at_once(p) > 1 and not tasks.why_loop(_inputs.detached(p))
+
+    def whole(p: Problem) -> tuple[Tensor, Captured]:
+        captured = Captured(p, keep=True)
         parts = chunks(p if vectorised else replace(p, task_chunk=1))
         return torch.stack([unrolled(part, vectorised, captured) for part in parts]).sum(), captured
+
+    device = _inputs.any_batch(problem).x.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device):
+        detached = _inputs.detached(problem)
+        if problem.steps and carries_state(detached):
+            return reference.objective(problem)
+        vectorised = _at_once(problem) > 1 and _inputs.runs(problem) and not tasks.why_loop(detached)
+        return rerun(_inputs.with_graph(problem), whole)
+
+
+def _replayable(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:
+    """The answer; the graphs of all steps are kept where "auto" finds that a step cannot be run again."""
+    try:
+        result = _answer(p, wrt, adapted, vectorised, start)
+    except NotReplayedError as error:
+        if p.memory != "auto":
+            raise NotReplayedError(f"memory={p.memory!r}: {error}; use memory='store'") from None
+        start.restore()
+        tasks.remember_to_store(p)
+        result = _answer(p, wrt, adapted, vectorised, start)
+    drawn = start.drawn_outside_torch(start.anew()) if vectorised else ""
+    if not drawn:
+        return result
+    tasks.remember_loop(p, tasks.drawn_once(drawn))
+    start.restore()
+    return _replayable(p, wrt, adapted, False, start)
 
 
 def _at_once(problem: Problem) -> int:
     return min(problem.tasks, problem.task_chunk or problem.tasks)
 
 
-def _vectorised(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    """All tasks of a chunk at once, by vmap."""
+def _with_state(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """A step that starts from what the last one left can be followed back through the graph of all steps alone."""
+    return joined(problem, (reference.solve(part, wrt, adapted) for part in chunks(problem)))
+
+
+def _answer(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:
+    """The answer, with what stands still computed once."""
+    answers = _at_once_answers if vectorised else _one_by_one
+    still = standing(p)
+    try:
+        return joined(p, answers(p, wrt, adapted, still))
+    except Moved:
+        give_up(p.net)
+        start.restore()
+        return joined(p, answers(p, wrt, adapted, {}))
+
+
+def _at_once_answers(
+    problem: Problem, wrt: frozenset[str], adapted: bool, still: Mapping[str, tuple[str, ...]]
+) -> Iterator[Result]:
+    """All tasks of a chunk by vmap."""
     store = stores(problem, wrt, _at_once(problem), True)
-    return joined(problem, (Sweep(part, wrt, True, store).run(adapted) for part in chunks(problem)))
+    return (Sweep(part, wrt, True, store, still).run(adapted) for part in chunks(problem))
 
 
-def _loop(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+def _one_by_one(
+    problem: Problem, wrt: frozenset[str], adapted: bool, still: Mapping[str, tuple[str, ...]]
+) -> Iterator[Result]:
     """One task after the other, each from its first inner step to its gradient."""
-    return joined(problem, _each_alone(problem, wrt, adapted))
-
-
-def _each_alone(problem: Problem, wrt: frozenset[str], adapted: bool) -> Iterator[Result]:
-    graphs = problem.order == "second" and problem.steps > 0 and needs_sweep_back(wrt)
-    whole_graph, scratch, known = not graphs or stores(problem, wrt, 1, False), problem.scratch, "torch alone"
-    for part in chunks(problem if problem.tasks == 1 else replace(problem, task_chunk=1)):
-        if whole_graph and scratch.get(known, wrt) == wrt:
-            # which random numbers a task draws matters: the first time, it may have to be run again
-            start = None if known in scratch else RandomState.now(_inputs.any_batch(part).x.device)
-            try:
-                result = alone(part, wrt, adapted)
-                scratch[known] = wrt
-                yield result
-                continue
-            except Captures:
-                scratch[known] = None
-                if start is not None:
-                    start.restore()
-        yield Sweep(part, wrt, False, store=whole_graph and graphs).run(adapted)
+    parts = chunks(replace(problem, task_chunk=1))
+    graphs = problem.order == "second" and problem.steps > 0 and goes_back(problem, wrt)
+    if not graphs or stores(problem, wrt, 1, False):
+        return (alone(part, wrt, adapted, still) for part in parts)
+    return (Sweep(part, wrt, False, False, still).run(adapted) for part in parts)

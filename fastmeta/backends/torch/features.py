@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Watch
-from fastmeta.backends.torch.still import replaced, still
+from fastmeta.backends.torch.still import still
 from fastmeta.network.functional import call
 from fastmeta.problem import Batch, Problem
+
+#: What a module runs in the place of its own forward, by its name.
+Forwards = dict[str, Callable[..., Any]]
 
 
 class Moved(RuntimeError):
@@ -28,21 +29,18 @@ class Features:
     Whoever reads one gets a copy of its own: what is written into that, others do not see.
     """
 
-    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
-        self.net, self.names = net, names
-        self.values: list[Tensor] = []  # empty before `record`
+    def __init__(self, problem: Problem, names: Sequence[str]) -> None:
+        self._net, self.names = problem.net, names
+        self.values: list[Tensor] = []  # empty before a pass with `recording`
         self._calls: list[tuple[str, TreeSpec, list[bool]]] = []  # module, what it returned, which leaves are tensors
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Note what the modules return in the forward pass inside."""
+    def recording(self) -> Forwards:
+        """The modules note what they return in the forward pass that runs these."""
         self.values, self._calls = [], []
-        with replaced(self.net, {name: self._recording(name) for name in self.names}):
-            yield
+        return {name: self._recording(name) for name in self.names}
 
-    @contextmanager
-    def replay(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Have the modules return `values` in the forward pass inside, as many as were recorded."""
+    def replaying(self, values: Sequence[Tensor]) -> Forwards:
+        """The modules return `values` in the forward pass that runs these, as many as were recorded."""
         calls, left = iter(self._calls), iter(values)
 
         def replaying(name: str) -> Callable[..., Any]:
@@ -54,14 +52,13 @@ class Features:
 
             return run
 
-        with replaced(self.net, {name: replaying(name) for name in self.names}):
-            yield
+        return {name: replaying(name) for name in self.names}
 
     def _recording(self, name: str) -> Callable[..., Any]:
-        forward = self.net.get_submodule(name).forward
+        module = self._net.get_submodule(name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
+            output = type(module).forward(module, *args, **kwargs)  # on the instance is this very function
             leaves, spec = tree_flatten(output)
             self.values += [leaf for leaf in leaves if leaf is not None]
             self._calls.append((name, spec, [leaf is not None for leaf in leaves]))
@@ -76,27 +73,30 @@ class Body:
 
     features: Features
     values: dict[str, Tensor]  # [T, ...], by the keys of their gradients in `Sweep.total`
-    made: list[Tensor]  # the same with their graph
+    made: tuple[Tensor, ...]  # the same with their graph
     others: dict[str, Tensor]  # the leaves of that
     seen: Watch
 
 
-def of(problem: Problem, role: str) -> Features | None:
-    """The features of one role, to be recorded; None: nothing stands still, or it is computed once anyway.
+def standing(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """ "support" and "query" -> names of the modules that compute the same for every pass over that set of a task.
+
+    A set that nothing stands still for, or that is seen only once, is left out.
 
     Args:
-        problem: its step weights written out.
-        role: "support" or "query".
+        problem: its tensors detached, its step weights written out.
     """
-    p, batch = problem, getattr(problem, role)
-    if batch is None or batch.per_step or len(p.rates) == len(p.params):
-        return None
-    passes = p.steps if role == "support" else sum(bool(weight) for weight in (p.step_weights or ())[:-1]) + 1
-    if p.steps == 0 or passes < 2:
-        return None
+    p = problem
+    if p.steps == 0 or len(p.rates) == len(p.params) or p.autocast is not None:
+        return {}  # autocast: what is added up over the steps would be rounded at each of them
+    passes = {"support": p.steps, "query": sum(bool(weight) for weight in (p.step_weights or ())[:-1]) + 1}
     params = {name: value[0] if name in p.per_task else value for name, value in p.params.items()}
-    names = still(p.net, params, p.rates.keys(), batch.x[0], p.batch_stats)
-    return Features(p.net, names) if names else None
+    found = {}
+    for role, times in passes.items():
+        batch = getattr(p, role)
+        if batch is not None and not batch.per_step and times > 1:
+            found[role] = still(p.net, params, p.rates.keys(), batch.x[0], p.batch_stats)
+    return {role: names for role, names in found.items() if names}
 
 
 def recorded(
@@ -106,12 +106,14 @@ def recorded(
     stacked: frozenset[str],
     batch: Batch,
     vectorised: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """What all tasks have of `features`: [T, ...] each. Arguments as of `tasks.evaluate`."""
 
+    net = problem.exchange or problem.net
+
     def one_task(theta: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
-        with features.record():
-            call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+        forwards = features.recording()
+        call(net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised, forwards=forwards)
         return tuple(features.values)
 
     if vectorised:
@@ -124,11 +126,4 @@ def recorded(
         ]
         found = tuple(map(torch.stack, zip(*answers, strict=True)))
     features.values = []
-    return [*found]
-
-
-def names_of(problem: Problem) -> tuple[str, ...]:
-    """The modules that are computed once per call, for `explain()`; its tensors are detached."""
-    p = _inputs.with_step_weights(problem)
-    found = [features.names for role in ("support", "query") if (features := of(p, role)) is not None]
-    return tuple(dict.fromkeys(name for names in found for name in names))
+    return found

@@ -2,8 +2,9 @@
 
 Those whose output depends neither on a parameter of a given set nor on a random number, by values and not by gradients:
 every function that PyTorch tells a `TorchFunctionMode` of is followed, and what one of them makes of something that
-moves moves too. A forward pass that looks at values (`.item()`, `if x.sum() > 0`), keeps something in attributes, or
-draws from generators that are not PyTorch's is not understood, and nothing of it is said to stand still.
+moves moves too, and so does what came from somewhere unseen. A forward pass that looks at values (`.item()`,
+`if x.sum() > 0`), keeps something in attributes, reads the clock or draws from generators that are not PyTorch's is not
+understood, and nothing of it is said to stand still.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,9 +23,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fastmeta.backends._captured import leaves_behind
 from fastmeta.backends._random_state import RandomState, preserved
-from fastmeta.network.functional import call
+from fastmeta.bounded import Bounded
+from fastmeta.network.functional import call, own
 from fastmeta.network.guards import Guard
+from fastmeta.network.swap import LOCK, Exchange
+from fastmeta.undisturbed import asynchronous
 
 #: Functions that tell of a tensor what its values do not matter for.
 _ABOUT = frozenset(
@@ -35,8 +39,13 @@ _ABOUT = frozenset(
 )
 #: What a forward pass finds exchanged: by us, or by recurrent layers that find their parameters exchanged.
 _HELD_ELSEWHERE = ("_parameters", "_buffers", "_modules", "forward", "_flat_weights", "_flat_weight_refs")
+#: Functions whose results are as large as the values say.
+_SHAPED = frozenset("nonzero argwhere unique unique_consecutive masked_select repeat_interleave bincount".split())
 #: A network that is another one at every call is not looked at for ever.
 _MOST_LOOKS = 16
+#: What is remembered of a network as it is, for shapes and adapted parameters.
+_MOST_SORTS = 256
+_Found = Bounded[object, tuple[str, ...]]
 
 
 class _Unknown(Exception):
@@ -58,37 +67,37 @@ def still(
         x: one task's input, [N, *in].
         batch_stats: as of `call`.
     """
-    known = _known.get(net)
-    if known is None:
-        known = _known[net] = _Known()
-    found = known.found(net)
-    if found is None:
-        return ()
-    key = (frozenset(moving), x.shape, x.dtype, batch_stats)
-    if key not in found:
-        found[key] = _look(net, params, moving, x, batch_stats)
-        if found[key] and known.found(net) is not found:  # the forward pass changed something
-            give_up(net)
+    with LOCK:
+        known = _known.setdefault(net, _Known())
+        found = known.found(net)
+        if found is None:
             return ()
-    return found[key]
+        key = (frozenset(moving), x.shape, x.dtype, x.device, batch_stats)
+        names = found.get(key)
+        if names is None:
+            names = found.put(key, _look(net, params, moving, x, batch_stats))
+            if names and known.found(net) is not found:  # the forward pass changed something
+                give_up(net)
+                return ()
+        return names
 
 
 class _Known:
     """What was found of one network, in training and in evaluation and with whatever else its guard tells apart."""
 
     def __init__(self) -> None:
-        self.guards: list[tuple[Guard, dict[object, tuple[str, ...]]]] = []
+        self.guards: list[tuple[Guard, _Found]] = []
         self.looks = 0
 
-    def found(self, net: nn.Module) -> dict[object, tuple[str, ...]] | None:
+    def found(self, net: nn.Module) -> _Found | None:
         """What is known of it as it is; None: nothing can be."""
         for guard, found in self.guards:
             if guard.holds(net):
-                return None if guard.unwatched or guard.hooked else found
+                return None if guard.unwatched or guard.hooked or guard.entropy else found
         if self.looks >= _MOST_LOOKS:
             return None
         self.looks += 1
-        self.guards.append((Guard(net), {}))
+        self.guards.append((Guard(net), Bounded(_MOST_SORTS)))
         return self.found(net)
 
 
@@ -101,19 +110,6 @@ def give_up(net: nn.Module) -> None:
     known.guards, known.looks = [], _MOST_LOOKS
 
 
-@contextmanager
-def replaced(net: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """The modules of these names run these functions in the place of their own forward."""
-    modules = [(vars(net.get_submodule(name)), function) for name, function in forwards.items()]
-    try:
-        for attributes, function in modules:
-            attributes["forward"] = function
-        yield
-    finally:
-        for attributes, _ in modules:
-            attributes.pop("forward", None)
-
-
 def _look(
     net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tensor, batch_stats: str
 ) -> tuple[str, ...]:
@@ -122,13 +118,21 @@ def _look(
         return ()
     if any(type(module).__name__ == "OptimizedModule" for module in modules.values()):
         return ()
-    own = {name: value.detach().clone() for name, value in params.items()}
-    traced = _Traced(net, modules, [own[name] for name in moving], RandomState.now(x.device))
+    start = RandomState.now(x.device, net)
+    # those that move require grad, so that what no function mode sees, such as C++, shows in the graph
+    values = {name: own(value.clone(), requires_grad=name in moving) for name, value in params.items()}
+    exchange, x = Exchange(net), own(x.clone())
+    known = [x, *values.values(), *net.buffers(), *_tensors(_Outside(modules.values()).alive)]
+    traced = _Traced(net, modules, [values[name] for name in moving], known, start)
     stubs = {name: traced.stub(name, module) for name, module in modules.items()}
     try:
-        with torch.no_grad(), preserved(x.device), traced, replaced(net, stubs):
-            call(net, own, x.detach().clone(), batch_stats=batch_stats)
-    except Exception:  # what is the user's own comes out of the call itself
+        with preserved(x.device, net), traced:
+            call(exchange, values, x, batch_stats=batch_stats, forwards=stubs)
+            if start.drawn_outside_torch(start.anew()):
+                return ()
+    except Exception as error:  # what is the user's own comes out of the call itself
+        if asynchronous(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
         return ()
     return tuple(_largest("", net, traced.stands)) if "" in traced.stands else ()
 
@@ -149,14 +153,20 @@ class _Traced(TorchFunctionMode):
     """Follows through one forward pass what moves."""
 
     def __init__(
-        self, net: nn.Module, modules: Mapping[str, nn.Module], moving: Collection[Tensor], state: RandomState
+        self,
+        net: nn.Module,
+        modules: Mapping[str, nn.Module],
+        moving: Collection[Tensor],
+        known: Collection[Tensor],
+        state: RandomState,
     ) -> None:
         super().__init__()
         self.net, self.modules = net, modules
         self.stands: dict[str, bool] = {}
-        self._device = state.device
         self._state = state
+        self._moving = {id(tensor) for tensor in moving}
         self._moves = {_memory(tensor) for tensor in moving}
+        self._seen = set(map(_memory, known))  # and of what was made of it
         self._alive: list[Tensor] = []  # so that no address is given out twice
 
     def stub(self, name: str, module: nn.Module) -> Callable[..., Any]:
@@ -171,13 +181,21 @@ class _Traced(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 if outside is not None and outside.ids != _Outside(self.modules.values()).ids:
                     raise _Unknown("it keeps something")
-                written_to = {*map(_memory, given)} | self._moves  # a copy of a view would not be a view
-                still = _is_plain(output) and before == _versions(given)
-                still = still and written_to.isdisjoint(map(_memory, _tensors(output)))
+                still = _is_plain(output) and before == _versions(given) and self._are_still(_tensors(output), given)
             self.stands[name] = self.stands.get(name, True) and still
             return output
 
         return run
+
+    def _are_still(self, made: Collection[Tensor], given: Collection[Tensor]) -> bool:
+        """Whether what a module made of `given` stands still. What is a view of that does not: a copy would be none."""
+        memory = {*map(_memory, made)}
+        if not memory.isdisjoint(map(_memory, given)) or not memory.isdisjoint(self._moves):
+            return False
+        return memory <= self._seen and not any(map(self._leads_to_moving, made))
+
+    def _leads_to_moving(self, tensor: Tensor) -> bool:
+        return tensor.requires_grad and not self._moving.isdisjoint(map(id, [tensor, *leaves_behind(tensor)]))
 
     def _buffers(self) -> list[Tensor]:
         """Those that somebody may read: of the batches that a norm has seen nobody does, by fastmeta's conventions."""
@@ -197,17 +215,28 @@ class _Traced(TorchFunctionMode):
         output = func(*args, **kwargs)
         if given and not _is_plain(output) and getattr(func, "__name__", "") not in _ABOUT:
             raise _Unknown("it looks at values")
-        drawn = RandomState.now(self._device)
+        drawn = self._state.anew()
         if drawn.same_as(self._state):
-            moves = any(_memory(tensor) in self._moves for tensor in given)
+            moves = any(_memory(tensor) in self._moves or _memory(tensor) not in self._seen for tensor in given)
         else:
             moves, self._state = True, drawn
+        if moves and _shaped_by_values(func, args):
+            raise _Unknown("a shape depends on values")
         made = _tensors(output)
         self._alive += made
+        self._seen.update(map(_memory, made))
         if moves:
             changed = [tensor for tensor, version in zip(given, before, strict=True) if tensor._version != version]
             self._moves.update(map(_memory, made + changed))
         return output
+
+
+def _shaped_by_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of what a function returns depends on values."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1:]))
+    return name in _SHAPED or (name == "where" and len(args) == 1)
 
 
 def _tensors(value: Any) -> list[Tensor]:

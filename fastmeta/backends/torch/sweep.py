@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured, Watch
-from fastmeta.backends._random_state import RandomState, preserved, replayed
+from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends.torch import tasks, watched
-from fastmeta.backends.torch.features import Body, recorded
-from fastmeta.backends.torch.features import of as body_of
+from fastmeta.backends.torch.features import Body, Features, recorded
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -33,6 +34,7 @@ class _Gradient:
     theta: dict[str, Tensor]
     others: dict[str, Tensor]  # by their keys in `Sweep.total`
     values: list[Tensor]  # [T, *shape] for every adapted parameter
+    losses: Tensor  # [T], detached
     captured: Watch
 
 
@@ -41,7 +43,7 @@ class _Step:
     """What the sweep back needs of one inner step."""
 
     theta: dict[str, Tensor]  # before the step
-    random_state: RandomState  # before its forward pass
+    replay: Replay | None  # to run it again
     gradient: _Gradient | None  # with its graph; None: to be run again
     query_grad: dict[str, Tensor]  # s_k grad Q(theta_k); empty where s_k is zero
     directions: dict[str, Tensor] = field(default_factory=dict)  # m', for the gradients of the rates
@@ -50,6 +52,11 @@ class _Step:
 def needs_sweep_back(wrt: frozenset[str]) -> bool:
     """Whether a gradient in `wrt` has to be followed back through the inner steps."""
     return bool(wrt & _THROUGH_STEPS)
+
+
+def goes_back(problem: Problem, wrt: frozenset[str]) -> bool:
+    """Whether any gradient has to be."""
+    return needs_sweep_back(wrt) or (problem.captures is not None and problem.captures.gradients)
 
 
 class Sweep:
@@ -63,16 +70,18 @@ class Sweep:
         wrt: the gradients wanted.
         vectorised: tasks by vmap instead of a loop.
         store: keep the graph of every step's gradient instead of running it again on the way back.
+        standing: what is computed once, as `features.standing` says.
     """
 
-    def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool) -> None:
+    def __init__(
+        self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool, standing: Mapping[str, tuple[str, ...]]
+    ) -> None:
         self.p, self.wrt, self.vectorised = p, wrt, vectorised
-        self.device = _inputs.any_batch(p).x.device
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
-        self.captured = Captured(p.captures)
-        self.back = needs_sweep_back(wrt) or (p.captures is not None and p.captures.gradients)
+        self.captured = Captured(p)
+        self.back = goes_back(p, wrt)
         self.store = store
         self.task_losses: Tensor | None = None
         self.output: Tensor | None = None
@@ -86,7 +95,7 @@ class Sweep:
                 if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
                     self.total[f"{role}_{part}"] = torch.zeros_like(tensor)
         self.bodies: dict[str, Body] = {}
-        self.bodies = self._bodies()
+        self.bodies = self._bodies(standing)
 
     def run(self, adapted: bool) -> Result:
         """The answer; `adapted`: with theta_K."""
@@ -94,14 +103,19 @@ class Sweep:
         theta = {name: tasks.stack(p, name) for name in self.names}
         momentum: dict[str, Tensor] = {}
         steps: list[_Step] = []
+        again = self.back and not self.store and p.order == "second" and p.steps > 0
+        random_state = RandomState.of(p) if again else None
         for k in range(p.steps):
             query_grad = self._query(theta, k) if self.step_weights[k] else {}
-            before, random_state = theta, RandomState.now(self.device)
+            before = theta
+            replay = None if random_state is None else Replay(random_state.anew())
             gradient = self._support_gradient(theta, k, create_graph=self.store)
             theta, momentum = self._update(theta, momentum, gradient, k)
+            if replay is not None:
+                replay.keep(gradient.losses)
             if self.back:
                 directions = momentum if "lr" in self.wrt else {}
-                steps.append(_Step(before, random_state, gradient if self.store else None, query_grad, directions))
+                steps.append(_Step(before, replay, gradient if self.store else None, query_grad, directions))
             del gradient  # its graph, where that is not kept
         lam = self._query(theta, p.steps)
         if p.adapted_grad is not None:
@@ -151,8 +165,10 @@ class Sweep:
         """H_k v; adds d<g_k, v> / d everything else to the totals."""
         gradient = step.gradient
         if gradient is None:
-            with replayed(step.random_state):
+            replay = step.replay or Replay(RandomState.of(self.p))
+            with replay.again():
                 gradient = self._support_gradient(step.theta, k, create_graph=True)
+            replay.check(gradient.losses)
         seen = gradient.captured
         leaves = [*gradient.theta.values(), *gradient.others.values(), *seen.inputs]
         directions = [v[name] for name in self.names]
@@ -167,7 +183,9 @@ class Sweep:
         others = self._leaves("support", k) if create_graph else {}
         losses, _, seen = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
         values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
-        return _Gradient(leaves, others, values, seen)
+        if create_graph:
+            tasks.check_second_order(self.p, self.vectorised, losses, values)
+        return _Gradient(leaves, others, values, losses.detach(), seen)
 
     def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The gradient of what J holds of the query set at theta_k; keeps losses and output."""
@@ -208,25 +226,22 @@ class Sweep:
         rest = () if body is None else (body.features, [others.get(key, value) for key, value in body.values.items()])
         return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest)
 
-    def _bodies(self) -> dict[str, Body]:
+    def _bodies(self, standing: Mapping[str, tuple[str, ...]]) -> dict[str, Body]:
         """What stands still, of the support and the query sets, computed; its gradients get places in `total`."""
-        found = {role: features for role in ("support", "query") if (features := body_of(self.p, role)) is not None}
         bodies = {}
-        for role, features in found.items():
-            batch = getattr(self.p, role)
+        for role, names in standing.items():
+            batch, features = getattr(self.p, role), Features(self.p, names)
             others = self._leaves(role, 0)
             params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
-            x = others.get(f"{role}_x", batch.x)
             params |= {name: tasks.stack(self.p, name) for name in self.names}
+            x = others.get(f"{role}_x", batch.x)
+            given = features, self.p, params, self.stacked, replace(batch, x=x), self.vectorised
             # the rest of the network may draw random numbers: that is for the passes to come
-            with preserved(self.device), self.captured.watching([*params.values(), x]) as seen:
-                values = recorded(features, self.p, params, self.stacked, replace(batch, x=x), self.vectorised)
-            seen.follow(values)
-            self.captured.note(seen)
+            with preserved_for(self.p):
+                values, seen = self.captured.watched(partial(recorded, *given), [*params.values(), x])
             keys = [f"{role}_features.{i}" for i in range(len(values))]
-            bodies[role] = Body(
-                features, dict(zip(keys, [own(value) for value in values], strict=True)), values, others, seen
-            )
+            leaves = dict(zip(keys, map(own, values), strict=True))
+            bodies[role] = Body(features, leaves, values, others, seen)
         for role, body in bodies.items():
             for (key, value), made in zip(body.values.items(), body.made, strict=True):
                 if made.requires_grad and (role == "query" or self.p.order == "second"):
@@ -236,14 +251,12 @@ class Sweep:
     def _body_back(self, role: str, body: Body) -> None:
         """From the gradients of what stands still to those of what it was made of."""
         cotangents = [self.total.pop(key, None) for key in body.values]
-        made = [
-            (value, cotangent) for value, cotangent in zip(body.made, cotangents, strict=True) if cotangent is not None
-        ]
-        if not made:
+        pairs = [(made, c) for made, c in zip(body.made, cotangents, strict=True) if c is not None]
+        if not pairs:
             return
+        made, directions = zip(*pairs, strict=True)
         wanted = [*body.others.values(), *body.seen.inputs]
-        retain = body.seen.through or None
-        found = _inputs.gradients([m for m, _ in made], wanted, [c for _, c in made], retain_graph=retain)
+        found = _inputs.gradients(made, wanted, directions, retain_graph=body.seen.through or None)
         self._add(body.others, found, 0, body.seen)
 
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:

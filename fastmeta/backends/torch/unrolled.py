@@ -44,6 +44,7 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
                 terms.append((output * p.output_grad).sum())
         if k < p.steps:
             support, loss, rule = _inputs.inner_loop(p)
+            theta = _inputs.varied(theta)
             losses, _ = evaluated(theta, tasks.step_of(support, k), loss)
             found = _inputs.gradients([losses.sum()], [*theta.values()], create_graph=p.order == "second")
             for name, g in zip(names, found, strict=True):

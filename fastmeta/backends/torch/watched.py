@@ -25,8 +25,6 @@ def evaluate(
     values: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Watch]:
     """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`, `captured` takes note."""
-    with captured.watching([*params.values(), batch.x, batch.y, batch.weights, *values]) as seen:
-        losses, output = tasks.evaluate(problem, params, stacked, batch, loss, vectorised, features, values)
-    seen.follow([losses, output])
-    captured.note(seen)
-    return losses, output, seen
+    given = problem, params, stacked, batch, loss, vectorised, features, values
+    ours = [*params.values(), batch.x, batch.y, batch.weights, *values]
+    return captured.evaluated(lambda: tasks.evaluate(*given), ours)
