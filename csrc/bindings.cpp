@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/arguments.h"
 #include "binding/describe.h"
 #include "binding/tensors.h"
 #include "cpu/machine.h"
@@ -19,6 +20,7 @@
 namespace py = pybind11;
 using fm::i64;
 using fm::binding::Number;
+using fm::binding::Part;
 using fm::binding::Tensors;
 
 namespace {
@@ -33,8 +35,13 @@ constexpr i64 MOST_BYTES = i64(1) << 32;
 constexpr size_t PER_BATCH = 7, OTHERS = 5;
 using Items = std::vector<py::handle>;
 
-void require(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument("Plan.run: " + what);
+std::string text(const char* part) { return part; }
+std::string text(i64 part) { return std::to_string(part); }
+
+// The message is put together where it is needed only.
+template <class... Parts>
+void require(bool ok, Parts... parts) {
+  if (!ok) throw std::invalid_argument(("Plan.run: " + ... + text(parts)));
 }
 
 int thread_count(i64 threads, const char* who) {
@@ -99,8 +106,8 @@ class Reader {
 
  private:
   static void expect(const char* field, const Items& items, size_t count) {
-    require(items.empty() || items.size() == count, std::string(field) + " must have " + std::to_string(count) +
-                                                        " items or none, got " + std::to_string(items.size()));
+    require(items.empty() || items.size() == count, field, " must have ", i64(count), " items or none, got ",
+            i64(items.size()));
   }
 
   void read_param(const Given& given, size_t p) {
@@ -110,10 +117,10 @@ class Reader {
                             param.rate_element ? numel : 1);
     fm::ParamPointers<S> at;
     at.data = in(given.data, "data", p, own);
-    require(at.data, "data[" + std::to_string(p) + "] must be a tensor, got None");
+    require(at.data, "data[", i64(p), "] must be a tensor, got None");
     if (param.adapted) {
-      at.rate = in(given.rate, "rate", p, rates);
-      require(at.rate, "rate[" + std::to_string(p) + "] must be a tensor, got None");
+      at.rate = read_rate(given.rate, p, rates);
+      require(at.rate, "rate[", i64(p), "] must be a tensor, got None");
       at.rate_grad = to(given.rate_grad, "rate_grad", p, rates);
     }
     if (!param.constant) {
@@ -123,6 +130,14 @@ class Reader {
       if (given.grad_offsets.empty()) at.grad = to(given.grad, "grad", p, own);
     }
     call_.params.push_back(at);
+  }
+
+  // Often all parameters have one tensor: it is looked at once.
+  const S* read_rate(const Items& items, size_t p, i64 count) {
+    if (!items.empty() && items[p].is(rate_) && count == rate_count_) return rate_data_;
+    rate_data_ = in(items, "rate", p, count);
+    if (rate_data_) rate_ = items[p], rate_count_ = count;
+    return rate_data_;
   }
 
   // One vector for all gradients, and where in it each one lies.
@@ -137,7 +152,7 @@ class Reader {
       const fm::Param& param = plan_.params[p];
       const i64 own = param.per_task ? times(call_.tasks, param.numel()) : param.numel();
       require(offsets[p] >= 0 && own <= size && offsets[p] <= size - own,
-              "grad_offsets[" + std::to_string(p) + "] lies outside of grad[0]");
+              "grad_offsets[", i64(p), "] lies outside of grad[0]");
       call_.params[p].grad = base + offsets[p];
     }
   }
@@ -148,24 +163,23 @@ class Reader {
     const auto &x = plan_.values[0], &out = plan_.values[plan_.output];
     const bool none = items.empty() || std::all_of(items.begin(), items.end(), [](auto i) { return i.is_none(); });
     const bool has_loss = loss.kind != fm::LossKind::none, classes = loss.class_indices;
-    const std::string name = field;
-    require(examples > 0 || none, name + " must be empty, as the plan has none");
-    require(examples == 0 || !none, name + "[0], the inputs, must be a tensor");
+    require(examples > 0 || none, field, " must be empty, as the plan has none");
+    require(examples == 0 || !none, field, "[0], the inputs, must be a tensor");
     if (none) return;
     const i64 all = times(times(call_.tasks, sets), examples), values = times(all, out.rows * out.cols);
     batch.x = in(items, field, 0, times(all, x.rows * x.cols));
-    require(batch.x, name + "[0], the inputs, must be a tensor, got None");
+    require(batch.x, field, "[0], the inputs, must be a tensor, got None");
     batch.y = tensors_.read(items[1], {field, 1}, classes ? all : values, classes ? Number::i64 : number());
     require(has_loss ? batch.y != nullptr : items[1].is_none(),
-            name + "[1], the targets, must be there where there is a loss, and only there");
+            field, "[1], the targets, must be there where there is a loss, and only there");
     batch.weights = in(items, field, 2, all);
     batch.class_weights = in(items, field, 3, out.cols);
     batch.grad_x = to(items, field, 4, times(all, x.rows * x.cols));
     batch.grad_y = to(items, field, 5, values);
     batch.grad_weights = to(items, field, 6, all);
-    require(!batch.grad_x || wants_x, name + "[4], the inputs' gradient, is for plans that want it");
-    require(!batch.grad_y || (has_loss && !classes), name + "[5]: only targets of a loss that are no classes have one");
-    require(plan_.options.gradient || (!batch.grad_y && !batch.grad_weights), name + ": the plan has no gradients");
+    require(!batch.grad_x || wants_x, field, "[4], the inputs' gradient, is for plans that want it");
+    require(!batch.grad_y || (has_loss && !classes), field, "[5]: only targets of a loss that are no classes have one");
+    require(plan_.options.gradient || (!batch.grad_y && !batch.grad_weights), field, ": the plan has no gradients");
   }
 
   static i64 times(i64 a, i64 b) {
@@ -184,6 +198,9 @@ class Reader {
   const fm::Plan& plan_;
   Tensors& tensors_;
   fm::Call<S> call_;
+  py::handle rate_;
+  i64 rate_count_ = 0;
+  const S* rate_data_ = nullptr;
 };
 
 template <class S>
@@ -196,20 +213,57 @@ int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given, con
 
 // Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights, output_grad,
 // task_losses, loss, output.
-int run_plan(py::handle self, i64 tasks, i64 threads, const py::list& data, const py::list& rate,
-             const py::list& adapted_grad, const py::list& adapted, const py::list& grad,
-             const std::vector<i64>& grad_offsets, const py::list& rate_grad, const py::list& support,
-             const py::list& query, const py::list& others, const std::vector<double>& step_weights, bool poison) {
-  const fm::Plan& plan = initialised(self);
-  require(tasks >= 1 && tasks <= MOST_TASKS, "tasks must be from 1 to 2^40, got " + std::to_string(tasks));
-  const int count = thread_count(threads, "Plan.run");
+int run_plan(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"self", "tasks",        "threads",   "data",    "rate",  "adapted_grad", "adapted",
+                                      "grad", "grad_offsets", "rate_grad", "support", "query", "others",
+                                      "step_weights", "poison"};
+  const auto given = fm::binding::arguments("Plan.run", names, args, kwargs);
+  const fm::Plan& plan = initialised(given[0]);
+  const auto part = [&](size_t i) { return Part{"Plan.run", names[i]}; };
+  const i64 tasks = part(1).integer(given[1]);
+  require(tasks >= 1 && tasks <= MOST_TASKS, "tasks must be from 1 to 2^40, got ", tasks);
+  const int threads = thread_count(part(2).integer(given[2]), "Plan.run");
   Tensors tensors(6 * plan.params.size() + 2 * PER_BATCH + OTHERS);
-  const Given given{tensors.items(data),    tensors.items(rate), tensors.items(adapted_grad),
-                    tensors.items(adapted), tensors.items(grad), tensors.items(rate_grad),
-                    tensors.items(support), tensors.items(query), tensors.items(others),
-                    grad_offsets};
-  return plan.is_double ? run_as<double>(plan, tasks, count, given, step_weights, poison, tensors)
-                        : run_as<float>(plan, tasks, count, given, step_weights, poison, tensors);
+  const auto items = [&](size_t i) {
+    part(i).check_list(given[i]);
+    return tensors.items(given[i]);
+  };
+  Given all{items(3), items(4), items(5), items(6), items(7), items(9), items(10), items(11), items(12), {}};
+  for (const py::handle offset : part(8).list(given[8])) all.grad_offsets.push_back(part(8).integer(offset));
+  std::vector<double> step_weights;
+  for (const py::handle weight : part(13).list(given[13])) step_weights.push_back(part(13).number(weight));
+  const bool poison = part(14).boolean(given[14]);
+  return plan.is_double ? run_as<double>(plan, tasks, threads, all, step_weights, poison, tensors)
+                        : run_as<float>(plan, tasks, threads, all, step_weights, poison, tensors);
+}
+
+fm::Plan plan_of(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"is_double", "values", "layers", "params", "output", "options"};
+  const auto given = fm::binding::arguments("Plan", names, args, kwargs);
+  return fm::binding::make_plan(given[0], given[1], given[2], given[3], given[4], given[5]);
+}
+
+double fma_peak(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"dtype", "threads"};
+  const auto given = fm::binding::arguments("fma_peak", names, args, kwargs);
+  const std::string dtype = Part{"fma_peak", "dtype"}.text(given[0]);
+  if (dtype != "float32" && dtype != "float64")
+    throw std::invalid_argument("fma_peak: dtype must be 'float32' or 'float64'");
+  const int threads = thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak");
+  py::gil_scoped_release release;
+  return fm::fma_peak(dtype == "float64", threads);
+}
+
+double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"bytes", "threads"};
+  const auto given = fm::binding::arguments("cache_bandwidth", names, args, kwargs);
+  const i64 bytes = Part{"cache_bandwidth", "bytes"}.integer(given[0]);
+  const int threads = thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth");
+  if (bytes < 1 || bytes > MOST_BYTES / threads)
+    throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^32 at most on all threads, got " +
+                                std::to_string(bytes));
+  py::gil_scoped_release release;
+  return fm::stream_bandwidth(size_t(bytes), threads);
 }
 
 i64 element_bytes(const fm::Plan& plan) { return plan.is_double ? 8 : 4; }
@@ -228,12 +282,10 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmeta's C++ engine; fastmeta.backends.cpu is its only user.";
   py::class_<fm::Plan>(m, "Plan")
-      .def(py::init(&fm::binding::make_plan), py::arg("is_double"), py::arg("values"), py::arg("layers"),
-           py::arg("params"), py::arg("output"), py::arg("options"))
-      .def("run", &run_plan, py::arg("tasks"), py::arg("threads"), py::arg("data"), py::arg("rate"),
-           py::arg("adapted_grad"), py::arg("adapted"), py::arg("grad"), py::arg("grad_offsets"),
-           py::arg("rate_grad"), py::arg("support"), py::arg("query"), py::arg("others"), py::arg("step_weights"),
-           py::arg("poison"))
+      .def(py::init(&plan_of), "Plan(is_double, values, layers, params, output, options)")
+      .def("run", &run_plan,
+           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, grad_offsets, rate_grad, support, query, "
+           "others, step_weights, poison)")
       .def_property_readonly("workspace_bytes",
                              [](py::handle self) {
                                const fm::Plan& plan = initialised(self);
@@ -252,25 +304,7 @@ PYBIND11_MODULE(_C, m) {
         "Bytes of scratch memory held by all workers.");
   m.def("release_scratch", &fm::release_scratch, py::call_guard<py::gil_scoped_release>(),
         "Gives all scratch memory back.");
-  m.def(
-      "fma_peak",
-      [](const std::string& dtype, i64 threads) {
-        if (dtype != "float32" && dtype != "float64")
-          throw std::invalid_argument("fma_peak: dtype must be 'float32' or 'float64'");
-        const int count = thread_count(threads, "fma_peak");
-        py::gil_scoped_release release;
-        return fm::fma_peak(dtype == "float64", count);
-      },
-      py::arg("dtype"), py::arg("threads"), "GFLOP/s of multiply-adds in registers.");
-  m.def(
-      "cache_bandwidth",
-      [](i64 bytes, i64 threads) {
-        const int count = thread_count(threads, "cache_bandwidth");
-        if (bytes < 1 || bytes > MOST_BYTES / count)
-          throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^32 at most on all threads, got " +
-                                      std::to_string(bytes));
-        py::gil_scoped_release release;
-        return fm::stream_bandwidth(size_t(bytes), count);
-      },
-      py::arg("bytes"), py::arg("threads"), "GB/s of a streaming update over so many bytes a thread.");
+  m.def("fma_peak", &fma_peak, "fma_peak(dtype, threads): GFLOP/s of multiply-adds in registers.");
+  m.def("cache_bandwidth", &cache_bandwidth,
+        "cache_bandwidth(bytes, threads): GB/s of a streaming update over so many bytes a thread.");
 }

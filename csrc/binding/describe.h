@@ -3,7 +3,6 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -16,20 +15,27 @@ namespace fm::binding {
 
 namespace py = pybind11;
 
-// One place in the description, for messages: "Plan: layers[3].inputs".
+// One place in what was given, for messages: "Plan: layers[3].inputs". Names are put together when they are needed.
 struct Part {
-  std::string name;
-  Part at(std::size_t i) const { return {name + "[" + std::to_string(i) + "]"}; }
-  Part at(const char* field) const { return {name + "." + field}; }
+  const char* who;
+  const char* field;
+  const Part* of = nullptr;  // the whole that this is a part of
+  long index = -1;           // the item of that whole
+  Part at(std::size_t i) const { return {who, "", this, long(i)}; }
+  Part at(const char* part) const { return {who, part, this}; }
+  std::string name() const {
+    if (index >= 0) return of->name() + "[" + std::to_string(index) + "]";
+    return of ? of->name() + "." + field : field;
+  }
   [[noreturn]] void refuse(const std::string& what) const {
-    throw std::invalid_argument("Plan: " + name + " " + what);
+    throw std::invalid_argument(std::string(who) + ": " + name() + " " + what);
   }
   template <class T>
   T read(py::handle given, const char* what) const {
     try {
       return given.cast<T>();
     } catch (const py::cast_error&) {
-      refuse(std::string("must be ") + what + ", got " + py::repr(given).cast<std::string>().substr(0, 100));
+      refuse(std::string("must be ") + what);
     }
   }
   i64 integer(py::handle given) const {
@@ -58,6 +64,18 @@ struct Part {
              " items, got " + std::to_string(all.size()));
     return all;
   }
+  void check_list(py::handle given) const {
+    if (!PyList_Check(given.ptr())) refuse_type(given, "a list");
+  }
+  // What a list holds now.
+  py::tuple list(py::handle given) const {
+    check_list(given);
+    return py::tuple(py::reinterpret_borrow<py::object>(given));
+  }
+  py::dict dict(py::handle given) const {
+    if (!PyDict_Check(given.ptr())) refuse_type(given, "a dict");
+    return py::reinterpret_borrow<py::dict>(given);
+  }
   py::object entry(const py::dict& of, const char* key) const {
     if (!of.contains(key)) refuse(std::string("lacks '") + key + "'");
     return of[key];
@@ -65,7 +83,7 @@ struct Part {
 
  private:
   [[noreturn]] void refuse_type(py::handle given, const char* what) const {
-    throw py::type_error("Plan: " + name + " must be " + what + ", got " + Py_TYPE(given.ptr())->tp_name);
+    throw py::type_error(std::string(who) + ": " + name() + " must be " + what + ", got " + Py_TYPE(given.ptr())->tp_name);
   }
 };
 
@@ -104,16 +122,9 @@ inline LossSpec read_loss(const Part& part, py::handle given) {
   LossSpec spec;
   if (given.is_none()) return spec;
   using L = LossKind;
-  const auto d = part.read<py::dict>(given, "a dict or None");
-  const auto of = [&](const char* key) { return std::pair{part.at(key), part.entry(d, key)}; };
-  const auto boolean = [&](const char* key) {
-    const auto [at, value] = of(key);
-    return at.boolean(value);
-  };
-  const auto number = [&](const char* key) {
-    const auto [at, value] = of(key);
-    return at.number(value);
-  };
+  const py::dict d = part.dict(given);
+  const auto boolean = [&](const char* key) { return part.at(key).boolean(part.entry(d, key)); };
+  const auto number = [&](const char* key) { return part.at(key).number(part.entry(d, key)); };
   spec.kind = named<L>(part.at("kind"), part.at("kind").text(part.entry(d, "kind")),
                        {{"mse", L::mse},
                         {"l1", L::l1},
@@ -192,19 +203,22 @@ inline Options read_options(const Part& part, const py::dict& given) {
 
 // values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs, output, params), -1 for
 // none; params: (rows, cols, taps, matrix, constant, per_task, adapted, rate_element, rate_per_task, rate_per_step)
-inline Plan make_plan(bool is_double, const py::list& values, const py::list& layers, const py::list& params,
-                      i64 output, const py::dict& options) {
+inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params,
+                      py::handle output, py::handle options) {
   Plan plan;
-  plan.is_double = is_double;
-  const Part parts[] = {{"values"}, {"layers"}, {"params"}};
-  const auto all = [](const Part& part, const py::list& given) { return part.items(given, 1, std::size_t(MOST_LAYERS)); };
-  const py::tuple v = all(parts[0], values), l = all(parts[1], layers), p = all(parts[2], params);
-  for (std::size_t i = 0; i < v.size(); ++i) plan.values.push_back(read_value(parts[0].at(i), v[i]));
-  for (std::size_t i = 0; i < l.size(); ++i) plan.layers.push_back(read_layer(parts[1].at(i), l[i]));
-  for (std::size_t i = 0; i < p.size(); ++i) plan.params.push_back(read_param(parts[2].at(i), p[i]));
-  if (output < 0 || output >= i64(v.size())) Part{"output"}.refuse("must be a value, got " + std::to_string(output));
-  plan.output = int(output);
-  plan.options = read_options({"options"}, options);
+  const auto part = [](const char* name) { return Part{"Plan", name}; };
+  const auto all = [&](const char* name, py::handle given) {
+    return part(name).items(given, 1, std::size_t(MOST_LAYERS));
+  };
+  plan.is_double = part("is_double").boolean(is_double);
+  const py::tuple v = all("values", values), l = all("layers", layers), p = all("params", params);
+  const Part in_v = part("values"), in_l = part("layers"), in_p = part("params");
+  for (std::size_t i = 0; i < v.size(); ++i) plan.values.push_back(read_value(in_v.at(i), v[i]));
+  for (std::size_t i = 0; i < l.size(); ++i) plan.layers.push_back(read_layer(in_l.at(i), l[i]));
+  for (std::size_t i = 0; i < p.size(); ++i) plan.params.push_back(read_param(in_p.at(i), p[i]));
+  plan.output = read_index(part("output"), output);
+  const Part in_options = part("options");
+  plan.options = read_options(in_options, in_options.dict(options));
   plan.finish();
   return plan;
 }

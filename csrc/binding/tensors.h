@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../engine/types.h"
+#include "dlpack.h"
 
 namespace fm::binding {
 
@@ -23,6 +24,7 @@ struct Torch {
   py::object dtypes[3];  // by Number
   py::object dtype, is_cpu, nbytes, storage_nbytes;
   py::object data_ptr, is_contiguous, is_neg, untyped_storage, storage_offset;
+  const dlpack::ExchangeApi* exchange = nullptr;  // since torch 2.10
 
   static const Torch& get() {
     static const Torch* const known = new Torch;
@@ -41,6 +43,12 @@ struct Torch {
     data_ptr = type.attr("data_ptr"), is_contiguous = type.attr("is_contiguous"), is_neg = type.attr("is_neg");
     untyped_storage = type.attr("untyped_storage"), storage_offset = type.attr("storage_offset");
     storage_nbytes = storage.attr("nbytes");
+    if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
+    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+    const auto* api =
+        static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) PyErr_Clear();
+    if (api && api->major == dlpack::MAJOR && api->tensor_from) exchange = api;
   }
 };
 
@@ -58,18 +66,16 @@ class Tensors {
   explicit Tensors(std::size_t expected) { held_.reserve(expected); }
 
   // The items of a list: later changes of it do not matter.
-  std::vector<py::handle> items(const py::list& list) {
-    std::vector<py::handle> all;
-    all.reserve(list.size());
-    for (const py::handle item : list) all.push_back(hold(py::reinterpret_borrow<py::object>(item)));
+  std::vector<py::handle> items(py::handle list) {
+    const auto size = std::size_t(PyList_GET_SIZE(list.ptr()));
+    std::vector<py::handle> all(size);
+    for (std::size_t i = 0; i < size; ++i)
+      all[i] = hold(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), py::ssize_t(i))));
     return all;
   }
 
-  // How many numbers a tensor holds, by its own word: for what is checked against it afterwards.
-  i64 count(py::handle tensor, const Place& place, Number number) {
-    check_type(tensor, place);
-    return integer(field(Torch::get().nbytes, tensor)) / bytes_of(number);
-  }
+  // How many numbers a tensor holds.
+  i64 count(py::handle tensor, const Place& place, Number number) { return look(tensor, place, number).count; }
   // Memory of `count` numbers to read; null for None.
   const void* read(py::handle tensor, const Place& place, i64 count, Number number) {
     return memory(tensor, place, count, number, false);
@@ -80,32 +86,79 @@ class Tensors {
   }
 
  private:
+  struct Dense {
+    void* data;
+    i64 count;
+    bool contiguous;
+  };
+
   void* memory(py::handle tensor, const Place& place, i64 count, Number number, bool writes) {
     if (tensor.is_none()) return nullptr;
     const Torch& torch = Torch::get();
-    check_type(tensor, place);
-    const py::object dtype = field(torch.dtype, tensor);
-    if (!dtype.is(torch.dtypes[int(number)]))
-      place.refuse("must be " + text(torch.dtypes[int(number)]) + ", got " + text(dtype));
-    if (field(torch.is_cpu, tensor).ptr() != Py_True) place.refuse("must be on the cpu");
-    const i64 size = integer(field(torch.nbytes, tensor)), wanted = count * bytes_of(number);
-    if (size != wanted)
-      place.refuse("must hold " + std::to_string(count) + " numbers, got " + std::to_string(size / bytes_of(number)));
-    if (call(torch.is_contiguous, tensor).ptr() != Py_True || call(torch.is_neg, tensor).ptr() != Py_False) {
-      if (writes) place.refuse("must be contiguous");
+    Dense dense = look(tensor, place, number);
+    if (dense.count != count)
+      place.refuse("must hold " + std::to_string(count) + " numbers, got " + std::to_string(dense.count));
+    if (writes && !dense.contiguous) place.refuse("must be contiguous");
+    if (!writes && (!dense.contiguous || call(torch.is_neg, tensor).ptr() != Py_False)) {
+      check_storage(tensor, place, -1, number);
       tensor = hold(tensor.attr("detach")().attr("resolve_neg")().attr("contiguous")());
+      dense = look(tensor, place, number);
     }
-    // a tensor's storage may have been freed or made smaller
-    const py::object storage = call(torch.untyped_storage, tensor);
-    const i64 begin = integer(call(torch.storage_offset, tensor)) * bytes_of(number);
-    const i64 there = integer(call(torch.storage_nbytes, storage));
-    void* const data = PyLong_AsVoidPtr(call(torch.data_ptr, tensor).ptr());
-    if (begin < 0 || begin + size > there || !data)
-      place.refuse("has no memory: its storage holds " + std::to_string(there) + " bytes where the tensor needs " +
-                   std::to_string(begin + size));
-    return data;
+    check_storage(tensor, place, count, number);
+    if (!dense.data) place.refuse("has no memory");
+    return dense.data;
   }
 
+  // Type, dtype and device are checked here; the rest is told.
+  static Dense look(py::handle tensor, const Place& place, Number number) {
+    check_type(tensor, place);
+    const Torch& torch = Torch::get();
+    if (!torch.exchange) return look_by_methods(tensor, place, number);
+    dlpack::Tensor t;
+    if (torch.exchange->tensor_from(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    const auto code = number == Number::i64 ? dlpack::INT : dlpack::FLOAT;
+    if (t.code != code || t.bits != 8 * bytes_of(number) || t.lanes != 1) refuse_dtype(tensor, place, number);
+    if (t.device_type != dlpack::CPU) place.refuse("must be on the cpu");
+    i64 count = 1;
+    bool contiguous = true;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      contiguous = contiguous && (t.shape[d] == 1 || t.strides[d] == count);
+      count *= t.shape[d];
+    }
+    return {t.data, count, contiguous};
+  }
+
+  static Dense look_by_methods(py::handle tensor, const Place& place, Number number) {
+    const Torch& torch = Torch::get();
+    if (!field(torch.dtype, tensor).is(torch.dtypes[int(number)])) refuse_dtype(tensor, place, number);
+    if (field(torch.is_cpu, tensor).ptr() != Py_True) place.refuse("must be on the cpu");
+    return {PyLong_AsVoidPtr(call(torch.data_ptr, tensor).ptr()),
+            integer(field(torch.nbytes, tensor)) / bytes_of(number),
+            call(torch.is_contiguous, tensor).ptr() == Py_True};
+  }
+
+  // A tensor's storage may have been freed or made smaller. `count` numbers in a row are needed of it, or, with -1,
+  // whatever the tensor's strides reach.
+  static void check_storage(py::handle tensor, const Place& place, i64 count, Number number) {
+    const Torch& torch = Torch::get();
+    const py::object storage = call(torch.untyped_storage, tensor);
+    const i64 there = integer(call(torch.storage_nbytes, storage)), size = bytes_of(number);
+    i64 end = integer(call(torch.storage_offset, tensor)) + count;
+    if (count < 0) {
+      end += 2;
+      const py::tuple shape(tensor.attr("shape")), strides(tensor.attr("stride")());
+      for (std::size_t d = 0; d < shape.size(); ++d)
+        end += (shape[d].cast<i64>() - 1) * strides[d].cast<i64>();
+    }
+    if (end > there / size)
+      place.refuse("has no memory: its storage holds " + std::to_string(there) + " bytes, and the tensor needs " +
+                   std::to_string(end * size));
+  }
+
+  [[noreturn]] static void refuse_dtype(py::handle tensor, const Place& place, Number number) {
+    const Torch& torch = Torch::get();
+    place.refuse("must be " + text(torch.dtypes[int(number)]) + ", got " + text(tensor.attr("dtype")));
+  }
   static void check_type(py::handle tensor, const Place& place) {
     const Torch& torch = Torch::get();
     PyTypeObject* const type = Py_TYPE(tensor.ptr());

@@ -56,6 +56,9 @@ class Job:
         self.no_gradients: list[Tensor | None] = [None] * len(self.buffers)
         self.some_unused = len(self.names) < len(self.all_names)
         self.new = torch.zeros if self.some_unused else torch.empty
+        # where rates are numbers the same dict comes with every call
+        self.number_rate_list = self._one_rate(problem.rates)
+        self.number_rates = None if self.number_rate_list is None else problem.rates
         self.input_gradients = bool(wrt - {"params", "lr"})
         self.adapted_shapes = {name: (problem.tasks, *shape) for name, shape in program.params}
         weights = problem.step_weights
@@ -92,7 +95,9 @@ class Job:
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
             self._values(problem),
-            [*map(rates.get, names), *self.no_gradients],
+            self.number_rate_list or []
+            if rates is self.number_rates
+            else [*map(rates.get, names), *self.no_gradients],
             [] if seeds is None else [*map(seeds.get, names), *self.no_gradients],
             adapted,
             grad,
@@ -134,6 +139,14 @@ class Job:
         if self.buffers:
             values += [problem.net.get_buffer(name).to(self.dtype) for name in self.buffers]
         return values
+
+    def _one_rate(self, rates: dict[str, Tensor]) -> Tensors | None:
+        """Where all rates are one number, one tensor for all of them, which the engine looks at once."""
+        given: Tensors = [*map(rates.get, self.names), *self.no_gradients]
+        known = [rate for rate in given if rate is not None]
+        if any(rate.numel() != 1 or rate.data_ptr() != known[0].data_ptr() for rate in known):
+            return None
+        return [None if rate is None else known[0] for rate in given]
 
     def _adapted(self, problem: Problem) -> dict[str, Tensor]:
         used = set(self.names)
