@@ -15,11 +15,11 @@ namespace py = pybind11;
 // All of `names`, in their order.
 template <std::size_t N>
 std::array<py::handle, N> arguments(const char* who, const char* const (&names)[N], const py::args& args,
-                                    const py::kwargs& kwargs, std::size_t skip = 0) {
+                                    const py::kwargs& kwargs) {
   const auto refuse = [&](const std::string& what) { throw py::type_error(std::string(who) + ": " + what); };
   std::array<py::handle, N> found;
-  if (args.size() > N + skip) refuse("too many arguments");
-  for (std::size_t i = skip; i < args.size(); ++i) found[i - skip] = PyTuple_GET_ITEM(args.ptr(), py::ssize_t(i));
+  if (args.size() > N) refuse("too many arguments");
+  for (std::size_t i = 0; i < args.size(); ++i) found[i] = PyTuple_GET_ITEM(args.ptr(), py::ssize_t(i));
   if (PyDict_GET_SIZE(kwargs.ptr()))
     for (const auto& [key, value] : kwargs) {
       const std::string name = py::str(key);

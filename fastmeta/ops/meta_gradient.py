@@ -134,7 +134,7 @@ def meta_gradient(
     result = call.solve()
     task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
     return MetaGradient(
-        mean_loss(result, task_weights),
+        mean_loss(result, call.problem.task_weights),
         task_losses,
         output,
         grads.params,
