@@ -30,7 +30,7 @@ constexpr i64 MOST_THREADS = 1024;
 // A meta-batch beyond this would not fit into any memory: sizes stay far from overflow.
 constexpr i64 MOST_TASKS = i64(1) << 40;
 // Of memory for a measurement of bandwidth, on all threads.
-constexpr i64 MOST_BYTES = i64(1) << 32;
+constexpr i64 MOST_BYTES = i64(1) << 30;
 
 constexpr size_t PER_BATCH = 7, OTHERS = 5;
 using Items = std::vector<py::handle>;
@@ -260,7 +260,7 @@ double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
   const i64 bytes = Part{"cache_bandwidth", "bytes"}.integer(given[0]);
   const int threads = thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth");
   if (bytes < 1 || bytes > MOST_BYTES / threads)
-    throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^32 at most on all threads, got " +
+    throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^30 at most on all threads, got " +
                                 std::to_string(bytes));
   py::gil_scoped_release release;
   return fm::stream_bandwidth(size_t(bytes), threads);

@@ -22,7 +22,10 @@ _PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
 def all_known(*groups: Any) -> bool:
     """Whether these, and what is in these mappings and tuples, are all of a class that needs no look: cheap."""
     for group in groups:
-        if group.__class__ not in KNOWN and not KNOWN.issuperset(map(type, _members(group))):
+        if group.__class__ in KNOWN:
+            continue
+        members = group.values() if group.__class__ is dict else _members(group)
+        if not KNOWN.issuperset(map(type, members)):
             return False
     return True
 
@@ -34,9 +37,9 @@ def all_plain(*groups: Any) -> bool:
 
 
 def _members(group: Any) -> Iterable[Any]:
-    if isinstance(group, Mapping):
-        return group.values()
-    return group if isinstance(group, tuple) else (group,)
+    if isinstance(group, tuple):
+        return group
+    return group.values() if isinstance(group, Mapping) else (group,)
 
 
 def plain(given: Any) -> Any:

@@ -94,6 +94,15 @@ class Tensors {
 
   void* memory(py::handle tensor, const Place& place, i64 count, Number number, bool writes) {
     if (tensor.is_none()) return nullptr;
+    try {
+      return checked_memory(tensor, place, count, number, writes);
+    } catch (py::error_already_set& error) {  // PyTorch's own, of a tensor that has nothing of what was asked for
+      if (!error.matches(PyExc_RuntimeError)) throw;
+      place.refuse(std::string("must be a dense tensor with memory: ") + error.what());
+    }
+  }
+
+  void* checked_memory(py::handle tensor, const Place& place, i64 count, Number number, bool writes) {
     const Torch& torch = Torch::get();
     Dense dense = look(tensor, place, number);
     if (dense.count != count)
@@ -115,7 +124,10 @@ class Tensors {
     const Torch& torch = Torch::get();
     if (!torch.exchange) return look_by_methods(tensor, place, number);
     dlpack::Tensor t;
-    if (torch.exchange->tensor_from(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    if (torch.exchange->tensor_from(tensor.ptr(), &t) != 0) {
+      if (!PyErr_Occurred()) place.refuse("must be a dense tensor with memory");
+      throw py::error_already_set();
+    }
     const auto code = number == Number::i64 ? dlpack::INT : dlpack::FLOAT;
     if (t.code != code || t.bits != 8 * bytes_of(number) || t.lanes != 1) refuse_dtype(tensor, place, number);
     if (t.device_type != dlpack::CPU) place.refuse("must be on the cpu");
