@@ -51,11 +51,11 @@ int thread_count(i64 threads, const char* who) {
   return int(threads);
 }
 
-// A plan whose __init__ has run: Plan.__new__ alone makes one that holds nothing.
+// A plan, and not an object of its type that holds none.
 const fm::Plan& initialised(py::handle self) {
   if (!py::isinstance<fm::Plan>(self)) throw py::type_error("Plan: self must be a Plan");
   auto* const instance = reinterpret_cast<py::detail::instance*>(self.ptr());
-  if (!instance->get_value_and_holder().holder_constructed()) throw py::type_error("Plan.__init__ was not called");
+  if (!instance->get_value_and_holder().holder_constructed()) throw py::type_error("Plan: made by Plan(...) only");
   return self.cast<const fm::Plan&>();
 }
 
@@ -237,11 +237,15 @@ int run_plan(const py::args& args, const py::kwargs& kwargs) {
                         : run_as<float>(plan, tasks, threads, all, step_weights, poison, tensors);
 }
 
-fm::Plan plan_of(const py::args& args, const py::kwargs& kwargs) {
-  static const char* const names[] = {"is_double", "values", "layers", "params", "output", "options"};
+// A plan is made by __new__, so that there is none without a description; and an allocation that fails while pybind11
+// registers an object that __init__ has made would end the process.
+py::object new_plan(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"cls", "is_double", "values", "layers", "params", "output", "options"};
   const auto given = fm::binding::arguments("Plan", names, args, kwargs);
-  return fm::binding::make_plan(given[0], given[1], given[2], given[3], given[4], given[5]);
+  return py::cast(fm::binding::make_plan(given[1], given[2], given[3], given[4], given[5], given[6]));
 }
+// Not reached for what __new__ has made.
+fm::Plan no_init(const py::args&, const py::kwargs&) { throw py::type_error("Plan: made by Plan(...) only"); }
 
 double fma_peak(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"dtype", "threads"};
@@ -282,7 +286,8 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmeta's C++ engine; fastmeta.backends.cpu is its only user.";
   py::class_<fm::Plan>(m, "Plan")
-      .def(py::init(&plan_of), "Plan(is_double, values, layers, params, output, options)")
+      .def_static("__new__", &new_plan)
+      .def(py::init(&no_init), "Plan(is_double, values, layers, params, output, options)")
       .def("run", &run_plan,
            "run(tasks, threads, data, rate, adapted_grad, adapted, grad, grad_offsets, rate_grad, support, query, "
            "others, step_weights, poison)")
