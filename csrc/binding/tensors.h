@@ -98,7 +98,8 @@ class Tensors {
       return checked_memory(tensor, place, count, number, writes);
     } catch (py::error_already_set& error) {  // PyTorch's own, of a tensor that has nothing of what was asked for
       if (!error.matches(PyExc_RuntimeError)) throw;
-      place.refuse(std::string("must be a dense tensor with memory: ") + error.what());
+      const std::string why = error.what();
+      place.refuse("must be a dense tensor with memory: " + why.substr(0, why.find('\n')));
     }
   }
 

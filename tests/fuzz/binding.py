@@ -254,6 +254,12 @@ def expected(base: int) -> list[Tensor]:
     return guarded.outputs
 
 
+def prepare() -> None:
+    """Make what all children share, before there are any."""
+    for base in range(len(bases())):
+        template(base)
+
+
 _checked = 0
 
 
@@ -337,6 +343,5 @@ def _unclear(error: Exception) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for base in range(len(bases())):  # before any child is made
-        template(base)
+    prepare()
     main("Fuzzer of the extension.", draw, check)
