@@ -27,10 +27,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from fastmeta.algorithms.diverged import named
 from fastmeta.cli.train.omniglot import EVAL_BATCH, Accuracy, accuracies_of
 from fastmeta.cli.train.run import held_out_seed
 from fastmeta.data import Episode, Episodes, Omniglot
+from fastmeta.ops.divergence import named
 
 #: Alphabets of the training set that --validation tests on: 41 of its 156 characters.
 VALIDATION = ("Greek", "Tagalog")

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 import fastmeta as fm
-from fastmeta.algorithms.diverged import check_diverged
 from fastmeta.data import Episode
+from fastmeta.ops.divergence import check_diverged
 
 
 class Budget(NamedTuple):

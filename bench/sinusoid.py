@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastmeta.algorithms.diverged import named
 from fastmeta.cli.train import reported
 from fastmeta.cli.train.reported import Setting
 from fastmeta.cli.train.run import Run
 from fastmeta.cli.train.sinusoid import Errors, experiment
+from fastmeta.ops.divergence import named
 
 SETTINGS = {
     "MAML, 1 step": Setting(10, 0.01, 1, False),

@@ -75,14 +75,15 @@ class Reader {
     const fm::Options& o = plan_.options;
     const auto& f = given;
     const size_t count = plan_.params.size();
-    const std::pair<const char*, const Items*> fields[] = {
-        {"data", &f.data},       {"rate", &f.rate},      {"adapted_grad", &f.adapted_grad},
-        {"adapted", &f.adapted}, {"rate_grad", &f.rate_grad}};
+    const std::pair<const char*, const Items*> fields[] = {{"data", &f.data},
+                                                           {"rate", &f.rate},
+                                                           {"adapted_grad", &f.adapted_grad},
+                                                           {"adapted", &f.adapted},
+                                                           {"rate_grad", &f.rate_grad}};
     for (const auto& [name, items] : fields) expect(name, *items, count);
     if (f.grad_offsets.empty()) expect("grad", f.grad, count);
     expect("support", f.support, PER_BATCH), expect("query", f.query, PER_BATCH), expect("others", f.others, OTHERS);
-    require(o.gradient || (f.grad.empty() && f.rate_grad.empty()),
-            "grad and rate_grad are for plans with gradients");
+    require(o.gradient || (f.grad.empty() && f.rate_grad.empty()), "grad and rate_grad are for plans with gradients");
     require(f.rate_grad.empty() || o.wants_rates, "rate_grad is for plans that want it");
     require(step_weights.empty() || i64(step_weights.size()) == o.steps + 1, "step_weights must be steps + 1");
     for (double s : step_weights) require(std::isfinite(s), "step_weights must be finite");
@@ -151,8 +152,8 @@ class Reader {
     for (size_t p = 0; p < offsets.size(); ++p) {
       const fm::Param& param = plan_.params[p];
       const i64 own = param.per_task ? times(call_.tasks, param.numel()) : param.numel();
-      require(offsets[p] >= 0 && own <= size && offsets[p] <= size - own,
-              "grad_offsets[", i64(p), "] lies outside of grad[0]");
+      require(offsets[p] >= 0 && own <= size && offsets[p] <= size - own, "grad_offsets[", i64(p),
+              "] lies outside of grad[0]");
       call_.params[p].grad = base + offsets[p];
     }
   }
@@ -169,11 +170,14 @@ class Reader {
     const i64 all = times(times(call_.tasks, sets), examples), values = times(all, out.rows * out.cols);
     batch.x = in(items, field, 0, times(all, x.rows * x.cols));
     require(batch.x, field, "[0], the inputs, must be a tensor, got None");
-    batch.y = tensors_.read(items[1], {field, 1}, classes ? all : values, classes ? Number::i64 : number());
-    require(has_loss ? batch.y != nullptr : items[1].is_none(),
-            field, "[1], the targets, must be there where there is a loss, and only there");
+    batch.y =
+        tensors_.read(items[1], {field, 1}, classes ? times(all, out.rows) : values, classes ? Number::i64 : number());
+    require(has_loss ? batch.y != nullptr : items[1].is_none(), field,
+            "[1], the targets, must be there where there is a loss, and only there");
     batch.weights = in(items, field, 2, all);
-    batch.class_weights = in(items, field, 3, out.cols);
+    // of classes or columns; a pos_weight of an output that is channels-last is one of rows
+    const bool of_rows = out.channels && out.rows > 1 && loss.kind != fm::LossKind::cross_entropy;
+    batch.class_weights = in(items, field, 3, of_rows ? out.rows : out.cols);
     batch.grad_x = to(items, field, 4, times(all, x.rows * x.cols));
     batch.grad_y = to(items, field, 5, values);
     batch.grad_weights = to(items, field, 6, all);
@@ -214,9 +218,9 @@ int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given, con
 // Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights, output_grad,
 // task_losses, loss, output.
 int run_plan(const py::args& args, const py::kwargs& kwargs) {
-  static const char* const names[] = {"self", "tasks",        "threads",   "data",    "rate",  "adapted_grad", "adapted",
-                                      "grad", "grad_offsets", "rate_grad", "support", "query", "others",
-                                      "step_weights", "poison"};
+  static const char* const names[] = {"self",         "tasks",   "threads", "data",         "rate",
+                                      "adapted_grad", "adapted", "grad",    "grad_offsets", "rate_grad",
+                                      "support",      "query",   "others",  "step_weights", "poison"};
   const auto given = fm::binding::arguments("Plan.run", names, args, kwargs);
   const fm::Plan& plan = initialised(given[0]);
   const auto part = [&](size_t i) { return Part{"Plan.run", names[i]}; };

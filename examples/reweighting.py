@@ -22,7 +22,7 @@ def main(iterations: int = 200) -> tuple[float, float]:
     y = torch.where(wrong, 1 - y, y)
 
     net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 2)).requires_grad_(False)
-    maml = fm.MAML(net, loss="cross_entropy", inner_lr=0.5, inner_steps=10, weight_norm="sum")
+    maml = fm.MAML(net, loss="cross_entropy", inner_lr=0.5, inner_steps=10, adapt="*", weight_norm="sum")
     logits = torch.zeros(1, 60, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(iterations):

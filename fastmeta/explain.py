@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from fastmeta import backends
+from fastmeta.backends._autocast import said
+from fastmeta.network.functional import norms_by_batch
+from fastmeta.network.program import normalises
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
 
@@ -105,13 +106,19 @@ def _what(problem: Problem) -> str:
 
 def _normalises_by_batch(problem: Problem) -> bool:
     if problem.program is not None:
-        return any(layer.kind == "batch_norm" for layer in problem.program.layers)
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in problem.net.modules())
+        return any(map(normalises, problem.program.layers))
+    return bool(norms_by_batch(problem.net, problem.batch_stats))
 
 
 def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
-    lines = []
-    if problem.batch_stats == "task" and _normalises_by_batch(problem):
+    autocast = said(chosen, next(iter(problem.params.values())).device)
+    lines = [autocast] if autocast else []
+    if problem.batch_stats == "module" and _normalises_by_batch(problem):
+        lines.append(
+            "batch norms in training mode use the statistics of the task's own batch (transductive: query examples are "
+            "normalised together), and leave the running statistics alone"
+        )
+    elif _normalises_by_batch(problem):
         lines.append(
             "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "
             "are normalised together), and leaves the running statistics alone"

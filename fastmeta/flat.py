@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.maml import MAML
+from fastmeta.ops.adapted import mark_as_trained
 
 
 def flatten(maml: MAML) -> Tensor:
@@ -14,6 +15,7 @@ def flatten(maml: MAML) -> Tensor:
 
     The vector is the only leaf from here on: backward fills `flat.grad` and no other, the parameters are views of
     it that require no grad themselves: an optimiser must get the vector, one on `maml.parameters()` moves nothing.
+    They count as if they did where `adapt` asks; what shall be frozen is to be frozen before.
     `state_dict` and `load_state_dict` work as before.
 
         flat = fm.flatten(maml)
@@ -58,6 +60,7 @@ def flatten(maml: MAML) -> Tensor:
             part.data = view
             part.grad = None
             part.requires_grad_(False)
+            mark_as_trained(part)
     flat = FlatParameters(vector.requires_grad_(), names, keys)
     maml.flat = flat
     return flat.vector

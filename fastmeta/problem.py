@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch import dtype as Dtype
 
 if TYPE_CHECKING:
     from fastmeta.losses import Loss
@@ -38,6 +39,10 @@ DIFFERENTIABLE = (
 
 #: memory="auto" stores activations while what they take (see `Problem.memory`) stays below this many bytes.
 STORE_AT_MOST = 256 << 20
+
+
+class Scratch(dict[str, Any]):
+    """A dict that can be referred to weakly."""
 
 
 @dataclass(slots=True)
@@ -72,21 +77,22 @@ class Problem:
     loss: Loss | None = None  # support loss; None iff support is None
     query_loss: Loss | None = None  # None iff query is None or query.y is None
     rates: dict[str, Tensor] = field(default_factory=dict)
-    # ^ adapted parameter name -> [K or 1, T or 1, *(S or 1s)], K counted at least 1 when steps == 0; a
-    #   parameter without an entry is not adapted
+    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between, K counted at least
+    #   1 when steps == 0; a parameter without an entry is not adapted
     rule: SGD | None = None  # None iff support is None
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
     task_weights: Tensor | None = None  # [T]
     memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
     task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
-    batch_stats: str = "task"  # "task" | "running"
+    batch_stats: str = "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
-    scratch: dict[str, Any] = field(default_factory=dict)
+    autocast: Dtype | None = None  # what forward passes compute in; the `torch` backend's own
+    scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
 

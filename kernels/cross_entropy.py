@@ -1,6 +1,8 @@
-"""Cross-entropy of an output [N, C]: value, gradients and their tangents, one program a task.
+"""Cross-entropy of outputs [N, P, C] with P positions: value, gradients and their tangents, one program a task.
 
 Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
+
+Helpers take what belongs to their task alone, and rows n of positions, of which there are R.
 """
 
 from __future__ import annotations
@@ -9,21 +11,19 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power
+from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power, tiny
 
 
 @triton.jit
-def _target(
-    y, class_weights, task, n, c, N, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like
-):
-    """q, the class weight of each entry, and what these classes add to an example's share of a mean's denominator."""
-    mask = (n < N)[:, None] & (c < C)[None, :]
+def _target(y, class_weights, n, c, R, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like):
+    """q, the class weight of each entry, and what these classes add to a position's share of a mean's denominator."""
+    mask = (n < R)[:, None] & (c < C)[None, :]
     cw = tl.zeros_like(like) + 1.0
     if class_weights is not None:
         cw = cw * tl.load(class_weights + c, mask=c < C, other=0.0)[None, :]
     if INDICES:
-        index = tl.load(y + task * N + n, mask=n < N, other=IGNORE)
-        counts = (index != IGNORE) & (n < N)
+        index = tl.load(y + n, mask=n < R, other=IGNORE)
+        counts = (index != IGNORE) & (n < R)
         hit = index[:, None] == c[None, :]
         smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / tl.cast(C, like.dtype)
         q = tl.where(counts[:, None] & mask, cw * smoothed, 0.0)
@@ -31,45 +31,44 @@ def _target(
         wrong = counts & ((index < 0) | (index >= C))
         share = tl.where(wrong, float("nan"), share)
     else:
-        p = tl.load(y + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
+        p = tl.load(y + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         q = tl.where(mask, cw * ((1.0 - SMOOTHING) * p + SMOOTHING / tl.cast(C, like.dtype)), 0.0)
         share = tl.sum(tl.where(mask & (c == 0)[None, :], tl.zeros_like(like) + 1.0, 0.0), axis=1)
     return q, cw, share
 
 
 @triton.jit
-def _logits(z, task, n, c, N, C):
+def _logits(z, n, c, R, C):
     """Rows that are not there are zero, classes that are not there minus infinity."""
-    mask = (n < N)[:, None] & (c < C)[None, :]
-    zs = tl.load(z + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=-float("inf"))
-    return tl.where((n < N)[:, None], zs, 0.0), mask
+    mask = (n < R)[:, None] & (c < C)[None, :]
+    zs = tl.load(z + n[:, None] * C + c[None, :], mask=mask, other=-float("inf"))
+    return tl.where((n < R)[:, None], zs, 0.0), mask
 
 
 @triton.jit
-def _log_sum(z, task, n, N, C, BN: tl.constexpr, BC: tl.constexpr):
-    """(the largest logit, the logarithm of the sum of all exp(z - it)) of each example."""
+def _log_sum(z, n, R, C, BN: tl.constexpr, BC: tl.constexpr):
+    """(the largest logit, the logarithm of the sum of all exp(z - it)) of each position."""
     dtype = z.dtype.element_ty
     top = tl.full([BN], -float("inf"), dtype)
     for c0 in range(0, C, BC):
-        zs, _ = _logits(z, task, n, c0 + tl.arange(0, BC), N, C)
+        zs, _ = _logits(z, n, c0 + tl.arange(0, BC), R, C)
         top = tl.maximum(top, tl.max(zs, axis=1))
     total = tl.zeros([BN], dtype)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        zs, _ = _logits(z, task, n, c, N, C)
+        zs, _ = _logits(z, n, c, R, C)
         total += tl.sum(tl.where((c < C)[None, :], tl.exp(zs - top[:, None]), 0.0), axis=1)
     return top, tl.log(total)
 
 
 @triton.jit
-def _examples(
+def _positions(
     z,
     y,
     rz,
     class_weights,
-    task,
     n,
-    N,
+    R,
     C,
     INDICES: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -77,27 +76,27 @@ def _examples(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Of each example: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, and its
+    """Of each position: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, and its
     share of a mean's denominator."""
     dtype = z.dtype.element_ty
-    top, log_sum = _log_sum(z, task, n, N, C, BN, BC)
+    top, log_sum = _log_sum(z, n, R, C, BN, BC)
     center = tl.zeros([BN], dtype)
     if rz is not None:
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            zs, mask = _logits(z, task, n, c, N, C)
-            moved = tl.load(rz + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0)
+            zs, mask = _logits(z, n, c, R, C)
+            moved = tl.load(rz + n[:, None] * C + c[None, :], mask=mask, other=0.0)
             center += tl.sum(tl.exp(zs - top[:, None] - log_sum[:, None]) * moved, axis=1)
     each = tl.zeros([BN], dtype)
     mass = tl.zeros([BN], dtype)
     share = tl.zeros([BN], dtype)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        zs, mask = _logits(z, task, n, c, N, C)
+        zs, mask = _logits(z, n, c, R, C)
         terms = zs - top[:, None] - log_sum[:, None]
-        q, _, more = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, terms)
+        q, _, more = _target(y, class_weights, n, c, R, C, INDICES, SMOOTHING, IGNORE, terms)
         if rz is not None:
-            terms = tl.load(rz + task * N * C + n[:, None] * C + c[None, :], mask=mask, other=0.0) - center[:, None]
+            terms = tl.load(rz + n[:, None] * C + c[None, :], mask=mask, other=0.0) - center[:, None]
         each -= tl.sum(q * tl.where(q != 0, terms, 0.0), axis=1)
         mass += tl.sum(q, axis=1)
         share += more
@@ -106,8 +105,8 @@ def _examples(
 
 @triton.jit(do_not_specialize=["N"])
 def loss(
-    z,  # [T, N, C]
-    y,  # [T, N] or [T, N, C]
+    z,  # [T, N, P, C]
+    y,  # [T, N, P] or [T, N, P, C]
     rz,  # None: values and gradients; else the gradients' tangents along it
     weights,  # [T, N]
     class_weights,  # [C]
@@ -117,7 +116,9 @@ def loss(
     dy,
     dweights,
     N,
+    P,
     C,
+    POSITIONS: tl.constexpr,  # P > 1
     INDICES: tl.constexpr,
     SMOOTHING: tl.constexpr,
     IGNORE: tl.constexpr,
@@ -127,27 +128,39 @@ def loss(
     SCALE: tl.constexpr,
     ADD_VALUE: tl.constexpr,
     ADD: tl.constexpr,
+    TINY: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Everything of one task."""
     task = tl.program_id(0).to(tl.int64)
     dtype = z.dtype.element_ty
+    R = N * P
+    z += task * R * C
+    y += task * R if INDICES else task * R * C
+    if rz is not None:
+        rz += task * R * C
+    if weights is not None:
+        weights += task * N
     shares = tl.zeros([BN], dtype=dtype)
     sums = tl.zeros([BN], dtype=dtype)
-    for n0 in range(0, N, BN):
+    largest = tl.zeros([BN], dtype=dtype)
+    for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
-        _, _, _, each, _, share = _examples(z, y, rz, class_weights, task, n, N, C, INDICES, SMOOTHING, IGNORE, BN, BC)
+        _, _, _, each, _, share = _positions(z, y, rz, class_weights, n, R, C, INDICES, SMOOTHING, IGNORE, BN, BC)
         if weights is not None:
-            w = tl.load(weights + task * N + n, mask=n < N, other=0.0)
+            w = tl.load(weights + n // P, mask=n < R, other=0.0)
             each *= w
             if BY_WEIGHTS:
                 share *= w
+                largest = tl.maximum(largest, tl.abs(w))
         sums += each
         shares += share
     D = tl.sum(shares, axis=0)
     if SUM:
         D = D * 0.0 + 1.0  # NaN of a wrong index stays
+    elif BY_WEIGHTS and weights is not None:  # nothing counts where there are no weights at all
+        D = tl.where(tl.max(largest, axis=0) < tl.full([], TINY, dtype), D + float("inf"), D)
     total = tl.sum(sums, axis=0) / D
     if value is not None:
         part = STEP * total
@@ -157,28 +170,29 @@ def loss(
     scale = SCALE / D
     if task_weights is not None:
         scale *= tl.load(task_weights + task)
-    for n0 in range(0, N, BN):
+    for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
-        top, log_sum, center, each, mass, share = _examples(
-            z, y, rz, class_weights, task, n, N, C, INDICES, SMOOTHING, IGNORE, BN, BC
+        top, log_sum, center, each, mass, share = _positions(
+            z, y, rz, class_weights, n, R, C, INDICES, SMOOTHING, IGNORE, BN, BC
         )
         w = tl.zeros([BN], dtype=dtype) + scale
         if weights is not None:
-            w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
+            w *= tl.load(weights + n // P, mask=n < R, other=0.0)
         if INDICES:  # nothing depends on an ignored one, not even where all are and w is infinite
-            w = tl.where(tl.load(y + task * N + n, mask=n < N, other=IGNORE) != IGNORE, w, 0.0)
+            w = tl.where(tl.load(y + n, mask=n < R, other=IGNORE) != IGNORE, w, 0.0)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            at = task * N * C + n[:, None] * C + c[None, :]
-            zs, mask = _logits(z, task, n, c, N, C)
+            at = n[:, None] * C + c[None, :]
+            zs, mask = _logits(z, n, c, R, C)
             log_p = zs - top[:, None] - log_sum[:, None]
-            q, cw, _ = _target(y, class_weights, task, n, c, N, C, INDICES, SMOOTHING, IGNORE, log_p)
+            q, cw, _ = _target(y, class_weights, n, c, R, C, INDICES, SMOOTHING, IGNORE, log_p)
             if rz is None:
                 gz = tl.exp(log_p) * mass[:, None] - q
                 gy = tl.where(mask, log_p, 0.0)
             else:
                 gy = tl.load(rz + at, mask=mask, other=0.0) - center[:, None]
                 gz = tl.exp(log_p) * gy * mass[:, None]
+            at += task * R * C
             if dz is not None:
                 tl.store(dz + at, gz * w[:, None], mask=mask)
             if dy is not None:
@@ -186,18 +200,34 @@ def loss(
                 if ADD:
                     gy += tl.load(dy + at, mask=mask, other=0.0)
                 tl.store(dy + at, gy, mask=mask)
-        if dweights is not None:
+        if dweights is not None and not POSITIONS:
             if BY_WEIGHTS and not SUM:
                 each -= share * total
             each *= scale
             if ADD:
                 each += tl.load(dweights + task * N + n, mask=n < N, other=0.0)
             tl.store(dweights + task * N + n, each, mask=n < N)
+    if dweights is not None and POSITIONS:
+        for example in range(N):
+            sums = tl.zeros([BN], dtype=dtype)
+            for p0 in range(0, P, BN):
+                n = example * P + p0 + tl.arange(0, BN)
+                _, _, _, each, _, share = _positions(
+                    z, y, rz, class_weights, n, (example + 1) * P, C, INDICES, SMOOTHING, IGNORE, BN, BC
+                )
+                if BY_WEIGHTS and not SUM:
+                    each -= share * total
+                sums += each
+            change = tl.sum(sums, axis=0) * scale
+            if ADD:
+                change += tl.load(dweights + task * N + example)
+            tl.store(dweights + task * N + example, change)
 
 
-def emit(record: Recorder, tasks: int, examples: int, classes: int, **arguments: Any) -> None:
+def emit(record: Recorder, tasks: int, examples: int, positions: int, classes: int, **arguments: Any) -> None:
     """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
     tile = LOSS_BYTES // arguments["z"].element_size()
     bc = power(classes, 1, tile)
-    bn = power(examples, 1, tile // bc)
-    record(loss, tasks, N=examples, C=classes, BN=bn, BC=bc, registers=REGISTERS, **arguments)
+    bn = power(examples * positions, 1, tile // bc)
+    sizes = {"N": examples, "P": positions, "C": classes, "POSITIONS": positions > 1, "BN": bn, "BC": bc}
+    record(loss, tasks, **sizes, TINY=tiny(arguments["z"]), registers=REGISTERS, **arguments)

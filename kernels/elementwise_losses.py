@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastmeta.kernels.elementwise import sigmoid, softplus
-from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power
+from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power, tiny
 
 
 @triton.jit
@@ -110,6 +110,7 @@ def loss(
     SCALE: tl.constexpr,  # what the gradients count for, beside the task's weight
     ADD_VALUE: tl.constexpr,
     ADD: tl.constexpr,  # dy and dweights are added to
+    TINY: tl.constexpr,  # weights below count as zero
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
@@ -121,10 +122,15 @@ def loss(
         D = tl.cast(1, dtype)
     elif BY_WEIGHTS and weights is not None:
         count = tl.zeros([BN], dtype=dtype)
+        largest = tl.zeros([BN], dtype=dtype)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
-            count += tl.load(weights + task * N + n, mask=n < N, other=0.0)
+            w = tl.load(weights + task * N + n, mask=n < N, other=0.0)
+            count += w
+            largest = tl.maximum(largest, tl.abs(w))
         D = tl.sum(count, axis=0) * E
+        # nothing counts where there are no weights at all
+        D = tl.where(tl.max(largest, axis=0) < tl.full([], TINY, dtype), float("inf"), D)
     sums = tl.zeros([BN], dtype=dtype)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
@@ -177,4 +183,5 @@ def emit(record: Recorder, tasks: int, examples: int, elements: int, **arguments
     tile = LOSS_BYTES // arguments["z"].element_size()
     be = power(elements, 1, 256)
     bn = power(examples, 1, tile // be)
-    record(loss, tasks, N=examples, E=elements, BN=bn, BE=be, registers=REGISTERS, **arguments)
+    sizes = {"N": examples, "E": elements, "BN": bn, "BE": be, "TINY": tiny(arguments["z"])}
+    record(loss, tasks, **sizes, registers=REGISTERS, **arguments)

@@ -94,6 +94,11 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def tiny(like: torch.Tensor) -> float:
+    """The smallest normal number: weights below it count as zero."""
+    return torch.finfo(like.dtype).tiny
+
+
 def power(size: int, least: int, most: int) -> int:
     """The smallest power of two from `least` to `most` that is at least `size`, or `most`."""
     found = least

@@ -38,7 +38,11 @@ def test_backend_matches_reference(case: Case, dtype: str, backend: str) -> None
 SMOOTH = [
     case
     for case in VERIFICATION
-    if not case.kinks and case.order == "second" and case.steps < 20 and case.loss not in REFUSED["cpu"]
+    if not case.kinks
+    and case.order == "second"
+    and case.steps < 20
+    and case.loss not in REFUSED["cpu"]
+    and "0" not in case.weighted  # where there are no weights, the loss jumps: its derivative by them is a convention
 ]
 
 #: Central differences of sixth order: the error is h^6 / 140 times the seventh derivative.

@@ -17,20 +17,32 @@ from torch import Tensor
 from fastmeta import _C
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "fuzz"))
-import binding  # noqa: E402
-from running import fuzz  # noqa: E402
+import binding
+from running import fuzz
 
 LOSS = {"kind": "mse", "sum": False, "normalise_sum": False, "class_indices": False}
 LOSS |= {"beta": 1.0, "label_smoothing": 0.0, "ignore_index": -100}
 OPTIONS = dict.fromkeys(("support_per_step", "wants_rates", "wants_support_x", "wants_query_x"), False)
 OPTIONS |= dict.fromkeys(("second_order", "store", "gradient"), True)
-OPTIONS |= {"steps": 1, "support": 2, "query": 2, "momentum": 0.0, "weight_decay": 0.0, "loss": LOSS, "query_loss": LOSS}
+OPTIONS |= {
+    "steps": 1,
+    "support": 2,
+    "query": 2,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "loss": LOSS,
+    "query_loss": LOSS,
+}
 FLAGS = (True, False, False, True, False, False, False)
 #: linear, relu, linear: [N, 3] -> [N, 2]
 PLAN: dict[str, Any] = {
     "is_double": True,
     "values": [(1, 3, 1, 1, False), (1, 4, 1, 1, False), (1, 4, 1, 1, False), (1, 2, 1, 1, False)],
-    "layers": [("linear", "", [], [0], 1, [0]), ("elementwise", "relu", [], [1], 2, []), ("linear", "", [], [2], 3, [1])],
+    "layers": [
+        ("linear", "", [], [0], 1, [0]),
+        ("elementwise", "relu", [], [1], 2, []),
+        ("linear", "", [], [2], 3, [1]),
+    ],
     "params": [(4, 3, 1, *FLAGS), (2, 4, 1, *FLAGS)],
     "output": 3,
     "options": OPTIONS,
@@ -45,9 +57,20 @@ def run_arguments() -> dict[str, Any]:
     weights = lambda: [doubles(4, 3), doubles(2, 4)]  # noqa: E731
     batch = lambda: [doubles(5, 2, 3), doubles(5, 2, 2), None, None, None, None, None]  # noqa: E731
     return {
-        **{"tasks": 5, "threads": 1, "data": weights(), "rate": [doubles(), doubles()], "adapted_grad": []},
-        **{"adapted": [], "grad": weights(), "grad_offsets": [], "rate_grad": [], "support": batch(), "query": batch()},
-        **{"others": [None, None, doubles(5), doubles(), None], "step_weights": [], "poison": False},
+        "tasks": 5,
+        "threads": 1,
+        "data": weights(),
+        "rate": [doubles(), doubles()],
+        "adapted_grad": [],
+        "adapted": [],
+        "grad": weights(),
+        "grad_offsets": [],
+        "rate_grad": [],
+        "support": batch(),
+        "query": batch(),
+        "others": [None, None, doubles(5), doubles(), None],
+        "step_weights": [],
+        "poison": False,
     }
 
 

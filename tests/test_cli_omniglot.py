@@ -65,6 +65,24 @@ def test_rejects_a_missing_data_folder(tmp_path, monkeypatch):
     assert not isinstance(done.exception, OSError)
 
 
+def test_rejects_damaged_data(tmp_path, drawings):
+    name = "images_background_small1.zip"
+    right = (drawings / name).read_bytes()
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "out").mkdir()
+    (data / "images_background_small2.zip").symlink_to(drawings / "images_background_small2.zip")
+    refused = 0
+    for place in range(0, len(right), len(right) // 15):
+        (data / name).write_bytes(right[:place] + b"\xa5" * 9 + right[place + 9 :])
+        # --resume without a checkpoint, so that what passes for whole ends here too.
+        done = omniglot(data, tmp_path / "out", "--resume")
+        assert isinstance(done.exception, SystemExit), (place, done.exception)
+        assert len(done.stderr.strip().splitlines()) <= 4
+        refused += "Omniglot: " in done.stderr
+    assert refused > 7
+
+
 def test_rejects_more_ways_than_classes(tmp_path, drawings):
     done = omniglot(drawings, tmp_path, "--ways", "100")
     assert done.exit_code == 2

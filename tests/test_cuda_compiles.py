@@ -36,7 +36,8 @@ MLP_BN = next(case for case in WORKLOADS["mlp-bn"] if case.steps == 5)
 NORMED = next(case for case in VERIFICATION if case.label == "rows_normed")
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-CASES = [SINUSOID, EVERYTHING, RECOMMENDER, FIELD, WIDE, MLP, MLP_BN, NORMED]
+GRID = next(case for case in VERIFICATION if case.label == "grid" and case.loss == "ce_masked_mean")
+CASES = [SINUSOID, EVERYTHING, RECOMMENDER, FIELD, WIDE, MLP, MLP_BN, NORMED, GRID]
 #: Case, dtype, architecture: all of them with FASTMETA_EVERY_KERNEL=1, else each case and each architecture.
 SPECIALISATIONS = [
     *((SINUSOID, torch.float32, architecture) for architecture in ARCHITECTURES),
@@ -45,6 +46,7 @@ SPECIALISATIONS = [
     (RECOMMENDER, torch.float32, "sm_90a"),
     (FIELD, torch.float32, "sm_100"),
     (NORMED, torch.float32, "sm_90a"),
+    (GRID, torch.float32, "sm_100"),
     *((WIDE, torch.float32, architecture) for architecture in ("sm_80", "sm_100")),
     (MLP, torch.float32, "sm_100"),
     (MLP_BN, torch.float32, "sm_90a"),

@@ -95,6 +95,7 @@ RACES = {
     ),
     "normed": Race(BY_ID["bn_mlp-T3-N7-M5-K3-ce-lr_element_step_task-mu0.9-wd0.05-recompute"]),
     "normed rows": Race(BY_ID["rows_normed-T3-N7-M5-K2-mse"]),
+    "positions": Race(BY_ID["grid-T3-N7-M5-K2-ce_masked_mean-weights_sq0-recompute"]),
 }
 
 #: Runs a case without the barrier that is named.

@@ -84,7 +84,7 @@ def test_flattening_twice_returns_the_same_vector() -> None:
 
 
 def test_frozen_parameters_stay_out() -> None:
-    maml, plain = _maml(), _maml()
+    maml, plain = _maml(adapt="*"), _maml()
     maml.net[0].weight.requires_grad_(False)
     flat = fm.flatten(maml)
     assert flat.numel() == sum(value.numel() for value in maml.parameters()) - maml.net[0].weight.numel()

@@ -327,5 +327,5 @@ def test_rejects_running_statistics_that_are_not_there(net: nn.Module, message: 
 
 
 def test_rejects_unknown_batch_stats() -> None:
-    with pytest.raises(ValueError, match="`batch_stats` must be 'task' or 'running', got 'own'"):
+    with pytest.raises(ValueError, match="`batch_stats` must be 'task', 'running' or 'module', got 'own'"):
         check_batch_stats(normed(), "own")

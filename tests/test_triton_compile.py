@@ -34,6 +34,7 @@ from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import VERIFICATION, WORKLOADS, Case
 from fastmeta.cases.convolutional import image_net
+from fastmeta.cases.networks import grid
 from fastmeta.models import Siren
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -58,10 +59,12 @@ _DEEP = Case(
 #: Of the list of cases, for layers that the workloads do not have.
 _LABELS = "residual_image joined gn_relu_pool gn1_plain bn_plain ln_last max_pool_3_2 avg_pool_3_2 adaptive".split()
 #: Loss, its outputs, examples, dtype: tiles of other shapes than the workloads have, and all that a loss can take.
-_LOSSES = (
+_LOSSES: tuple[tuple[str, int | tuple[int, ...], int, torch.dtype], ...] = (
     ("ce_probabilities_everything", 5, 100, torch.float32),
     ("ce_sum", 5, 100, torch.float64),
     ("ce_sum", 20, 75, torch.float64),
+    ("ce_masked_mean", (5, 7, 7), 25, torch.float32),
+    ("ce_probabilities_everything", (5, 7, 7), 25, torch.float64),
     ("bce_weighted", 5, 400, torch.float32),
     ("bce", 784, 33, torch.float64),
 )
@@ -82,7 +85,7 @@ def _losses() -> list[Any]:
     """Launches of losses alone: gradients in the inner loop, of the query, and tangents."""
     found = []
     for loss, outputs, examples, dtype in _LOSSES:
-        make = partial(nn.Linear, 3, outputs)
+        make = partial(nn.Linear, 3, outputs) if isinstance(outputs, int) else partial(grid, outputs)
         case = Case(loss, make, (3,), 2, examples, examples, 1, loss, weighted="" if loss == "ce_sum" else "sqt")
         found += [launch for launch in _launches(case, "ieee", dtype) if launch.kernel.__name__ == "loss"]
     return found

@@ -1,8 +1,9 @@
-"""Runs tests/interpreted, a file at a time, under Triton's interpreter: once it is on, nothing else can be compiled."""
+"""Runs tests/interpreted under Triton's interpreter, in other processes: once it is on, nothing can be compiled."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,31 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
-FILES = sorted((HERE / "interpreted").glob("test_*.py"))
+FOLDER = HERE / "interpreted"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_under_the_interpreter(file: Path) -> None:
+def test_under_the_interpreter() -> None:
+    """All files at once: the start of a process costs as much as many a file."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", str(file)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "2",
+            "--dist",
+            "worksteal",
+            str(FOLDER),
+        ],
         cwd=HERE.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    for file in FOLDER.glob("test_*.py"):
+        assert re.search(rf"^PASSED .*{file.name}", done.stdout, re.MULTILINE), file.name

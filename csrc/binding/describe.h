@@ -83,7 +83,8 @@ struct Part {
 
  private:
   [[noreturn]] void refuse_type(py::handle given, const char* what) const {
-    throw py::type_error(std::string(who) + ": " + name() + " must be " + what + ", got " + Py_TYPE(given.ptr())->tp_name);
+    throw py::type_error(std::string(who) + ": " + name() + " must be " + what + ", got " +
+                         Py_TYPE(given.ptr())->tp_name);
   }
 };
 
@@ -203,8 +204,8 @@ inline Options read_options(const Part& part, const py::dict& given) {
 
 // values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs, output, params), -1 for
 // none; params: (rows, cols, taps, matrix, constant, per_task, adapted, rate_element, rate_per_task, rate_per_step)
-inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params,
-                      py::handle output, py::handle options) {
+inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params, py::handle output,
+                      py::handle options) {
   Plan plan;
   const auto part = [](const char* name) { return Part{"Plan", name}; };
   const auto all = [&](const char* name, py::handle given) {

@@ -45,8 +45,7 @@ struct Torch {
     storage_nbytes = storage.attr("nbytes");
     if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
     const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-    const auto* api =
-        static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) PyErr_Clear();
     if (api && api->major == dlpack::MAJOR && api->tensor_from) exchange = api;
   }
@@ -160,8 +159,7 @@ class Tensors {
     if (count < 0) {
       end += 2;
       const py::tuple shape(tensor.attr("shape")), strides(tensor.attr("stride")());
-      for (std::size_t d = 0; d < shape.size(); ++d)
-        end += (shape[d].cast<i64>() - 1) * strides[d].cast<i64>();
+      for (std::size_t d = 0; d < shape.size(); ++d) end += (shape[d].cast<i64>() - 1) * strides[d].cast<i64>();
     }
     if (end > there / size)
       place.refuse("has no memory: its storage holds " + std::to_string(there) + " bytes, and the tensor needs " +

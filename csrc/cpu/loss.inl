@@ -19,7 +19,7 @@ FM_INLINE double loss_sum(const LossCall<S>& l, const Example& example) {
   }
   value /= denominator;
   if (l.dweights && l.spec.normalise_sum && !l.spec.sum)
-    for (i64 n = 0; n < l.examples; ++n) l.dweights[n] -= S(side * double(example_share(l, n)) * value);
+    for (i64 n = 0; n < l.examples; ++n) l.dweights[n] -= S(side * example_share(l, n) * value);
   return value;
 }
 
@@ -28,6 +28,20 @@ double elementwise_sum(const LossCall<S>& l, const Terms& terms) {
   const S share = l.spec.sum ? S(1) : S(1) / S(l.rows * l.cols);
   return loss_sum(l, [&](i64 n, S factor, S side_factor) {
     return elementwise_example<S, TANGENT>(l, terms, n, share, factor, side_factor);
+  });
+}
+
+template <class S, bool TANGENT>
+double cross_entropy_sum(const LossCall<S>& l) {
+  if (l.rows == 1)
+    return loss_sum(l, [&](i64 n, S factor, S side_factor) {
+      return cross_entropy_position<S, TANGENT, false>(l, n, factor, side_factor);
+    });
+  return loss_sum(l, [&](i64 n, S factor, S side_factor) {
+    double value = 0;
+    for (i64 row = n * l.rows; row < (n + 1) * l.rows; ++row)
+      value += double(cross_entropy_position<S, TANGENT, true>(l, row, factor, side_factor));
+    return value;
   });
 }
 
@@ -45,9 +59,7 @@ double loss_pass(const LossCall<S>& l) {
     case LossKind::bce_with_logits:
       return elementwise_sum<S, TANGENT>(l, BinaryCrossEntropy<S>{});
     case LossKind::cross_entropy:
-      return loss_sum(l, [&](i64 n, S factor, S side_factor) {
-        return cross_entropy_example<S, TANGENT>(l, n, factor, side_factor);
-      });
+      return cross_entropy_sum<S, TANGENT>(l);
     case LossKind::none:
       break;
   }

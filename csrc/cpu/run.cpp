@@ -128,8 +128,11 @@ template <class S>
 Verdict run(const Plan& plan, const Call<S>& call, int threads, bool poison) {
   const Options& o = plan.options;
   const i64 support_sets = call.tasks * (o.support_per_step ? o.steps : 1);
-  if (!classes_in_range(plan, o.loss, call.support.y, support_sets * o.support)) return Verdict::support_class;
-  if (!classes_in_range(plan, o.query_loss, call.query.y, call.tasks * o.query)) return Verdict::query_class;
+  const i64 positions = plan.values[plan.output].rows;
+  if (!classes_in_range(plan, o.loss, call.support.y, support_sets * o.support * positions))
+    return Verdict::support_class;
+  if (!classes_in_range(plan, o.query_loss, call.query.y, call.tasks * o.query * positions))
+    return Verdict::query_class;
   if (!rates_finite(plan, call)) return Verdict::rate_not_finite;
   Session session;
   const auto start = std::chrono::steady_clock::now();

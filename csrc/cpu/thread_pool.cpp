@@ -63,7 +63,7 @@ class Pool {
  public:
   std::recursive_mutex session;
   std::vector<Scratch> scratch = std::vector<Scratch>(1);  // by worker
-  Scratch callers;                                          // of the one run at a time
+  Scratch callers;                                         // of the one run at a time
 
   void run(int threads, int jobs, const std::function<void(int, int)>& job) {
     if (threads > jobs) threads = jobs;
@@ -180,8 +180,8 @@ namespace {
 class OutOfMemory : public std::bad_alloc {
  public:
   OutOfMemory(std::size_t bytes, std::size_t there)
-      : text_("the plan needs " + std::to_string(bytes >> 20) + " MiB of memory for each task that runs, this machine " +
-              "has " + std::to_string(there >> 20)) {}
+      : text_("the plan needs " + std::to_string(bytes >> 20) +
+              " MiB of memory for each task that runs, this machine " + "has " + std::to_string(there >> 20)) {}
   const char* what() const noexcept override { return text_.c_str(); }
 
  private:

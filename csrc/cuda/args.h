@@ -47,7 +47,7 @@ FM_INLINE Slice slice(const BatchArgs& batch, i64 index, int examples, bool clas
   const i64 w = index * examples, x = w * in.rows * in.cols, y = w * out.rows * out.cols;
   const void* target = nullptr;
   if (batch.y)
-    target = class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w)
+    target = class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w * out.rows)
                            : static_cast<const void*>(static_cast<const S*>(batch.y) + y);
   return {batch.x + x,
           target,

@@ -96,10 +96,9 @@ class MetaStep : Task {
       }
       if constexpr (OPTIONS.gradient) {
         if (!has_gradient && last && args_.output_grad) {
-          constexpr Value out = VALUES[OUTPUT];
-          const S* from = args_.output_grad + t_ * OPTIONS.query * out.rows * out.cols;
+          const S* from = args_.output_grad + t_ * OPTIONS.query * VALUES[OUTPUT].rows * VALUES[OUTPUT].cols;
           S* dz = delta<OUTPUT, Q>(pass);
-          for_elements<OUTPUT>(pass, [&](int at, int r, int c) { dz[at] = from[r * out.cols + c]; });
+          for_elements<OUTPUT>(pass, [&](int at, int r, int c) { dz[at] = from[in_output(r, c)]; });
           has_gradient = true;
           barrier();
         }
@@ -113,10 +112,15 @@ class MetaStep : Task {
     }
   }
   FM_INLINE void write_output(const Pass& pass, const S* z) const {
-    constexpr Value out = VALUES[OUTPUT];
     if (!args_.output) return;
-    S* to = args_.output + t_ * OPTIONS.query * out.rows * out.cols;
-    for_elements<OUTPUT>(pass, [&](int at, int r, int c) { to[r * out.cols + c] = z[at]; });
+    S* to = args_.output + t_ * OPTIONS.query * VALUES[OUTPUT].rows * VALUES[OUTPUT].cols;
+    for_elements<OUTPUT>(pass, [&](int at, int r, int c) { to[in_output(r, c)] = z[at]; });
+  }
+  // Where column c of row r of the output stands with the user.
+  static FM_INLINE int in_output(int r, int c) {
+    constexpr Value out = VALUES[OUTPUT];
+    if constexpr (OUTPUT_CHANNELS) return (r / out.rows * out.cols + c) * out.rows + r % out.rows;
+    return r * out.cols + c;
   }
   FM_INLINE void add_input_gradient(const Pass& pass, const S* from, S* to) const {
     for_elements<0>(pass, [&](int at, int r, int c) { to[r * VALUES[0].cols + c] += from[at]; });

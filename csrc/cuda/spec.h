@@ -89,7 +89,7 @@ struct Layout {
   int value_stride, delta_stride;  // from one step to the next; 0: only one step's are kept
   Area query_values, query_deltas, tangents, tangent_deltas;
   Area lambda, direction, gradient, updates;
-  Area sums, terms;  // [rate slots][threads] doubles; one number for each example, and 32 more
+  Area sums, terms;  // [rate slots][threads] doubles; what loss.h sums
   int columns;       // sums over tasks: gradients of shared parameters and rates, the loss
   int slab;          // elements of global memory of a rank
 };

@@ -62,8 +62,8 @@ void require(bool ok, const std::string& field, const char* what) {
 
 void in_range(const std::string& field, i64 value, i64 least, i64 most) {
   if (value < least || value > most)
-    refuse(field, "must be from " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
-                      std::to_string(value));
+    refuse(field,
+           "must be from " + std::to_string(least) + " to " + std::to_string(most) + ", got " + std::to_string(value));
 }
 
 void finite(const std::string& field, double value) {
@@ -139,8 +139,8 @@ void check_layer(const Plan& plan, const std::string& field, const Layer& layer)
   require(layer.given_constants >= rule.least_constants && layer.given_constants <= rule.most_constants,
           field + ".constants", "are not as many as its kind takes");
   check_constants(field, layer);
-  for (int j = 0; j < 2; ++j) require((layer.inputs[j] >= 0) == (j < rule.inputs), field + ".inputs",
-                                      "are not as many as its kind takes");
+  for (int j = 0; j < 2; ++j)
+    require((layer.inputs[j] >= 0) == (j < rule.inputs), field + ".inputs", "are not as many as its kind takes");
   for (int j = 0; j < int(layer.params.size()); ++j) {
     const int p = layer.params[j];
     const std::string at = field + item(".params", size_t(j));
@@ -195,7 +195,8 @@ void check_loss(const Plan& plan, const std::string& field, const LossSpec& loss
   require(loss.label_smoothing >= 0 && loss.label_smoothing <= 1, field + ".label_smoothing", "must be from 0 to 1");
   const bool classes = loss.kind == LossKind::cross_entropy;
   require(classes || !loss.class_indices, field + ".class_indices", "is for cross_entropy alone");
-  require(!classes || plan.values[plan.output].rows == 1, field + ".kind", "needs an output of one row an example");
+  const Value& out = plan.values[plan.output];
+  require(!classes || out.rows == 1 || out.channels, field + ".kind", "needs one row of classes for each position");
 }
 
 void check_options(const Plan& plan) {
@@ -210,8 +211,7 @@ void check_options(const Plan& plan) {
   require(!o.wants_rates || (o.gradient && o.steps > 0), "options.wants_rates", "needs gradients and steps");
   require(!o.wants_support_x || (o.gradient && o.support > 0), "options.wants_support_x",
           "needs gradients and a support set");
-  require(!o.wants_query_x || (o.gradient && o.query > 0), "options.wants_query_x",
-          "needs gradients and a query set");
+  require(!o.wants_query_x || (o.gradient && o.query > 0), "options.wants_query_x", "needs gradients and a query set");
   finite("options.momentum", o.momentum);
   finite("options.weight_decay", o.weight_decay);
   check_loss(plan, "options.loss", o.loss, o.support);
@@ -254,8 +254,6 @@ void check(const Plan& plan) {
   for (size_t i = 0; i < plan.params.size(); ++i) check_param(item("params", i), plan.params[i]);
   for (size_t i = 0; i < plan.layers.size(); ++i) check_layer(plan, item("layers", i), plan.layers[i]);
   check_order(plan);
-  const Value& out = plan.values[plan.output];
-  require(!out.channels || out.rows == 1 || out.cols == 1, "output", "must not be channels-last");
   check_options(plan);
   check_sizes(plan);
 }

@@ -59,56 +59,83 @@ FM_INLINE bool out_of_range(const LossCall<S>& l, i64 index) {
   return index < 0 || index >= l.cols;
 }
 
+// A position is a row of the output: a whole example, or a pixel of it.
 template <class S>
-FM_INLINE bool ignored(const LossCall<S>& l, i64 n) {
-  return l.spec.class_indices && static_cast<const i64*>(l.target)[n] == l.spec.ignore_index;
+FM_INLINE bool ignored(const LossCall<S>& l, i64 row) {
+  return l.spec.class_indices && static_cast<const i64*>(l.target)[row] == l.spec.ignore_index;
 }
 
-// What an example counts in the denominator of the mean: 1, the class weight of its index, or 0 if it is ignored.
+// What a position counts in the denominator of the mean: 1, the class weight of its index, or 0 if it is ignored.
 template <class S>
-FM_INLINE S example_share(const LossCall<S>& l, i64 n) {
+FM_INLINE S position_share(const LossCall<S>& l, i64 row) {
   if (!l.spec.class_indices) return 1;
-  if (ignored(l, n)) return 0;
-  const i64 y = static_cast<const i64*>(l.target)[n];
+  if (ignored(l, row)) return 0;
+  const i64 y = static_cast<const i64*>(l.target)[row];
   if (out_of_range(l, y)) return log_(S(-1));
   return l.class_weights ? l.class_weights[y] : S(1);
 }
 
+// Of an example, all of its positions; of an element-wise loss, whose terms are means already, 1.
+template <class S>
+FM_INLINE double example_share(const LossCall<S>& l, i64 n) {
+  if (l.spec.kind != LossKind::cross_entropy || l.rows == 1) return double(position_share(l, n));
+  if (!l.spec.class_indices) return double(l.rows);
+  double share = 0;
+  for (i64 row = n * l.rows; row < (n + 1) * l.rows; ++row) share += double(position_share(l, row));
+  return share;
+}
+
+// Whether a mean by weights has none to go by. Numbers below the smallest normal one may be read as zero.
+template <class S>
+FM_INLINE bool weightless(const LossCall<S>& l) {
+  if (l.spec.sum || !l.spec.normalise_sum || !l.weights) return false;
+  constexpr double tiny = sizeof(S) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308;
+  for (i64 n = 0; n < l.examples; ++n)
+    if (!(double(l.weights[n]) < tiny && double(l.weights[n]) > -tiny)) return false;
+  return true;
+}
+
+// Infinity where nothing counts: every term, and every derivative, is zero then.
 template <class S>
 double loss_denominator(const LossCall<S>& l) {
   if (l.spec.sum) return 1;
   const bool weighted = l.spec.normalise_sum && l.weights;
-  if (!l.spec.class_indices && !weighted) return double(l.examples);
+  if (!l.spec.class_indices && !weighted)
+    return double(l.examples) * (l.spec.kind == LossKind::cross_entropy ? double(l.rows) : 1.0);
+  if (weightless(l)) return -log_(0.0);
   double d = 0;
-  for (i64 n = 0; n < l.examples; ++n) d += double(example_share(l, n)) * (weighted ? double(l.weights[n]) : 1.0);
+  for (i64 n = 0; n < l.examples; ++n) d += example_share(l, n) * (weighted ? double(l.weights[n]) : 1.0);
   return d;
 }
 
-// Weight q of class c in -sum_c q_c log p_c.
+// Weight q of class c in -sum_c q_c log p_c at position `row`; `y` is where its probability of that class stands.
 template <class S>
-FM_INLINE S class_share(const LossCall<S>& l, i64 n, i64 c) {
+FM_INLINE S class_share(const LossCall<S>& l, i64 row, i64 c, i64 in_target) {
   const S smoothing = S(l.spec.label_smoothing), weight = l.class_weights ? l.class_weights[c] : S(1);
   S y;
   if (l.spec.class_indices) {
-    const i64 index = static_cast<const i64*>(l.target)[n];
+    const i64 index = static_cast<const i64*>(l.target)[row];
     if (out_of_range(l, index)) return log_(S(-1));
     y = index == c ? S(1) : S(0);
   } else {
-    y = static_cast<const S*>(l.target)[n * l.cols + c];
+    y = static_cast<const S*>(l.target)[in_target];
   }
   return weight * (y * (S(1) - smoothing) + smoothing / S(l.cols));
 }
 
-// One example of cross_entropy; `r` is the tangent of z or null (then the primal is computed). Returns l_n or R l_n.
-template <class S, bool TANGENT>
-S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
-  if (ignored(l, n)) {  // nothing depends on it, not even where all are ignored and the mean is 0 / 0
+// Position `row` of cross_entropy, or its tangent along rz. Returns its loss, or that one's tangent. POSITIONS: an
+// example has several.
+template <class S, bool TANGENT, bool POSITIONS>
+S cross_entropy_position(const LossCall<S>& l, i64 row, S factor, S side_factor) {
+  if (ignored(l, row)) {  // nothing depends on it, not even where all are ignored and the mean is 0 / 0
     if (l.dz)
-      for (i64 c = 0; c < l.cols; ++c) l.dz[n * l.ld + c] = 0;
+      for (i64 c = 0; c < l.cols; ++c) l.dz[row * l.ld + c] = 0;
     return 0;
   }
-  const S* z = l.z + n * l.ld;
-  const S* rz = TANGENT ? l.rz + n * l.ld : nullptr;
+  const i64 step = POSITIONS ? l.rows : 1;
+  const i64 first = POSITIONS ? row / step * step * l.cols + row % step : row * l.cols;
+  const S* z = l.z + row * l.ld;
+  const S* rz = TANGENT ? l.rz + row * l.ld : nullptr;
   S top = z[0];
   for (i64 c = 1; c < l.cols; ++c) top = z[c] > top || z[c] != z[c] ? z[c] : top;
   S total = 0, mean_rz = 0;
@@ -121,7 +148,7 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
   mean_rz /= total;
   S shares = 0, value = 0;
   for (i64 c = 0; c < l.cols; ++c) {
-    const S q = class_share(l, n, c);
+    const S q = class_share(l, row, c, first + c * step);
     shares += q;
     if (q != 0) value -= q * (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
   }
@@ -129,10 +156,11 @@ S cross_entropy_example(const LossCall<S>& l, i64 n, S factor, S side_factor) {
   for (i64 c = 0; c < l.cols; ++c) {
     const S p = exp_(z[c] - top) / total;
     if (l.dz)
-      l.dz[n * l.ld + c] = factor * (TANGENT ? p * (rz[c] - mean_rz) * shares : p * shares - class_share(l, n, c));
+      l.dz[row * l.ld + c] =
+          factor * (TANGENT ? p * (rz[c] - mean_rz) * shares : p * shares - class_share(l, row, c, first + c * step));
     if (l.dtarget)
-      l.dtarget[n * l.cols + c] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
-                                   (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
+      l.dtarget[first + c * step] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
+                                     (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
   }
   return value;
 }
@@ -150,7 +178,10 @@ FM_INLINE S elementwise_example(const LossCall<S>& l, const Terms& terms, i64 n,
     if (l.dtarget) l.dtarget[in_target] += side_factor * share * (TANGENT ? t.dzy * rz : t.dy);
   };
   for (i64 row = n * l.rows; row < (n + 1) * l.rows; ++row) {
-    if (l.cols == 1)  // not worth the set-up of a vectorised loop
+    if (l.channels)
+      for (i64 c = 0; c < l.cols; ++c)
+        element(row * l.ld + c, (n * l.cols + c) * l.rows + row - n * l.rows, row - n * l.rows);
+    else if (l.cols == 1)  // not worth the set-up of a vectorised loop
       element(row * l.ld, row, 0);
     else
       for (i64 c = 0; c < l.cols; ++c) element(row * l.ld + c, row * l.cols + c, c);

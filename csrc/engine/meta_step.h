@@ -181,11 +181,7 @@ class MetaStep : private TaskState<S> {
       l.dz = dz, l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
       value_ += s * kernels_.loss(l);
     } else if (last && call_.output_grad) {
-      const S* from = call_.output_grad + t_ * options().query * out.rows * out.cols;
-      for (i64 r = 0; r < pass.rows(plan_.output); ++r) {
-        for (i64 i = 0; i < out.cols; ++i) dz[r * out.ld + i] = from[r * out.cols + i];
-        for (i64 i = out.cols; i < out.ld; ++i) dz[r * out.ld + i] = 0;
-      }
+      load_value(out, call_.output_grad + t_ * options().query * out.rows * out.cols, options().query, dz, out.ld);
     } else {
       return;
     }

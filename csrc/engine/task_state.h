@@ -113,7 +113,7 @@ class TaskState {
               w = index * examples;
     const void* target = nullptr;
     if (batch.y)
-      target = loss.class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w)
+      target = loss.class_indices ? static_cast<const void*>(static_cast<const i64*>(batch.y) + w * out.rows)
                                   : static_cast<const void*>(static_cast<const S*>(batch.y) + y);
     return {batch.x + x,
             target,
@@ -166,6 +166,7 @@ class TaskState {
     LossCall<S> l{};
     l.spec = spec, l.scale = scale, l.side_scale = side_scale;
     l.examples = pass.geometry.examples, l.rows = out.rows, l.cols = out.cols, l.ld = out.ld;
+    l.channels = out.channels && out.rows > 1;
     l.z = pass.value(plan_.output), l.target = batch.y, l.weights = batch.weights;
     l.class_weights = batch.class_weights;
     return l;
@@ -188,8 +189,10 @@ class TaskState {
     const Value& out = plan_.values[plan_.output];
     const S* z = pass.value(plan_.output);
     S* to = call_.output + t_ * options().query * out.rows * out.cols;
-    for (i64 r = 0; r < pass.rows(plan_.output); ++r)
-      for (i64 c = 0; c < out.cols; ++c) to[r * out.cols + c] = z[r * out.ld + c];
+    for (i64 n = 0; n < pass.geometry.examples; ++n, z += out.rows * out.ld) {
+      TorchOrder at(out, out.ld);
+      for (i64 i = 0; i < out.rows * out.cols; ++i, at.next()) *to++ = z[at.offset];
+    }
   }
 
   static void zero(S* p, i64 n) {

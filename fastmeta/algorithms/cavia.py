@@ -57,7 +57,7 @@ class CAVIA(MAML):
             such as in a layer of one's own that scales and shifts feature maps by linear functions of them (FiLM),
             which runs on the `torch` backend.
         loss, query_loss, inner_lr, inner_steps, order, learn_lr, lr_per_step, step_weights, weight_norm, update_rule,
-            memory, task_chunk, batch_stats, backend: as in `fastmeta.MAML`.
+            memory, task_chunk, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

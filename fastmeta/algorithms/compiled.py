@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fastmeta.algorithms.flat_parameters import views
-from fastmeta.algorithms.meta_loss import answer, flat_gradient, leaves_of
+from fastmeta.algorithms.meta_loss import flat_gradient, found_in, leaves_of
 from fastmeta.backends._random_state import preserved
 from fastmeta.network.capture import captured
 from fastmeta.network.functional import call
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import settled
 from fastmeta.ops.plan import NOTHING
 
 if TYPE_CHECKING:
@@ -91,11 +92,17 @@ def _operator(
     wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
     params, rates = _in_place_of(maml, params, rates, wrt, leaves)
     checked = maml.prepare(params, rates, tensors, support_per_step, wrt)
-    result = checked.solve() if checked.plan.program is not None else _outside(checked.solve)
-    loss, task_losses, output = answer(checked, result)
-    gradient = flat_gradient(maml, checked, result) if with_gradients else loss.new_empty(0)
+    run = _just_so if checked.plan.program is not None else _outside
+    found = settled(maml.who, maml.on_divergence, checked, run(checked.solve), run)
+    loss, task_losses, output = found_in(found)
+    gradient = flat_gradient(maml, checked, found.result) if with_gradients else loss.new_empty(0)
     # some backends sum both up in one vector, and the outputs of an operator may not share memory
     return loss.clone(), task_losses, output, gradient
+
+
+def _just_so(function: Callable[[], _T]) -> _T:
+    """`function()`."""
+    return function()
 
 
 def _outside(function: Callable[[], _T]) -> _T:
@@ -163,7 +170,7 @@ def _output_shape(
     # some networks look at the values or the number of examples: nothing but a real run will do
     x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
     params, _ = maml.meta_parameters()
-    with torch.no_grad(), preserved(device):
+    with torch.no_grad(), preserved(device, maml.net):
         return tuple(call(maml.net, params, x, batch_stats=maml.batch_stats).shape[1:])
 
 

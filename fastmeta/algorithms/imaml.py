@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
-from fastmeta.algorithms.diverged import check_diverged, named
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
+from fastmeta.models.check import check_count
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import check_choice, check_diverged, left_out, named
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop, inner_sgd
 from fastmeta.ops.options import Adapt
@@ -57,6 +58,8 @@ class IMAML(InnerLoop):
             problem has no minimum there and the system no solution to rely on.
         cg_steps: Hessian-vector products of the solver at most.
         cg_tolerance: a task's system is solved when its relative residual is at most this.
+        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters, query gradients or linear systems are
+            not finite, looked for on any device where gradients are on.
         adapt: as in `fastmeta.MAML`; lambda holds the adapted parameters, the others are shared by all tasks.
 
     Raises:
@@ -82,22 +85,24 @@ class IMAML(InnerLoop):
         weight_norm: str = "count",
         batch_stats: str = "task",
         backend: str = "auto",
+        on_divergence: str = "raise",
     ) -> None:
+        check_choice(self.who, on_divergence)
         for name, value in {"inner_lr": inner_lr, "proximal": proximal, "cg_tolerance": cg_tolerance}.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"IMAML: `{name}` must be a number, got {type(value).__name__}")
             if not (isfinite(value) and value > 0):
                 raise ValueError(f"IMAML: `{name}` must be finite and greater than 0, got {value}")
-        if not isinstance(cg_steps, int) or isinstance(cg_steps, bool):
-            raise TypeError(f"IMAML: `cg_steps` must be an int, got {cg_steps!r}")
-        if cg_steps < 1:
-            raise ValueError(f"IMAML: `cg_steps` must be at least 1, got {cg_steps}")
+        if cg_tolerance > 1:
+            raise ValueError(f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}")
+        check_count("IMAML: `cg_steps`", cg_steps, 1)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_lr = inner_lr
         self.proximal = proximal
         self.cg_steps = cg_steps
         self.cg_tolerance = cg_tolerance
+        self.on_divergence = on_divergence
 
     @eager
     def forward(
@@ -140,11 +145,23 @@ class IMAML(InnerLoop):
         result = call.solve()
         loss, task_losses, output = answer(call, result)
         if not wanted:
-            return IMAMLLoss(loss, task_losses, output)
+            gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
+            return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
         query = cast("dict[str, Tensor]", result.grads.params)  # name -> [T, *shape], task weights and 1 / T in it
-        check_diverged(self.who, "adapted parameters or query gradients are", [*solution.values(), *query.values()])
-        gradients, residuals, inner = self._implicit(params, solution, query, tensors)
-        return IMAMLLoss(attached(loss, gradients, params), task_losses, output, residuals, inner)
+        found = [*solution.values(), *query.values()]
+        if self.on_divergence == "raise":
+            check_diverged(self.who, "adapted parameters or query gradients are", found, task_weights)
+        gradients, residuals, inner, indefinite = self._implicit(params, solution, query, tensors)
+        if self.on_divergence == "raise":
+            check_diverged(self.who, "linear systems are", [residuals], task_weights)
+        gone = left_out(self.who, self.on_divergence, [*found, residuals], task_weights)
+        if gone:
+            loss = gone.mean(task_losses, task_weights)
+            scale = len(residuals) / gone.counted
+            gradients = {name: scale * gone.without(value) for name, value in gradients.items()}
+        self._report(residuals, indefinite)
+        total = {name: value.sum(0) for name, value in gradients.items()}
+        return IMAMLLoss(attached(loss, total, params), task_losses, output, residuals, inner)
 
     def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, and why others do not; print it.
@@ -171,25 +188,25 @@ class IMAML(InnerLoop):
         options = self._options(who)._replace(steps=1, rule=SGD(weight_decay=self.proximal))
         params = self.parameters_by_name()
         pull = self.inner_lr * self.proximal
-        theta = params
+        theta, names = params, self.names
         with torch.no_grad():
             for _ in range(steps):
                 theta = inner_loop(options, self.net, theta, tensors, self.inner_lr, self.loss)
-                for name in self.names:
+                for name in names:
                     theta[name] += pull * params[name]
         return theta
 
     def _implicit(
         self, params: dict[str, Tensor], solution: dict[str, Tensor], query: dict[str, Tensor], tensors: Tensors
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(the meta-gradient by name, residuals [T], inner residuals [T]).
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """(every task's meta-gradient by name, residuals [T], inner residuals [T], which systems are indefinite [T]).
 
         One inner step of rate -1 / lambda from the solution, theta_K + grad L(theta_K) / lambda, has I + H / lambda
         as its Jacobian: vector-Jacobian products of it are what conjugate gradients need. It also lands on theta if
         the inner problem is solved. In the parameters that are not adapted the product is the mixed derivative.
         """
         start = {name: value.requires_grad_() for name, value in solution.items()}
-        x, y, weights = tensors.support_x, tensors.support_y, tensors.support_weights
+        x, y, weights, names = tensors.support_x, tensors.support_y, tensors.support_weights, self.names
         moved = inner_sgd(
             self.net,
             start,
@@ -198,12 +215,12 @@ class IMAML(InnerLoop):
             loss=self.loss,
             lr=-1 / self.proximal,
             steps=1,
-            adapt=self.names,
+            adapt=names,
             weights=weights,
             batch_stats=self.batch_stats,
             backend=self.backend,
         )
-        adapted = [moved[name] for name in self.names]
+        adapted = [moved[name] for name in names]
         shapes = [value.shape for value in adapted]
         sizes = [value[0].numel() for value in adapted]
 
@@ -213,23 +230,16 @@ class IMAML(InnerLoop):
             return dict(zip(start, torch.autograd.grad(adapted, leaves, directions, retain_graph=True), strict=True))
 
         with torch.no_grad():
-            b = self._flat(query)
+            b = _flat(query, names)
             # half of it: the true residual, which is reported, is not quite that of the recursion
             goal = 0.5 * self.cg_tolerance
-            u, indefinite = conjugate_gradient(lambda v: self._flat(products(v)), b, self.cg_steps, goal)
+            u, indefinite = conjugate_gradient(lambda v: _flat(products(v), names), b, self.cg_steps, goal)
             left = {name: query[name] - product for name, product in products(u).items()}
             size = b.norm(dim=1)
-            residuals = self._flat(left).norm(dim=1) / torch.where(size > 0, size, 1)
-            inner = self.proximal * self._flat({name: moved[name] - params[name] for name in self.names}).norm(dim=1)
-        check_diverged(self.who, "linear systems are", [residuals])
-        self._report(residuals, indefinite)
-        gradients = {name: value.sum(0) for name, value in left.items()}
-        gradients |= zip(self.names, u.sum(0).split(sizes), strict=True)
-        return gradients, residuals, inner
-
-    def _flat(self, values: dict[str, Tensor]) -> Tensor:
-        """What belongs to adapted parameters as vectors [T, P]."""
-        return torch.cat([values[name].reshape(len(values[name]), -1) for name in self.names], 1)
+            residuals = _flat(left, names).norm(dim=1) / torch.where(size > 0, size, 1)
+            inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(dim=1)
+        own = [part.reshape(shape) for part, shape in zip(u.split(sizes, 1), shapes, strict=True)]
+        return {**left, **dict(zip(names, own, strict=True))}, residuals, inner, indefinite
 
     def _report(self, residuals: Tensor, indefinite: Tensor) -> None:
         """Warn of the tasks whose systems are not solved."""
@@ -245,3 +255,8 @@ class IMAML(InnerLoop):
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _flat(values: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """What belongs to adapted parameters as vectors [T, P]."""
+    return torch.cat([values[name].reshape(len(values[name]), -1) for name in names], 1)

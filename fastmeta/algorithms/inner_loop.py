@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import InnerRates, repeated
 from fastmeta.losses import resolve
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.adapted import adapted_now
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
@@ -61,8 +61,13 @@ class InnerLoop(nn.Module):
         self.backend = backend
         check_options(self._options(self.who))
         params = self.parameters_by_name()
-        self.names = adapted_names(self.who, net, self.adapts)
-        self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, self.names, params)
+        now = adapted_now(self.who, net, self.adapts)
+        self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, now.names, params, now.frozen)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapted parameters, as the network is frozen now."""
+        return adapted_now(self.who, self.net, self.adapts).names
 
     @eager
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:

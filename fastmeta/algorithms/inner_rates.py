@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmeta.ops.options import argument
-from fastmeta.ops.patterns import keys_by_name
+from fastmeta.ops.options import argument, check_flag
+from fastmeta.ops.patterns import keys_by_name, matching
 from fastmeta.ops.rates import Rates, plan_rates
 
 _SORTS = ("scalar", "tensor", "element")
@@ -26,8 +26,9 @@ class InnerRates(nn.ParameterDict):
             name with `.` replaced by `__` (`nn.ParameterDict` refuses dots).
         per_step: each inner step has learned rates of its own.
         steps: K.
-        names: the adapted parameters.
+        names: the adapted parameters, as they are now: those unfrozen later have no learned rate.
         params: all parameters.
+        frozen: parameters that would be adapted if they required grad: a dict may have rates for them.
 
     Raises:
         TypeError, ValueError: an unknown `learn_lr`, rates that do not fit it, or two names that become one.
@@ -42,11 +43,20 @@ class InnerRates(nn.ParameterDict):
         steps: int,
         names: tuple[str, ...],
         params: Mapping[str, Tensor],
+        frozen: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        kept = names
         if isinstance(lr, Mapping):
-            lr = {name: lr[key] for name, key in keys_by_name(argument(who, "lr"), lr, names).items()}
-        if learn_lr is not None and learn_lr not in _SORTS:
+            given = lr
+            keys_by_name(argument(who, "lr"), given, names, frozen)
+            if learn_lr is None:
+                own = (*names, *frozen)
+                kept = tuple(n for n in params if n in own and any(matching(str(key), (n,)) for key in given))
+            keys = keys_by_name(argument(who, "lr"), given, kept, frozen)
+            lr = {name: given[key] for name, key in keys.items()}
+        check_flag(who, "lr_per_step", per_step)
+        if learn_lr is not None and (not isinstance(learn_lr, str) or learn_lr not in _SORTS):
             raise ValueError(f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}")
         if learn_lr is None and per_step:
             raise ValueError(f"{who}: `lr_per_step` is for learned rates, but `learn_lr` is None")
@@ -54,13 +64,13 @@ class InnerRates(nn.ParameterDict):
         shapes = {name: tuple(params[name].shape) for name in names}
         first = params[names[0]]
         tasks = 1 if learn_lr else _tasks(lr)
-        start = plan_rates(who, lr, names, shapes, steps, tasks, first.device, first.dtype).spread(lr)
+        start = plan_rates(who, lr, names, shapes, steps, tasks, first.device, first.dtype, frozen).spread(lr)
         #: the rate, where it is one number for everything
         self.number = float(lr) if learn_lr is None and not isinstance(lr, (Tensor, Mapping)) else None
         self._numbers: dict[str, float] | None = None  # those in a dict
-        self._keys_of = {name: name.replace(".", "__") for name in names}
-        if len(set(self._keys_of.values())) != len(names):
-            raise ValueError(f"{who}: two parameters have the same name once `.` is `__`: {', '.join(names)}")
+        self._keys_of = {name: name.replace(".", "__") for name in kept}
+        if len(set(self._keys_of.values())) != len(kept):
+            raise ValueError(f"{who}: two parameters have the same name once `.` is `__`: {', '.join(kept)}")
         if learn_lr is None:
             self._keep(argument(who, "lr"), lr)
         elif learn_lr == "scalar":
@@ -69,7 +79,8 @@ class InnerRates(nn.ParameterDict):
             rows = max(steps, 1) if per_step else 1
             for name, shape in shapes.items():
                 wanted = (rows, 1, *(shape if learn_lr == "element" else (1,) * len(shape)))
-                self[self._keys_of[name]] = _expanded(f"{argument(who, 'lr')}[{name!r}]", start[name], wanted)
+                label, rate = f"{argument(who, 'lr')}[{name!r}]", lr[name] if isinstance(lr, Mapping) else lr
+                self[self._keys_of[name]] = _expanded(label, start[name], wanted, rate)
 
     def as_given(self, learned: Mapping[str, Tensor]) -> Rates:
         """The rates as an operator takes them.
@@ -109,7 +120,7 @@ class InnerRates(nn.ParameterDict):
         if isinstance(lr, Mapping):
             raise ValueError(f"{what} must be one number or tensor for learn_lr='scalar', got a dict")
         rate = next(iter(start.values())).reshape(-1)  # [1] or [K]
-        rate = _expanded(what, rate, (steps if per_step else 1,))
+        rate = _expanded(what, rate, (steps if per_step else 1,), lr)
         self["all"] = rate if per_step else rate.reshape(())
 
 
@@ -139,8 +150,19 @@ def at_step(lr: Rates, k: int) -> Rates:
     return _row(lr, k) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
 
 
+def of_tasks(lr: Rates, tasks: Tensor) -> Rates:
+    """The rates of the tasks numbered `tasks`.
+
+    Derivatives: those of indexing.
+    """
+    if not isinstance(lr, Mapping):
+        return lr
+    own = {name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1}
+    return {name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()}
+
+
 def _row(rate: Tensor, k: int) -> Tensor:
-    return rate[min(k, rate.shape[0] - 1)]
+    return _not_empty(rate)[min(k, rate.shape[0] - 1)]
 
 
 def _rows(rate: Tensor, steps: int) -> Tensor:
@@ -148,7 +170,13 @@ def _rows(rate: Tensor, steps: int) -> Tensor:
     have = rate.shape[0]
     if have == steps or (have == 1 and rate.dim() > 1):
         return rate
-    return rate[torch.arange(max(steps, 1), device=rate.device).clamp_max(have - 1)]
+    return _not_empty(rate)[torch.arange(max(steps, 1), device=rate.device).clamp_max(have - 1)]
+
+
+def _not_empty(rate: Tensor) -> Tensor:
+    if rate.shape[0] == 0:
+        raise ValueError(f"`inner_lr` has a rate for each of 0 inner steps, got {tuple(rate.shape)}: none to repeat")
+    return rate
 
 
 def _tasks(lr: Rates) -> int:
@@ -158,10 +186,11 @@ def _tasks(lr: Rates) -> int:
     return max((rate.shape[1] for rate in lr.values() if isinstance(rate, Tensor) and rate.dim() > 1), default=1)
 
 
-def _expanded(what: str, start: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _expanded(what: str, start: Tensor, shape: tuple[int, ...], given: object) -> Tensor:
     try:
         return start.detach().expand(shape).clone()
     except RuntimeError:
         raise ValueError(
-            f"{what} must broadcast to {shape}, the shape of the learned rate, got {tuple(start.shape)}"
+            f"{what} must broadcast to {shape}, the shape of the learned rate, "
+            f"got {tuple(given.shape if isinstance(given, Tensor) else start.shape)}"
         ) from None

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms import compiled
-from fastmeta.algorithms.diverged import check_diverged
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
-from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.algorithms.inner_rates import InnerRates, of_tasks, repeated
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.ops.adapted import adapted_now
 from fastmeta.ops.checks import Tensors, check_net
+from fastmeta.ops.divergence import check_choice, check_diverged
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, check_options, names_of, numbers_of, rule_of
@@ -55,22 +55,33 @@ class MAML(nn.Module):
             `fastmeta.losses.resolve`. A module is read once, here.
         query_loss: the same for the query sets; None: `loss`.
         inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
-            [K or 1, T or 1, *(S or 1s)]: the rates, or where `learn_lr` says so their start. A name goes before a
-            pattern, and the first pattern that matches before later ones.
+            [K or 1, T or 1, ...] that end in any shape that broadcasts to the parameter's: the rates, or where
+            `learn_lr` says so their start. A name goes before a pattern, and the first pattern that matches before
+            later ones.
         inner_steps: K, at least 0.
         order: "second", exact, or "first" (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
-            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which is asked here and now.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters that
+            require grad when a call is made; names of parameters, glob patterns of names ("blocks.*.weight") or a
+            predicate (name, parameter) -> bool, which is asked here and now: frozen ones too, if they are asked for.
         learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor", one for each
-            parameter tensor; "element", one for each scalar weight (Meta-SGD).
+            adapted parameter tensor; "element", one for each of their scalar weights (Meta-SGD). What is frozen now has
+            none, and what is frozen later has the gradient zero for its rates.
         lr_per_step: learned rates differ from step to step.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
+            which is zero, without any gradient, where all weights of a task are zero.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
-        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
-        backend: "auto", or the name of one.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
+            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
+            statistics are never moved, unlike by the module itself.
+        backend: "auto", or the name of one; only "torch" honours autocast.
+        on_divergence: what becomes of a call in which a task's query loss, or with "skip" a gradient, is not finite.
+            "raise": FloatingPointError. "skip": the loss and its gradient are those of the other tasks alone, computed
+            again, the mean over as many as they are, and a RuntimeWarning counts and names the tasks that are left out.
+            "keep": NaN, as it comes. A task of weight zero contributes nothing in any case. On an accelerator only
+            "skip" looks, since reading a loss waits for it. `task_losses` has every task.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -80,6 +91,7 @@ class MAML(nn.Module):
 
     #: The algorithm, as messages name it.
     who = "MAML"
+    on_divergence = "raise"
 
     def __init__(
         self,
@@ -100,8 +112,10 @@ class MAML(nn.Module):
         task_chunk: int | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
+        on_divergence: str = "raise",
     ) -> None:
         super().__init__()
+        check_choice(self.who, on_divergence)
         check_net(self.who, net)
         self.net = net
         self.loss = resolve(loss, weight_norm=weight_norm)
@@ -115,10 +129,12 @@ class MAML(nn.Module):
         self.task_chunk = task_chunk
         self.batch_stats = batch_stats
         self.backend = backend
+        self.on_divergence = on_divergence
         check_options(self._options(self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
-        names = adapted_names(self.who, net, self.adapts)
-        self.inner_lrs = InnerRates(self.who, inner_lr, learn_lr, lr_per_step, inner_steps, names, params)
+        now = adapted_now(self.who, net, self.adapts)
+        rates = inner_lr, learn_lr, lr_per_step
+        self.inner_lrs = InnerRates(self.who, *rates, inner_steps, now.names, params, now.frozen)
         self.flat: FlatParameters | None = None
         self._start()
 
@@ -140,7 +156,7 @@ class MAML(nn.Module):
             support_y: as the loss wants it.
             query_x: [T, M, *in].
             query_y: as the query loss wants it.
-            task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+            task_weights: [T]; the loss is sum(task_weights * task_losses) / T, T less the tasks that are skipped.
             support_weights: [T, N] or [T, K, N]; of booleans: a mask, for tasks of different sizes. The mean is over
                 the examples that it keeps; the others may hold anything finite, and any class.
             query_weights: [T, M]; of booleans: a mask.
@@ -155,13 +171,17 @@ class MAML(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
             FloatingPointError: tasks diverged: their query losses are not finite. Without gradients, on an accelerator,
-                where reading a loss would wait for it, and under torch.compile this is not looked for.
+                where reading a loss would wait for it, and under torch.compile this is not looked for. With
+                on_divergence="skip": no task is left.
             BackendUnavailable: the backend named cannot run this call.
+
+        Warns:
+            RuntimeWarning: tasks are skipped, see `on_divergence`.
         """
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
         if torch.compiler.is_compiling():
             return MetaLoss(*compiled.meta_loss(self, tensors, support_per_step))
-        return self.checked(MetaLoss(*meta_loss(self, tensors, support_per_step)))
+        return self.checked(MetaLoss(*meta_loss(self, tensors, support_per_step)), task_weights)
 
     @eager
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
@@ -228,15 +248,16 @@ class MAML(nn.Module):
         wrt = leaves_of(self, params, rates).wrt
         return explain(self.prepare(params, rates, tensors, support_per_step, wrt))
 
-    def checked(self, out: MetaLoss) -> MetaLoss:
-        """`out`, unless tasks diverged.
+    def checked(self, out: MetaLoss, task_weights: Tensor | None) -> MetaLoss:
+        """`out`, unless tasks of other weights than zero diverged.
 
         Raises:
             FloatingPointError: as `forward` says.
         """
         # one loss that is not finite leaves no finite mean: reading that alone costs a quarter of a microsecond
-        if out.loss.is_cpu and torch.is_grad_enabled() and not isfinite(out.loss.item()):
-            check_diverged(self.who, "query losses are", [out.task_losses])
+        watched = out.loss.is_cpu and self.on_divergence == "raise" and torch.is_grad_enabled()
+        if watched and not isfinite(out.loss.item()):
+            check_diverged(self.who, "query losses are", [out.task_losses], task_weights)
         return out
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -276,9 +297,11 @@ class MAML(nn.Module):
         losses = self.loss, self.query_loss
         return prepare(options, self.net, params, tensors, *losses, self._lr(rates), wrt, prefer_flat=flat)
 
-    def _lr(self, rates: dict[str, Tensor]) -> Rates:
+    def _lr(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
+        """The rates as an operator takes them; with `tasks`, of those alone."""
         number = self._number
-        return self.inner_lrs.as_given(rates) if number is None else number
+        lr = self.inner_lrs.as_given(rates) if number is None else number
+        return lr if tasks is None else of_tasks(lr, tasks)
 
     def _options(self, who: str, support_per_step: bool = False) -> Options:
         return Options(

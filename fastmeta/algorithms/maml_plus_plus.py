@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.stepwise import Stepwise, support_of
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.models.check import check_count
+from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, argument, names_of
+from fastmeta.ops.options import Adapt, Options, argument, check_flag, names_of
 from fastmeta.ops.rates import Rates
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class MAMLPlusPlus(Stepwise):
     normalised by itself and they are never read; batch_stats="running" reads the network's own at every step.
 
     Args:
-        net, loss, query_loss, weight_norm, memory, batch_stats, backend: as in `fastmeta.MAML`.
+        net, loss, query_loss, weight_norm, memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
         inner_lr: where the rates start.
         inner_steps: K, at least 1.
         multi_step_epochs: epochs with a multi-step loss; 0: none.
@@ -65,6 +66,9 @@ class MAMLPlusPlus(Stepwise):
     """
 
     who = "MAMLPlusPlus"
+    # what `adapt` says before norms are left out of it
+    _asked: str | tuple[str, ...] = "all"
+    _norms: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -84,12 +88,14 @@ class MAMLPlusPlus(Stepwise):
         for name in ("order", "step_weights"):
             if name in options:
                 raise TypeError(f"{self.who}: `{name}` is no argument, `set_epoch` sets it")
+        check_flag(self.who, "per_step_norms", per_step_norms)
         for name, count in {"multi_step_epochs": multi_step_epochs, "first_order_epochs": first_order_epochs}.items():
-            _check_count(f"{self.who}: `{name}`", count, 0)
-        _check_count(argument(self.who, "steps"), inner_steps, 1)
+            check_count(f"{self.who}: `{name}`", count, 0)
+        check_count(argument(self.who, "steps"), inner_steps, 1)
         norms = _norm_parameters(net) if per_step_norms and isinstance(net, nn.Module) else {}
         if norms:
-            names = adapted_names(self.who, net, names_of(self.who, net, adapt))
+            self._asked, self._norms = names_of(self.who, net, adapt), frozenset(norms)
+            names = adapted_names(self.who, net, self._asked)
             adapt = [name for name in names if name not in norms]
         super().__init__(
             net,
@@ -110,6 +116,13 @@ class MAMLPlusPlus(Stepwise):
         self.first_order_epochs = first_order_epochs
         self.set_epoch(0)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As `Stepwise.names`, without the norms."""
+        if not self._norms:
+            return super().names
+        return tuple(name for name in adapted_names(self.who, self.net, self._asked) if name not in self._norms)
+
     def set_epoch(self, epoch: int) -> None:
         """Set `order` and `step_weights` to those of an epoch; to be called at its start.
 
@@ -119,7 +132,7 @@ class MAMLPlusPlus(Stepwise):
         Raises:
             TypeError, ValueError: no int, or a negative one.
         """
-        _check_count(f"{self.who}.set_epoch: `epoch`", epoch, 0)
+        check_count(f"{self.who}.set_epoch: `epoch`", epoch, 0)
         self.order = "first" if epoch < self.first_order_epochs else "second"
         self.step_weights = None
         if epoch < self.multi_step_epochs:
@@ -133,10 +146,23 @@ class MAMLPlusPlus(Stepwise):
         """As `MAML.explain`."""
         return super().explain(*args, **kwargs) if len(self.extra) else MAML.explain(self, *args, **kwargs)
 
-    def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
+    def _options(self, who: str, support_per_step: bool = False) -> Options:
+        options = super()._options(who, support_per_step)
+        return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
+
+    def _lr(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
+        lr = super()._lr(rates, tasks)
+        if not self._norms or not isinstance(lr, Mapping):
+            return lr
+        names = self.names  # to the operators these are named ones, which have rates for themselves alone
+        return {name: rate for name, rate in lr.items() if name in names}
+
+    def path(
+        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self._lr(rates, tasks)
         theta = {**params}
         yield theta
         for k in range(steps):
@@ -170,10 +196,3 @@ def _norm_parameters(net: nn.Module) -> dict[str, Tensor]:
     """The weights and biases of norms by name."""
     own = {id(value) for module in net.modules() if isinstance(module, _NORMS) for value in module.parameters(False)}
     return {name: value for name, value in net.named_parameters() if id(value) in own}
-
-
-def _check_count(what: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{what} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")

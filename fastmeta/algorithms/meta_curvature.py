@@ -35,7 +35,7 @@ class MetaCurvature(Stepwise):
 
     Args:
         net, loss, query_loss, inner_lr, inner_steps, order, adapt, learn_lr, lr_per_step, step_weights, weight_norm,
-            memory, batch_stats, backend: as in `fastmeta.MAML`.
+            memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -55,10 +55,15 @@ class MetaCurvature(Stepwise):
             for key, size in zip(_keys(name), _sizes(value.shape), strict=False):
                 self.extra[key] = nn.Parameter(torch.eye(size, dtype=value.dtype, device=value.device))
 
-    def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
+    def path(
+        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """As `Stepwise.path`."""
         params, rates = self._differentiable()
-        lr = self._lr(rates)
+        lr = self._lr(rates, tasks)
+        late = [name for name in self.names if f"extra.{_keys(name)[0]}" not in rates]
+        if late:
+            raise ValueError(f"{self.who}: {late[0]!r} was frozen when this was made, there are no matrices for it")
         theta = {**params}
         yield theta
         for k in range(steps):

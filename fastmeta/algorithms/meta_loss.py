@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.ops.checks import Tensors
-from fastmeta.ops.meta_gradient import mean_loss
+from fastmeta.ops.divergence import Settled, settled
 from fastmeta.ops.once import once_differentiable
-from fastmeta.ops.plan import Call
+from fastmeta.ops.plan import Call, mean_loss
 from fastmeta.problem import Result
 
 if TYPE_CHECKING:
@@ -37,17 +37,20 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     params, rates = maml.meta_parameters()
     if not torch.is_grad_enabled():
         call = maml.prepare(params, rates, tensors, support_per_step)
-        return answer(call, call.solve())
+        return found_in(settled(maml.who, maml.on_divergence, call, call.solve()))
     leaves, wrt = leaves_of(maml, params, rates)
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
     call = maml.prepare(params, rates, tensors, support_per_step, wrt)
-    result = call.solve()
-    loss, task_losses, output = answer(call, result)
+    found = settled(maml.who, maml.on_divergence, call, call.solve())
+    loss, task_losses, output = found_in(found)
     if leaves or inputs:
-        gradients = [flat_gradient(maml, call, result)] if leaves else []
-        gradients += [input_gradient(field, result) for field in inputs]
+        gradients = [flat_gradient(maml, call, found.result)] if leaves else []
+        gradients += [
+            found.by_task_weights() if field == "task_weights" else input_gradient(field, found.result)
+            for field in inputs
+        ]
         given = [getattr(tensors, field) for field in inputs]
         loss = _Attach.apply((loss, gradients), leaves, *leaves, *given)
     return loss, task_losses, output
@@ -84,6 +87,12 @@ def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
+def found_in(found: Settled) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task_losses, output)."""
+    result = found.result
+    return found.loss, cast(Tensor, result.task_losses), cast(Tensor, result.output)
+
+
 def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task_losses, output)."""
     task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
@@ -95,6 +104,15 @@ def attached(loss: Tensor, gradients: Mapping[str, Tensor], params: Mapping[str,
     leaves = [*params.values()]
     gradient = torch.cat([gradients[name].reshape(-1) for name in params])
     return cast(Tensor, _Attach.apply((loss, [gradient]), leaves, *leaves))
+
+
+def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """A loss as a function of leaves and inputs that its gradients are known for, in their order."""
+    if not gradients:
+        return loss
+    at = len(leaves)
+    flat = [torch.cat([gradient.reshape(-1) for gradient in gradients[:at]])] if leaves else []
+    return cast(Tensor, _Attach.apply((loss, flat + gradients[at:]), leaves, *leaves, *inputs))
 
 
 def inputs_of(tensors: Tensors) -> list[str]:

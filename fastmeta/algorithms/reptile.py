@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.diverged import check_diverged
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import attached
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import check_choice, check_diverged, left_out
 from fastmeta.ops.eager import eager
-from fastmeta.ops.options import Adapt, argument
+from fastmeta.ops.options import Adapt, argument, check_flag
 from fastmeta.ops.rates import Rates
 from fastmeta.update_rules import SGD
 
@@ -38,6 +38,8 @@ class Reptile(InnerLoop):
         loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in `fastmeta.MAML`.
         normalise: divide the gradient by inner_lr * inner_steps, which gives it the size of a loss's gradient; with
             inner_steps=1 it is that of the mean support loss. `inner_lr` must then be a number other than zero.
+        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters are not finite, looked for on any device
+            where gradients are on.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -61,9 +63,13 @@ class Reptile(InnerLoop):
         update_rule: SGD | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
+        on_divergence: str = "raise",
     ) -> None:
+        check_flag(self.who, "normalise", normalise)
+        check_choice(self.who, on_divergence)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend)
         self.normalise = normalise
+        self.on_divergence = on_divergence
         self._scale()
 
     @eager
@@ -105,10 +111,16 @@ class Reptile(InnerLoop):
             squares = [d.reshape(len(d), -1).square().sum(1) for d in way.values()]
             task_losses = torch.stack(squares).sum(0) / (2 * scale)
             weights = torch.ones_like(task_losses) if task_weights is None else task_weights
-            weights = weights / len(weights)
-            loss = torch.dot(weights, task_losses)
+            counted, losses = len(weights), task_losses
+            gone = left_out(self.who, self.on_divergence, adapted.values(), task_weights)
+            if gone:
+                counted, losses = gone.counted, gone.without(losses)
+                way = {name: gone.without(d) for name, d in way.items()}
+            weights = weights / counted
+            loss = torch.dot(weights, losses)
         if torch.is_grad_enabled() and any(value.requires_grad for value in params.values()):
-            check_diverged(self.who, "adapted parameters are", adapted.values())
+            if self.on_divergence == "raise":
+                check_diverged(self.who, "adapted parameters are", adapted.values(), task_weights)
             loss = attached(loss, {name: torch.tensordot(weights, d, 1) for name, d in way.items()}, params)
         return ReptileLoss(loss, task_losses, adapted)
 

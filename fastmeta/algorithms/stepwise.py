@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaLoss
-from fastmeta.algorithms.meta_loss import answer, attached, input_gradient, inputs_of
+from fastmeta.algorithms.meta_loss import answer, attached, attached_to, input_gradient, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import all_finite, leave_out, looked_for
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.plan import prepare
@@ -34,13 +36,19 @@ class Stepwise(MAML):
 
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
-        self.names = adapted_names(self.who, net, self.adapts)
         self.extra = nn.ParameterDict()
         self._extra = ParameterTable(self.extra)
         if self.update_rule.momentum:
             raise ValueError(f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}")
 
-    def path(self, options: Options, support: Tensors, steps: int, per_step: bool) -> Iterator[dict[str, Tensor]]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapted parameters, as the network is frozen now."""
+        return adapted_names(self.who, self.net, self.adapts)
+
+    def path(
+        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """theta_0 .. theta_K, with their graph where gradients are on.
 
         Args:
@@ -48,6 +56,7 @@ class Stepwise(MAML):
             support: x, y and weights.
             steps: K.
             per_step: there is a support set of its own for every step.
+            tasks: the numbers of the tasks that these are of all; None: they are all.
         """
         raise NotImplementedError
 
@@ -66,19 +75,9 @@ class Stepwise(MAML):
         """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`."""
         tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
         self.prepare(*self.meta_parameters(), tensors, support_per_step)  # checks everything before the first step
-        support = Tensors(support_x, support_y, support_weights)
-        last = self.inner_steps
-        weights = self.step_weights or (0.0,) * last + (1.0,)
-        parts = [
-            (weight, self._query(theta, tensors))
-            for k, (weight, theta) in enumerate(
-                zip(weights, self.path(self._step(), support, last, support_per_step), strict=True)
-            )
-            if weight or k == last
-        ]
-        loss = torch.stack([weight * part.loss for weight, part in parts]).sum(0)
-        task_losses = torch.stack([weight * part.task_losses for weight, part in parts]).sum(0)
-        return self.checked(MetaLoss(loss, task_losses, parts[-1][1].output))
+        if looked_for(self.on_divergence, support_x.is_cpu, task_weights):
+            return self.checked(self._settled(tensors, support_per_step), task_weights)
+        return self.checked(self._chain(tensors, support_per_step), task_weights)
 
     @eager
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
@@ -109,6 +108,50 @@ class Stepwise(MAML):
             self.flat.check(params, rates)
         return params, rates
 
+    def _chain(self, tensors: Tensors, per_step: bool, tasks: Tensor | None = None) -> MetaLoss:
+        """All steps and query losses, `loss` with its graph; of `tasks`, as in `path`."""
+        support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
+        last = self.inner_steps
+        weights = self.step_weights or (0.0,) * last + (1.0,)
+        path = self.path(self._step(), support, last, per_step, tasks)
+        parts = [
+            (weight, self._query(theta, tensors))
+            for k, (weight, theta) in enumerate(zip(weights, path, strict=True))
+            if weight or k == last
+        ]
+        loss = torch.stack([weight * part.loss for weight, part in parts]).sum(0)
+        task_losses = torch.stack([weight * part.task_losses for weight, part in parts]).sum(0)
+        return MetaLoss(loss, task_losses, parts[-1][1].output)
+
+    def _settled(self, tensors: Tensors, per_step: bool) -> MetaLoss:
+        """As `_chain`, without tasks that diverged: the gradients have to be there to be looked at."""
+        leaves, inputs = [], []
+        if torch.is_grad_enabled():
+            params, rates = self.meta_parameters()
+            own = [self.flat.vector] if self.flat is not None else [*params.values(), *rates.values()]
+            leaves = [leaf for leaf in own if leaf.requires_grad]
+            inputs = [getattr(tensors, field) for field in inputs_of(tensors)]
+
+        def again(tasks: Tensor | None) -> _Gradients:
+            part = tensors
+            if tasks is not None:
+                part = Tensors(*[None if x is None else x.index_select(0, tasks) for x in tensors])
+            out, by = self._chain(part, per_step, tasks), [*leaves, *inputs]
+            grads = torch.autograd.grad(out.loss, by, materialize_grads=True) if by else ()
+            return _Gradients(out._replace(loss=out.loss.detach()), list(grads))
+
+        whole = again(None)
+        rest = leave_out(self.who, self.on_divergence, whole, tensors.task_weights, again)
+        found, (loss, task_losses, output) = whole.grads, whole.out
+        if rest is not None and rest.answer is None:
+            loss, found = torch.zeros_like(loss), [torch.zeros_like(grad) for grad in found]
+        elif rest is not None and rest.answer is not None:
+            part = rest.answer.out
+            loss, found = part.loss * rest.scale, [grad * rest.scale for grad in rest.answer.grads]
+            task_losses = task_losses.index_copy(0, rest.tasks, part.task_losses)
+            output = output.index_copy(0, rest.tasks, part.output)
+        return MetaLoss(attached_to(loss, found, leaves, inputs), task_losses, output)
+
     def _step(self) -> Options:
         """The options of one inner step."""
         return self._options(self.who)._replace(steps=1, step_weights=None)
@@ -135,6 +178,22 @@ class Stepwise(MAML):
         super()._start()
         if hasattr(self, "extra"):  # in a copy; __init__ makes it after the base class has started
             self._extra = ParameterTable(self.extra)
+
+
+@dataclass(slots=True)
+class _Gradients:
+    """A chain's answer, and its gradients in the order of the leaves."""
+
+    out: MetaLoss
+    grads: list[Tensor]
+
+    @property
+    def task_losses(self) -> Tensor:
+        return self.out.task_losses
+
+    @property
+    def finite(self) -> bool:
+        return all_finite([self.out.loss, *self.grads])
 
 
 def support_of(support: Tensors, k: int, per_step: bool) -> Tensors:

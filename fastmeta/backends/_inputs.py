@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastmeta.backends._random_state import preserved
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
@@ -16,11 +16,16 @@ from fastmeta.update_rules import SGD
 
 
 def any_batch(problem: Problem) -> Batch:
-    """The support set, or else the query set; a problem has at least one."""
-    batch = problem.support or problem.query
+    """The set that is run first: the support set if inner steps read it, else the query set if there is one."""
+    batch = (problem.steps and problem.support) or problem.query or problem.support
     if batch is None:
         raise ValueError("a problem needs a support or a query set")
     return batch
+
+
+def runs(problem: Problem) -> bool:
+    """Whether the network is run at all: without inner steps only on a query set."""
+    return problem.steps > 0 or problem.query is not None
 
 
 def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
@@ -86,7 +91,7 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
     batch = any_batch(problem)
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
-    with torch.no_grad(), preserved(x.device):
+    with torch.no_grad(), preserved_for(problem):
         return tuple(call(problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
 
 
@@ -115,5 +120,7 @@ def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, 
         ("`support_y`", problem.loss, problem.support),
         ("`query_y`", problem.query_loss, problem.query),
     ):
+        if batch is problem.support and not runs(problem):
+            continue  # nothing runs, and the network need not take a set that is not used
         if loss is not None and batch is not None and batch.y is not None and loss.needs_class_indices(batch.y):
             loss.check_values(what, batch.y, shape(problem)[0])

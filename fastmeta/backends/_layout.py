@@ -37,8 +37,13 @@ def layout(shape: tuple[int, ...], channels: bool) -> tuple[int, int, int, int, 
     return (prod(shape[1:]), shape[0], prod(shape[1:-1]), width, True)
 
 
-def lay_out(program: Program) -> EngineProgram:
-    """Choose every value's layout, and convert by a reshape where a layer reads another one than was written."""
+def lay_out(program: Program, output_channels: bool = False) -> EngineProgram:
+    """Choose every value's layout, and convert by a reshape where a layer reads another one than was written.
+
+    Args:
+        program: the captured network.
+        output_channels: whether its output [C, d...] is wanted channels-last, else in torch's order.
+    """
     engine = EngineProgram(program)
     # of each value of the program: layout -> its number in the engine
     places: list[dict[bool, int]] = []
@@ -55,7 +60,7 @@ def lay_out(program: Program) -> EngineProgram:
             engine.layers.append((Layer("reshape", (), shape), (source,), known[channels]))
         return known[channels]
 
-    place(0, _wanted(program, 0))
+    place(0, _wanted(program, 0, output_channels))
     for output, layer in enumerate(program.layers, start=1):
         if layer.kind in CHANNELS:
             channels = True
@@ -67,12 +72,12 @@ def lay_out(program: Program) -> EngineProgram:
             layer, channels = _concat(layer, channels)
         if layer.kind == "reshape":
             inputs: tuple[int, ...] = tuple(next(iter(places[value].values())) for value in layer.inputs)
-            channels = _wanted(program, output)
+            channels = _wanted(program, output, output_channels)
         else:
             inputs = tuple(read(value, channels) for value in layer.inputs)
         place(output, channels)
         engine.layers.append((layer, inputs, next(iter(places[output].values()))))
-    engine.output = read(program.output, False)
+    engine.output = read(program.output, output_channels)
     return engine
 
 
@@ -85,8 +90,8 @@ def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
     return replace(layer, constants=(0.0 if side_by_side else float(prod(layer.shape[:at])),)), channels
 
 
-def _wanted(program: Program, value: int) -> bool:
-    """Whether the first layer that cares reads this value as an image."""
+def _wanted(program: Program, value: int, output_channels: bool) -> bool:
+    """Whether the first layer that cares, or else whoever reads the output, reads this value as an image."""
     same = {value}
     for output, layer in enumerate(program.layers, start=1):
         if same.isdisjoint(layer.inputs):
@@ -96,4 +101,4 @@ def _wanted(program: Program, value: int) -> bool:
         if layer.kind in ROWS or layer.kind == "reshape":
             return False
         same.add(output)
-    return False
+    return output_channels and program.output in same

@@ -1,4 +1,4 @@
-"""What the two backends that compile csrc/engine/loss_example.inl have to know of a loss."""
+"""What backends with kernels have to know of losses."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from fastmeta.losses import Loss
+from fastmeta.problem import Problem
 
 
-def refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
-    """Why `csrc/engine/loss_example.inl` has no such loss of an output [N, *out], "" if it has."""
+def reads_channels(problem: Problem) -> bool:
+    """Whether a loss of the problem's is over the channels of an output [C, d...]: one row of C for each position."""
+    if problem.program is None or len(problem.program.output_shape) < 2:
+        return False
+    return any(loss is not None and loss.kind == "cross_entropy" for loss in (problem.loss, problem.query_loss))
+
+
+def refuses_loss(loss: Loss) -> str:
+    """Why `csrc/engine/loss_example.inl` has no such loss, "" if it has."""
     if loss.kind == "custom":
         return f"the loss {loss.function!r} is a function of its own"
-    if loss.kind == "cross_entropy" and len(out) != 1:
-        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
     if loss.kind == "bce_with_logits":
         if loss.weight is not None:
             return "bce_with_logits with `weight`"
@@ -22,9 +28,12 @@ def refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
     return ""
 
 
-def class_weights(loss: Loss, out: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
-    """Class weights [C], or pos_weight spread over the last dimension of an output [N, *out]; often a copy, which the
-    caller has to hold."""
+def class_weights(
+    loss: Loss, out: tuple[int, ...], channels: bool, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | None:
+    """Class weights [C], or pos_weight spread over the last dimension of an output [N, *out], over all positions of one
+    that is read by channels; often a copy, which the caller has to hold."""
     if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
-        return loss.pos_weight.to(device, dtype).reshape(-1).expand(out[-1] if out else 1)
+        along = loss.pos_weight.to(device, dtype).reshape(-1)
+        return along.expand(out[1:]).reshape(-1) if channels else along.expand(out[-1] if out else 1)
     return None if loss.weight is None else loss.weight.to(device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from fastmeta.network.program import Program
+from fastmeta.network.program import Program, normalises
 from fastmeta.problem import Batch, Problem
 
 NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})
@@ -15,9 +15,8 @@ def refuses_norms(problem: Problem) -> str:
     program = problem.program
     if program is None:
         return ""
-    if problem.batch_stats == "task" and any(
-        _one_value(program, batch) for batch in (problem.support, problem.query) if batch is not None
-    ):
+    read = (problem.support if problem.steps else None, problem.query)
+    if any(_one_value(program, batch) for batch in read if batch is not None):
         return "batch norm over one value per channel"
     # a matrix is laid out for products
     matrices = {layer.params[0] for layer in program.layers if layer.kind not in NORMS and layer.params}
@@ -29,6 +28,6 @@ def refuses_norms(problem: Problem) -> str:
 
 
 def _one_value(program: Program, batch: Batch) -> bool:
-    """Whether some batch norm has a single value per channel."""
+    """Whether some norm over its batch has a single value per channel."""
     examples = batch.x.shape[2 if batch.per_step else 1]
-    return any(layer.kind == "batch_norm" and examples * prod(layer.shape[1:]) == 1 for layer in program.layers)
+    return any(normalises(layer) and examples * prod(layer.shape[1:]) == 1 for layer in program.layers)

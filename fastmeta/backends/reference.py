@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._inputs import any_batch, check_class_indices, check_rates, detached, gradients, inner_loop
+from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.network.functional import call, isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -28,7 +29,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` by a loop over tasks; keeps the graphs of all tasks and steps at once."""
-    with isolated(any_batch(problem).x.device):
+    with isolated(any_batch(problem).x.device), named_in(problem):
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
@@ -47,7 +48,7 @@ def _one_task(p: Problem, t: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
-    query_loss = output = torch.zeros(())
+    query_loss = output = _zero(p)
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             x, y, weights = _examples(p.query, (t,))
@@ -68,6 +69,8 @@ def _inner_step(
     value = loss(call(p.net, theta, x, batch_stats=p.batch_stats), y, weights)
     adapted = [theta[name] for name in p.rates]
     gradient = gradients([value], adapted, create_graph=p.order == "second")
+    if t == k == 0 and p.order == "second":
+        check_twice(value, gradient)
     theta, momentum = dict(theta), dict(momentum)
     for (name, rate), g in zip(p.rates.items(), gradient, strict=True):
         rate = rate[k if rate.shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
@@ -85,7 +88,7 @@ def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
 
 def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
     """The scalar J of `fastmeta.problem`."""
-    objective = torch.zeros(())
+    objective = _zero(p)
     for t, (query_loss, output, theta) in enumerate(answers):
         objective = objective + (1 if p.task_weights is None else p.task_weights[t]) / p.tasks * query_loss
         if p.adapted_grad is not None:
@@ -94,6 +97,10 @@ def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Ten
         if p.output_grad is not None:
             objective = objective + (p.output_grad[t] * output).sum()
     return objective
+
+
+def _zero(p: Problem) -> Tensor:
+    return next(iter(p.params.values())).detach().new_zeros(())
 
 
 def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:

@@ -58,12 +58,7 @@ def run(
     """
     machine.limit(threads)
     machine.twice_differentiable()
-    cases = [case for case in WORKLOADS[workload] if not tasks or case.tasks in tasks]
-    cases = [case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)]
-    if not cases:
-        raise ValueError(
-            f"bench: {workload} has no case with tasks {list(tasks)}, shots {list(shots)} and steps {list(steps)}"
-        )
+    cases = select(workload, tasks, shots, steps)
     facts = machine.facts()
     rows = []
     times: dict[str, dict[str, Times]] = {}
@@ -88,6 +83,23 @@ def run(
         times[case.id] = measured
     _fill_bandwidth(rows, cases, times, threads)
     return rows
+
+
+def select(
+    workload: str, tasks: Sequence[int] = (), shots: Sequence[int] = (), steps: Sequence[int] = ()
+) -> list[Case]:
+    """The cases of a workload with these numbers; arguments are those of `run`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    cases = [case for case in WORKLOADS[workload] if not tasks or case.tasks in tasks]
+    cases = [case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)]
+    if not cases:
+        raise ValueError(
+            f"bench: {workload} has no case with tasks {list(tasks)}, shots {list(shots)} and steps {list(steps)}"
+        )
+    return cases
 
 
 def _check(workload: str, case: Case, name: str, threads: int) -> tuple[Row, Prepared | None]:

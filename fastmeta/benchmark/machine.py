@@ -24,12 +24,22 @@ def limit(threads: int) -> None:
     Raises:
         ValueError: there are fewer cores.
     """
+    check_threads(threads)
     cores = usable_cores()
-    if not 1 <= threads <= len(cores):
-        raise ValueError(f"bench: `threads` must be 1 to {len(cores)} (the cores of this machine), got {threads}")
     if hasattr(os, "sched_setaffinity") and threads < len(cores):
         os.sched_setaffinity(0, cores[:threads])
     torch.set_num_threads(threads)
+
+
+def check_threads(threads: int) -> None:
+    """Let pass a number of cores that there are.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    cores = len(usable_cores())
+    if not 1 <= threads <= cores:
+        raise ValueError(f"bench: `threads` must be 1 to {cores} (the cores of this machine), got {threads}")
 
 
 def usable_cores() -> list[int]:

@@ -13,7 +13,7 @@ from fastmeta.cases.losses import LOSSES, draw_target
 from fastmeta.losses import Loss
 
 OPERATORS = ("meta_gradient", "inner_sgd", "task_forward")
-RATES = ("scalar", "per_step", "tensor", "element", "element_step_task", "head", "zero")
+RATES = ("scalar", "per_step", "tensor", "rows", "columns", "element", "element_step_task", "head", "zero")
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Instance:
     support_y: Tensor
     query_x: Tensor  # [T, M, *in]
     query_y: Tensor
-    rates: dict[str, Tensor]  # name -> [K or 1, T or 1, *(S or 1s)]
+    rates: dict[str, Tensor]  # name -> [K or 1, T or 1, *(S or 1s)], as an operator takes them
     per_task: frozenset[str] = frozenset()
     support_weights: Tensor | None = None  # [T, N] or [T, K, N]
     query_weights: Tensor | None = None  # [T, M]
@@ -67,10 +67,11 @@ class Case:
     momentum: float = 0.0
     weight_decay: float = 0.0
     step_weights: bool = False  # a weight on the query loss of every step
-    weighted: str = ""  # letters of "s" support examples, "q" query examples, "t" tasks
+    weighted: str = ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
     per_task: str = ""  # "": shared parameters; "all" or "some" have one value a task
     per_step: bool = False  # a support set for each inner step
     memory: str = "auto"
+    batch_stats: str = "task"
     kinks: bool = False  # a derivative in use jumps somewhere
     wrt_inputs: bool = True  # gradients to the data are compared too
 
@@ -90,6 +91,7 @@ class Case:
             f"own_{self.per_task}" if self.per_task else "",
             "per_step" if self.per_step else "",
             self.memory if self.memory != "auto" else "",
+            f"stats_{self.batch_stats}" if self.batch_stats != "task" else "",
         ]
         return "-".join([self.label, shapes, *filter(None, options)])
 
@@ -142,6 +144,10 @@ class Case:
             task_weights=positive(tasks) if "t" in self.weighted else None,
             step_weights=tuple(positive(steps + 1).tolist()) if self.step_weights else None,
         )
+        if "0" in self.weighted:
+            for weights in (instance.support_weights, instance.query_weights):
+                if weights is not None:
+                    weights[-1] = 0
         if self.operator == "inner_sgd":
             instance.adapted_grad = {name: normal(tasks, *shape) for name, shape in shapes.items()}
         if self.operator == "task_forward":
@@ -172,6 +178,10 @@ def _draw_rates(
             rates[name] = per_step.clone().reshape(steps, 1, *ones)
         elif form == "tensor":
             rates[name] = lr * positive(1, 1, *ones)
+        elif form == "rows":
+            rates[name] = lr * positive(1, 1, shape[0], *ones[1:])
+        elif form == "columns":
+            rates[name] = lr * positive(steps, 1, *ones[:-1], shape[-1])
         elif form == "element":
             rates[name] = lr * positive(1, 1, *shape)
         elif form == "element_step_task":

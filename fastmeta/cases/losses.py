@@ -56,15 +56,16 @@ LOSSES: dict[str, LossCase] = {
 
 
 def draw_target(kind: str, lead: tuple[int, ...], output: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Targets of one kind for examples [*lead] with outputs [*output]: [*lead, *output], or [*lead] for classes."""
+    """Targets of one kind for examples [*lead] with outputs [*output]: [*lead, *output], or [*lead, *output[1:]] for
+    classes, which an output [C, d...] has one of at each position."""
     if kind == "float":
         return torch.randn(*lead, *output, generator=generator)
     if kind == "binary":
         return torch.rand(*lead, *output, generator=generator)
     if kind == "probabilities":
-        return torch.randn(*lead, *output, generator=generator).softmax(-1)
-    classes = torch.randint(output[-1], lead, generator=generator)
+        return torch.randn(*lead, *output, generator=generator).softmax(len(lead))
+    classes = torch.randint(output[0], (*lead, *output[1:]), generator=generator)
     if kind == "masked":
-        # Every third example, never the first: a task with nothing left has the loss nan by PyTorch's definition.
+        # Every third example or position, never the first: a task with nothing left has the loss nan, as in PyTorch.
         classes[..., 1::3] = IGNORED
     return classes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,32 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.other(x)))
 
 
+def half_frozen_norms() -> nn.Module:
+    """Batch norms of two feature maps and of two vectors, the first of each in eval mode with statistics of its own."""
+    norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm1d(9), nn.BatchNorm1d(9)]
+    _freeze(norms[::2])
+    images = [nn.Conv2d(2, 4, 3), norms[0], nn.Tanh(), nn.Conv2d(4, 6, 2), norms[1], nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*images, nn.Linear(12, 9), norms[2], nn.Tanh(), nn.Linear(9, 9), norms[3], nn.Linear(9, 3))
+
+
+def _freeze(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
+    """Eval mode, and running statistics that are no mean of zero and variance of one."""
+    for norm in norms:
+        norm.eval()
+        step = torch.arange(float(norm.num_features))
+        norm.running_mean, norm.running_var = 0.1 * step, 1 + 0.2 * step
+        norm.num_batches_tracked = torch.tensor(1)
+
+
+def half_frozen_norms_mlp() -> nn.Module:
+    """Batch norms of vectors, every other one in eval mode with statistics of its own."""
+    norms = [nn.BatchNorm1d(13), nn.BatchNorm1d(13), nn.BatchNorm1d(7, affine=False)]
+    _freeze(norms[::2])
+    first, second, third = norms
+    body = [nn.Linear(3, 13), first, nn.Tanh(), nn.Linear(13, 13), second, nn.Tanh(), nn.Linear(13, 7), third]
+    return nn.Sequential(*body, nn.Tanh(), nn.Linear(7, 5))
+
+
 class Transformer(nn.Module):
     """Tokens [N, L, I] embedded, with learned positions, through encoder layers, averaged, to a linear head."""
 
@@ -119,6 +146,21 @@ def normed_rows() -> nn.Sequential:
     return nn.Sequential(
         nn.BatchNorm1d(6), nn.Linear(4, 9), nn.GroupNorm(2, 6), nn.Tanh(), nn.LayerNorm((6, 9)), nn.Linear(9, 2)
     )
+
+
+def grid(output: tuple[int, ...]) -> nn.Sequential:
+    """[N, 3] -> [N, *output], by linear layers and an unflattening."""
+    return nn.Sequential(nn.Linear(3, 13), nn.Tanh(), nn.Linear(13, prod(output)), nn.Unflatten(1, output))
+
+
+def sequence() -> nn.Sequential:
+    """[N, 6, 4] -> [N, 6, 5], along the last dimension."""
+    return nn.Sequential(nn.Linear(4, 7), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(7, 5))
+
+
+def segments() -> nn.Sequential:
+    """[N, 2, H, W] -> [N, 5, H, W], five numbers a pixel."""
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1))
 
 
 class HalfNorms(nn.Module):

@@ -10,7 +10,20 @@ from torch import nn
 from fastmeta.cases.case import RATES, Case
 from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
-from fastmeta.cases.networks import ACTIVATIONS, KINKED, HalfNorms, Residual, Tied, mlp, normed_rows
+from fastmeta.cases.networks import (
+    ACTIVATIONS,
+    KINKED,
+    HalfNorms,
+    Residual,
+    Tied,
+    grid,
+    half_frozen_norms,
+    half_frozen_norms_mlp,
+    mlp,
+    normed_rows,
+    segments,
+    sequence,
+)
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
 
@@ -81,6 +94,9 @@ def _normed() -> Iterator[Case]:
     yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
     yield Case("rows_normed", normed_rows, (6, 4))
     yield Case("half_norms", HalfNorms, (13,), loss="ce")
+    half = partial(Case, loss="ce", batch_stats="module", tasks=2, shots=4, queries=3)
+    yield half("half_frozen_norms", half_frozen_norms_mlp, (3,), rates="rows", memory="recompute")
+    yield half("half_frozen_image_norms", half_frozen_norms, (2, 5, 4))
 
 
 def _losses() -> Iterator[Case]:
@@ -88,8 +104,21 @@ def _losses() -> Iterator[Case]:
         lr = 0.02 if name.endswith("_sum") else 0.1
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr)
         yield _SMOOTH(loss=name, kinks=loss.kinks, lr=lr, weighted="sqt", steps=1)
+    for name in ("mse_masked_mean", "ce_masked_mean"):  # a task without weights
+        yield _SMOOTH(loss=name, weighted="sq0")
     yield _SMOOTH(loss="mse", query_loss="huber", kinks=True)
     yield _SMOOTH(loss="bce", query_loss="ce")
+
+
+def _positions() -> Iterator[Case]:
+    """Cross-entropy over the channels of an output [C, d...]."""
+    net = partial(Case, "grid", partial(grid, (5, 2, 2)), (3,))
+    yield net(loss="ce_everything", weighted="sqt")
+    yield net(loss="ce_probabilities_everything", weighted="sq", step_weights=True, per_step=True)
+    yield net(loss="ce_masked_mean", weighted="sq0", memory="recompute")
+    yield net(loss="ce_sum", query_loss="ce_probabilities", order="first", lr=0.02)
+    yield Case("sequence", sequence, (6, 4), loss="ce_ignored", query_loss="bce_pos_weight")
+    yield Case("segments", segments, (2, 4, 3), loss="ce_everything", shots=2, queries=2, weighted="s")
 
 
 def _options() -> Iterator[Case]:
@@ -136,7 +165,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 def _all() -> Iterator[Case]:
     images = (convolutions, norms, pooled_norms, first_layers, pools)
-    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _options, _operators):
+    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _positions, _options, _operators):
         yield from family()
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, run, write_chart, write_csv
+from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, engine, machine, run, write_chart, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
+from fastmeta.cli.files import told
 
 #: Columns of the tables where the output is no terminal.
 WIDTH = 128
@@ -27,7 +29,7 @@ BUSY = 0.15
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
 @click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
 @click.option("--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/bench"))
+@click.option("--out", type=folder.Folder(), default=Path("runs/bench"))
 def bench(
     workloads: tuple[str, ...],
     tasks: tuple[int, ...],
@@ -50,32 +52,41 @@ def bench(
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    folder.make(out)
+    chosen: dict[str, tuple[int, ...]] = {}
+    for workload in workloads or tuple(WORKLOADS):
+        few = tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32})
+        chosen[workload] = tasks or (few if quick else ())
+    # Before anything is timed: a mistake shows at once, not after the workloads that are right.
+    try:
+        machine.check_threads(threads)
+        for workload, counts in chosen.items():
+            engine.select(workload, counts, shots, steps)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    folder.make(out, ("bench.csv", "bench.png"))
     rows: list[Row] = []
     with console.status("") as status:
-        for workload in workloads or tuple(WORKLOADS):
-            counts = tasks or (tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32}) if quick else ())
-            try:
-                rows += run(
-                    workload,
-                    tasks=counts,
-                    shots=shots,
-                    steps=steps,
-                    threads=threads,
-                    peers=names,
-                    protocol=QUICK if quick else Protocol(),
-                    say=status.update,
-                )
-            except ValueError as error:
-                raise click.UsageError(str(error)) from error
+        for workload, counts in chosen.items():
+            rows += run(
+                workload,
+                tasks=counts,
+                shots=shots,
+                steps=steps,
+                threads=threads,
+                peers=names,
+                protocol=QUICK if quick else Protocol(),
+                say=status.update,
+            )
     _report(console, rows)
-    write_csv(out / "bench.csv", rows)
-    console.print(f"wrote {out / 'bench.csv'}")
+    with told(out / "bench.csv", "write"):
+        write_csv(out / "bench.csv", rows)
+    console.print(f"wrote {escape(str(out / 'bench.csv'))}")
     try:
-        write_chart(out / "bench.png", rows)
-        console.print(f"wrote {out / 'bench.png'}")
+        with told(out / "bench.png", "write"):
+            write_chart(out / "bench.png", rows)
+        console.print(f"wrote {escape(str(out / 'bench.png'))}")
     except ImportError as error:
-        console.print(f"no chart: {error}; pip install 'fastmeta[plot]'")
+        console.print(f"no chart: {error}; pip install 'fastmeta[plot]'", markup=False)
     if any(row.peer.startswith("fastmeta") and row.status in ("wrong", "broken") for row in rows):
         raise click.exceptions.Exit(1)
 

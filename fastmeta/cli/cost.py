@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastmeta import backends
-from fastmeta.benchmark import QUICK, Protocol, inner_memory, orders, write_csv
+from fastmeta.benchmark import QUICK, Protocol, inner_memory, machine, orders, write_csv
 from fastmeta.cases import WORKLOADS
 from fastmeta.cli import folder
+from fastmeta.cli.files import told
 
 _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 
@@ -20,10 +22,12 @@ _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 @click.option(
     "--workload", "workloads", type=click.Choice(_CAPTURED), multiple=True, help="Of the first table; repeatable."
 )
-@click.option("--steps", type=click.IntRange(1), multiple=True, help="Inner steps of the second table; repeatable.")
+@click.option(
+    "--steps", type=click.IntRange(1, 2**31 - 1), multiple=True, help="Inner steps of the second table; repeatable."
+)
 @click.option("--threads", default=1, help="Cores of the first table.")
 @click.option("--quick", is_flag=True, help="A shorter clock, and no more than 4 tasks or the fewest there are.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/cost"))
+@click.option("--out", type=folder.Folder(), default=Path("runs/cost"))
 def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick: bool, out: Path) -> None:
     """Time of second order over first order on the cpu backend, and peak memory over the number of inner steps.
 
@@ -34,7 +38,11 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    folder.make(out)
+    try:
+        machine.check_threads(threads)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    folder.make(out, ("orders.csv", "memory.csv"))
     times: list[orders.OrderRow] = []
     with console.status("") as status:
         peaks = inner_memory.run(steps=steps or inner_memory.STEPS, say=status.update)
@@ -43,22 +51,21 @@ def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick
         else:
             for name in workloads or orders.DEFAULT:
                 most = max(4, min(case.tasks for case in WORKLOADS[name])) if quick else 32
-                try:
-                    times += orders.run(
-                        (name,),
-                        threads=threads,
-                        most_tasks=most,
-                        protocol=QUICK if quick else Protocol(),
-                        say=status.update,
-                    )
-                except ValueError as error:
-                    raise click.UsageError(str(error)) from error
+                times += orders.run(
+                    (name,),
+                    threads=threads,
+                    most_tasks=most,
+                    protocol=QUICK if quick else Protocol(),
+                    say=status.update,
+                )
     if times:
         console.print(_times(times))
-        write_csv(out / "orders.csv", times)
+        with told(out / "orders.csv", "write"):
+            write_csv(out / "orders.csv", times)
     console.print(_peaks(peaks))
-    write_csv(out / "memory.csv", peaks)
-    console.print(f"wrote {out}")
+    with told(out / "memory.csv", "write"):
+        write_csv(out / "memory.csv", peaks)
+    console.print(f"wrote {escape(str(out))}")
     if any(row.reason for row in times) or any(row.reason for row in peaks):
         raise click.exceptions.Exit(1)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmeta.models.check import MOST
+
 
 class Episode(NamedTuple):
     """The support and query sets of T tasks: one meta-batch, in the order `maml(*episode)` takes it.
@@ -40,7 +42,7 @@ class MetaBatches(Dataset[Episode]):
 
     Raises:
         TypeError: an integer argument is none.
-        ValueError: `tasks` or `iterations` is below 1, or `seed` is not in 0 .. 2**64 - 1.
+        ValueError: `tasks` or `iterations` is not in 1 .. 2**31 - 1, or `seed` is not in 0 .. 2**64 - 1.
     """
 
     def __init__(self, tasks: int, iterations: int, seed: int) -> None:
@@ -79,14 +81,14 @@ class MetaBatches(Dataset[Episode]):
         counter = np.array([0, stream, 0, 0], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
-    def _integer(self, name: str, value: int, low: int = 1, high: int | None = None) -> int:
+    def _integer(self, name: str, value: int, low: int = 1, high: int = MOST) -> int:
         """`value` as an int, or an error that names the argument."""
-        expected = f"at least {low}" if high is None else f"in {low} .. {high}"
+        expected = f"in {low} .. {high}"
         try:
             number = as_index(value)
         except TypeError:
             message = f"{type(self).__name__}: `{name}` must be an integer {expected}, got {value!r}"
             raise TypeError(message) from None
-        if number < low or (high is not None and number > high):
+        if not low <= number <= high:
             raise ValueError(f"{type(self).__name__}: `{name}` must be {expected}, got {number}")
         return number

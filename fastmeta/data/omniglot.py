@@ -178,10 +178,16 @@ def _choose(parts: Sequence[str], held: Sequence[_Files], alphabets: Iterable[st
 
 def _image(pillow: Any, archive: ZipFile, name: str, size: int) -> np.ndarray[Any, Any]:
     """One drawing as grey levels [size, size], uint8, 255 is paper."""
-    with archive.open(name) as file, pillow.open(file) as image:
-        # Grey first: Pillow resizes one-bit images by nearest neighbour, whatever the filter asked for.
-        grey = image.convert("L")
-        return np.asarray(grey.resize((size, size), pillow.Resampling.LANCZOS))
+    try:
+        with archive.open(name) as file, pillow.open(file) as image:
+            # Grey first: Pillow resizes one-bit images by nearest neighbour, whatever the filter asked for.
+            grey = image.convert("L")
+            return np.asarray(grey.resize((size, size), pillow.Resampling.LANCZOS))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damage does to zipfile, zlib and Pillow
+        message = f"Omniglot: {name} in {archive.filename} cannot be read ({error}); delete the file, then download it"
+        raise ValueError(message) from error
 
 
 def _check_counts(classes: Sequence[str], drawings: Sequence[Sequence[Any]]) -> None:

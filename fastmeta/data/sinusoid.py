@@ -17,13 +17,13 @@ INPUT = (-5.0, 5.0)
 
 # Meta-batches drawn together: the cost of a random stream and of a dozen array operations is shared among them.
 # Part of what a seed means, so never change it with the shapes.
-_BLOCK = 16
+BLOCK = 16
 
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Block(NamedTuple):
-    """The meta-batches number * _BLOCK onwards, in the data set's dtype; B = _BLOCK."""
+    """The meta-batches number * BLOCK onwards, in the data set's dtype; B = BLOCK."""
 
     number: int
     amplitude: NDArray[np.floating]  # [B, T]
@@ -70,7 +70,7 @@ class Sinusoid(MetaBatches):
         super().__init__(tasks, iterations, seed)
         self.shots = self._integer("shots", shots)
         self.query = self.shots if query is None else self._integer("query", query)
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
             raise TypeError(f"Sinusoid: `dtype` must be torch.float32 or torch.float64, got {dtype!r}")
         self.dtype = dtype
         self._cached: _Block | None = None
@@ -87,7 +87,7 @@ class Sinusoid(MetaBatches):
 
     def _block(self, index: int) -> tuple[_Block, int]:
         """The block that holds meta-batch `index`, and its place in there."""
-        number, place = divmod(self._position(index), _BLOCK)
+        number, place = divmod(self._position(index), BLOCK)
         block = self._cached
         if block is None or block.number != number:
             self._cached = block = self._draw(number)
@@ -95,9 +95,9 @@ class Sinusoid(MetaBatches):
 
     def _draw(self, number: int) -> _Block:
         random = self._generator(number)
-        amplitude = random.uniform(*AMPLITUDE, (_BLOCK, self.tasks))
-        phase = random.uniform(*PHASE, (_BLOCK, self.tasks))
-        x = random.uniform(*INPUT, (_BLOCK, self.tasks, self.shots + self.query, 1))
+        amplitude = random.uniform(*AMPLITUDE, (BLOCK, self.tasks))
+        phase = random.uniform(*PHASE, (BLOCK, self.tasks))
+        x = random.uniform(*INPUT, (BLOCK, self.tasks, self.shots + self.query, 1))
         y = amplitude[..., None, None] * np.sin(x - phase[..., None, None])
         return _Block(number, *(array.astype(_DTYPES[self.dtype]) for array in (amplitude, phase, x, y)))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.models.check import positive
+from fastmeta.ops.checks import check_ordinary
 from fastmeta.ops.options import argument
 
 _DTYPES = (torch.float32, torch.float64)
@@ -29,6 +30,7 @@ def check_features(
         what = argument(who, name)
         if not isinstance(features, Tensor):
             raise TypeError(f"{what} must be a tensor, got {type(features).__name__}")
+        check_ordinary(what, features)
         if features.dtype not in _DTYPES:
             raise TypeError(f"{what} must be torch.float32 or torch.float64, got {features.dtype}")
         if features.dim() != 3 or 0 in features.shape:
@@ -64,6 +66,7 @@ def check_classes(
     what, lead = argument(who, "support_y"), tuple(support_features.shape[:2])
     if not isinstance(support_y, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(support_y).__name__}")
+    check_ordinary(what, support_y)
     if support_y.dtype != torch.int64:
         raise TypeError(f"{what} must be torch.int64 (class indices), got {support_y.dtype}")
     if tuple(support_y.shape) != lead:
@@ -96,6 +99,7 @@ def check_weights(
         return support_features.new_ones(*lead, 1)
     if not isinstance(support_weights, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(support_weights).__name__}")
+    check_ordinary(what, support_weights)
     if tuple(support_weights.shape) != lead:
         raise ValueError(f"{what} must be [T, N] = {lead}, got {tuple(support_weights.shape)}")
     check_like(what, support_weights, support_features, "the features")
@@ -131,6 +135,7 @@ def check_factor(
     """
     what, tasks = argument(who, name), features.shape[0]
     if isinstance(value, Tensor):
+        check_ordinary(what, value)
         check_like(what, value, features, "the features")
         if tuple(value.shape) not in ((), (tasks,)):
             raise ValueError(f"{what} must be () or [T] = {(tasks,)}, got {tuple(value.shape)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
-from torch import Tensor, int64
+from torch import Tensor, finfo, int64
 from torch import dtype as Dtype
 
 from fastmeta.losses import cross_entropy, elementwise
@@ -33,8 +33,9 @@ class Loss:
         pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out]. Constant.
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
         weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
-            sum(w * l) / sum(w). Where torch's own denominator is not N (cross_entropy of class indices counts class
-            weights of the positions that are not ignored), it takes the place of N, and w multiplies its terms.
+            sum(w * l) / sum(w), which is zero where all weights are. Where torch's own denominator is not N
+            (cross_entropy of class indices counts class weights of the positions that are not ignored), it takes the
+            place of N, and w multiplies its terms.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -81,7 +82,8 @@ class Loss:
             weights: [N], of output's dtype: one weight an example. None: all ones.
 
         Returns:
-            A scalar; as in PyTorch, NaN where a mean has nothing to count.
+            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"` and weights that
+            are all zero it is zero, and so are its derivatives.
 
         Derivatives: twice differentiable in output, target (where it is floating point) and weights.
 
@@ -97,9 +99,12 @@ class Loss:
         if weights.shape != output.shape[:1]:
             raise ValueError(f"{self.kind}: `weights` must be {tuple(output.shape[:1])}, got {tuple(weights.shape)}")
         weights = weights.reshape(-1, *[1] * (values.dim() - 1))  # [N, 1...]
-        if self.weight_norm == "sum":
-            shares = weights.expand_as(values) if shares is None else weights * shares
-        return self._reduce(weights * values, shares)
+        if self.weight_norm != "sum" or self.reduction == "sum":
+            return self._reduce(weights * values, shares)
+        total = (weights.expand_as(values) if shares is None else weights * shares).sum()
+        # no weights at all: nothing counts, and no derivative is left
+        nothing = (weights.abs() < finfo(weights.dtype).tiny).all()
+        return (weights * values).sum() / total.masked_fill(nothing, inf)
 
     def needs_class_indices(self, target: Tensor) -> bool:
         """Whether `target` is read as class indices, whose range is worth checking (`check_values`)."""
@@ -216,13 +221,13 @@ class Loss:
 
 def _check_options(loss: Loss) -> None:
     kind = loss.kind
-    if kind not in NAMES and (kind != "custom" or loss.function is None):
+    if not isinstance(kind, str) or (kind not in NAMES and (kind != "custom" or loss.function is None)):
         raise ValueError(f"loss must be one of {', '.join(map(repr, NAMES))} or a function, got {kind!r}")
     if kind != "custom" and loss.function is not None:
         raise ValueError(f"{kind} has no `function`")
-    if loss.reduction not in ("mean", "sum"):
+    if not isinstance(loss.reduction, str) or loss.reduction not in ("mean", "sum"):
         raise ValueError(f"{kind}: `reduction` must be 'mean' or 'sum', got {loss.reduction!r}")
-    if loss.weight_norm not in ("count", "sum"):
+    if not isinstance(loss.weight_norm, str) or loss.weight_norm not in ("count", "sum"):
         raise ValueError(f"`weight_norm` must be 'count' or 'sum', got {loss.weight_norm!r}")
     beta = "delta" if kind == "huber" else "beta"
     numbers: tuple[tuple[str, object], ...] = (
@@ -243,6 +248,8 @@ def _check_options(loss: Loss) -> None:
     ):
         if value is not None and kind not in kinds:
             raise ValueError(f"{kind} has no `{name}`")
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
         if value is not None and value.requires_grad:
             raise ValueError(f"{kind}: `{name}` gets no gradient, but requires grad; detach it")
 

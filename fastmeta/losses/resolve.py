@@ -52,6 +52,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
+    if not isinstance(weight_norm, str):
+        raise TypeError(f"`weight_norm` must be 'count' or 'sum', got {weight_norm!r}")
     if isinstance(loss, str):
         return _named(loss, weight_norm)
     if isinstance(loss, type):

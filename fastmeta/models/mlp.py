@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastmeta.models.check import positives
+from fastmeta.models.check import flag, positives
 
 
 class MLP(nn.Module):
@@ -32,6 +32,7 @@ class MLP(nn.Module):
     def __init__(self, widths: Sequence[int], *, batch_norm: bool = False, flatten: bool = False) -> None:
         super().__init__()
         widths = positives("MLP", "widths", widths, "inputs and outputs at least", 2)
+        batch_norm, flatten = flag("MLP", "batch_norm", batch_norm), flag("MLP", "flatten", flatten)
         layers: list[nn.Module] = [nn.Flatten()] if flatten else []
         for inputs, outputs in pairwise(widths[:-1]):
             layers.append(_linear(inputs, outputs))

@@ -80,7 +80,10 @@ class Builder:
         input_shape: tuple[int, ...],
         parameters: Mapping[int, Parameter],
         buffers: Mapping[int, Buffer],
+        batch_stats: str = "task",
     ) -> None:
+        #: what norms of the batch normalise by, as in `fastmeta.network.functional.call`
+        self.batch_stats = batch_stats
         self.layers: list[Layer] = []
         self.input = Value(0, input_shape, memory=0, version=0)
         self._versions = [0]

@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, fx, nn
 
+from fastmeta.bounded import Bounded
 from fastmeta.network.build import BATCH, Buffer, Builder, Constant, Parameter, Refused, Value, described
 from fastmeta.network.guards import HOOKS, Guard
 from fastmeta.network.kinds import CALLS, MODULES, READ_BUFFERS
@@ -22,23 +23,25 @@ from fastmeta.network.sizes import ARITHMETIC, AUGMENTED
 from fastmeta.network.trace import Root, function_name, traced
 
 _Result = tuple[Program | None, str]
+#: Captures kept of one network, one for each shape of its input, and the bytes that they may take in all.
+_MOST_CAPTURES, _MOST_BYTES = 256, 8 << 20
 
 
 class _Captures:
     """What is known of one network: its captures, and the guard that they all stand on."""
 
-    def __init__(self, net: nn.Module, known: dict[Program, Program]) -> None:
+    def __init__(self, net: nn.Module, known: Bounded[Program, Program]) -> None:
         key = id(net)
         self.net = ref(net, lambda _: _CAPTURES.pop(key, None))
         self.guard = Guard(net)
-        self.results: dict[Any, _Result] = {}
+        self.results: Bounded[Any, _Result] = Bounded(_MOST_CAPTURES, _MOST_BYTES, lambda result: _bytes(result[0]))
         self.known = known
 
 
 _CAPTURES: dict[int, _Captures] = {}
 
 
-def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str = "task") -> _Result:
     """The layer program of a network for one shape of input, or the reason why it has none.
 
     The same `Program` object is returned until the network changes in a way that changes the program. Trained or
@@ -48,6 +51,7 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
         net: any module; it is not modified.
         input_shape: shape of one example, without batch dimension.
         dtype: of the input, a floating-point type.
+        batch_stats: as in `fastmeta.network.functional.call`; it says which norms name their running statistics.
 
     Returns:
         (program, "") or (None, reason).
@@ -57,24 +61,40 @@ def captured(net: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -
         for name, module in net.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 return None, f"cannot capture {_place(name, module)}: it is a TorchScript module"
-        known = captures.known if captures is not None and captures.net() is net else {}
+        known = (
+            captures.known
+            if captures is not None and captures.net() is net
+            else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
+        )
         captures = _CAPTURES[id(net)] = _Captures(net, known)
-    key = (input_shape, dtype)
+    key = (input_shape, dtype, batch_stats)
     result = captures.results.get(key)
     if result is None:
-        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype)
+        program, reason = _captured(net, captures.guard, tuple(input_shape), dtype, batch_stats)
         if program is not None:
             # Plans are cached by program: an equal one is handed out as the same object.
-            program = captures.known.setdefault(program, program)
-        result = captures.results[key] = program, reason
+            program = captures.known.get(program) or captures.known.put(program, program)
+        result = captures.results.put(key, (program, reason))
     return result
 
 
-def _captured(net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+def frozen_flags(net: nn.Module) -> tuple[bool, ...]:
+    """Which parameters of a network require grad, module by module; to be asked right after `captured`."""
+    return _CAPTURES[id(net)].guard.requires_grad()
+
+
+def _bytes(program: Program | None) -> int:
+    """About what a program takes in memory."""
+    return 500 if program is None else 1000 + 700 * len(program.layers) + 200 * len(program.params)
+
+
+def _captured(
+    net: nn.Module, guard: Guard, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str
+) -> _Result:
     try:
         _check(net, guard, dtype)
         root, graph = traced(net)
-        return _program(root, graph, input_shape), ""
+        return _program(root, graph, input_shape, batch_stats), ""
     except Refused as reason:
         return None, str(reason)
 
@@ -96,15 +116,17 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
                 raise Refused(f"cannot capture {place}: it has a parameter of type {type(parameter).__qualname__}")
     if guard.hooked:
         raise Refused("cannot capture any network while global module hooks are registered")
+    if guard.entropy:
+        raise Refused(f"cannot capture a forward that reads the clock or entropy ({guard.entropy[0]})")
     if guard.unwatched:
         raise Refused(f"cannot watch {guard.unwatched[0]} for changes")
 
 
-def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...]) -> Program:
+def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...], batch_stats: str) -> Program:
     """Turn the traced operators into layers, one by one."""
     parameters = {id(p): Parameter(name, tuple(p.shape)) for name, p in root.net.named_parameters()}
     buffers = {id(b): Buffer(name, tuple(b.shape)) for name, b in root.net.named_buffers()}
-    build = Builder(input_shape, parameters, buffers)
+    build = Builder(input_shape, parameters, buffers, batch_stats)
     results: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         try:

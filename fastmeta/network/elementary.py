@@ -147,11 +147,23 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row of another task."""
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row of another task.
+
+    Rows whose norm is above `max_norm` are renormalised; as PyTorch, which does so in place beforehand, this has the
+    derivative one. The gradient is never sparse.
+    """
     index = input.long().reshape(-1, 1).expand(-1, weight.shape[1])
-    rows = weight.gather(0, index).reshape(*input.shape, weight.shape[1])
+    rows = weight.gather(0, index)
+    if max_norm is not None:
+        sizes = rows.detach().norm(norm_type, 1, keepdim=True)
+        scale = torch.where(sizes > max_norm, max_norm / (sizes + 1e-7), 1.0)
+        rows = rows + (rows * scale - rows).detach()
+    if scale_grad_by_freq:
+        places = index[:, 0]
+        counts = torch.zeros_like(weight[:, 0]).detach().scatter_add(0, places, torch.ones_like(rows[:, 0]).detach())
+        share = rows / counts.gather(0, places).unsqueeze(1)
+        rows = share + (rows - share).detach()
+    rows = rows.reshape(*input.shape, weight.shape[1])
     if padding_idx is None:
         return rows
     padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)

@@ -6,6 +6,7 @@ This is what the `reference` and `torch` backends evaluate, and what a captured 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,8 +20,17 @@ from torch.overrides import TorchFunctionMode
 from fastmeta.network import elementary
 from fastmeta.network.elementary_cells import CELLS
 from fastmeta.network.elementary_recurrent import LAYERS
+from fastmeta.network.twice import REPLACED
 
-_BATCH_STATS = ("task", "running")
+_BATCH_STATS = ("task", "running", "module")
+
+
+class NotOneTensorError(TypeError):
+    """A network returned something else than one tensor."""
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"the network must return one Tensor, got {got}")
+        self.got = got
 
 
 def call(
@@ -38,7 +48,8 @@ def call(
         params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
-            leave the running ones alone. "running": norms that track running statistics use those.
+            leave the running ones alone. "running": norms that track running statistics use those. "module": each
+            norm as its module, or the code that calls it, says by `training`; the running ones are left alone too.
         decompose: compute norms, attention, embeddings and recurrent networks from elementary operators, so that vmap
             and double backward are right together however they nest (autograd over `vmap(grad)` of fused norms is
             silently wrong, pytorch/functorch#534).
@@ -54,7 +65,7 @@ def call(
     """
     output = _run(net, params, x, _Conventions(batch_stats, decompose))
     if not isinstance(output, Tensor):
-        raise TypeError(f"the network must return one Tensor, got {type(output).__name__}")
+        raise NotOneTensorError(type(output).__name__)
     return output
 
 
@@ -65,17 +76,51 @@ def _run(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, conventions: _
         if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in net.modules()):
             # cuDNN's recurrent networks have no double backward, the others have.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules and any(map(_compiled, net.modules())):
+            # compiled code would be compiled again for every task's own parameters, or has failed to be
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(conventions)
         return torch.func.functional_call(net, {**params, **buffers}, (x.clone(),), tie_weights=True)
 
 
-def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> bool:
-    """Whether the network's code calls batch norm, by a module or not: it is run once. Arguments as in `call`."""
-    conventions, found = _Conventions("task", False), []
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def by_own_batch(batch_stats: str, training: bool) -> bool:
+    """Whether a call of batch norm takes the statistics of its own batch.
+
+    Args:
+        batch_stats: as in `call`.
+        training: as in `F.batch_norm`.
+    """
+    return batch_stats == "task" or (batch_stats == "module" and training)
+
+
+def norms_by_batch(net: nn.Module, batch_stats: str) -> list[str]:
+    """The batch norms of a network that take the statistics of their own batch, as messages name them."""
+    return [
+        f"{name or 'the network itself'} ({type(module).__name__})"
+        for name, module in net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and by_own_batch(batch_stats, module.training or module.running_mean is None)
+    ]
+
+
+def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str = "task") -> bool:
+    """Whether the network's code calls batch norm over its own batch, by a module or not: it is run once.
+
+    Arguments as in `call`.
+    """
+    conventions, found = _Conventions(batch_stats, False), []
     plain = conventions.replacements[F.batch_norm]
+    signature = inspect.signature(F.batch_norm)
 
     def noticed(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(True)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if by_own_batch(batch_stats, given.arguments["training"]):
+            found.append(True)
         return plain(*args, **kwargs)
 
     conventions.replacements[F.batch_norm] = noticed
@@ -89,33 +134,36 @@ def check_batch_stats(net: nn.Module, batch_stats: str) -> None:
 
     Args:
         net: the module.
-        batch_stats: "task" | "running".
+        batch_stats: "task" | "running" | "module".
 
     Raises:
-        ValueError: an unknown value, or "running" while a batch norm has no running statistics yet (or never
-            will): it would silently normalise with mean 0 and variance 1.
+        ValueError: an unknown value, or a norm is to use running statistics that it has not yet (or never will): it
+            would silently normalise with mean 0 and variance 1.
     """
     if batch_stats not in _BATCH_STATS:
-        raise ValueError(f"`batch_stats` must be 'task' or 'running', got {batch_stats!r}")
+        raise ValueError(f"`batch_stats` must be 'task', 'running' or 'module', got {batch_stats!r}")
     if batch_stats == "task":
         return
+    needs = "`batch_stats='running'` needs" if batch_stats == "running" else "`batch_stats='module'` in eval mode needs"
     for name, module in net.named_modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        if batch_stats == "module" and (module.training or module.running_mean is None):
             continue
         where = f"{name or 'the network itself'} ({type(module).__name__})"
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             # Instance norm tracks without counting batches, so look at the statistics themselves.
             mean, var = module.running_mean, module.running_var
             if mean is not None and var is not None and not mean.any() and bool((var == 1).all()):
-                raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
+                raise ValueError(f"{needs} running statistics, {where} has seen no batch yet")
         elif (
             module.running_mean is None
             or module.num_batches_tracked is None
             or (module.training and not module.track_running_stats)
         ):
-            raise ValueError(f"`batch_stats='running'` needs running statistics, {where} tracks none")
+            raise ValueError(f"{needs} running statistics, {where} tracks none")
         elif int(module.num_batches_tracked) == 0:
-            raise ValueError(f"`batch_stats='running'` needs running statistics, {where} has seen no batch yet")
+            raise ValueError(f"{needs} running statistics, {where} has seen no batch yet")
 
 
 @contextmanager
@@ -139,10 +187,9 @@ class _Conventions(TorchFunctionMode):
 
     def __init__(self, batch_stats: str, decompose: bool) -> None:
         super().__init__()
-        own_batch = batch_stats == "task"
         self.replacements: dict[Any, Callable[..., Any]] = {
-            F.batch_norm: lambda *args, **kwargs: _batch_norm(own_batch, decompose, *args, **kwargs),
-            F.instance_norm: lambda *args, **kwargs: _instance_norm(own_batch, decompose, *args, **kwargs),
+            F.batch_norm: lambda *args, **kwargs: _batch_norm(batch_stats, decompose, *args, **kwargs),
+            F.instance_norm: lambda *args, **kwargs: _instance_norm(batch_stats, decompose, *args, **kwargs),
         }
         self.replacements.update(_DECOMPOSED if decompose else _TWICE_DIFFERENTIABLE)
 
@@ -153,7 +200,7 @@ class _Conventions(TorchFunctionMode):
 
 
 def _batch_norm(
-    own_batch: bool,
+    batch_stats: str,
     decompose: bool,
     x: Tensor,  # [N, C, ...]
     running_mean: Tensor | None,
@@ -164,11 +211,15 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    own_batch = by_own_batch(batch_stats, training)
     if own_batch and x.numel() == x.shape[1]:
         raise ValueError(
             "batch norm over the task's own batch needs more than one value per channel, got an input of shape "
             f"{tuple(x.shape)}; `batch_stats='running'` can take it"
         )
+    if not own_batch and (running_mean is None or running_var is None):
+        why = "batch_stats='running'" if batch_stats == "running" else "training=False"
+        raise ValueError(f"batch norm with `{why}` needs running statistics, and a call of it has none")
     mean, var = (None, None) if own_batch else (running_mean, running_var)
     if decompose or _bias_alone(weight, bias):
         return elementary.batch_norm(x, mean, var, weight, bias, eps)
@@ -177,7 +228,7 @@ def _batch_norm(
 
 
 def _instance_norm(
-    own_batch: bool,
+    batch_stats: str,
     decompose: bool,
     x: Tensor,  # [N, C, ...]
     running_mean: Tensor | None = None,
@@ -188,7 +239,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    own_batch = own_batch or running_mean is None
+    own_batch = by_own_batch(batch_stats, use_input_stats) or running_mean is None
     mean, var = (None, None) if own_batch else (running_mean, running_var)
     if decompose or _bias_alone(weight, bias):
         return elementary.instance_norm(x, mean, var, weight, bias, eps)
@@ -237,6 +288,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
 
 
 _DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    **REPLACED,
     F.layer_norm: elementary.layer_norm,
     F.group_norm: elementary.group_norm,
     F.rms_norm: elementary.rms_norm,
@@ -247,6 +299,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     **LAYERS,
 }
 _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    **REPLACED,
     F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
     F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),
 } | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}

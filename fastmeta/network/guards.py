@@ -35,6 +35,7 @@ _OF_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 #: Types whose values do not change.
 _ATOMS = (*_NUMBERS_AND_NAMES, *_CODE, *_OF_TORCH)
 _shape = attrgetter("shape")
+_requires_grad = attrgetter("requires_grad")
 _joined = chain.from_iterable
 
 
@@ -49,6 +50,7 @@ class Guard:
         modules = list(named.values())
         #: Attributes whose changes cannot be watched, e.g. "net.table (numpy.ndarray)".
         self.unwatched: list[str] = []
+        self._items = 0  # in containers, so far
         self._hooks = (*_GLOBAL_HOOKS, *(vars(module)[name] for module in modules for name in HOOKS))
         self.hooked = any(self._hooks)
         self._children = modules[1:]
@@ -59,9 +61,11 @@ class Guard:
         self._attributes = [self._module_attributes(name, module) for name, module in named.items()]
         self._classes = _user_classes(modules)
         self._class_attributes = [self._frozen_class(cls) for cls in self._classes]
+        #: Where the forward reads the clock or entropy, e.g. "Net.forward: `os.urandom`".
+        self.entropy: list[str] = []
         called = [getattr(cls, "forward", None) for cls in self._classes]
         held = [value for module in modules for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES]
-        reads = reads_of([*called, *held], [*self._classes, *map(type, filter(_is_plain, held))])
+        reads = reads_of([*called, *held], [*self._classes, *map(type, filter(_is_plain, held))], self.entropy)
         # a function's closure over the network itself: its modules are guarded anyway
         self._outside = [read for read in reads if id(read.value()) not in self._registered]
         self._outside_values = [self._frozen(read.value(), read.place, ()) for read in self._outside]
@@ -89,6 +93,10 @@ class Guard:
             )
         except Exception:  # attributes of any type are compared here; one that cannot be has changed
             return False
+
+    def requires_grad(self) -> tuple[bool, ...]:
+        """Which of the parameters that `holds` has seen last require grad; no part of the record."""
+        return tuple(map(_requires_grad, self._tensors))
 
     def _same_parameters(self) -> bool:
         if any(self._without_parameters) or [*_joined(self._parameter_dicts)] != self._names:
@@ -125,24 +133,41 @@ class Guard:
         return frozen
 
     def _frozen(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
+        """`_frozen_as_it_is`, unless the user's own code in it raises: then it cannot be watched."""
+        try:
+            return self._frozen_as_it_is(value, place, parents)
+        except Exception:
+            self._unwatched(value, place)
+            return value
+
+    def _frozen_as_it_is(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
         """Something that equals `value` until `value` changes: a copy of a container, a stand-in for a tensor."""
-        if isinstance(value, Tensor):
+        kind = type(value)  # what `__class__` says may be anything
+        if issubclass(kind, Tensor):
             return ANY_TENSOR
-        if isinstance(value, MethodType):
+        if kind is MethodType and _may_be_referred_to(value.__self__):
             return _Method(value)
-        if isinstance(value, FunctionType) and value.__closure__:
+        if kind is FunctionType and value.__closure__:
             return _Function(value)
+        if kind is BuiltinFunctionType and not isinstance(value.__self__, _HAVE_NO_STATE):
+            self._unwatched(value, place)
+            return value
         if id(value) in parents:
             return value
+        if issubclass(kind, (dict, list, tuple, set, frozenset)):
+            self._items += len(value)
+            if self._items > _MOST_ITEMS or len(parents) > _DEEPEST:
+                self._unwatched(value, place)
+                return value
         parents = (*parents, id(value))
-        if isinstance(value, dict):
+        if issubclass(kind, dict):
             return {key: self._frozen(item, f"{place}[{key!r}]", parents) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
+        if issubclass(kind, (list, tuple)):
             items = [self._frozen(item, f"{place}[{at}]", parents) for at, item in enumerate(value)]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, (set, frozenset)):
+            return items if issubclass(kind, list) else tuple(items)
+        if issubclass(kind, (set, frozenset)):
             return set(value)
-        if not isinstance(value, _ATOMS) and id(value) not in self._registered and id(value) not in self._objects:
+        if not issubclass(kind, _ATOMS) and id(value) not in self._registered and id(value) not in self._objects:
             self._watch(value, place, parents)
         return value
 
@@ -154,7 +179,11 @@ class Guard:
         elif _is_plain(value) and len(self._objects) < _MOST_OBJECTS:
             self._objects[id(value)] = (ref(value), self._frozen(vars(value), place, parents))
         else:
-            self.unwatched.append(f"{place} ({type(value).__module__}.{type(value).__qualname__})")
+            self._unwatched(value, place)
+
+    def _unwatched(self, value: Any, place: str) -> None:
+        kind = type(value)
+        self.unwatched.append(f"{place} ({kind.__module__}.{kind.__qualname__})")
 
 
 class _AnyTensor:
@@ -200,11 +229,21 @@ class _Plain:
 
 
 _MOST_OBJECTS = 100
+#: Every item is compared at every call, so that more of them would cost more than the capture saves.
+_MOST_ITEMS = 100_000
+_DEEPEST = 50
+#: What a builtin function can be bound to without being able to change: a module, a class, text.
+_HAVE_NO_STATE = (type, ModuleType, *_NUMBERS_AND_NAMES)
 
 
 def _is_plain(value: Any) -> bool:
-    size_alone = type(value).__basicsize__ == _Plain.__basicsize__
-    return size_alone and hasattr(value, "__dict__") and hasattr(value, "__weakref__")
+    kind = type(value)
+    sized = kind.__basicsize__ == _Plain.__basicsize__ and not issubclass(kind, (type, *_NUMBERS_AND_NAMES))
+    return sized and kind.__dictoffset__ != 0 and kind.__weakrefoffset__ != 0
+
+
+def _may_be_referred_to(value: Any) -> bool:
+    return type(value).__weakrefoffset__ != 0 or isinstance(value, type)
 
 
 def _watched(live: ref[Any] | dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,21 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from random import SystemRandom
+from types import BuiltinFunctionType, BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "fastmeta"}
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+#: Modules whose functions answer otherwise at every call, though nothing that can be watched changes; of some all do.
+_ENTROPY: dict[str, frozenset[str] | None] = {
+    "time": None,
+    "secrets": None,
+    "uuid": None,
+    "datetime": frozenset({"now", "utcnow", "today"}),
+    "os": frozenset({"urandom", "getrandom", "times"}),
+    "random": frozenset({"SystemRandom"}),
+}
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
@@ -47,18 +57,22 @@ def is_library(module: str | None) -> bool:
     return (module or "builtins").partition(".")[0] in _LIBRARIES
 
 
-def reads_of(starts: Iterable[Any], classes: Iterable[type]) -> list[Read]:
+def reads_of(starts: Iterable[Any], classes: Iterable[type], entropy: list[str] | None = None) -> list[Read]:
     """What functions read from outside, themselves or through what they call.
 
     Args:
         starts: functions, bound methods and partials to begin with; anything else is passed over.
         classes: whose methods and properties may be meant by an attribute's name.
+        entropy: to this the places are added where the clock or the system's entropy is read.
     """
     found: dict[tuple[int, str], Read] = {}
     attributes: dict[str, list[Any]] = {}
     for cls in classes:
         for name, value in vars(cls).items():
             attributes.setdefault(name, []).append(value)
+    starts = list(starts)
+    if entropy is not None:
+        entropy += [f"`{start!r}`" for start in starts if _reads_entropy(start, frozenset())]
     pending = [function for start in starts for function in _functions(start)]
     seen = set(map(id, pending))
 
@@ -68,9 +82,11 @@ def reads_of(starts: Iterable[Any], classes: Iterable[type]) -> list[Read]:
             value = read.value()
         except (KeyError, ValueError):  # a builtin, or a cell that is still empty
             return
+        if entropy is not None and _reads_entropy(value, names):
+            entropy.append(read.place)
         if key in found:
             return
-        if isinstance(value, (ModuleType, type)):
+        if issubclass(type(value), (ModuleType, type)):
             if not is_library(value.__name__ if isinstance(value, ModuleType) else value.__module__):
                 found[key] = read
                 space = vars(value)
@@ -119,13 +135,35 @@ def _loaded(code: CodeType) -> Iterator[tuple[bool, str]]:
             yield from _loaded(constant)
 
 
+def _reads_entropy(value: Any, names: frozenset[str]) -> bool:
+    """Whether code that loads `value`, and as attributes `names`, may read the clock or the system's entropy."""
+    kind = type(value)
+    if kind is ModuleType:
+        return value.__name__ in _ENTROPY and _meant(value.__name__, names)
+    if kind in (FunctionType, BuiltinFunctionType, type):
+        module = _REAL_NAMES.get(value.__module__, value.__module__)
+        meant = names if kind is type and value.__name__ != "SystemRandom" else names | {value.__name__}
+        return module in _ENTROPY and _meant(module, meant)
+    return kind in (MethodType, BuiltinMethodType) and type(value.__self__) is SystemRandom
+
+
+def _meant(module: str, names: frozenset[str]) -> bool:
+    wanted = _ENTROPY[module]
+    return wanted is None or not wanted.isdisjoint(names)
+
+
+#: What functions of a module say where they are from, if it is not that module.
+_REAL_NAMES = {"posix": "os", "nt": "os", "_uuid": "uuid"}
+
+
 def _functions(value: Any) -> Iterator[FunctionType]:
     """The Python functions behind something that can be called or looked up."""
-    if isinstance(value, FunctionType):
+    kind = type(value)  # what `__class__` says may be anything
+    if kind is FunctionType:
         yield value
-    elif isinstance(value, (MethodType, staticmethod, classmethod)):
+    elif issubclass(kind, (MethodType, staticmethod, classmethod)):
         yield from _functions(value.__func__)
-    elif isinstance(value, partial):
+    elif issubclass(kind, partial):
         yield from _functions(value.func)
-    elif isinstance(value, property):
+    elif issubclass(kind, property):
         yield from _functions(value.fget)

@@ -13,7 +13,7 @@ class Layer:
     kind: str  # the stem of its files
     inputs: tuple[int, ...]  # values read
     shape: tuple[int, ...]  # of the output of one example (no batch dimension)
-    params: tuple[str | None, ...] = ()  # (weight, bias); batch_norm: and its running mean and variance
+    params: tuple[str | None, ...] = ()  # (weight, bias); batch_norm: and mean and variance, if running
     function: str = ""  # elementwise: which one; avg_pool2d: "adaptive"
     constants: tuple[float, ...] = ()  # the kind's file says which
 
@@ -55,3 +55,8 @@ class Program:
             total += macs
             first += macs if layer.inputs[0] == 0 else 0
         return total, first
+
+
+def normalises(layer: Layer) -> bool:
+    """Whether a layer takes the statistics of the batch it is in."""
+    return layer.kind == "batch_norm" and layer.params[2] is None

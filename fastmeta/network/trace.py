@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import pickle
 import random
 import sys
@@ -39,6 +40,10 @@ class Root(nn.Module):
 
 # torch.fx patches nn.Module for the whole process while it traces: one capture at a time.
 _TRACING = threading.RLock()
+
+# A process forks between captures: the child has none of the threads that could end one.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_TRACING.acquire, after_in_parent=_TRACING.release, after_in_child=_TRACING.release)
 
 
 def traced(net: nn.Module) -> tuple[Root, fx.Graph]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastmeta.ops.options import Options, argument
+from fastmeta.ops.wrappers import check_wrappers
 from fastmeta.ordinary import check_ordinary, has_memory
 from fastmeta.problem import DIFFERENTIABLE
 
@@ -72,6 +73,7 @@ def check_net(who: str, net: nn.Module) -> None:
     what = argument(who, "net")
     if not isinstance(net, nn.Module):
         raise TypeError(f"{what} must be a torch.nn.Module, got {type(net).__name__}")
+    check_wrappers(what, net)
     parameters = dict(net.named_parameters())
     if not parameters:
         raise ValueError(f"{what} must have parameters, {type(net).__name__} has none")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends._autocast import autocast, autocast_dtype
+from fastmeta.backends._random_state import RandomState
+from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.once import once_differentiable
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.problem import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,12 @@ class _Solve(torch.autograd.Function):
         # the tensors go through save_for_backward alone: it notices when one of them was modified
         ctx.frame = (operation.options, operation.net, _numbers(operation.lr), operation.loss)
         # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
-        ctx.state = RandomState.now(call.plan.shapes.device) if call.plan.program is None else None
-        return operation.answer(call)
+        ctx.replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
+        ctx.autocast = autocast_dtype(call.plan.shapes.device)  # backward passes run outside of the caller's block
+        answer = operation.answer(call)
+        if ctx.replay is not None:
+            ctx.replay.keep(marks_of(answer))
+        return answer
 
     @staticmethod
     @once_differentiable
@@ -105,8 +111,8 @@ class _Solve(torch.autograd.Function):
             call = operation.call(wrt, output_grad=grads[0])
         else:
             call = operation.call(wrt, adapted_grad=_cotangents(operation, grads))
-        with nullcontext() if ctx.state is None else replayed(ctx.state):
-            found = call.solve().grads
+        with autocast(call.plan.shapes.device, ctx.autocast):
+            found = (call.solve() if ctx.replay is None else _solved_again(ctx.replay, operation, call)).grads
         rates = None if found.lr is None else call.plan.rates.fold(found.lr, operation.lr)
         result: list[Tensor | None] = []
         for (field, name), need in zip(slots, needs, strict=True):
@@ -116,6 +122,26 @@ class _Solve(torch.autograd.Function):
             entry: Any = rates if field == "lr" else getattr(found, field)
             result.append(entry[name] if name else entry)
         return (None, None, *result)
+
+
+def _solved_again(replay: Replay, operation: Operation, call: Call) -> Result:
+    """The derivative of what the forward pass answered, and not of another draw.
+
+    Raises:
+        RuntimeError: the network or the loss cannot be run again with the same result.
+    """
+    adapts = operation.tensors.query_x is None
+    with replay.again():
+        result = call.solve(adapted=adapts)
+    if adapts:
+        answer = [cast("dict[str, Tensor]", result.adapted)[name] for name in operation.params]
+    else:
+        answer = [cast(Tensor, result.output)]
+    try:
+        replay.check(marks_of(answer))
+    except NotReplayedError as error:
+        raise NotReplayedError(f"{operation.options.who}: {error}; `meta_gradient` runs every forward once") from None
+    return result
 
 
 def _numbers(lr: Rates) -> Rates:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from math import prod
 from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
-from fastmeta.network.functional import call
+from fastmeta.network.functional import NotOneTensorError, call
 from fastmeta.ops.checks import Shapes, Tensors
 from fastmeta.ops.options import Options, argument
-from fastmeta.ordinary import check_ordinary
 from fastmeta.ops.rates import Rates, check_finite, check_ordinary_rates
+from fastmeta.ordinary import check_ordinary
 
 
 def check_examples(
@@ -77,6 +79,8 @@ def diagnose(
     if options.steps:
         check_finite(options.who, lr)
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
+        if part == "support" and not options.steps:
+            continue  # it is not run
         output = _forward(options, net, params, tensors, shapes, part)
         y = getattr(tensors, f"{part}_y")
         if output is not None and y is not None and loss is not None:
@@ -100,9 +104,10 @@ def _forward(
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
     example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        with preserved(x.device, net), torch.no_grad():
             return call(net, own, example, batch_stats=options.batch_stats)
     except Exception as error:
+        _check_call(options.who, net, example, error)
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)
         dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))
         linear, flattened = _first_layer(net)
@@ -121,6 +126,23 @@ def _forward(
             f"{what}: the network raised {type(error).__name__}: {error}; given were {got} {x.dtype}, examples of "
             f"shape {got[len(lead) :]}"
         ) from error
+
+
+def _check_call(who: str, net: nn.Module, x: Tensor, error: Exception) -> None:
+    """Check that the network takes one tensor and returns one.
+
+    Raises:
+        TypeError: it does not; `error` is what its call raised.
+    """
+    what, wrap = argument(who, "net"), "wrap it in a module that does"
+    if isinstance(error, NotOneTensorError):
+        raise TypeError(f"{what} must return one tensor, {type(net).__name__} returned {error.got}: {wrap}") from error
+    try:
+        signature(net.forward).bind(x)
+    except TypeError as unfit:
+        raise TypeError(f"{what} must take one tensor, {type(net).__name__}.forward {unfit}: {wrap}") from error
+    except ValueError:  # no signature
+        return
 
 
 def _first_layer(net: nn.Module) -> tuple[nn.Linear | None, bool]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
-from fastmeta.network.functional import normalises_by_batch
+from fastmeta.network.functional import normalises_by_batch, norms_by_batch
+from fastmeta.network.program import normalises
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
 from fastmeta.ordinary import check_ordinary
@@ -42,13 +43,14 @@ def without_masks(
         for name, tensor in ((field, mask), (target, getattr(tensors, target))):
             if isinstance(tensor, Tensor):  # both are read here
                 check_ordinary(argument(options.who, name), tensor)
-        if options.batch_stats == "task":
-            for name, module in net.named_modules() if isinstance(net, nn.Module) else ():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    _refuse(options.who, field, f"{name or 'the network itself'} ({type(module).__name__})")
+        for layer in norms_by_batch(net, options.batch_stats) if isinstance(net, nn.Module) else ():
+            _refuse(options.who, field, layer)
         if mask.dim() and not (some := mask.any(-1)).all():
             tasks = sorted({place[0] for place in (~some).nonzero().tolist()}) if some.dim() else []
-            raise ValueError(f"{argument(options.who, field)} leaves no example of tasks {tasks}")
+            raise ValueError(
+                f"{argument(options.who, field)} leaves no example of tasks {tasks}; floating-point weights of zero "
+                "with weight_norm='sum' may"
+            )
         first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
         if isinstance(first, Tensor) and first.is_floating_point():
             tensors = tensors._replace(**{field: mask.to(first.dtype)})
@@ -76,18 +78,18 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
     Raises:
         ValueError: it does.
     """
-    if not fields or options.batch_stats != "task":
+    if not fields or options.batch_stats == "running":
         return
     if problem.program is not None:
-        refused = any(layer.kind == "batch_norm" for layer in problem.program.layers)
+        refused = any(normalises(layer) for layer in problem.program.layers)
     else:
-        batch = problem.query if problem.support is None else problem.support
+        batch = problem.support if problem.steps else problem.query
         if batch is None:
             return
         params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
-        with preserved(x.device):
-            refused = normalises_by_batch(problem.net, params, x)
+        with preserved(x.device, problem.net):
+            refused = normalises_by_batch(problem.net, params, x, options.batch_stats)
     if refused:
         _refuse(options.who, fields[0], "batch_norm")
 
@@ -95,5 +97,5 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
 def _refuse(who: str, field: str, layer: str) -> None:
     raise ValueError(
         f"{argument(who, field)} is a mask, but {layer} normalises by the whole batch, masked examples included; use "
-        "another norm or batch_stats='running'"
+        "another norm, batch_stats='running', or batch_stats='module' and .eval() on it"
     )

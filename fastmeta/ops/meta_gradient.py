@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmeta.losses import resolve
 from fastmeta.ops.checks import Tensors
+from fastmeta.ops.divergence import settled
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of, wrt_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
-from fastmeta.problem import Result
 from fastmeta.update_rules import SGD
 
 
@@ -72,25 +71,32 @@ def meta_gradient(
             see `fastmeta.losses.resolve`.
         query_loss: the same for the query sets; None: `loss`.
         lr: inner learning rates: a number, a tensor () or [K], or a dict of numbers and tensors () or
-            [K or 1, T or 1, *(S or 1s)] by parameter name or glob pattern: a name goes before a pattern, and the first
-            pattern that matches before later ones.
+            [K or 1, T or 1, ...] by parameter name or glob pattern: a name goes before a pattern, and the first pattern
+            that matches before later ones. The rest of a shape is any that broadcasts to the parameter's: [O, 1] is a
+            rate for each row of a weight [O, I]. A rate for a parameter that `adapt` leaves out because it is frozen is
+            not used.
         steps: K, at least 0.
         order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
-        adapt: "all", "head" (the last layer with parameters), "body" (all the others), names of parameters, glob
-            patterns of names ("blocks.*.weight") or a predicate (name, parameter) -> bool.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters of
+            `net` that require grad, whatever tensors `params` has for them; or names of parameters, glob patterns of
+            names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which may ask for frozen ones too.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
+        task_weights: [T]; the loss is sum(task_weights * task_losses) / T. A task of weight zero contributes nothing,
+            even if it diverged, except on an accelerator, where that would have to be looked for.
         support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
             for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
             finite, and any class.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w).
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
+            which is zero, without any gradient, where all weights of a task are zero.
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
         memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step; "auto"
             stores while that takes less than 256 MiB.
         task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all of them side by
             side; None: all. Results are the same but for rounding and random draws. On other backends it has no use.
-        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
+            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
+            statistics are never moved, unlike by the module itself.
         wrt: what to differentiate by, out of `fastmeta.problem.DIFFERENTIABLE`.
         backend: "auto", or the name of one.
 
@@ -131,10 +137,11 @@ def meta_gradient(
         lr,
         wrt_of("meta_gradient", wrt),
     )
-    result = call.solve()
+    found = settled("meta_gradient", "keep", call, call.solve())
+    result = found.result
     task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
     return MetaGradient(
-        mean_loss(result, call.problem.task_weights),
+        found.loss,
         task_losses,
         output,
         grads.params,
@@ -146,16 +153,6 @@ def meta_gradient(
         grads.query_y,
         grads.query_weights,
     )
-
-
-def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
-    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
-    if result.loss is not None:
-        return result.loss
-    task_losses = cast(Tensor, result.task_losses)
-    if task_weights is None:
-        return task_losses.mean()
-    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
 
 
 def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

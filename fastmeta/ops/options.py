@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastmeta import backends
+from fastmeta.models.check import check_count
 from fastmeta.update_rules import SGD
 
 #: `adapt=` as a user gives it.
@@ -45,7 +46,7 @@ _ARGUMENTS["CAVIA"] = {**_INNER_LOOP, "adapt": "context"}
 _CHOICES = {
     "order": ("second", "first"),
     "memory": ("auto", "store", "recompute"),
-    "batch_stats": ("task", "running"),
+    "batch_stats": ("task", "running", "module"),
     "backend": ("auto", *backends.NAMES),
 }
 
@@ -79,22 +80,15 @@ def check_options(options: Options) -> None:
     """
     who = options.who
     steps = options.steps
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"{argument(who, 'steps')} must be an int, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"{argument(who, 'steps')} must be at least 0, got {steps}")
+    check_count(argument(who, "steps"), steps, 0)
     for name, allowed in _CHOICES.items():
         value = getattr(options, name)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{argument(who, name)} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     chunk = options.task_chunk
     if chunk is not None:
-        if not isinstance(chunk, int) or isinstance(chunk, bool):
-            raise TypeError(f"{argument(who, 'task_chunk')} must be an int or None, got {chunk!r}")
-        if chunk < 1:
-            raise ValueError(f"{argument(who, 'task_chunk')} must be at least 1, got {chunk}")
-    if not isinstance(options.support_per_step, bool):
-        raise TypeError(f"{argument(who, 'support_per_step')} must be True or False, got {options.support_per_step!r}")
+        check_count(argument(who, "task_chunk"), chunk, 1, "an int or None")
+    check_flag(who, "support_per_step", options.support_per_step)
     if not isinstance(options.rule, SGD):
         raise TypeError(f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}")
     if options.step_weights is not None and len(options.step_weights) != steps + 1:
@@ -119,17 +113,42 @@ def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
         return adapt
     if callable(adapt):
         own = net.named_parameters() if isinstance(net, nn.Module) else ()
-        return tuple(name for name, value in own if adapt(name, value))
-    try:
-        names = tuple(adapt)
-    except TypeError:
-        names = (adapt,)  # type: ignore[assignment]
-    if not all(isinstance(name, str) for name in names):
+        try:
+            return tuple(name for name, value in own if adapt(name, value))
+        except Exception as error:
+            raise TypeError(
+                f"{argument(who, 'adapt')} must be a predicate (name, parameter) -> bool where it is a function, "
+                f"{adapt!r} raised {type(error).__name__}: {error}"
+            ) from error
+    names = _strings(adapt)
+    if names is None:
         raise TypeError(
             f"{argument(who, 'adapt')} must be 'all', 'head', 'body', names or glob patterns of parameters or a "
             f"predicate (name, parameter) -> bool, got {adapt!r}"
         )
     return names
+
+
+def _strings(given: object) -> tuple[str, ...] | None:
+    """`given` as a tuple, None if it holds anything but strings; stops at the first that is none."""
+    names = []
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, Tensor)):
+        return None
+    for name in given:
+        if not isinstance(name, str):
+            return None
+        names.append(name)
+    return tuple(names)
+
+
+def check_flag(who: str, name: str, value: object) -> None:
+    """Check that an option is True or False.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument(who, name)} must be True or False, got {value!r}")
 
 
 def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -156,7 +175,7 @@ def wrt_of(who: str, wrt: Iterable[str]) -> frozenset[str]:
     Raises:
         TypeError: neither a name nor names.
     """
-    names = (wrt,) if isinstance(wrt, str) or not isinstance(wrt, Iterable) else tuple(wrt)
-    if not all(isinstance(name, str) for name in names):
+    names = (wrt,) if isinstance(wrt, str) else _strings(wrt)
+    if names is None:
         raise TypeError(f"{argument(who, 'wrt')} must hold names of what to differentiate by, got {wrt!r}")
     return frozenset(names)

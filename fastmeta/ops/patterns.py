@@ -12,15 +12,27 @@ def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
     return (pattern,) if pattern in names else tuple(name for name in names if fnmatchcase(name, pattern))
 
 
-def keys_by_name(what: str, given: Mapping[str, object], names: tuple[str, ...]) -> dict[str, str]:
+def keys_by_name(
+    what: str, given: Mapping[str, object], names: tuple[str, ...], unused: tuple[str, ...] = ()
+) -> dict[str, str]:
     """name -> the key of `given` that it comes under: the name itself, or else the first pattern that matches it.
 
+    Args:
+        what: the argument, for messages.
+        given: its entries, by name or pattern.
+        names: those that must have an entry.
+        unused: those that may have one, which nothing comes of.
+
     Raises:
-        ValueError: a name without a key, or a key without a name; `what` is the argument, for messages.
+        ValueError: a name without a key, or a key without a name.
     """
     keys: dict[str, str] = {name: name for name in names if name in given}
     for key in given:
         found = matching(key, names) if isinstance(key, str) else ()
+        if isinstance(key, str) and matching(key, unused):
+            for name in found:
+                keys.setdefault(name, key)
+            continue
         if not found:
             raise ValueError(f"{what} has a rate for {key!r}, which is not adapted; adapted: {', '.join(names)}")
         free = [name for name in found if keys.setdefault(name, key) == key]

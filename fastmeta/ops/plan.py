@@ -6,27 +6,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from fastmeta import backends
+from fastmeta.bounded import Bounded
 from fastmeta.errors import BackendUnavailable
 from fastmeta.losses import Loss
-from fastmeta.network.capture import captured
+from fastmeta.network.capture import captured, frozen_flags
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.program import Program
-from fastmeta.ops.adapted import adapted_names
+from fastmeta.network.renormalised import check_renormalised
+from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
 from fastmeta.ops.capture_check import check_capture
 from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
 from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
-from fastmeta.ordinary import all_known, all_plain, check_ordinary, lack_memory, plain
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.problem import Batch, Problem, Result
+from fastmeta.ordinary import all_known, all_plain, check_ordinary, lack_memory, plain
+from fastmeta.problem import Batch, Problem, Result, Scratch
 
+_FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
@@ -47,7 +52,8 @@ class Plan:
     shapes: Shapes
     rates: RatePlan
     order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
-    scratch: dict[str, Any]
+    scratch: Scratch
+    flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
 
 
 @dataclass(slots=True)
@@ -79,6 +85,16 @@ class Call:
             raise
 
 
+def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
+    """sum_t w_t loss_t / T, (): the mean where there are no weights."""
+    if result.loss is not None:
+        return result.loss
+    task_losses = cast(Tensor, result.task_losses)
+    if task_weights is None:
+        return task_losses.mean()
+    return torch.dot(task_losses, task_weights.detach()) / task_losses.shape[0]
+
+
 class _Given(NamedTuple):
     """The arguments of `prepare`."""
 
@@ -95,7 +111,7 @@ class _Given(NamedTuple):
     prefer_flat: bool
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[object, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
 
 
 def prepare(
@@ -121,6 +137,7 @@ def prepare(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
+        RuntimeError: whatever is made now has no values.
         BackendUnavailable: the backend asked for cannot run this.
     """
     # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
@@ -131,6 +148,11 @@ def prepare(
             return _first_call(
                 _Given(options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat)
             )
+    if _get_dispatch_mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
+            "this call"
+        )
     masks = masked(tensors)
     if masks:
         tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
@@ -155,13 +177,18 @@ def prepare(
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # something that the full check will name
+    except Exception:  # an argument of any type was hashed or compared here: the full check will name it
         return _first_call(given, masks)
     if plan is None:
         return _first_call(given, masks, key)
-    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype)
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
     if program is not plan.program:  # the network has changed
         return _first_call(given, masks, key)
+    if plan.flags is not None and (flags := frozen_flags(net)) != plan.flags:
+        key = (*key, flags)
+        plan = plans.get(key) if plans is not None else None
+        if plan is None or plan.program is not program:
+            return _first_call(given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     problem = _problem(plan, given)
@@ -193,15 +220,17 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
         if used is not None:
             used.check_tensors()
     check_batch_stats(net, options.batch_stats)
-    names = () if tensors.support_x is None else adapted_names(options.who, net, options.adapt)
-    rates = plan_rates(
-        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, shapes.device, shapes.dtype
-    )
+    names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
+    if options.steps:
+        check_renormalised(options.who, net, names)
+    sort = shapes.device, shapes.dtype
+    rates = plan_rates(options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen)
     program, refused = _capture(options, net, tensors, shapes)
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
-    plan = Plan(backends, program, refused, shapes, rates, None if own == tuple(given.params) else own, {})
+    given_order = None if own == tuple(given.params) else own
+    plan = Plan(backends, program, refused, shapes, rates, given_order, Scratch(), None)
     problem = _problem(plan, given)
     check_layers(options, masks, problem)
     try:
@@ -210,12 +239,12 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
     if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
-        check_capture(plan.backend, problem)
+        if problem.steps or problem.query is not None:  # else nothing is run
+            check_capture(plan.backend, problem)
         if key is not None:
-            plans = _plans.setdefault(net, {})
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
+            if names and options.adapt in BY_GRAD:
+                plan.flags = frozen_flags(net)
+            _plans.setdefault(net, Bounded(_MOST_PLANS)).put(key, plan)
     return Call(options, tensors, plan, problem, given.lr, wrt)
 
 
@@ -260,6 +289,7 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         plan.program,
         plan.refused,
         prefer_flat,
+        None,
         plan.scratch,
     )
 
@@ -270,7 +300,7 @@ def _capture(options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes)
         return None, f"the network's input is {x.dtype}"
     if options.backend in _RUN_THE_MODULE:
         return None, f"backend={options.backend!r} runs the module itself"
-    return captured(net, shapes.input, shapes.dtype)
+    return captured(net, shapes.input, shapes.dtype, options.batch_stats)
 
 
 def _check_targets(given: _Given, shapes: Shapes, output: tuple[int, ...]) -> None:

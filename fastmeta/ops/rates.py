@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.ops.options import argument
-from fastmeta.ordinary import check_ordinary
 from fastmeta.ops.patterns import keys_by_name
+from fastmeta.ordinary import check_ordinary
 
 Rate = float | Tensor
 Rates = Rate | Mapping[str, Rate]
@@ -33,7 +33,7 @@ class RatePlan:
     """How the learning rates of one call are laid out.
 
     Args:
-        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *(S or 1s)].
+        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S], or *1s in place of *S.
         constants: the rates given as numbers; they cost nothing per call.
         keys: adapted parameter -> the key of its rate, where the rates are a dict.
         device, dtype: of the parameters.
@@ -46,14 +46,17 @@ class RatePlan:
     dtype: torch.dtype
 
     def spread(self, lr: Rates) -> dict[str, Tensor]:
-        """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views, no copies."""
+        """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views, no copies.
+
+        What is given for the rows of a parameter, or for its columns, becomes a view with a number for each element.
+        """
         if len(self.constants) == len(self.shapes):
             return self.constants
         if isinstance(lr, Mapping):
             return {
                 name: self.constants[name]
                 if name in self.constants
-                else cast(Tensor, lr[self.keys[name]]).detach().reshape(shape)
+                else _laid_out(cast(Tensor, lr[self.keys[name]]).detach(), shape)
                 for name, shape in self.shapes.items()
             }
         rate = cast(Tensor, lr).detach()
@@ -63,20 +66,22 @@ class RatePlan:
         return {name: views[shape] for name, shape in self.shapes.items()}
 
     def fold(self, grads: dict[str, Tensor], lr: Rates) -> Tensor | dict[str, Tensor]:
-        """The gradient in the structure of `lr`: a number gets a tensor of shape ()."""
+        """The gradient in the structure of `lr`: a number gets a tensor of shape (), an unused rate zeros."""
         if isinstance(lr, Mapping):
             totals: dict[str, Tensor] = {}
             for name, grad in grads.items():
                 key = self.keys[name]
-                given = lr[key]
-                grad = grad.reshape(given.shape) if isinstance(given, Tensor) else grad.sum()
+                grad = _summed(grad, _shape(lr[key]))
                 totals[key] = totals[key] + grad if key in totals else grad
-            return totals
+            return {key: totals[key] if key in totals else self._zeros(_shape(rate)) for key, rate in lr.items()}
         steps = lr.numel() if isinstance(lr, Tensor) and lr.dim() else 1
         if steps == 0:
-            return torch.zeros(0, dtype=self.dtype, device=self.device)
+            return self._zeros((0,))
         total = torch.stack([grad.reshape(steps, -1).sum(1) for grad in grads.values()]).sum(0)  # [K]
         return total.reshape(_shape(lr))
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 def plan_rates(
@@ -88,17 +93,20 @@ def plan_rates(
     tasks: int,
     device: torch.device,
     dtype: torch.dtype,
+    unused: tuple[str, ...] = (),
 ) -> RatePlan:
     """Check the learning rates and lay them out.
 
     Args:
         who: the operator, for messages.
         lr: a finite number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers, tensors ()
-            and tensors [K or 1, T or 1, *(S or 1s)]. Values of tensors are not read.
+            and tensors [K or 1, T or 1, ...] that end in any shape that broadcasts to S. Values of tensors are not
+            read.
         names: the adapted parameters.
         shapes: name -> S, the shape of one task's parameter.
         steps, tasks: K and T.
         device, dtype: of the parameters.
+        unused: parameters that a dict may have rates for, and that are not adapted.
 
     Raises:
         TypeError, ValueError: names the rate, what was expected and what came.
@@ -107,7 +115,7 @@ def plan_rates(
     layout: dict[str, tuple[int, ...]] = {}
     constants: dict[str, Tensor] = {}
     if isinstance(lr, Mapping):
-        keys = keys_by_name(what, lr, names)
+        keys = keys_by_name(what, lr, names, unused)
         for name, key in keys.items():
             rate, label = lr[key], f"{what}[{key!r}]"
             layout[name] = _shape_of_entry(label, rate, shapes[name], steps, tasks)
@@ -154,16 +162,33 @@ def check_finite(who: str, lr: Rates) -> None:
 
 
 def _shape_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> tuple[int, ...]:
-    ones = (1,) * (2 + len(shape))
+    ones = (1,) * len(shape)
     if not isinstance(rate, Tensor) or rate.dim() == 0:
-        return ones
-    full = (max(steps, 1), tasks, *shape)
+        return (1, 1, *ones)
+    full = (steps, tasks, *shape)
     if rate.dim() != len(full) or any(have not in (1, want) for have, want in zip(rate.shape, full, strict=True)):
         raise ValueError(
             f"{label} must be a number, () or [K or 1, T or 1, *(S or 1s)] with K, T, *S = {full}, "
             f"got {tuple(rate.shape)}"
         )
-    return tuple(rate.shape)
+    given = tuple(rate.shape)
+    return (max(given[0], 1), given[1], *(ones if given[2:] == ones else shape))
+
+
+def _laid_out(rate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An entry of a dict as `_shape_of_entry` has it."""
+    if rate.dim() == 0:
+        return rate.reshape(shape)
+    if rate.shape[0] == 0:  # no steps, and one rate for each of them
+        return rate.new_zeros(shape)
+    return rate.expand(shape)
+
+
+def _summed(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The gradient of what `_laid_out` was given."""
+    if shape and shape[0] == 0:
+        return grad.new_zeros(shape)
+    return grad.sum_to_size(shape)
 
 
 def _check_sort(label: str, rate: Tensor, device: torch.device, dtype: torch.dtype) -> None:

@@ -29,7 +29,9 @@ def task_forward(
         params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
             [T, *shape], one for each task.
         x: inputs [T, N, *in].
-        batch_stats: batch norm by "task", the task's own batch, or by the "running" statistics.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
+            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
+            statistics are never moved, unlike by the module itself.
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         backend: "auto", or the name of one.
 

@@ -7,6 +7,7 @@ import torch
 from fastmeta.cases import Case
 from fastmeta.losses import resolve
 from fastmeta.network.capture import captured
+from fastmeta.ops.rates import plan_rates
 from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
 from fastmeta.update_rules import SGD
 
@@ -20,7 +21,10 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
     query_loss = loss if made.query_loss is None else resolve(made.query_loss)
     support = Batch(made.support_x, made.support_y, made.support_weights, case.per_step)
     query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
-    program, refused = captured(made.net, case.input_shape, dtype)
+    program, refused = captured(made.net, case.input_shape, dtype, case.batch_stats)
+    shapes = {name: tuple(value.shape) for name, value in made.net.named_parameters()}
+    sort = next(iter(made.params.values())).device, dtype
+    rates = plan_rates("verify", made.rates, tuple(made.rates), shapes, case.steps, case.tasks, *sort)
     return Problem(
         net=made.net,
         params=made.params,
@@ -31,12 +35,13 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
         query=None if adapting else query,
         loss=None if forward_only else loss,
         query_loss=None if forward_only or adapting else query_loss,
-        rates={} if forward_only else made.rates,
+        rates={} if forward_only else rates.spread(made.rates),
         rule=None if forward_only else SGD(case.momentum, case.weight_decay),
         order=case.order,
         step_weights=None if forward_only or adapting else made.step_weights,
         task_weights=None if forward_only or adapting else made.task_weights,
         memory=case.memory,
+        batch_stats=case.batch_stats,
         adapted_grad=made.adapted_grad,
         output_grad=made.output_grad,
         program=program,

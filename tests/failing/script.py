@@ -60,7 +60,9 @@ def allocations(first: bool, threads: int) -> int:
         left = failing.failing_allocation_left()
         failing.failing_allocation(0)
         after = state(net)
-        assert all(a[:2] == b[:2] and torch.equal(a[2], b[2]) and a[3] is b[3] for a, b in zip(before, after, strict=True))
+        assert all(
+            a[:2] == b[:2] and torch.equal(a[2], b[2]) and a[3] is b[3] for a, b in zip(before, after, strict=True)
+        )
         if left > 0:  # there were fewer
             assert same(got, want)
             return n - 1

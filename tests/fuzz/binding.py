@@ -16,7 +16,7 @@ import random
 import resource
 import signal
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def bases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     class Recorder:
         MOST_THREADS = _C.MOST_THREADS
 
-        def Plan(self, *given: Any) -> Any:  # noqa: N802
+        def Plan(self, *given: Any) -> Any:
             plan = _C.Plan(*given)
 
             class Run:
@@ -143,10 +143,10 @@ def changed(at: Any, path: tuple[Any, ...], what: Any) -> Any:
         if len(path) == 1 and what == "drop":
             return {key: value for key, value in at.items() if key != path[0]}
         return {key: changed(value, path[1:], what) if key == path[0] else value for key, value in at.items()}
-    items = list(at) if isinstance(at, (list, tuple)) else [at]
     i = path[0]
-    if i >= len(items):
-        return at
+    if not isinstance(at, (list, tuple)) or not isinstance(i, int) or i >= len(at):
+        return at  # the first change has left nothing there
+    items = list(at)
     if len(path) == 1 and what in ("drop", "repeat", "swap"):
         j = (i + 1) % len(items)
         if what == "swap":
@@ -218,9 +218,7 @@ class Guarded:
     def __init__(self, template: Template) -> None:
         self.template = template
         self.memory = {dtype: memory.clone() for dtype, memory in template.memory.items()}
-        self.call = {
-            field: list(value) if isinstance(value, list) else value for field, value in template.call.items()
-        }
+        self.call = {field: list(value) if isinstance(value, list) else value for field, value in template.call.items()}
         self.outputs: list[Tensor] = []
         for (field, i), (dtype, begin, tensor) in template.places.items():
             own = self.memory[dtype][begin : begin + tensor.numel()].view(tensor.shape)
@@ -240,7 +238,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(base: int) -> Template:
     """Of a valid call."""
     return Template(bases()[base][1])

@@ -1,7 +1,7 @@
 """What the fuzzers have in common: seeds, child processes, reduction of failures, the report and the command line.
 
 Inputs are frozen dataclasses whose defaults are the simplest there is. They are numbered: input 17 of seed 3 is the
-same in a long run and alone (`--seed 3 --start 17 --calls 1`). Inputs are checked in a child process, so that a crash or a
+same in a long run and alone (`--seed 3 --start 17 --calls 1`). They are checked in a child process, so a crash or a
 hang is a fault like any other.
 """
 

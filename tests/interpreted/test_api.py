@@ -150,6 +150,49 @@ def test_learning_rates_are_read_at_every_call():
     assert not _close(gradient("triton"), before)
 
 
+def test_rates_of_rows_and_columns_match_reference():
+    """Shapes between one number and one an element, of a convolution too, whose weight lies otherwise in memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 1)).double()
+    x, y = torch.randn(3, 4, 2, 2, 3).double(), torch.randn(3, 4, 1).double()
+    params = {name: value.detach() for name, value in net.named_parameters()}
+    forms = [
+        {"0.weight": (1, 1, 3, 1, 1, 1), "0.bias": (STEPS, 1, 3), "3.weight": (1, 3, 1, 6), "3.bias": (1, 3, 1)},
+        {"0.weight": (STEPS, 3, 1, 2, 1, 2), "0.bias": (1, 1, 1), "3.weight": (1, 1, 1, 1), "3.bias": (1, 1, 1)},
+    ]
+    for shapes in forms:
+        rates = {name: 0.05 + 0.1 * torch.rand(shape).double() for name, shape in shapes.items()}
+        found = [
+            fm.meta_gradient(
+                net, params, (x, y), (x, y), loss="mse", lr=rates, steps=STEPS, wrt=("params", "lr"), backend=backend
+            )
+            for backend in ("triton", "reference")
+        ]
+        assert [rate.shape for rate in found[0].lr.values()] == [rate.shape for rate in rates.values()]
+        assert _close(*([*out.grads.values(), *out.lr.values()] for out in found))
+
+
+def test_a_diverged_task_touches_no_other():
+    episode, weights = _episode(), torch.tensor([1.0, 0.0, 2.0]).double()
+    broken = (episode[0].clone(), *episode[1:])
+    broken[0][1, 0, 0] = torch.nan
+    maml = _maml(_net(), "triton", on_divergence="skip")
+    with pytest.warns(RuntimeWarning, match=r"1 of 3 tasks diverged, left out .*: task 1$"):
+        out = maml(*broken)
+    out.loss.backward()
+    whole = maml(*episode)
+    assert torch.equal(out.task_losses[[0, 2]], whole.task_losses[[0, 2]])
+    assert out.task_losses[1].isnan()
+    rest = _gradient(_maml(_net(), "reference"), tuple(tensor[[0, 2]] for tensor in episode))
+    assert _close([p.grad for p in maml.parameters()], rest)
+    results = []
+    for backend, tensors in (("triton", broken), ("reference", episode)):
+        weighted = _maml(_net(), backend)
+        weighted(*tensors, weights).loss.backward()
+        results.append([p.grad for p in weighted.parameters()])
+    assert _close(*results)
+
+
 @pytest.mark.parametrize(("label", "tasks"), [("bn_relu_pool", 2), ("linear", 18)])
 def test_two_runs_give_the_same_bits(label: str, tasks: int):
     case = replace(next(c for c in VERIFICATION if c.label == label), tasks=tasks, shots=2, queries=2, steps=1)

@@ -45,6 +45,9 @@ _OPTIONS = (
     "K2-ce-inner_sgd-lr_head-weights_s-recompute",
     "K0-task_forward-own_some",
     "tied-T3-N7-M5-K3-mse-recompute",
+    "K2-mse_masked_mean-weights_sq0",
+    "K2-ce_masked_mean-weights_sq0-recompute",
+    "K2-ce_probabilities_everything-step_weights-weights_sq-per_step",
 )
 _BY_OPTION = [next(case for case in VERIFICATION if case.id.endswith(name)) for name in _OPTIONS]
 CASES = list(dict.fromkeys([*_BY_LABEL.values(), *_BY_LOSS.values(), *_BY_OPTION]))

@@ -44,7 +44,12 @@ def build() -> None:
     for folder in ("csrc", "kernels"):
         (package / folder).symlink_to(ROOT / folder)
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={TREE}", f"--build-temp={BUILD / 'temp'}"]
-    environment = {**os.environ, "FASTMETA_BASE_ONLY": "1", "CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined"}
+    environment = {
+        **os.environ,
+        "FASTMETA_BASE_ONLY": "1",
+        "CXXFLAGS": FLAGS,
+        "LDFLAGS": "-fsanitize=address,undefined",
+    }
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 

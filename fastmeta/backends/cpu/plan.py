@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from fastmeta.backends._layout import lay_out
+from fastmeta.backends._losses import reads_channels
+from fastmeta.backends._rates import rate_form
 from fastmeta.losses import Loss
 from fastmeta.network.program import Program
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem
@@ -28,12 +30,9 @@ def used_params(program: Program) -> list[str]:
 
 
 def used_buffers(problem: Problem) -> list[str]:
-    """The network's buffers that the engine reads: running statistics, if they are what it normalises by."""
+    """The network's buffers that the engine reads: running statistics, where they are what a norm normalises by."""
     program = problem.program
-    if program is None or problem.batch_stats == "task":
-        return []
-    used = {name for layer in program.layers for name in layer.params if name is not None}
-    return [name for name, _ in program.buffers if name in used]
+    return [] if program is None else [name for name, _ in program.buffers]
 
 
 def memory_mode(problem: Problem, wrt: frozenset[str]) -> str:
@@ -52,7 +51,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     names, buffers = used_params(program), used_buffers(problem)
     shapes |= dict(program.buffers)
     index = {name: i for i, name in enumerate([*names, *buffers])}
-    engine = lay_out(program)
+    engine = lay_out(program, reads_channels(problem))
     layers = [
         (
             layer.kind,
@@ -68,8 +67,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     params = []
     for name in [*names, *buffers]:
         shape, matrix = shapes[name], name in matrices
-        rate = problem.rates.get(name)
-        element = rate is not None and rate.shape[2:].numel() > 1
+        rate = rate_form(problem, name, shape)
         params.append(
             (
                 shape[0] if matrix else 1,
@@ -79,9 +77,9 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
                 name in buffers,
                 name in problem.per_task,
                 rate is not None,
-                element,
-                rate is not None and rate.shape[1] > 1,
-                rate is not None and rate.shape[0] > 1,
+                rate is not None and rate.element,
+                rate is not None and rate.per_task,
+                rate is not None and rate.per_step,
             )
         )
     return _C.Plan(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from fastmeta.backends._losses import class_weights
+from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -30,6 +30,10 @@ _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
 
 
+#: Said wherever memory is made for the engine: the default device may be another one, "meta" for example.
+_CPU = torch.device("cpu")
+
+
 class Job:
     """All calls that differ in nothing but the values of tensors."""
 
@@ -43,7 +47,7 @@ class Job:
         self.names, self.buffers = plans.used_params(program), plans.used_buffers(problem)
         self.dtype = problem.params[self.names[0]].dtype
         self.itemsize = self.dtype.itemsize
-        self.output_shape = program.output_shape
+        self.output_shape, self.channels = program.output_shape, reads_channels(problem)
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
         self.templates = [
@@ -77,7 +81,7 @@ class Job:
             grad, offsets = self._parameter_gradients(problem, grads)
         rate_grad: Tensors = []
         if "lr" in wrt:
-            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype) for name, rate in rates.items()}
+            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()}
             if problem.steps:  # else they stay zero
                 rate_grad = [*map(grads.lr.get, names), *self.no_gradients]
         adapted: Tensors = []
@@ -87,17 +91,16 @@ class Job:
         seeds = problem.adapted_grad
         output = losses = loss = None
         if query is not None:
-            output = result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype)
+            output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
+            result.output = output
             if query.y is not None:
-                losses = result.task_losses = torch.empty(tasks, dtype=dtype)
-                loss = result.loss = torch.empty((), dtype=dtype)
+                losses = result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
+                loss = result.loss = torch.empty((), dtype=dtype, device=_CPU)
         verdict = self.plan.run(
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
             self._values(problem),
-            self.number_rate_list or []
-            if rates is self.number_rates
-            else [*map(rates.get, names), *self.no_gradients],
+            self.number_rate_list or [] if rates is self.number_rates else [*map(rates.get, names), *self.no_gradients],
             [] if seeds is None else [*map(seeds.get, names), *self.no_gradients],
             adapted,
             grad,
@@ -124,7 +127,7 @@ class Job:
                 for value in own.values():
                     value.fill_(torch.nan)
             return [*map(own.get, self.names), *self.no_gradients], []
-        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype)
+        flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype, device=_CPU)
         if POISON and not self.some_unused:
             flat.fill_(torch.nan)
         if not problem.prefer_flat:
@@ -153,7 +156,7 @@ class Job:
         adapted = {}
         for name, shape in self.adapted_shapes.items():
             if name in used:
-                adapted[name] = torch.empty(shape, dtype=self.dtype)
+                adapted[name] = torch.empty(shape, dtype=self.dtype, device=_CPU)
             else:
                 adapted[name] = problem.params[name].detach().expand(shape).clone()
         return adapted
@@ -163,14 +166,14 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, "cpu")
+        weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
         if not self.input_gradients:
             return [batch.x, y, batch.weights, weights, None, None, None]
         gradients: Tensors = []
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key, grad = f"{which}_{field}", None
             if key in self.wrt and tensor is not None:
-                grad = torch.zeros(tensor.shape, dtype=self.dtype)
+                grad = torch.zeros(tensor.shape, dtype=self.dtype, device=_CPU)
                 setattr(grads, key, grad)
             gradients.append(grad)
         return [batch.x, y, batch.weights, weights, *gradients]

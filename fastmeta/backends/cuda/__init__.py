@@ -61,7 +61,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
             return f"the network's input is {batch.x.dtype}"
-        if loss is not None and (reason := refuses_loss(loss, program.output_shape)):
+        if loss is not None and (reason := refuses_loss(loss)):
             return reason
     return _refuses_size(problem, wrt)
 

@@ -227,6 +227,8 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
     direction = flags["momentum"] or (gradient and writes and (flags["second_order"] or not plain))
     plan.restores = theta_needed and not plan.keep_all
     checkpoints = max(steps - 1, 0) * plan.set if plan.restores else 0
+    most = max(plan.support, plan.query)
+    positions = 2 * most * plan.values[plan.output].rows + 32 if flags["positions"] else 0  # csrc/cuda/loss.h
     return {
         "theta": Area(plan.frozen + plan.set * (steps + 1 if plan.keep_all else 1), "theta"),
         "checkpoints": Area(checkpoints, "checkpoints"),
@@ -243,5 +245,5 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
         "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),
         "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
         "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
-        "terms": Area(max(plan.support, plan.query) + 32, "sums"),
+        "terms": Area(most + 32 + positions, "sums"),
     }

@@ -11,15 +11,16 @@ from fastmeta.network.program import Program
 _WITH_EPILOGUE = NORMS | {"linear"}
 
 
-def simplify(program: Program, names: list[str]) -> tuple[list[Value], list[Layer], int]:
+def simplify(program: Program, names: list[str], output_channels: bool = False) -> tuple[list[Value], list[Layer], int]:
     """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues.
 
     Args:
         program: the captured network.
         names: the parameters in use, and the buffers that are read.
+        output_channels: whether the output [C, d...] is wanted channels-last.
     """
     index = {name: i for i, name in enumerate(names)}
-    engine = lay_out(program)
+    engine = lay_out(program, output_channels)
     # in one row, or one column, both orders are the same
     values = [Value(rows, cols, image and rows > 1 and cols > 1) for rows, cols, _, _, image in engine.values]
     layers, output = _image_input(values), engine.output

@@ -7,7 +7,9 @@ from math import prod
 
 import torch
 
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.plan import used_buffers, used_params
 from fastmeta.backends.cuda.memory import WIDE, lay_out_params, odd, pad, place
 from fastmeta.backends.cuda.network import simplify
@@ -61,7 +63,8 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
     steps = problem.steps if support is not None else 0
     first = next(iter(problem.params.values()))
     names = used_params(program) + used_buffers(problem)
-    values, layers, output = simplify(program, names)
+    channels = reads_channels(problem)
+    values, layers, output = simplify(program, names, channels)
     rule = problem.rule
     flags = {
         "second_order": problem.order == "second" and bool(wrt) and steps > 0,
@@ -74,6 +77,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
         "momentum": rule is not None and rule.momentum != 0 and steps > 0,
         "weight_decay": rule is not None and rule.weight_decay != 0 and steps > 0,
         "step_weights": problem.step_weights is not None and problem.query_loss is not None,
+        "positions": channels and values[output].rows > 1,
     }
     plan = Plan(
         values,
@@ -111,12 +115,10 @@ def _param(problem: Problem, program: Program, number: int, name: str, plan: Pla
     else:
         ld = pad(cols, vector)
         ld = odd(ld, vector) if rows > 1 else ld
-    rate = problem.rates.get(name) if plan.steps > 0 else None
+    rate = rate_form(problem, name, shape) if plan.steps > 0 else None
     param = Param(name, rows, cols, ld, vector, name in problem.per_task, rate is not None, buffer=name not in params)
     if rate is not None:
-        param.rate_element = rate.shape[2:].numel() > 1
-        param.rate_per_task = rate.shape[1] > 1
-        param.rate_per_step = rate.shape[0] > 1
+        param.rate_element, param.rate_per_task, param.rate_per_step = rate
     param.tied = sum((layer.weight == number) + (layer.bias == number) for layer in plan.layers) > 1
     return param
 

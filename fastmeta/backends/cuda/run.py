@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.backends._losses import class_weights
+from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.cuda import plan as plans
 from fastmeta.backends.cuda.launch import Kernels, chip, kernels_for
@@ -33,7 +33,7 @@ class Job:
         program = problem.program
         if program is None:
             raise ValueError(f"a plan needs a captured network: {problem.refused}")
-        self.output_shape = program.output_shape
+        self.output_shape, self.channels = program.output_shape, reads_channels(problem)
         self.shapes = dict(program.params)
         self.names = [param.name for param in self.plan.params if not param.buffer]
         self.buffers = [param.name for param in self.plan.params if param.buffer]
@@ -170,7 +170,9 @@ class Job:
         x = batch.x
         if self.plan.areas["input"].space == "user" and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.detach().resolve_neg().clone(memory_format=torch.contiguous_format)  # for loads of 16 bytes
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.dtype, self.device)
+        weights = None
+        if loss is not None:
+            weights = class_weights(loss, self.output_shape, self.channels, self.dtype, self.device)
         words = _dense([x, y, batch.weights, weights], keep)
         for field, tensor in zip(_FIELDS, (batch.x, y, batch.weights), strict=True):
             key = f"{which}_{field}"

@@ -191,6 +191,7 @@ def source(plan: Plan) -> str:
         "namespace fm::cuda {",
         *(f"constexpr {name}[] = {{{', '.join(braces(*row) for row in rows)}}};" for name, rows in tables.items()),
         f"constexpr int LAYER_COUNT = {len(layers)}, PARAM_COUNT = {len(params)}, OUTPUT = {plan.output};",
+        f"constexpr bool OUTPUT_CHANNELS = {_literal(plan.values[plan.output].channels)};",
         f"constexpr int RATE_SLOTS = {plan.rate_slots};",
         f"constexpr Options OPTIONS = {braces(*options)};",
         f"constexpr Layout LAYOUT = {braces(*layout)};",

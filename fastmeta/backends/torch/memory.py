@@ -20,4 +20,6 @@ def stores(problem: Problem, wrt: frozenset[str], at_once: int, vectorised: bool
         return False  # there is no Hessian-vector product
     if problem.memory != "auto":
         return problem.memory == "store"
+    if tasks.must_store(problem):
+        return True
     return tasks.graph_bytes(problem, vectorised) * at_once * problem.steps <= STORE_AT_MOST

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -30,6 +31,7 @@ class _Gradient:
     theta: dict[str, Tensor]
     others: dict[str, Tensor]  # by their keys in `Sweep.total`
     values: list[Tensor]  # [T, *shape] for every adapted parameter
+    losses: Tensor  # [T], detached
 
 
 @dataclass(slots=True)
@@ -37,7 +39,7 @@ class _Step:
     """What the sweep back needs of one inner step."""
 
     theta: dict[str, Tensor]  # before the step
-    random_state: RandomState  # before its forward pass
+    replay: Replay | None  # to run it again
     gradient: _Gradient | None  # with its graph; None: to be run again
     query_grad: dict[str, Tensor]  # s_k grad Q(theta_k); empty where s_k is zero
     directions: dict[str, Tensor] = field(default_factory=dict)  # m', for the gradients of the rates
@@ -63,7 +65,6 @@ class Sweep:
 
     def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool) -> None:
         self.p, self.wrt, self.vectorised = p, wrt, vectorised
-        self.device = _inputs.any_batch(p).x.device
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
@@ -87,14 +88,19 @@ class Sweep:
         theta = {name: tasks.stack(p, name) for name in self.names}
         momentum: dict[str, Tensor] = {}
         steps: list[_Step] = []
+        again = self.back and not self.store and p.order == "second" and p.steps > 0
+        random_state = RandomState.of(p) if again else None
         for k in range(p.steps):
             query_grad = self._query(theta, k) if self.step_weights[k] else {}
-            before, random_state = theta, RandomState.now(self.device)
+            before = theta
+            replay = None if random_state is None else Replay(random_state.anew())
             gradient = self._support_gradient(theta, k, create_graph=self.store)
             theta, momentum = self._update(theta, momentum, gradient, k)
+            if replay is not None:
+                replay.keep(gradient.losses)
             if self.back:
                 directions = momentum if "lr" in self.wrt else {}
-                steps.append(_Step(before, random_state, gradient if self.store else None, query_grad, directions))
+                steps.append(_Step(before, replay, gradient if self.store else None, query_grad, directions))
             del gradient  # its graph, where that is not kept
         lam = self._query(theta, p.steps)
         if p.adapted_grad is not None:
@@ -140,8 +146,10 @@ class Sweep:
         """H_k v; adds d<g_k, v> / d everything else to the totals."""
         gradient = step.gradient
         if gradient is None:
-            with replayed(step.random_state):
+            replay = step.replay or Replay(RandomState.of(self.p))
+            with replay.again():
                 gradient = self._support_gradient(step.theta, k, create_graph=True)
+            replay.check(gradient.losses)
         leaves = [*gradient.theta.values(), *gradient.others.values()]
         products = _inputs.gradients(gradient.values, leaves, [v[name] for name in self.names])
         self._add(gradient.others, products[len(gradient.theta) :], k)
@@ -154,7 +162,9 @@ class Sweep:
         others = self._leaves("support", k) if create_graph else {}
         losses, _ = self._evaluate(leaves, others, "support", tasks.step_of(support, k), loss)
         values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
-        return _Gradient(leaves, others, values)
+        if create_graph:
+            tasks.check_second_order(self.p, self.vectorised, losses, values)
+        return _Gradient(leaves, others, values, losses.detach())
 
     def _query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The gradient of what J holds of the query set at theta_k; keeps losses and output."""

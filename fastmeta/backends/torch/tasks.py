@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._random_state import RandomState, preserved
+from fastmeta.backends._autocast import autocast
+from fastmeta.backends._random_state import preserved_for
+from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
+from fastmeta.bounded import Known
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, own
 from fastmeta.problem import Batch, Problem
 
+#: Sorts of problems of one network that something is remembered of.
+_MOST_SORTS = 1024
 #: Largest relative difference between vmap and the loop that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
-_loops: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
-_graphs: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
-_shapes: WeakKeyDictionary[nn.Module, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
+_loops: Known[int, str] = Known(_MOST_SORTS)
+_graphs: Known[tuple[int, bool], float] = Known(_MOST_SORTS)
+_stored: Known[int, bool] = Known(_MOST_SORTS)
+_twice: Known[tuple[int, bool], bool] = Known(_MOST_SORTS)
+_shapes: Known[int, tuple[int, ...]] = Known(_MOST_SORTS)
 
 
 def evaluate(
@@ -48,12 +54,17 @@ def evaluate(
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
     """
 
+    device, dtype = batch.x.device, next(iter(params.values())).dtype
+
     def one_task(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
-        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        return value, output
+        with autocast(device, problem.autocast):
+            output = call(problem.net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised)
+            if problem.autocast is not None:
+                output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
+            value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
+            return (value if problem.autocast is None else value.to(dtype)), output
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
@@ -99,19 +110,38 @@ def why_loop(problem: Problem) -> str:
     agree with the loop in value, gradient and Hessian-vector product. Draws nothing from the random state. To be
     called inside `isolated`, with the tensors of `problem` detached.
     """
-    known = _loops.setdefault(problem.net, {})
+    if problem.autocast is not None:
+        return "under vmap PyTorch's autocast passes over linear layers"
     key = _key(problem)
-    if key not in known:
+    reason = _loops.get(problem.net, key)
+    if reason is None:
         reason = _compare(problem)
-        if reason is None:
-            return ""
-        known[key] = reason
-    return known[key]
+        if reason is not None:
+            _loops.put(problem.net, key, reason)
+    return reason or ""
 
 
-def remember_loop(problem: Problem, error: Exception) -> None:
-    """Have tasks like those of `problem` run in a loop from now on: vmap raised `error`, the loop did not."""
-    _loops.setdefault(problem.net, {})[_key(problem)] = _failure(error)
+def remember_loop(problem: Problem, reason: str) -> None:
+    """Have tasks like those of `problem` run in a loop from now on; `reason` says why."""
+    _loops.put(problem.net, _key(problem), reason)
+
+
+def remember_to_store(problem: Problem) -> None:
+    """Keep the graphs of all steps from now on where "auto" decides: a step of `problem` cannot be run again."""
+    _stored.put(problem.net, _key(problem), True)
+
+
+def must_store(problem: Problem) -> bool:
+    """Whether `remember_to_store` was told of problems like this one."""
+    return problem.memory == "auto" and bool(_stored) and _stored.get(problem.net, _key(problem)) is not None
+
+
+def check_second_order(problem: Problem, vectorised: bool, losses: Tensor, gradients: Sequence[Tensor]) -> None:
+    """`check_twice`, once for problems like this one; `losses` and `gradients` are of one inner step."""
+    key = (_key(problem), vectorised)
+    if _twice.get(problem.net, key) is None:
+        check_twice(losses, gradients)
+        _twice.put(problem.net, key, True)
 
 
 def graph_bytes(problem: Problem, vectorised: bool) -> float:
@@ -120,33 +150,40 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
     Measured once per network, training flags, losses and shapes, on one or two tasks, and remembered. Draws nothing
     from the random state. To be called inside `isolated`, with the tensors of `problem` detached.
     """
-    known = _graphs.setdefault(problem.net, {})
     key = (_key(problem), vectorised)
-    if key not in known:
+    size = _graphs.get(problem.net, key)
+    if size is None:
         sample = cut(problem, 0, 2 if vectorised else 1)
         held: dict[int, int] = {}  # address -> size: the same storage is saved many times
+        unknown: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            try:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # one of torch.func's own has no memory to look at
+                unknown.append(tensor.numel() * tensor.element_size())
             return tensor
 
-        device = _inputs.any_batch(sample).x.device
-        with preserved(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _probe(sample, vectorised)
-        known[key] = sum(held.values()) / sample.tasks
-    return known[key]
+        try:
+            with preserved_for(sample), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                _probe(sample, vectorised)
+            size = (sum(held.values()) + sum(unknown)) / sample.tasks
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            size = inf  # torch.func's transforms inside the forward allow no hooks: nothing can be measured
+        _graphs.put(problem.net, key, size)
+    return size
 
 
 def output_shape(problem: Problem) -> tuple[int, ...]:
     """Shape of the network's output for one example, from the layer program or one remembered run of one task."""
     if problem.program is not None:
         return problem.program.output_shape
-    known = _shapes.setdefault(problem.net, {})
     key = _key(problem)
-    if key not in known:
-        known[key] = _inputs.output_shape(problem)
-    return known[key]
+    shape = _shapes.get(problem.net, key)
+    return shape if shape is not None else _shapes.put(problem.net, key, _inputs.output_shape(problem))
 
 
 def _key(problem: Problem) -> int:
@@ -160,7 +197,7 @@ def _key(problem: Problem) -> int:
             tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
             tuple((name, t.shape[1:], t.dtype) for name, t in tensors.items() if t is not None),
             (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
-            (problem.order, problem.batch_stats, batch.x.device),
+            (problem.order, problem.batch_stats, batch.x.device, problem.autocast),
         )
     )
 
@@ -168,21 +205,23 @@ def _key(problem: Problem) -> int:
 def _compare(problem: Problem) -> str | None:
     """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said (NaN)."""
     pair = cut(problem, 0, 2)
-    device = _inputs.any_batch(pair).x.device
-    failure = ""
-    with preserved(device) as before:
+    reason = ""
+    with preserved_for(pair) as before:
         try:
             vectorised = _probe(pair, vectorised=True)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
-            failure = _failure(error)
-        if not failure and not RandomState.now(device).same_as(before):
+            reason = failure(error)
+        drawn = before.anew()
+        if not reason and (outside := before.drawn_outside_torch(drawn)):
+            return drawn_once(outside)
+        if not reason and not drawn.same_as(before):
             return ""  # vmap draws other masks than the loop, there is nothing to compare
         before.restore()
         looped = _probe(pair, vectorised=False)  # an error of the caller's own comes out here
-    if failure:
-        return failure
+    if reason:
+        return reason
     for what, found, expected in zip(("output", "gradient", "Hessian-vector product"), vectorised, looped, strict=True):
         size, off = float(expected.norm()), float((found - expected).norm())
         if not isfinite(size):
@@ -197,28 +236,36 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
     second = problem.steps > 0 and problem.order == "second"
     names = list(problem.rates) if problem.steps else list(problem.params)
     theta = {name: own(stack(problem, name), requires_grad=True) for name in names}
-    batch = step_of(_inputs.any_batch(problem), 0)
-    loss = problem.query_loss if problem.support is None else problem.loss
+    sets = _inputs.any_batch(problem)
+    batch, loss = step_of(sets, 0), problem.query_loss if sets is problem.query else problem.loss
     losses, output = evaluate(
         problem, {**problem.params, **theta}, problem.per_task | theta.keys(), batch, loss, vectorised
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     objective = losses.sum() + (output * _random_like(output, generator)).sum()
     leaves = list(theta.values())
     gradient = _inputs.gradients([objective], leaves, create_graph=second)
     directions = [_random_like(leaf, generator) for leaf in leaves]
+    if second:
+        check_twice(losses, gradient)
     product = _inputs.gradients(gradient, leaves, directions) if second else []
     return output.detach().flatten(), _flat(gradient), _flat(product)
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator).to(tensor)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0, device="cpu")
 
 
-def _failure(error: Exception) -> str:
+def drawn_once(generator: str) -> str:
+    """Why a forward that draws from something else than torch runs in a loop."""
+    return f"the forward draws from {generator}, which vmap would do once for all tasks"
+
+
+def failure(error: Exception) -> str:
+    """Why tasks run in a loop after `error` under vmap."""
     message = str(error).strip() or "no message"
     return f"vmap failed with {type(error).__name__}: {message.splitlines()[0]}"

@@ -70,17 +70,13 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         examples = batch.x.shape[2 if batch.per_step else 1]
         if examples * max(prod(program.value_shape(i)) for i in range(len(program.layers) + 1)) >= _MOST:
             return "a value of one task has 2^31 elements or more"
-        if loss is not None and (reason := _refuses_loss(loss, program.output_shape)):
+        if loss is not None and (reason := _refuses_loss(loss)):
             return reason
     return ""
 
 
-def _refuses_loss(loss: Loss, out: tuple[int, ...]) -> str:
-    if loss.kind == "custom":
-        return f"the loss {loss.function!r} is a function of its own"
-    if loss.kind == "cross_entropy" and len(out) != 1:
-        return f"cross_entropy needs an output [N, C] here, got [N, {', '.join(map(str, out))}]"
-    return ""
+def _refuses_loss(loss: Loss) -> str:
+    return f"the loss {loss.function!r} is a function of its own" if loss.kind == "custom" else ""
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
@@ -101,6 +97,9 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         job = scratch.get("triton")
         if job is None or not job.fits(problem, wrt, adapted):
             job = scratch["triton"] = runs.Job(problem, wrt, adapted)
+            runs.keep(scratch, job)
+        else:
+            runs.used(scratch, job)
         return job.run(problem)
 
 

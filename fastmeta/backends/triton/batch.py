@@ -18,7 +18,8 @@ PARTS = ("x", "y", "weights")
 
 
 class StaticBatch:
-    """Dense tensors [T, N, ...], images channels-last; with a set for each step, [K, T, N, ...]."""
+    """Dense tensors [T, N, ...], images channels-last, and targets like the output that they are compared with; with a
+    set for each step, [K, T, N, ...]."""
 
     def __init__(
         self,
@@ -33,7 +34,12 @@ class StaticBatch:
         self.role, self.loss, self.per_step = role, loss, batch.per_step
         self.tasks, self.examples = batch.x.shape[0], batch.x.shape[2 if batch.per_step else 1]
         self.lead = 3 if batch.per_step else 2
-        self.image = net.values[0].channels and batch.x.dim() > self.lead
+        self.channels = {
+            "x": net.values[0].channels and batch.x.dim() > self.lead,
+            "y": net.values[net.output].channels and batch.y is not None and batch.y.is_floating_point(),
+            "weights": False,
+        }
+        self.channels_last = net.values[net.output].channels
         self.tensors: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
         given = {"x": batch.x, "y": batch.y if loss is not None else None, "weights": batch.weights}
@@ -51,13 +57,13 @@ class StaticBatch:
         shape = list(tensor.shape)
         if self.per_step:
             shape[0], shape[1] = shape[1], shape[0]
-        if part == "x" and self.image:
+        if self.channels[part]:
             shape.append(shape.pop(self.lead))
         return memory.new(*shape, dtype=tensor.dtype)
 
     def user_view(self, tensor: Tensor, part: str) -> Tensor:
         """A static tensor in the order of the user's own."""
-        if part == "x" and self.image:
+        if self.channels[part]:
             tensor = tensor.movedim(-1, self.lead)
         return tensor.transpose(0, 1) if self.per_step else tensor
 
@@ -102,7 +108,8 @@ class StaticBatch:
         if loss.kind == "cross_entropy":
             return {} if loss.weight is None else {"class_weights": loss.weight}
         given = {"factors": loss.weight, "pos_weight": loss.pos_weight}
-        return {n: value.expand(self.output_shape).reshape(-1) for n, value in given.items() if value is not None}
+        found = {name: value.expand(self.output_shape) for name, value in given.items() if value is not None}
+        return {n: (value.movedim(0, -1) if self.channels_last else value).reshape(-1) for n, value in found.items()}
 
     def emit_loss(
         self,
@@ -150,6 +157,7 @@ class StaticBatch:
                 record,
                 self.tasks,
                 self.examples,
+                out.rows,
                 out.cols,
                 class_weights=self.constants.get("class_weights"),
                 INDICES=not target.is_floating_point(),

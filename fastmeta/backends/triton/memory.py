@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastmeta.backends._rates import rate_form
 from fastmeta.backends.triton.network import Network, engine_shape
 from fastmeta.kernels.passes import Operand
 from fastmeta.problem import Problem
@@ -86,10 +87,10 @@ class ParameterLayout:
         self.slots, self.row = [-1] * len(self.names), 0
         self.elementwise = [False] * len(self.names)
         for p, name in enumerate(self.names):
-            if not self.adapted[p]:
+            form = rate_form(problem, name, self.shapes[p])
+            if form is None:
                 continue
-            rate = problem.rates[name]
-            self.elementwise[p] = rate.shape[2:].numel() > 1
+            self.elementwise[p] = form.element
             self.slots[p] = self.row
             self.row += prod(self.shapes[p]) if self.elementwise[p] else 1
 
@@ -112,12 +113,12 @@ class ParameterLayout:
 
     def index(self) -> Tensor:
         """[P] int32: the place of each element's rate in a row, -1 where there is none."""
-        found = torch.full((self.size,), -1, dtype=torch.int32)
+        found = torch.full((self.size,), -1, dtype=torch.int32, device="cpu")
         for p, slot in enumerate(self.slots):
             if slot < 0:
                 continue
             size, start = prod(self.shapes[p]), self.offsets[p]
-            found[start : start + size] = slot + torch.arange(size) * self.elementwise[p]
+            found[start : start + size] = slot + torch.arange(size, device="cpu") * self.elementwise[p]
         return found
 
     def table(self) -> Tensor:
@@ -127,7 +128,7 @@ class ParameterLayout:
             for p, slot in enumerate(self.slots)
             if slot >= 0
         ]
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).t().contiguous()
+        return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 4).t().contiguous()
 
     def operand(self, rows: Tensor, p: int) -> Operand:
         """Parameter p of sets [T, P], or of a set [P] that all tasks share."""

@@ -35,17 +35,17 @@ class Network:
     curved: set[int] = field(default_factory=set)  # roots: outputs of functions with a second derivative
 
 
-def build(program: Program, fixed_statistics: bool, input_gradients: bool) -> Network:
+def build(program: Program, input_gradients: bool, output_channels: bool = False) -> Network:
     """Analyse a program.
 
     Args:
         program: the network.
-        fixed_statistics: batch norms normalise by their running statistics.
         input_gradients: gradients of the network's input are wanted.
+        output_channels: the output [C, d...] is wanted channels-last.
     """
-    engine = lay_out(program)
+    engine = lay_out(program, output_channels)
     values = [Value(*value) for value in engine.values]
-    buffers = [name for name, _ in program.buffers] if fixed_statistics else []
+    buffers = [name for name, _ in program.buffers]
     shapes = dict(program.params) | dict(program.buffers)
     params = [name for name, _ in program.params] + buffers
     index = {name: i for i, name in enumerate(params)}

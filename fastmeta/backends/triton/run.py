@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
 import triton
 from torch import Tensor
 
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
 from fastmeta.backends.triton.memory import copy_together
 from fastmeta.backends.triton.network import Network, build
 from fastmeta.backends.triton.step import KINDS, MetaStep
-from fastmeta.problem import Gradients, Problem, Result
+from fastmeta.bounded import Bounded
+from fastmeta.problem import Gradients, Problem, Result, Scratch
 
 __all__ = ["KINDS", "Job", "describe"]
 
@@ -46,7 +49,8 @@ def network(problem: Problem, wrt: frozenset[str]) -> Network:
     """The analysed program of a problem."""
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
-    return build(problem.program, problem.batch_stats != "task", not wrt.isdisjoint({"support_x", "query_x"}))
+    inputs = not wrt.isdisjoint({"support_x", "query_x"})
+    return build(problem.program, inputs, reads_channels(problem))
 
 
 def memory_limit(device: torch.device) -> int:
@@ -63,6 +67,37 @@ def memory_mode(problem: Problem, wrt: frozenset[str], limit: int) -> str:
     dtype = next(iter(problem.params.values())).dtype
     step = MetaStep(problem, network(problem, wrt), wrt, "store", precision(dtype), torch.device("meta"))
     return "store" if step.memory.bytes <= limit else "recompute"
+
+
+#: Plans at most, of all networks, and what their static tensors may take together.
+_MOST_JOBS, _MOST_BYTES = 256, 1 << 30
+_kept: dict[torch.device, Bounded[int, ref[Scratch]]] = {}
+
+
+def keep(scratch: Scratch, job: Job) -> None:
+    """Count the memory of a plan that is kept in `scratch`; what was not used for longest gives its own back."""
+    device = job.device
+    if device not in _kept:
+        half = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _MOST_BYTES
+        _kept[device] = Bounded(_MOST_JOBS, half, _size, _give_back)
+    key, of_device = id(scratch), _kept[device]
+    of_device.put(key, ref(scratch, lambda _: of_device.drop(key)))
+
+
+def used(scratch: Scratch, job: Job) -> None:
+    """The plan in `scratch` is the one that was used last."""
+    _kept[job.device].used(id(scratch))
+
+
+def _size(kept: ref[Scratch]) -> int:
+    scratch = kept()
+    return 0 if scratch is None else int(scratch["triton"].step.memory.bytes)
+
+
+def _give_back(kept: ref[Scratch]) -> None:
+    scratch = kept()
+    if scratch is not None:
+        scratch.pop("triton", None)
 
 
 class Job:
@@ -149,7 +184,7 @@ class Job:
         if step.task_weights is not None:
             found.append(step.task_weights)
         if step.output_grad is not None:
-            found.append(step.output_grad)
+            found.append(step.output_grad.movedim(-1, 2) if step.channels else step.output_grad)
         if step.lam is not None and problem.adapted_grad is not None:
             found += [layout.view(step.lam, p) for p in range(len(layout.names))]
         return found
@@ -209,8 +244,12 @@ class Job:
         step = self.step
         result = Result(grads=self._gradients(problem))
         if step.query is not None and step.output is not None and problem.query is not None:
-            shape = (problem.tasks, step.query.examples, *problem.program.output_shape)  # type: ignore[union-attr]
-            result.output = step.output.clone().view(shape)
+            shape = list(problem.program.output_shape)  # type: ignore[union-attr]
+            if step.channels:
+                shape.append(shape.pop(0))
+            output = step.output.view(problem.tasks, step.query.examples, *shape)
+            output = output.movedim(-1, 2) if step.channels else output
+            result.output = output.clone(memory_format=torch.contiguous_format)
         if step.losses is not None and step.loss is not None:
             result.task_losses, result.loss = step.losses.clone(), step.loss.clone()
         if self.adapted:

@@ -76,7 +76,11 @@ class StepState:
         if problem.query is not None:
             self.query = StaticBatch(self.memory, net, problem.query, problem.query_loss, wrt, "query", shape)
         self.task_weights = None if problem.task_weights is None else new(tasks)
-        self.output_grad = None if problem.output_grad is None else new(*problem.output_grad.shape)
+        self.channels = net.values[net.output].channels  # the output is [T, N, d..., C]
+        self.output_grad = None
+        if problem.output_grad is not None:
+            shape = problem.output_grad.shape
+            self.output_grad = new(*(shape[:2] + shape[3:] + shape[2:3] if self.channels else shape))
         self.losses = new(tasks) if self.query is not None and self.query.loss is not None else None
         self.loss = new() if self.losses is not None else None
         self.output: Tensor | None = None  # the last query pass's own

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import fastmeta as fm
 from fastmeta.cli import folder
-from fastmeta.cli.train.checkpoint import State, begin, save
+from fastmeta.cli.train.checkpoint import State, begin, forget, save
 from fastmeta.cli.train.interrupt import Interrupt
 from fastmeta.cli.train.metrics import Metrics
 from fastmeta.cli.train.run import Run
@@ -23,6 +24,9 @@ from fastmeta.data.meta_batches import MetaBatches
 
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
+
+#: What a run writes, besides the lock.
+FILES = ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "result.csv", "adaptation.png", "episode.png")
 
 #: Further metrics of one step: name -> function of the query output [T, M, ...] and the episode.
 Measures = dict[str, Callable[[Tensor, Episode], float]]
@@ -44,18 +48,21 @@ def fit(
     Raises:
         click.UsageError: the folder and the options do not fit together.
         click.ClickException: the loss is not finite any more, the backend asked for cannot run this, or the folder
-            cannot be written into.
+            cannot be written into or holds damaged files.
         click.exceptions.Exit: interrupted; the checkpoint is saved.
     """
     measures = measures or {}
     optimizer = torch.optim.Adam([fm.flatten(maml)], lr=outer_lr, fused=True)
-    state = begin(run, maml, optimizer)
-    folder.make(run.out)
-    if state.iteration:
-        console.print(f"resumed at iteration {state.iteration} from {run.checkpoint}")
     columns = ["loss", *measures, "seconds"]
+    state = begin(run, maml, optimizer, columns)
+    folder.make(run.out, FILES)
+    if run.overwrite:
+        forget(run)
+    if state.iteration:
+        console.print(f"resumed at iteration {state.iteration} from {escape(str(run.out))}")
     started = time.perf_counter() - state.seconds
-    with Metrics(run, columns, state.iteration) as metrics, _progress(console) as progress, Interrupt() as interrupt:
+    written = Metrics(run, columns, state.rows, state.iteration)
+    with written as metrics, _progress(console) as progress, Interrupt() as interrupt:
         bar = progress.add_task("training", total=run.iterations, completed=state.iteration, loss=math.nan)
         while state.iteration < run.iterations and not interrupt.requested:
             episode = data[state.iteration]
@@ -72,12 +79,13 @@ def fit(
                 metrics.write(state.iteration, {"loss": loss, **further, "seconds": round(state.seconds, 3)})
                 progress.update(bar, completed=state.iteration, loss=loss)
             if state.iteration % run.checkpoint_every == 0 and state.iteration < run.iterations:
-                save(run, maml, optimizer, state)
+                save(run, maml, optimizer, state, columns)
         progress.update(bar, completed=state.iteration)
         state.seconds = time.perf_counter() - started
-        save(run, maml, optimizer, state)
+        save(run, maml, optimizer, state, columns)
     if state.iteration < run.iterations:
-        console.print(f"interrupted: iteration {state.iteration} is saved in {run.checkpoint}; go on with --resume")
+        where = escape(str(run.checkpoint))
+        console.print(f"interrupted: iteration {state.iteration} is saved in {where}; go on with --resume")
         raise click.exceptions.Exit(INTERRUPTED)
     return state
 

@@ -3,43 +3,89 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
+from fastmeta.cli.files import told, write_all, write_whole
+from fastmeta.cli.folder import check_file
 from fastmeta.cli.train.run import Run
 
 
 class Metrics:
     """Writes one row per logged iteration to metrics.csv, and scalars for TensorBoard if the run wants them.
 
+    The rows that a checkpoint counts on are in the checkpoint: from these the file is written anew when a run goes on,
+    so neither a crash nor what became of the file meanwhile loses any.
+
     Args:
         run: its folder must exist.
         columns: names of the metrics, after `iteration`.
+        rows: those of the checkpoint that the run goes on from; new ones are appended to this list too.
         start: the iteration the run starts at; rows behind it, left by a run that was cut off, are dropped.
+
+    Raises:
+        click.ClickException: the file cannot be written, or is not one that this run wrote.
+        click.UsageError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, run: Run, columns: Sequence[str], start: int) -> None:
-        path = run.out / "metrics.csv"
-        kept: list[dict[str, str]] = []
-        if start and path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
-        self._file = path.open("w", newline="")
-        self._rows = csv.DictWriter(self._file, ["iteration", *columns])
-        self._rows.writeheader()
-        self._rows.writerows(kept)
-        self._board = summary_writer()(str(run.out), purge_step=start + 1) if run.tensorboard else None
+    def __init__(self, run: Run, columns: Sequence[str], rows: list[list[float]], start: int) -> None:
+        self._path = run.out / "metrics.csv"
+        self._state = rows
+        writer = summary_writer() if run.tensorboard else None
+        content = csv_text([["iteration", *columns], *rows])
+        if not run.overwrite:
+            self._compare(content, start)
+        self._board = None if writer is None else _board(writer, run.out, start)
+        write_whole(self._path, content)
+        with told(self._path, "write"):
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """One row."""
-        self._rows.writerow({"iteration": iteration, **values})
-        self._file.flush()
+        """One row.
+
+        Raises:
+            click.ClickException: it cannot be written.
+        """
+        row = [iteration, *values.values()]
+        self._state.append(row)
+        with told(self._path, "write"):
+            write_all(self._file, csv_text([row]))
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, iteration)
+            with told(self._path.parent, "write into"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, iteration)
+
+    def _compare(self, content: bytes, start: int) -> None:
+        """Let pass a file that begins with `content`, or is a part of it: one that a crash or a full disk cut off.
+
+        Raises:
+            click.ClickException: the file holds something else, which is not overwritten.
+        """
+        check_file(self._path)
+        with told(self._path, "read"):
+            # After a power failure some file systems leave zeros in place of what did not reach the disk.
+            held = self._path.read_bytes().rstrip(b"\0") if self._path.exists() else b""
+        held, content = held.replace(b"\r\n", b"\n"), content.replace(b"\r\n", b"\n")
+        if held.startswith(content):
+            return
+        if content.startswith(held.rstrip(b"\r")):
+            if start:
+                there = max(held.count(b"\n") - 1, 0)
+                click.echo(f"{self._path} held {there} of {len(self._state)} rows: written anew", err=True)
+            return
+        lines = zip(content.splitlines(), [*held.splitlines(), b""], strict=False)
+        number, (wanted, got) = next((n, pair) for n, pair in enumerate(lines, start=1) if pair[0] != pair[1])
+        way_out = "move it away" if start else "move it away, or pass --overwrite"
+        raise click.ClickException(
+            f"{self._path} is not what this run wrote: line {number} should be {_shown(wanted)}, is {_shown(got)}; "
+            f"{way_out}, and it is written anew"
+        )
 
     def __enter__(self) -> Metrics:
         return self
@@ -47,9 +93,17 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with told(self._path.parent, "write into"):
+                self._board.close()
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
+    """Rows as lines of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 def summary_writer() -> Any:
@@ -64,3 +118,16 @@ def summary_writer() -> Any:
         message = "--tensorboard needs the package tensorboard: pip install 'fastmeta[tensorboard]'"
         raise click.UsageError(message) from error
     return SummaryWriter
+
+
+def _board(writer: Any, out: Path, start: int) -> Any:
+    with told(out, "write into"):
+        try:
+            return writer(str(out), purge_step=start + 1)
+        except UnicodeEncodeError as error:
+            message = f"--tensorboard: TensorBoard writes only into folders whose names are UTF-8, {out} is not"
+            raise click.ClickException(message) from error
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode("utf-8", "backslashreplace"))

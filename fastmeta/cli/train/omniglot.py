@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +9,16 @@ from typing import NamedTuple
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.cli import folder, memory
 from fastmeta.cli.train import plots, reported
-from fastmeta.cli.train.loop import fit
+from fastmeta.cli.train.loop import FILES, fit
 from fastmeta.cli.train.result import write_result
-from fastmeta.cli.train.run import Finite, Run, held_out_seed, run_options
+from fastmeta.cli.train.run import COUNT, Finite, Run, held_out_seed, run_options
 from fastmeta.data import Episode
 
 #: Test tasks computed at once.
@@ -45,20 +46,22 @@ class Accuracy(NamedTuple):
 
 @click.command()
 @click.option("--model", type=click.Choice([*DEFAULTS]), default="mlp", help="The network, see `fastmeta.models`.")
-@click.option("--width", type=click.IntRange(1), default=64, help="Filters of a convolutional network.")
-@click.option("--ways", type=click.IntRange(2), default=5, help="Classes of a task.")
-@click.option("--shots", type=click.IntRange(1), default=1, help="Support drawings of a class.")
-@click.option("--query", type=click.IntRange(1), default=5, help="Query drawings of a class in training.")
+@click.option("--width", type=COUNT, default=64, help="Filters of a convolutional network.")
+@click.option("--ways", type=click.IntRange(2, COUNT.max), default=5, help="Classes of a task.")
+@click.option("--shots", type=COUNT, default=1, help="Support drawings of a class.")
+@click.option("--query", type=COUNT, default=5, help="Query drawings of a class in training.")
 @click.option("--inner-lr", type=Finite(), help="Inner learning rate [default: 0.4, and 0.1 for mlp].")
-@click.option("--inner-steps", type=click.IntRange(0), help="Inner steps in training [default: 1, and 5 for mlp].")
+@click.option(
+    "--inner-steps", type=click.IntRange(0, COUNT.max), help="Inner steps in training [default: 1, and 5 for mlp]."
+)
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
-@click.option("--tasks", type=click.IntRange(1), default=16, help="Tasks of a meta-batch.")
-@click.option("--eval-episodes", type=click.IntRange(2), default=600, help="Test tasks.")
-@click.option("--eval-query", type=click.IntRange(1), default=15, help="Query drawings of a class in testing.")
-@click.option("--eval-steps", type=click.IntRange(1), help="Inner steps in testing [default: 3, and 5 for mlp].")
+@click.option("--tasks", type=COUNT, default=16, help="Tasks of a meta-batch.")
+@click.option("--eval-episodes", type=click.IntRange(2, COUNT.max), default=600, help="Test tasks.")
+@click.option("--eval-query", type=COUNT, default=15, help="Query drawings of a class in testing.")
+@click.option("--eval-steps", type=COUNT, help="Inner steps in testing [default: 3, and 5 for mlp].")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=folder.Folder(),
     help="Folder of images_background_small{1,2}.zip, or of omniglot/ with them [default: $FASTMETA_DATA].",
 )
 @click.option("--download", "data_download", is_flag=True, help="Fetch the files into the folder if they are missing.")
@@ -89,20 +92,29 @@ def omniglot(
     """
     console = Console()
     defaults = DEFAULTS[model]
+    inner_steps = int(defaults["inner_steps"]) if inner_steps is None else inner_steps
     eval_steps = int(defaults["eval_steps"]) if eval_steps is None else eval_steps
     try:
         train, test = fm.data.Omniglot.small_split(data, download=data_download)
     except (OSError, ImportError, ValueError) as error:
         raise click.ClickException(f"{error} (here: --data, --download)") from error
+    if model.startswith("conv4"):
+        # Weights, their gradient and Adam's two moments, of three blocks.
+        memory.need(4 * 4 * 3 * 9 * width**2, "--width")
+    net = network(model, ways, width, seed)
+    memory.need(4 * sum(map(Tensor.numel, net.parameters())) * inner_steps, "--inner-steps")
+    memory.need(4 * train.images[0, 0].numel() * tasks * ways * (shots + query), "--tasks, --ways, --shots and --query")
     maml = fm.MAML(
-        network(model, ways, width, seed),
+        net,
         loss="cross_entropy",
         inner_lr=defaults["inner_lr"] if inner_lr is None else inner_lr,
-        inner_steps=int(defaults["inner_steps"]) if inner_steps is None else inner_steps,
+        inner_steps=inner_steps,
         order="first" if first_order else "second",
         backend=backend,
     )
-    console.print(f"{ways}-way {shots}-shot, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
+    console.print(
+        f"{ways}-way {shots}-shot, {tasks} tasks, {torch.get_num_threads()} threads, run in {escape(str(run.out))}"
+    )
     try:
         training = fm.data.Episodes(
             train, ways=ways, shots=shots, query=query, tasks=tasks, iterations=run.iterations, seed=seed
@@ -118,17 +130,17 @@ def omniglot(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    state = fit(maml, training, run, outer_lr, console, {"accuracy": _mean_accuracy})
-
-    console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
-    accuracies = evaluate(maml, testing, eval_episodes, eval_steps)
-    console.print(table(accuracies, ways, shots, eval_episodes))
-    rows = [(steps, *accuracy) for steps, accuracy in enumerate(accuracies)]
-    write_result(run, ["steps", "accuracy", "interval95"], rows)
-    with (run.out / "metrics.csv").open(newline="") as file:
-        logged = [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)]
-    plots.accuracy(run.out / "adaptation.png", console, logged=logged, accuracies=accuracies, chance=1 / ways)
-    _plot_episode(run.out / "episode.png", console, maml, next(iter(testing)), eval_steps)
+    folder.make(run.out, FILES)
+    with folder.locked(run.out):
+        state = fit(maml, training, run, outer_lr, console, {"accuracy": _mean_accuracy})
+        console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
+        accuracies = evaluate(maml, testing, eval_episodes, eval_steps)
+        console.print(table(accuracies, ways, shots, eval_episodes))
+        rows = [(steps, *accuracy) for steps, accuracy in enumerate(accuracies)]
+        write_result(run, ["steps", "accuracy", "interval95"], rows)
+        logged = [(int(iteration), loss) for iteration, loss, *_ in state.rows]
+        plots.accuracy(run.out / "adaptation.png", console, logged=logged, accuracies=accuracies, chance=1 / ways)
+        _plot_episode(run.out / "episode.png", console, maml, next(iter(testing)), eval_steps)
 
 
 def network(model: str, ways: int, width: int, seed: int) -> nn.Module:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
+
+from fastmeta.cli.files import write_whole
 
 
 def sinusoid(
@@ -131,5 +135,7 @@ def _figure(panels: int, console: Console, rows: int = 1, size: float = 4) -> An
 
 
 def _save(figure: Any, path: Path, console: Console) -> None:
-    figure.savefig(path, dpi=120)
-    console.print(f"plot: {path}")
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_whole(path, image.getvalue())
+    console.print(f"plot: {escape(str(path))}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 
+from fastmeta.cli.files import write_whole
+from fastmeta.cli.train.metrics import csv_text
 from fastmeta.cli.train.run import Run
 
 
 def write_result(run: Run, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write result.csv into the folder of the run."""
-    with (run.out / "result.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    """Write result.csv into the folder of the run.
+
+    Raises:
+        click.ClickException: it cannot be written.
+    """
+    write_whole(run.out / "result.csv", csv_text([columns, *rows]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -14,17 +15,24 @@ import torch
 
 from fastmeta import backends
 from fastmeta.benchmark.machine import usable_cores
+from fastmeta.cli.folder import Folder
+from fastmeta.cli.memory import enough_memory
 
 FREE = ("eval_", "data", "backend")
 
+#: Tasks, examples, iterations: what a length of an array may be at most.
+COUNT = click.IntRange(1, 2**31 - 1)
+
 
 class Finite(click.FloatRange):
-    """A number of the range, neither NaN nor infinite."""
+    """A number of the range, neither NaN nor infinite, in float32 either: the networks are of that."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{number} is not finite.", param, ctx)
+        if abs(number) > torch.finfo(torch.float32).max:
+            self.fail(f"{number} is not finite in float32.", param, ctx)
         return number
 
 
@@ -57,6 +65,11 @@ class Run:
         """Where the checkpoint is."""
         return self.out / "checkpoint.pt"
 
+    @property
+    def previous(self) -> Path:
+        """Where the checkpoint before is, for when the newest is damaged."""
+        return self.out / "checkpoint.previous.pt"
+
 
 def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that all training commands share, with these defaults; the command gets them as `run`.
@@ -64,16 +77,15 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
     `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run unless its name begins
     with one of `FREE`: testing, where the data is and what computes may change when a run goes on.
     """
-    count = click.IntRange(min=1)
     options = [
-        click.option("--iterations", type=count, default=iterations, help="Outer steps in all."),
+        click.option("--iterations", type=COUNT, default=iterations, help="Outer steps in all."),
         click.option("--outer-lr", type=Finite(min=0), default=1e-3, help="Learning rate of the outer loop (Adam)."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of weights and tasks."),
-        click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=out, help="Folder of the run."),
+        click.option("--out", type=Folder(), default=out, help="Folder of the run."),
         click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder."),
         click.option("--overwrite", is_flag=True, help="Begin anew even if the folder holds a run."),
-        click.option("--log-every", type=count, default=100, help="Iterations between two rows of metrics.csv."),
-        click.option("--checkpoint-every", type=count, default=1000, help="Iterations between two checkpoints."),
+        click.option("--log-every", type=COUNT, default=100, help="Iterations between two rows of metrics.csv."),
+        click.option("--checkpoint-every", type=COUNT, default=1000, help="Iterations between two checkpoints."),
         click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too."),
         click.option(
             "--backend",
@@ -83,7 +95,7 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
             help="Which kernels run.",
         ),
         click.option(
-            "--threads", type=count, callback=_set_threads, expose_value=False, help="CPU threads [default: PyTorch's]."
+            "--threads", type=COUNT, callback=_set_threads, expose_value=False, help="CPU threads [default: PyTorch's]."
         ),
     ]
 
@@ -94,7 +106,11 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
             if of_run["resume"] and of_run["overwrite"]:
                 raise click.UsageError("--resume goes on with the run in the folder, --overwrite begins anew: pass one")
             settings = {name.replace("_", "-"): value for name, value in given.items() if not name.startswith(FREE)}
-            command(run=Run(**of_run, settings=settings), **given)
+            run = Run(**of_run, settings=settings)
+            if run.resume and not os.path.exists(run.out):
+                raise click.UsageError(f"--resume: there is no checkpoint in {run.out}, which is not there")
+            with enough_memory():
+                command(run=run, **given)
 
         decorated: Callable[..., None] = with_run
         for option in reversed(options):

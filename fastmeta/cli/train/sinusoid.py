@@ -8,15 +8,18 @@ from typing import NamedTuple
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.cli import folder, memory
 from fastmeta.cli.train import plots, reported
 from fastmeta.cli.train.checkpoint import State
-from fastmeta.cli.train.loop import fit
+from fastmeta.cli.train.loop import FILES, fit
 from fastmeta.cli.train.result import write_result
-from fastmeta.cli.train.run import Finite, Run, held_out_seed, run_options
+from fastmeta.cli.train.run import COUNT, Finite, Run, held_out_seed, run_options
+from fastmeta.data.sinusoid import BLOCK
 
 #: A query MSE above this has diverged: predicting zero gives 12.5 at most, at amplitude 5.
 DIVERGED = 100.0
@@ -46,13 +49,13 @@ class Errors(NamedTuple):
 
 
 @click.command()
-@click.option("--shots", type=click.IntRange(1), default=10, help="Support points of a task, and query points.")
+@click.option("--shots", type=COUNT, default=10, help="Support points of a task, and query points.")
 @click.option("--inner-lr", type=Finite(), default=0.01, help="Inner learning rate.")
-@click.option("--inner-steps", type=click.IntRange(0), default=1, help="Inner steps in training.")
+@click.option("--inner-steps", type=click.IntRange(0, COUNT.max), default=1, help="Inner steps in training.")
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
-@click.option("--tasks", type=click.IntRange(1), default=25, help="Tasks of a meta-batch.")
-@click.option("--eval-tasks", type=click.IntRange(1), default=2000, help="Test tasks.")
-@click.option("--eval-steps", type=click.IntRange(1), default=10, help="Inner steps in testing.")
+@click.option("--tasks", type=COUNT, default=25, help="Tasks of a meta-batch.")
+@click.option("--eval-tasks", type=COUNT, default=2000, help="Test tasks.")
+@click.option("--eval-steps", type=COUNT, default=10, help="Inner steps in testing.")
 @run_options(iterations=70_000, out="runs/sinusoid")
 def sinusoid(
     shots: int,
@@ -73,26 +76,34 @@ def sinusoid(
     """
     console = Console()
     setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
-    console.print(f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {run.out}")
-    maml, test, errors, state = experiment(
-        setting,
-        run,
-        console,
-        tasks=tasks,
-        eval_tasks=eval_tasks,
-        eval_steps=eval_steps,
-        outer_lr=outer_lr,
-        seed=seed,
-        backend=backend,
+    console.print(
+        f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {escape(str(run.out))}"
     )
-    console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
-    console.print(table(errors, reported.SINUSOID.get(setting)))
-    write_result(
-        run,
-        ["steps", "mse_mean", "mse_median", "diverged"],
-        [(steps, *errors.row(steps)) for steps in range(eval_steps + 1)],
-    )
-    _plot(maml, test, errors, run.out / "adaptation.png", console)
+    # Of the tasks drawn together (float64), and of the weights after every inner step.
+    memory.need(8 * BLOCK * tasks * 2 * shots, "--tasks and --shots")
+    memory.need(8 * BLOCK * eval_tasks * (shots + TEST_QUERY), "--eval-tasks and --shots")
+    memory.need(4 * sum(map(Tensor.numel, network(seed).parameters())) * inner_steps, "--inner-steps")
+    folder.make(run.out, FILES)
+    with folder.locked(run.out):
+        maml, test, errors, state = experiment(
+            setting,
+            run,
+            console,
+            tasks=tasks,
+            eval_tasks=eval_tasks,
+            eval_steps=eval_steps,
+            outer_lr=outer_lr,
+            seed=seed,
+            backend=backend,
+        )
+        console.print(f"{state.iteration} iterations in {state.seconds:.1f} s")
+        console.print(table(errors, reported.SINUSOID.get(setting)))
+        write_result(
+            run,
+            ["steps", "mse_mean", "mse_median", "diverged"],
+            [(steps, *errors.row(steps)) for steps in range(eval_steps + 1)],
+        )
+        _plot(maml, test, errors, run.out / "adaptation.png", console)
 
 
 class Trained(NamedTuple):
