@@ -1,4 +1,4 @@
-"""The n-th allocation and the start of a thread fail, jobs throw, processes fork: nothing is lost, the next call is right."""
+"""The n-th allocation and the start of a thread fail, jobs throw, processes fork: nothing is lost."""
 
 from __future__ import annotations
 

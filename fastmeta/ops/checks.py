@@ -133,9 +133,11 @@ def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tup
 def _check_buffers(who: str, net: nn.Module) -> None:
     """Those that are dense; what else a network keeps is its own concern."""
     for name, buffer in net.named_buffers():
-        if type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta:
-            if not has_memory(buffer):
-                check_ordinary(f"{argument(who, 'net')}: the buffer {name!r}", buffer)
+        dense = (
+            type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta
+        )
+        if dense and not has_memory(buffer):
+            check_ordinary(f"{argument(who, 'net')}: the buffer {name!r}", buffer)
 
 
 def _per_task(who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Runs with failing.cpp preloaded: whatever fails, the error is a MemoryError, nothing is lost, the next call is right."""
+"""Runs with failing.cpp preloaded: an error is a MemoryError, nothing is lost, and the next call is right."""
 
 from __future__ import annotations
 
