@@ -6,6 +6,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "binding/arguments.h"
@@ -44,10 +45,10 @@ void require(bool ok, Parts... parts) {
   if (!ok) throw std::invalid_argument(("Plan.run: " + ... + text(parts)));
 }
 
-int thread_count(i64 threads, const char* who) {
-  if (threads < 1 || threads > MOST_THREADS)
-    throw std::invalid_argument(std::string(who) + ": threads must be from 1 to " + std::to_string(MOST_THREADS) +
-                                ", got " + std::to_string(threads));
+int thread_count(i64 threads, const char* who, i64 most = MOST_THREADS) {
+  if (threads < 1 || threads > most)
+    throw std::invalid_argument(std::string(who) + ": threads must be from 1 to " + std::to_string(most) + ", got " +
+                                std::to_string(threads));
   return int(threads);
 }
 
@@ -251,13 +252,16 @@ py::object new_plan(const py::args& args, const py::kwargs& kwargs) {
 // Not reached for what __new__ has made.
 fm::Plan no_init(const py::args&, const py::kwargs&) { throw py::type_error("Plan: made by Plan(...) only"); }
 
+// Measurements keep every thread busy: many more than cores would take minutes.
+i64 most_measured() { return 2 * std::max<i64>(1, std::thread::hardware_concurrency()) + 8; }
+
 double fma_peak(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"dtype", "threads"};
   const auto given = fm::binding::arguments("fma_peak", names, args, kwargs);
   const std::string dtype = Part{"fma_peak", "dtype"}.text(given[0]);
   if (dtype != "float32" && dtype != "float64")
     throw std::invalid_argument("fma_peak: dtype must be 'float32' or 'float64'");
-  const int threads = thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak");
+  const int threads = thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak", most_measured());
   py::gil_scoped_release release;
   return fm::fma_peak(dtype == "float64", threads);
 }
@@ -266,7 +270,8 @@ double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"bytes", "threads"};
   const auto given = fm::binding::arguments("cache_bandwidth", names, args, kwargs);
   const i64 bytes = Part{"cache_bandwidth", "bytes"}.integer(given[0]);
-  const int threads = thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth");
+  const int threads =
+      thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth", most_measured());
   if (bytes < 1 || bytes > MOST_BYTES / threads)
     throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^30 at most on all threads, got " +
                                 std::to_string(bytes));
