@@ -84,7 +84,9 @@ def check_ordinary(what: str, tensor: Tensor) -> None:
         if tensor.is_quantized:
             raise TypeError(f"{what} must be a dense tensor, got {tensor.dtype}: pass `.dequantize()`")
         if tensor.is_meta:
-            raise ValueError(f"{what} must be on cpu or where else there is memory, got meta, where tensors have a shape only")
+            raise ValueError(
+                f"{what} must be on cpu or where else there is memory, got meta, where tensors have a shape only"
+            )
         if tensor._is_zerotensor():
             raise TypeError(f"{what} must be an ordinary tensor, got a zero-tensor without memory: use torch.zeros")
         if not has_memory(tensor):
