@@ -169,6 +169,8 @@ def _become(at: Any, what: str) -> Any:
 
 
 def _spoiled(t: Tensor, what: str) -> Any:
+    if type(t) is not Tensor or t.layout != torch.strided or t.is_meta or not t.data_ptr():
+        return t  # it is spoiled already
     if what in ("freed", "freed view", "shrunk"):
         flat = torch.zeros(t.numel() + 8, dtype=t.dtype)
         own = flat[8 * (what == "freed view") :][: t.numel()].view(t.shape)
