@@ -235,6 +235,8 @@ def test_says_how_much_memory_is_missing() -> None:
     assert made.workspace_bytes > 2**40
 
 
+# on one thread, since PyTorch's OpenMP threads hang in a forked child
+@pytest.mark.usefixtures("one_thread")
 def test_fuzzer_finds_no_fault() -> None:
     binding.prepare()
     report = fuzz(binding.draw, binding.check, 1500, seed=20)
@@ -242,6 +244,7 @@ def test_fuzzer_finds_no_fault() -> None:
     assert report.faults == []
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_fuzzer_notices_memory_that_is_written_to() -> None:
     binding.prepare()
     guarded = binding.Guarded(binding.template(0))
