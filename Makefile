@@ -3,6 +3,7 @@
 #   make demo      build, verify every backend, run the sinusoid experiment, result table and plot in runs/
 #   make test      the whole test suite, in two processes
 #   make lint      ruff, mypy, clang-format
+#   make sanitize  the extension under AddressSanitizer and UndefinedBehaviorSanitizer: tests of the cpu backend, fuzzed calls
 #   make bench     the comparison with other libraries; CSV and chart in runs/
 #   make gpu       on a machine with a GPU, in its own Python environment (PYTHON): tests, verification and benchmark of
 #                  the GPU backends in eight minutes; results in OUT
@@ -24,7 +25,7 @@ TORCH ?= torch==2.13.0
 endif
 TORCH_INDEX ?=
 
-.PHONY: demo test lint bench gpu extension clean
+.PHONY: demo test lint sanitize bench gpu extension clean
 
 demo: $(VENV)/installed-demo extension
 	$(BIN)/fastmeta verify
@@ -38,6 +39,9 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format --dry-run -Werror
+
+sanitize: $(VENV)/installed-test extension
+	$(BIN)/python tests/sanitize/run.py
 
 bench: $(VENV)/installed-bench extension
 	$(BIN)/fastmeta bench --out runs/bench

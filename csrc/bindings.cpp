@@ -1,11 +1,17 @@
-// The extension module: addresses in, nothing that Python owns kept.
+// The extension module. It trusts nothing: descriptions are checked field by field, tensors come as tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "binding/arguments.h"
+#include "binding/describe.h"
+#include "binding/tensors.h"
 #include "cpu/machine.h"
 #include "cpu/run.h"
 #include "cpu/thread_pool.h"
@@ -14,191 +20,266 @@
 
 namespace py = pybind11;
 using fm::i64;
+using fm::binding::Number;
+using fm::binding::Part;
+using fm::binding::Tensors;
 
 namespace {
 
-template <class E>
-E named(const std::string& name, const std::vector<std::pair<const char*, E>>& table, const char* what) {
-  for (const auto& [key, value] : table)
-    if (name == key) return value;
-  throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
-}
-
-fm::Kind kind_named(const std::string& name) {
-#define FM_ENTRY(kind) {#kind, fm::Kind::kind},
-  return named<fm::Kind>(name, {FM_LAYER_KINDS(FM_ENTRY)}, "layer kind");
-#undef FM_ENTRY
-}
-
-fm::Function function_named(const std::string& name) {
-  using F = fm::Function;
-  if (name.empty()) return F::relu;
-  return named<F>(name,
-                  {{"relu", F::relu},
-                   {"leaky_relu", F::leaky_relu},
-                   {"elu", F::elu},
-                   {"gelu", F::gelu},
-                   {"gelu_tanh", F::gelu_tanh},
-                   {"silu", F::silu},
-                   {"tanh", F::tanh},
-                   {"sigmoid", F::sigmoid},
-                   {"softplus", F::softplus},
-                   {"sin", F::sin},
-                   {"affine", F::affine},
-                   {"adaptive", F::adaptive}},
-                  "element-wise function");
-}
-
-fm::LossSpec loss_spec(const py::object& given) {
-  fm::LossSpec spec;
-  if (given.is_none()) return spec;
-  using L = fm::LossKind;
-  const auto d = given.cast<py::dict>();
-  spec.kind = named<L>(d["kind"].cast<std::string>(),
-                       {{"mse", L::mse},
-                        {"l1", L::l1},
-                        {"smooth_l1", L::smooth_l1},
-                        {"huber", L::huber},
-                        {"cross_entropy", L::cross_entropy},
-                        {"bce_with_logits", L::bce_with_logits}},
-                       "loss");
-  spec.sum = d["sum"].cast<bool>();
-  spec.normalise_sum = d["normalise_sum"].cast<bool>();
-  spec.class_indices = d["class_indices"].cast<bool>();
-  spec.beta = d["beta"].cast<double>();
-  spec.label_smoothing = d["label_smoothing"].cast<double>();
-  spec.ignore_index = d["ignore_index"].cast<i64>();
-  return spec;
-}
-
-// Copies a list of numbers, at most as many as there is room for.
-template <class Array>
-void fill(Array& to, const py::handle& from, const char* what) {
-  size_t i = 0;
-  for (const auto& item : from) {
-    if (i == std::size(to)) throw std::invalid_argument(std::string("Plan: a layer has too many ") + what);
-    to[i++] = item.cast<std::decay_t<decltype(to[0])>>();
-  }
-}
-
-// values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs, output, params), -1 for
-// none; params: (rows, cols, taps, matrix, constant, per_task, adapted, rate_element, rate_per_task, rate_per_step)
-fm::Plan make_plan(bool is_double, const py::list& values, const py::list& layers, const py::list& params, int output,
-                   const py::dict& options) {
-  fm::Plan plan;
-  plan.is_double = is_double;
-  plan.output = output;
-  for (const auto& item : values) {
-    const auto v = item.cast<py::tuple>();
-    fm::Value value;
-    value.rows = v[0].cast<i64>(), value.cols = v[1].cast<i64>();
-    value.height = v[2].cast<i64>(), value.width = v[3].cast<i64>(), value.channels = v[4].cast<bool>();
-    plan.values.push_back(value);
-  }
-  for (const auto& item : layers) {
-    const auto l = item.cast<py::tuple>();
-    fm::Layer layer;
-    layer.kind = kind_named(l[0].cast<std::string>());
-    layer.function = function_named(l[1].cast<std::string>());
-    fill(layer.constants, l[2], "constants");
-    fill(layer.inputs, l[3], "inputs");
-    layer.output = l[4].cast<int>();
-    fill(layer.params, l[5], "parameters");
-    plan.layers.push_back(layer);
-  }
-  for (const auto& item : params) {
-    const auto p = item.cast<py::tuple>();
-    fm::Param param;
-    param.rows = p[0].cast<i64>(), param.cols = p[1].cast<i64>(), param.taps = p[2].cast<i64>();
-    param.matrix = p[3].cast<bool>(), param.constant = p[4].cast<bool>();
-    param.per_task = p[5].cast<bool>(), param.adapted = p[6].cast<bool>();
-    param.rate_element = p[7].cast<bool>(), param.rate_per_task = p[8].cast<bool>();
-    param.rate_per_step = p[9].cast<bool>();
-    plan.params.push_back(param);
-  }
-  fm::Options& o = plan.options;
-  o.steps = options["steps"].cast<i64>();
-  o.support = options["support"].cast<i64>(), o.query = options["query"].cast<i64>();
-  o.second_order = options["second_order"].cast<bool>(), o.store = options["store"].cast<bool>();
-  o.gradient = options["gradient"].cast<bool>(), o.support_per_step = options["support_per_step"].cast<bool>();
-  o.wants_rates = options["wants_rates"].cast<bool>();
-  o.wants_support_x = options["wants_support_x"].cast<bool>();
-  o.wants_query_x = options["wants_query_x"].cast<bool>();
-  o.momentum = options["momentum"].cast<double>(), o.weight_decay = options["weight_decay"].cast<double>();
-  o.loss = loss_spec(options["loss"]), o.query_loss = loss_spec(options["query_loss"]);
-  plan.finish();
-  return plan;
-}
+// Of one call; more than any machine has cores.
+constexpr i64 MOST_THREADS = 1024;
+// A meta-batch beyond this would not fit into any memory: sizes stay far from overflow.
+constexpr i64 MOST_TASKS = i64(1) << 40;
+// Of memory for a measurement of bandwidth, on all threads.
+constexpr i64 MOST_BYTES = i64(1) << 30;
 
 constexpr size_t PER_BATCH = 7, OTHERS = 5;
-using Addresses = std::vector<i64>;
+using Items = std::vector<py::handle>;
 
-template <class S>
-S* pointer(const Addresses& at, size_t i) {
-  return at.empty() ? nullptr : reinterpret_cast<S*>(at[i]);
+std::string text(const char* part) { return part; }
+std::string text(i64 part) { return std::to_string(part); }
+
+// The message is put together where it is needed only.
+template <class... Parts>
+void require(bool ok, Parts... parts) {
+  if (!ok) throw std::invalid_argument(("Plan.run: " + ... + text(parts)));
 }
 
-// Addresses of one field of every parameter: all of them, or none.
-struct ParamAddresses {
-  const Addresses &data, &rate, &adapted_grad, &adapted, &grad, &rate_grad;
+int thread_count(i64 threads, const char* who, i64 most = MOST_THREADS) {
+  if (threads < 1 || threads > most)
+    throw std::invalid_argument(std::string(who) + ": threads must be from 1 to " + std::to_string(most) + ", got " +
+                                std::to_string(threads));
+  return int(threads);
+}
+
+// A plan, and not an object of its type that holds none.
+const fm::Plan& initialised(py::handle self) {
+  if (!py::isinstance<fm::Plan>(self)) throw py::type_error("Plan: self must be a Plan");
+  auto* const instance = reinterpret_cast<py::detail::instance*>(self.ptr());
+  if (!instance->get_value_and_holder().holder_constructed()) throw py::type_error("Plan: made by Plan(...) only");
+  return self.cast<const fm::Plan&>();
+}
+
+// What Plan.run was given. A list is empty where none of its tensors is there; an item is None where that one is not.
+struct Given {
+  Items data, rate, adapted_grad, adapted, grad, rate_grad, support, query, others;
+  std::vector<i64> grad_offsets;  // of the parameters in grad[0], in elements; none: a tensor for each
+};
+
+// Reads what Plan.run was given for one plan.
+template <class S>
+class Reader {
+ public:
+  Reader(const fm::Plan& plan, i64 tasks, Tensors& tensors) : plan_(plan), tensors_(tensors) { call_.tasks = tasks; }
+
+  fm::Call<S> read(const Given& given, const std::vector<double>& step_weights) {
+    const fm::Options& o = plan_.options;
+    const auto& f = given;
+    const size_t count = plan_.params.size();
+    const std::pair<const char*, const Items*> fields[] = {{"data", &f.data},
+                                                           {"rate", &f.rate},
+                                                           {"adapted_grad", &f.adapted_grad},
+                                                           {"adapted", &f.adapted},
+                                                           {"rate_grad", &f.rate_grad}};
+    for (const auto& [name, items] : fields) expect(name, *items, count);
+    if (f.grad_offsets.empty()) expect("grad", f.grad, count);
+    expect("support", f.support, PER_BATCH), expect("query", f.query, PER_BATCH), expect("others", f.others, OTHERS);
+    require(o.gradient || (f.grad.empty() && f.rate_grad.empty()), "grad and rate_grad are for plans with gradients");
+    require(f.rate_grad.empty() || o.wants_rates, "rate_grad is for plans that want it");
+    require(step_weights.empty() || i64(step_weights.size()) == o.steps + 1, "step_weights must be steps + 1");
+    for (double s : step_weights) require(std::isfinite(s), "step_weights must be finite");
+    call_.step_weights = step_weights;
+    for (size_t p = 0; p < count; ++p) read_param(given, p);
+    if (!f.grad_offsets.empty()) read_flat_gradient(given);
+    read_batch("support", f.support, call_.support, o.support, o.support_per_step ? o.steps : 1, o.loss,
+               o.wants_support_x);
+    read_batch("query", f.query, call_.query, o.query, 1, o.query_loss, o.wants_query_x);
+    const auto& out = plan_.values[plan_.output];
+    const i64 tasks = call_.tasks, outputs = times(times(tasks, o.query), out.rows * out.cols);
+    call_.task_weights = in(f.others, "others", 0, tasks);
+    call_.output_grad = in(f.others, "others", 1, outputs);
+    call_.task_losses = to(f.others, "others", 2, tasks);
+    call_.loss = to(f.others, "others", 3, 1);
+    call_.output = to(f.others, "others", 4, outputs);
+    require(!call_.loss || call_.task_losses, "others[3], the loss, needs others[2], the task losses");
+    require(o.query > 0 || (!call_.output && !call_.output_grad), "others: there is no output without a query set");
+    return std::move(call_);
+  }
+
+ private:
+  static void expect(const char* field, const Items& items, size_t count) {
+    require(items.empty() || items.size() == count, field, " must have ", i64(count), " items or none, got ",
+            i64(items.size()));
+  }
+
+  void read_param(const Given& given, size_t p) {
+    const fm::Param& param = plan_.params[p];
+    const i64 numel = param.numel(), tasks = call_.tasks, own = param.per_task ? times(tasks, numel) : numel;
+    const i64 rates = times(times(param.rate_per_step ? plan_.options.steps : 1, param.rate_per_task ? tasks : 1),
+                            param.rate_element ? numel : 1);
+    fm::ParamPointers<S> at;
+    at.data = in(given.data, "data", p, own);
+    require(at.data, "data[", i64(p), "] must be a tensor, got None");
+    if (param.adapted) {
+      at.rate = read_rate(given.rate, p, rates);
+      require(at.rate, "rate[", i64(p), "] must be a tensor, got None");
+      at.rate_grad = to(given.rate_grad, "rate_grad", p, rates);
+    }
+    if (!param.constant) {
+      const i64 all = times(tasks, numel);
+      at.adapted_grad = in(given.adapted_grad, "adapted_grad", p, all);
+      at.adapted = to(given.adapted, "adapted", p, all);
+      if (given.grad_offsets.empty()) at.grad = to(given.grad, "grad", p, own);
+    }
+    call_.params.push_back(at);
+  }
+
+  // Often all parameters have one tensor: it is looked at once.
+  const S* read_rate(const Items& items, size_t p, i64 count) {
+    if (!items.empty() && items[p].is(rate_) && count == rate_count_) return rate_data_;
+    rate_data_ = in(items, "rate", p, count);
+    if (rate_data_) rate_ = items[p], rate_count_ = count;
+    return rate_data_;
+  }
+
+  // One vector for all gradients, and where in it each one lies.
+  void read_flat_gradient(const Given& given) {
+    const auto& offsets = given.grad_offsets;
+    require(given.grad.size() == 1, "grad must be one tensor where there are grad_offsets");
+    require(offsets.size() <= call_.params.size(), "grad_offsets are more than parameters");
+    const i64 size = tensors_.count(given.grad[0], {"grad", 0}, number());
+    S* const base = to(given.grad, "grad", 0, size);
+    require(base, "grad[0] must be a tensor, got None");
+    for (size_t p = 0; p < offsets.size(); ++p) {
+      const fm::Param& param = plan_.params[p];
+      const i64 own = param.per_task ? times(call_.tasks, param.numel()) : param.numel();
+      require(offsets[p] >= 0 && own <= size && offsets[p] <= size - own, "grad_offsets[", i64(p),
+              "] lies outside of grad[0]");
+      call_.params[p].grad = base + offsets[p];
+    }
+  }
+
+  // x, y, weights, class_weights, grad_x, grad_y, grad_weights
+  void read_batch(const char* field, const Items& items, fm::BatchPointers<S>& batch, i64 examples, i64 sets,
+                  const fm::LossSpec& loss, bool wants_x) {
+    const auto &x = plan_.values[0], &out = plan_.values[plan_.output];
+    const bool none = items.empty() || std::all_of(items.begin(), items.end(), [](auto i) { return i.is_none(); });
+    const bool has_loss = loss.kind != fm::LossKind::none, classes = loss.class_indices;
+    require(examples > 0 || none, field, " must be empty, as the plan has none");
+    require(examples == 0 || !none, field, "[0], the inputs, must be a tensor");
+    if (none) return;
+    const i64 all = times(times(call_.tasks, sets), examples), values = times(all, out.rows * out.cols);
+    batch.x = in(items, field, 0, times(all, x.rows * x.cols));
+    require(batch.x, field, "[0], the inputs, must be a tensor, got None");
+    batch.y =
+        tensors_.read(items[1], {field, 1}, classes ? times(all, out.rows) : values, classes ? Number::i64 : number());
+    require(has_loss ? batch.y != nullptr : items[1].is_none(), field,
+            "[1], the targets, must be there where there is a loss, and only there");
+    batch.weights = in(items, field, 2, all);
+    // of classes or columns; a pos_weight of an output that is channels-last is one of rows
+    const bool of_rows = out.channels && out.rows > 1 && loss.kind != fm::LossKind::cross_entropy;
+    batch.class_weights = in(items, field, 3, of_rows ? out.rows : out.cols);
+    batch.grad_x = to(items, field, 4, times(all, x.rows * x.cols));
+    batch.grad_y = to(items, field, 5, values);
+    batch.grad_weights = to(items, field, 6, all);
+    require(!batch.grad_x || wants_x, field, "[4], the inputs' gradient, is for plans that want it");
+    require(!batch.grad_y || (has_loss && !classes), field, "[5]: only targets of a loss that are no classes have one");
+    require(plan_.options.gradient || (!batch.grad_y && !batch.grad_weights), field, ": the plan has no gradients");
+  }
+
+  static i64 times(i64 a, i64 b) {
+    i64 product;
+    require(!__builtin_mul_overflow(a, b, &product) && product <= (i64(1) << 60), "tasks are too many for the sizes");
+    return product;
+  }
+  static constexpr Number number() { return sizeof(S) == 4 ? Number::f32 : Number::f64; }
+  const S* in(const Items& items, const char* field, size_t i, i64 count) {
+    return items.empty() ? nullptr : static_cast<const S*>(tensors_.read(items[i], {field, i}, count, number()));
+  }
+  S* to(const Items& items, const char* field, size_t i, i64 count) {
+    return items.empty() ? nullptr : static_cast<S*>(tensors_.write(items[i], {field, i}, count, number()));
+  }
+
+  const fm::Plan& plan_;
+  Tensors& tensors_;
+  fm::Call<S> call_;
+  py::handle rate_;
+  i64 rate_count_ = 0;
+  const S* rate_data_ = nullptr;
 };
 
 template <class S>
-fm::Call<S> make_call(const fm::Plan& plan, i64 tasks, const ParamAddresses& params, const Addresses& support,
-                      const Addresses& query, const Addresses& others, const std::vector<double>& step_weights) {
-  fm::Call<S> call;
-  call.tasks = tasks;
-  for (size_t p = 0; p < plan.params.size(); ++p)
-    call.params.push_back({pointer<const S>(params.data, p), pointer<const S>(params.rate, p),
-                           pointer<const S>(params.adapted_grad, p), pointer<S>(params.adapted, p),
-                           pointer<S>(params.grad, p), pointer<S>(params.rate_grad, p)});
-  const auto batch = [](const Addresses& at) {
-    return fm::BatchPointers<S>{pointer<const S>(at, 0), pointer<const void>(at, 1), pointer<const S>(at, 2),
-                                pointer<const S>(at, 3), pointer<S>(at, 4),          pointer<S>(at, 5),
-                                pointer<S>(at, 6)};
-  };
-  call.support = batch(support), call.query = batch(query);
-  call.step_weights = step_weights;
-  call.task_weights = pointer<const S>(others, 0), call.output_grad = pointer<const S>(others, 1);
-  call.task_losses = pointer<S>(others, 2), call.loss = pointer<S>(others, 3), call.output = pointer<S>(others, 4);
-  return call;
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(std::string("Plan.run: ") + what);
+int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given, const std::vector<double>& step_weights,
+           bool poison, Tensors& tensors) {
+  const fm::Call<S> call = Reader<S>(plan, tasks, tensors).read(given, step_weights);
+  py::gil_scoped_release release;
+  return int(fm::run(plan, call, threads, poison));
 }
 
 // Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights, output_grad,
-// task_losses, loss, output. 0 is nothing, and so is an empty list.
-int run_plan(const fm::Plan& plan, i64 tasks, int threads, const Addresses& data, const Addresses& rate,
-             const Addresses& adapted_grad, const Addresses& adapted, const Addresses& grad, const Addresses& rate_grad,
-             const Addresses& support, const Addresses& query, const Addresses& others,
-             const std::vector<double>& step_weights, bool poison) {
-  const size_t count = plan.params.size();
-  require(tasks >= 1 && threads >= 1, "no tasks or no threads");
-  for (const Addresses* field : {&data, &rate, &adapted_grad, &adapted, &grad, &rate_grad})
-    require(field->empty() || field->size() == count, "wrong number of parameter addresses");
-  for (const Addresses* batch : {&support, &query})
-    require(batch->empty() || batch->size() == PER_BATCH, "wrong number of batch addresses");
-  require(others.size() == OTHERS, "wrong number of other addresses");
-  require(step_weights.empty() || i64(step_weights.size()) == plan.options.steps + 1, "step_weights are not steps + 1");
-  require(plan.options.support == 0 || (!support.empty() && support[0]), "the support inputs are missing");
-  require(plan.options.query == 0 || (!query.empty() && query[0]), "the query inputs are missing");
-  require(plan.options.loss.kind == fm::LossKind::none || support[1], "the support targets are missing");
-  require(plan.options.query_loss.kind == fm::LossKind::none || query[1], "the query targets are missing");
-  require(!others[3] || others[2], "the loss needs the task losses");
-  for (size_t p = 0; p < count; ++p) {
-    require(!data.empty() && data[p], "a parameter is missing");
-    require(!plan.params[p].adapted || (!rate.empty() && rate[p]), "a learning rate is missing");
-  }
-  const ParamAddresses params{data, rate, adapted_grad, adapted, grad, rate_grad};
-  py::gil_scoped_release release;
-  if (plan.is_double)
-    return int(
-        fm::run(plan, make_call<double>(plan, tasks, params, support, query, others, step_weights), threads, poison));
-  return int(
-      fm::run(plan, make_call<float>(plan, tasks, params, support, query, others, step_weights), threads, poison));
+// task_losses, loss, output.
+int run_plan(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"self",         "tasks",   "threads", "data",         "rate",
+                                      "adapted_grad", "adapted", "grad",    "grad_offsets", "rate_grad",
+                                      "support",      "query",   "others",  "step_weights", "poison"};
+  const auto given = fm::binding::arguments("Plan.run", names, args, kwargs);
+  const fm::Plan& plan = initialised(given[0]);
+  const auto part = [&](size_t i) { return Part{"Plan.run", names[i]}; };
+  const i64 tasks = part(1).integer(given[1]);
+  require(tasks >= 1 && tasks <= MOST_TASKS, "tasks must be from 1 to 2^40, got ", tasks);
+  const int threads = thread_count(part(2).integer(given[2]), "Plan.run");
+  Tensors tensors(6 * plan.params.size() + 2 * PER_BATCH + OTHERS);
+  const auto items = [&](size_t i) {
+    part(i).check_list(given[i]);
+    return tensors.items(given[i]);
+  };
+  Given all{items(3), items(4), items(5), items(6), items(7), items(9), items(10), items(11), items(12), {}};
+  for (const py::handle offset : part(8).list(given[8])) all.grad_offsets.push_back(part(8).integer(offset));
+  std::vector<double> step_weights;
+  for (const py::handle weight : part(13).list(given[13])) step_weights.push_back(part(13).number(weight));
+  const bool poison = part(14).boolean(given[14]);
+  return plan.is_double ? run_as<double>(plan, tasks, threads, all, step_weights, poison, tensors)
+                        : run_as<float>(plan, tasks, threads, all, step_weights, poison, tensors);
 }
+
+// A plan is made by __new__, so that there is none without a description; and an allocation that fails while pybind11
+// registers an object that __init__ has made would end the process.
+py::object new_plan(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"cls", "is_double", "values", "layers", "params", "output", "options"};
+  const auto given = fm::binding::arguments("Plan", names, args, kwargs);
+  return py::cast(fm::binding::make_plan(given[1], given[2], given[3], given[4], given[5], given[6]));
+}
+// Not reached for what __new__ has made.
+fm::Plan no_init(const py::args&, const py::kwargs&) { throw py::type_error("Plan: made by Plan(...) only"); }
+
+// Measurements keep every thread busy: many more than cores would take minutes.
+i64 most_measured() { return 2 * std::max<i64>(1, std::thread::hardware_concurrency()) + 8; }
+
+double fma_peak(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"dtype", "threads"};
+  const auto given = fm::binding::arguments("fma_peak", names, args, kwargs);
+  const std::string dtype = Part{"fma_peak", "dtype"}.text(given[0]);
+  if (dtype != "float32" && dtype != "float64")
+    throw std::invalid_argument("fma_peak: dtype must be 'float32' or 'float64'");
+  const int threads = thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak", most_measured());
+  py::gil_scoped_release release;
+  return fm::fma_peak(dtype == "float64", threads);
+}
+
+double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"bytes", "threads"};
+  const auto given = fm::binding::arguments("cache_bandwidth", names, args, kwargs);
+  const i64 bytes = Part{"cache_bandwidth", "bytes"}.integer(given[0]);
+  const int threads =
+      thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth", most_measured());
+  if (bytes < 1 || bytes > MOST_BYTES / threads)
+    throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^30 at most on all threads, got " +
+                                std::to_string(bytes));
+  py::gil_scoped_release release;
+  return fm::stream_bandwidth(size_t(bytes), threads);
+}
+
+i64 element_bytes(const fm::Plan& plan) { return plan.is_double ? 8 : 4; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names = {fm::isa_base.name};
@@ -214,34 +295,30 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmeta's C++ engine; fastmeta.backends.cpu is its only user.";
   py::class_<fm::Plan>(m, "Plan")
-      .def(py::init(&make_plan), py::arg("is_double"), py::arg("values"), py::arg("layers"), py::arg("params"),
-           py::arg("output"), py::arg("options"))
-      .def("run", &run_plan, py::arg("tasks"), py::arg("threads"), py::arg("data"), py::arg("rate"),
-           py::arg("adapted_grad"), py::arg("adapted"), py::arg("grad"), py::arg("rate_grad"), py::arg("support"),
-           py::arg("query"), py::arg("others"), py::arg("step_weights"), py::arg("poison"))
-      .def_property_readonly("workspace_bytes", [](const fm::Plan& p) { return p.at.total * (p.is_double ? 8 : 4); })
-      .def_property_readonly("parameter_set_bytes",
-                             [](const fm::Plan& p) { return p.set_size * (p.is_double ? 8 : 4); });
+      .def_static("__new__", &new_plan)
+      .def(py::init(&no_init), "Plan(is_double, values, layers, params, output, options)")
+      .def("run", &run_plan,
+           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, grad_offsets, rate_grad, support, query, "
+           "others, step_weights, poison)")
+      .def_property_readonly("workspace_bytes",
+                             [](py::handle self) {
+                               const fm::Plan& plan = initialised(self);
+                               return plan.at.total * element_bytes(plan);
+                             })
+      .def_property_readonly("parameter_set_bytes", [](py::handle self) {
+        const fm::Plan& plan = initialised(self);
+        return plan.set_size * element_bytes(plan);
+      });
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
+  m.attr("MOST_THREADS") = MOST_THREADS;
+  fm::binding::Torch::get();
   m.def("last_run_seconds", &fm::last_run_seconds, "Seconds inside the last Plan.run of this process.");
-  m.def("scratch_bytes", &fm::scratch_bytes, "Bytes of scratch memory held by all workers.");
-  m.def("release_scratch", &fm::release_scratch, "Gives all scratch memory back.");
-  m.def(
-      "fma_peak",
-      [](const std::string& dtype, int threads) {
-        if ((dtype != "float32" && dtype != "float64") || threads < 1)
-          throw std::invalid_argument("fma_peak: expected 'float32' or 'float64' and at least one thread");
-        py::gil_scoped_release release;
-        return fm::fma_peak(dtype == "float64", threads);
-      },
-      py::arg("dtype"), py::arg("threads"), "GFLOP/s of multiply-adds in registers.");
-  m.def(
-      "cache_bandwidth",
-      [](i64 bytes, int threads) {
-        if (bytes < 1 || threads < 1) throw std::invalid_argument("cache_bandwidth: expected positive numbers");
-        py::gil_scoped_release release;
-        return fm::stream_bandwidth(size_t(bytes), threads);
-      },
-      py::arg("bytes"), py::arg("threads"), "GB/s of a streaming update over so many bytes a thread.");
+  m.def("scratch_bytes", &fm::scratch_bytes, py::call_guard<py::gil_scoped_release>(),
+        "Bytes of scratch memory held by all workers.");
+  m.def("release_scratch", &fm::release_scratch, py::call_guard<py::gil_scoped_release>(),
+        "Gives all scratch memory back.");
+  m.def("fma_peak", &fma_peak, "fma_peak(dtype, threads): GFLOP/s of multiply-adds in registers.");
+  m.def("cache_bandwidth", &cache_bandwidth,
+        "cache_bandwidth(bytes, threads): GB/s of a streaming update over so many bytes a thread.");
 }

@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+MOST_THREADS: int
+
 class Plan:
     """A network, its shapes and the memory they take."""
 
@@ -19,15 +23,16 @@ class Plan:
         self,
         tasks: int,
         threads: int,
-        data: Sequence[int],
-        rate: Sequence[int],
-        adapted_grad: Sequence[int],
-        adapted: Sequence[int],
-        grad: Sequence[int],
-        rate_grad: Sequence[int],
-        support: Sequence[int],
-        query: Sequence[int],
-        others: Sequence[int],
+        data: list[Tensor | None],
+        rate: list[Tensor | None],
+        adapted_grad: list[Tensor | None],
+        adapted: list[Tensor | None],
+        grad: list[Tensor | None],
+        grad_offsets: Sequence[int],
+        rate_grad: list[Tensor | None],
+        support: list[Tensor | None],
+        query: list[Tensor | None],
+        others: list[Tensor | None],
         step_weights: Sequence[float],
         poison: bool,
     ) -> int: ...

@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <exception>
@@ -19,7 +20,7 @@ namespace {
 // depend on the number of threads.
 constexpr i64 RANGES = 16;
 
-double last_seconds = 0;
+std::atomic<double> last_seconds{0};
 
 bool classes_in_range(const Plan& plan, const LossSpec& loss, const void* targets, i64 count) {
   if (!targets || !loss.class_indices) return true;
@@ -56,11 +57,7 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   const int ranges = int(std::min(RANGES, call.tasks));
   // The caller's scratch, kept out of the workers' way: shared parameters, their mirrors, the ranges' sums.
   const i64 shared_size = plan.set_size + plan.mirror_size;
-  static std::vector<S>* common = new std::vector<S>;  // guarded by the session; survives static destruction
-  const size_t needed = size_t(shared_size + (ranges + 1) * plan.range_sums) + 16;
-  if (common->size() < needed) *common = std::vector<S>(needed);
-  S* base = common->data();
-  base += (64 - reinterpret_cast<std::uintptr_t>(base) % 64) % 64 / sizeof(S);
+  S* const base = static_cast<S*>(caller_scratch(size_t(shared_size + (ranges + 1) * plan.range_sums) * sizeof(S)));
   S* const shared_set = base;
   S* const sums = base + shared_size;
   const S nan = std::numeric_limits<S>::quiet_NaN();

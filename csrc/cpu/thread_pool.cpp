@@ -1,14 +1,19 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -57,25 +62,38 @@ struct Scratch {
 class Pool {
  public:
   std::recursive_mutex session;
-  std::vector<Scratch> scratch = std::vector<Scratch>(1);
+  std::vector<Scratch> scratch = std::vector<Scratch>(1);  // by worker
+  Scratch callers;                                         // of the one run at a time
 
   void run(int threads, int jobs, const std::function<void(int, int)>& job) {
     if (threads > jobs) threads = jobs;
+    if (threads > 1) threads = start(threads);
     job_ = &job;
     jobs_ = jobs;
     next_.store(0, std::memory_order_relaxed);
+    failure_ = nullptr;
     if (threads > 1) open(threads);
     work(0);
     if (threads > 1) close();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
+  // As many threads as there are, the caller's among them, at most `threads`: those that cannot be started are done
+  // without, which changes no bit, and tried again at the next run.
+  int start(int threads) {
+    while (workers_ < threads - 1) try {
+        if (int(scratch.size()) < workers_ + 2) scratch.emplace_back();
+        const int id = workers_ + 1;
+        std::thread([this, id] { loop(id); }).detach();
+        workers_ = id;
+      } catch (const std::exception&) {
+        return workers_ + 1;
+      }
+    return threads;
+  }
+
   void open(int threads) {
-    while (int(workers_) < threads - 1) {
-      scratch.emplace_back();
-      const int id = ++workers_;
-      std::thread([this, id] { loop(id); }).detach();
-    }
     helpers_.store(threads - 1);
     open_.store(true);
     epoch_.fetch_add(1);
@@ -95,7 +113,12 @@ class Pool {
 
   void work(int worker) {
     FlushDenormals flush;
-    for (int i; (i = next_.fetch_add(1)) < jobs_;) (*job_)(i, worker);
+    for (int i; (i = next_.fetch_add(1)) < jobs_;) try {
+        (*job_)(i, worker);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(failure_mutex_);
+        failure_ = std::current_exception();
+      }
   }
 
   void loop(int id) {
@@ -126,6 +149,8 @@ class Pool {
   std::atomic<int> active_{0}, helpers_{0}, next_{0}, sleeping_{0};
   const std::function<void(int, int)>* job_ = nullptr;
   int jobs_ = 0, workers_ = 0;
+  std::exception_ptr failure_;  // of some job of this run
+  std::mutex failure_mutex_;
   std::mutex mutex_;
   std::condition_variable wake_;
 };
@@ -149,9 +174,28 @@ void parallel(int threads, int jobs, const std::function<void(int, int)>& job) {
   pool().run(threads, jobs, job);
 }
 
-void* scratch(int worker, std::size_t bytes) {
-  Scratch& s = pool().scratch[worker];
+namespace {
+
+// Asked for more than the machine has: an allocation would succeed, and the process be killed when it is used.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  OutOfMemory(std::size_t bytes, std::size_t there)
+      : text_("the plan needs " + std::to_string(bytes >> 20) +
+              " MiB of memory for each task that runs, this machine " + "has " + std::to_string(there >> 20)) {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
+
+std::size_t machine_bytes() {
+  static const std::size_t bytes = std::size_t(sysconf(_SC_PHYS_PAGES)) * std::size_t(sysconf(_SC_PAGE_SIZE));
+  return bytes;
+}
+
+void* at_least(Scratch& s, std::size_t bytes) {
   if (s.bytes < bytes) {
+    if (bytes > machine_bytes()) throw OutOfMemory(bytes, machine_bytes());
     std::free(s.data);
     s = {};
     const std::size_t rounded = (bytes + 63) / 64 * 64;
@@ -162,8 +206,20 @@ void* scratch(int worker, std::size_t bytes) {
   return s.data;
 }
 
+void release(Scratch& s) {
+  std::free(s.data);
+  s = {};
+}
+
+}  // namespace
+
+void* scratch(int worker, std::size_t bytes) { return at_least(pool().scratch[worker], bytes); }
+
+void* caller_scratch(std::size_t bytes) { return at_least(pool().callers, bytes); }
+
 std::size_t scratch_bytes() {
-  std::size_t total = 0;
+  Session session;
+  std::size_t total = pool().callers.bytes;
   for (const Scratch& s : pool().scratch) total += s.bytes;
   return total;
 }
@@ -173,10 +229,8 @@ Session::~Session() { pool().session.unlock(); }
 
 void release_scratch() {
   Session session;
-  for (Scratch& s : pool().scratch) {
-    std::free(s.data);
-    s = {};
-  }
+  release(pool().callers);
+  for (Scratch& s : pool().scratch) release(s);
 }
 
 }  // namespace fm

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "check.h"
 #include "fuse.h"
 #include "layers.h"
 
@@ -91,24 +92,15 @@ i64 Plan::input_layer_size() const {
   if (input_layer < 0) return 0;
   const i64 rows = options.support * values[0].rows, queries = options.query * values[0].rows,
             product = rows * values[layers[input_layer].output].ld;
-  return (rows + queries) * padded(rows) + (5 + options.steps) * product;
+  return plus(times(rows + queries, padded(rows)), times(5 + options.steps, product));
 }
 
 void Plan::finish() {
   lane = is_double ? 8 : 16;
-  require(!values.empty() && output >= 0 && output < int(values.size()), "no values, or an output that is none");
-  const int count = int(values.size()), known = int(params.size());
-  for (const Layer& layer : layers) {
-    require(layer.output > 0 && layer.output < count, "a layer writes no value");
-    require(layer.inputs[0] >= 0 && layer.inputs[0] < layer.output, "a layer reads a value written later");
-    require(layer.inputs[1] < layer.output, "a layer reads a value written later");
-    for (int p : layer.params) require(p < known, "a layer reads a parameter that is none");
-  }
-  for (const LossSpec* loss : {&options.loss, &options.query_loss})
-    require(loss->kind != LossKind::cross_entropy || values[output].rows == 1 || values[output].channels,
-            "cross_entropy reads one row of classes for each position");
+  check(*this);
+  const int known = int(params.size());
   for (Value& v : values) v.ld = value_ld(v.cols);
-  for (const Layer& layer : layers) needs(*this, layer, 1);
+  check_layers(*this);
   std::vector<int> uses(params.size(), 0);
   for (const Layer& layer : layers)
     for (int p : layer.params)
@@ -160,28 +152,24 @@ void Plan::finish() {
   if (options.wants_rates)
     for (Param& p : params)
       if (p.adapted) {
-        p.rate_sum_size = (p.rate_per_step ? std::max<i64>(options.steps, 1) : 1) * (p.rate_element ? p.size : lane);
+        p.rate_sum_size = times(p.rate_per_step ? std::max<i64>(options.steps, 1) : 1, p.rate_element ? p.size : lane);
         i64& end = p.rate_per_task ? task_sums : range_sums;
         p.rate_sum_offset = end;
-        end += p.rate_sum_size;
+        end = plus(end, p.rate_sum_size);
       }
 
   support = geometry(*this, options.support);
   query = geometry(*this, options.query);
   const i64 K = options.steps, kept = options.store && options.gradient ? K : (K > 0 ? 1 : 0);
   i64 end = 0;
-  auto take = [&end](i64 n) {
-    const i64 start = end;
-    end += n;
-    return start;
-  };
+  auto take = [&end](i64 n) { return std::exchange(end, plus(end, n)); };
   at.mirror_stride = options.store ? mirror_size : 0;
-  at.theta = take(set_size + K * at.theta_stride);
-  at.theta_mirror = take(mirror_size * (options.store ? K + 1 : 2));
+  at.theta = take(plus(set_size, times(K, at.theta_stride)));
+  at.theta_mirror = take(times(mirror_size, options.store ? K + 1 : 2));
   at.value_stride = kept > 1 ? support.size_with_state : 0;
   at.delta_stride = kept > 1 ? support.size : 0;
-  at.values = take(kept * support.size_with_state);
-  at.deltas = take(kept * support.size);
+  at.values = take(times(kept, support.size_with_state));
+  at.deltas = take(times(kept, support.size));
   at.query_values = take(query.size_with_state);
   at.query_deltas = take(query.size);
   const bool tangent = options.gradient && options.second_order && K > 0;
@@ -194,13 +182,14 @@ void Plan::finish() {
   at.mbar = take(options.momentum != 0 && options.gradient ? set_size : 0);
   at.momentum = take(options.momentum != 0 ? set_size : 0);
   at.update_stride = keeps_updates() ? at.theta_stride : 0;
-  at.updates = take(options.wants_rates ? (keeps_updates() ? K : 1) * at.theta_stride : 0);
+  at.updates = take(options.wants_rates ? times(keeps_updates() ? K : 1, at.theta_stride) : 0);
   at.rates = take(set_size);
   at.task_sums = take(task_sums);
   temporary = std::max(largest_temporary(*this, options.support), largest_temporary(*this, options.query));
   at.temporary = take(temporary);
   at.input_layer = take(input_layer_size());
   at.total = end;
+  times(end, 2 * 8);  // bytes, too
 }
 
 }  // namespace fm

@@ -9,6 +9,12 @@
 
 namespace fm {
 
+// What a plan may ask for: far more than anybody has memory for, and little enough that no product of sizes overflows.
+constexpr i64 MOST_LAYERS = 1 << 15;
+constexpr i64 MOST_STEPS = 1 << 20;
+constexpr i64 MOST_EXAMPLES = i64(1) << 31;
+constexpr i64 MOST_ELEMENTS = i64(1) << 40;  // of a value, of a parameter, of a batch of one value
+
 // A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in memory.
 //
 // Torch's order is [rows, cols], or for an image (`channels`) [cols, height, width] with rows = height * width pixels:
@@ -23,7 +29,9 @@ struct Value {
 struct Layer {
   Kind kind;
   Function function = Function::relu;
+  bool has_function = false;  // one was named
   std::array<double, 8> constants = {};
+  int given_constants = 0;
   int inputs[2] = {-1, -1};
   int output = -1;
   std::array<int, 4> params = {-1, -1, -1, -1};

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.models.check import positive
-from fastmeta.ops.checks import check_ordinary
 from fastmeta.ops.options import argument
+from fastmeta.ordinary import check_ordinary
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -10,6 +10,7 @@ from torch import Tensor, finfo, int64
 from torch import dtype as Dtype
 
 from fastmeta.losses import cross_entropy, elementwise
+from fastmeta.ordinary import check_ordinary, plain
 
 #: Losses that compare output and target element by element.
 ELEMENTWISE = ("mse", "l1", "smooth_l1", "huber", "bce_with_logits")
@@ -59,10 +60,23 @@ class Loss:
 
     def __post_init__(self) -> None:
         _check_options(self)
+        for name in ("weight", "pos_weight"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        self.check_tensors()
         shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
         options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
         object.__setattr__(self, "key", (*options, *shapes, self.function))
         object.__setattr__(self, "plain", shapes == (None, None))
+
+    def check_tensors(self) -> None:
+        """Check that `weight` and `pos_weight` have memory.
+
+        Raises:
+            TypeError, ValueError: names the one that has not.
+        """
+        for name, tensor in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+            if tensor is not None:
+                check_ordinary(f"{self.kind}: `{name}`", tensor)
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.

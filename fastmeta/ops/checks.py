@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.wrappers import check_wrappers
+from fastmeta.ordinary import check_ordinary, has_memory
 from fastmeta.problem import DIFFERENTIABLE
 
 
@@ -48,6 +48,7 @@ def check_tensors(options: Options, net: nn.Module, params: Mapping[str, Tensor]
     """
     who = options.who
     device, dtype = _check_params(who, net, params)
+    _check_buffers(who, net)
     for field, tensor in zip(tensors._fields, tensors, strict=True):
         if tensor is not None:
             _check_sort(argument(who, field), field, tensor, device, dtype)
@@ -79,18 +80,6 @@ def check_net(who: str, net: nn.Module) -> None:
     lazy = [name for name, value in parameters.items() if is_lazy(value)]
     if lazy:
         raise ValueError(f"{what} must be initialised, {lazy[0]!r} has no shape yet: call the network once before")
-
-
-def check_ordinary(what: str, tensor: Tensor) -> None:
-    """Check that a tensor has memory that kernels can read.
-
-    Raises:
-        TypeError: it is sparse or nested, or one of torch.func's wrappers.
-    """
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{what} must be a dense tensor, got {'nested, ' * tensor.is_nested}{tensor.layout}")
-    if is_functorch_wrapped_tensor(tensor):
-        raise TypeError(f"{what} must be an ordinary tensor: torch.vmap and torch.func do not reach into fastmeta")
 
 
 def check_wrt(who: str, wrt: frozenset[str], tensors: Tensors) -> None:
@@ -139,6 +128,16 @@ def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tup
             raise ValueError(f"{what}[{name!r}] must be on {first.device}, as the other parameters, got {value.device}")
     first = next(iter(params.values()))
     return first.device, first.dtype
+
+
+def _check_buffers(who: str, net: nn.Module) -> None:
+    """Those that are dense; what else a network keeps is its own concern."""
+    for name, buffer in net.named_buffers():
+        dense = (
+            type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta
+        )
+        if dense and not has_memory(buffer):
+            check_ordinary(f"{argument(who, 'net')}: the buffer {name!r}", buffer)
 
 
 def _per_task(who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int) -> frozenset[str]:

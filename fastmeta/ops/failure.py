@@ -14,9 +14,10 @@ from fastmeta.backends._random_state import preserved
 from fastmeta.losses import Loss
 from fastmeta.network.functional import NotOneTensorError, call
 from fastmeta.network.swap import Exchange
-from fastmeta.ops.checks import Shapes, Tensors, check_ordinary
+from fastmeta.ops.checks import Shapes, Tensors
 from fastmeta.ops.options import Options, argument
-from fastmeta.ops.rates import Rates, check_finite
+from fastmeta.ops.rates import Rates, check_finite, check_ordinary_rates
+from fastmeta.ordinary import check_ordinary
 
 
 def check_examples(
@@ -63,14 +64,21 @@ def diagnose(
     Raises:
         ValueError, TypeError: names the argument. Returns if nothing is found: the backend's own error then stands.
     """
-    if options.steps:
-        check_finite(options.who, lr)
-    # a plan is found by shapes, dtypes and devices alone
+    # a plan is found by classes, shapes, dtypes and devices alone; nothing is read before all have memory
     for name, value in params.items():
         check_ordinary(f"{argument(options.who, 'params')}[{name!r}]", value)
     for field, tensor in zip(tensors._fields, tensors, strict=True):
         if tensor is not None:
             check_ordinary(argument(options.who, field), tensor)
+    check_ordinary_rates(options.who, lr)
+    for loss in losses:
+        if loss is not None:
+            loss.check_tensors()
+    for name, buffer in net.named_buffers():
+        if type(buffer) is Tensor and buffer.layout == torch.strided:
+            check_ordinary(f"{argument(options.who, 'net')}: the buffer {name!r}", buffer)
+    if options.steps:
+        check_finite(options.who, lr)
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
         if part == "support" and not options.steps:
             continue  # it is not run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from fastmeta.network.functional import normalises_by_batch, norms_by_batch
 from fastmeta.network.program import normalises
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
+from fastmeta.ordinary import check_ordinary
 from fastmeta.problem import Problem
 
 _FIELDS = ("support_weights", "query_weights")
@@ -38,7 +39,10 @@ def without_masks(
         ValueError: a layer would normalise by masked examples too, or a mask leaves nothing of a task; reads the masks.
     """
     for field in masked(tensors):
-        mask = getattr(tensors, field)
+        mask, target = getattr(tensors, field), f"{field.partition('_')[0]}_y"
+        for name, tensor in ((field, mask), (target, getattr(tensors, target))):
+            if isinstance(tensor, Tensor):  # both are read here
+                check_ordinary(argument(options.who, name), tensor)
         for layer in norms_by_batch(net, options.batch_stats) if isinstance(net, nn.Module) else ():
             _refuse(options.who, field, layer)
         if mask.dim() and not (some := mask.any(-1)).all():
@@ -53,7 +57,6 @@ def without_masks(
         used = loss if field == "support_weights" else query_loss
         if used is None:
             continue
-        target = f"{field.partition('_')[0]}_y"
         tensors = tensors._replace(**{target: _in_range(used, getattr(tensors, target), mask)})
         used = replace(used, weight_norm="sum")
         loss, query_loss = (used, query_loss) if field == "support_weights" else (loss, used)
@@ -69,7 +72,7 @@ def _in_range(loss: Loss, target: Tensor | None, mask: Tensor) -> Tensor | None:
     return target.masked_fill(~mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim())), 0)
 
 
-def check_layers(options: Options, fields: list[str], problem: Problem) -> None:
+def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> None:
     """Refuse masks where a network normalises by the batch without a module for it; one that is not captured is run.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
@@ -29,6 +29,7 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
+from fastmeta.ordinary import all_known, all_plain, check_ordinary, lack_memory, plain
 from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
 from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
@@ -37,6 +38,8 @@ NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
 _MOST_PLANS = 256
+# It looks at the memory of all tensors itself, at every call.
+_engine = backends.get("cpu")
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
 _NATIVE = "fastmeta.backends.cpu"
@@ -150,6 +153,15 @@ def prepare(
         RuntimeError: whatever is made now has no values.
         BackendUnavailable: the backend asked for cannot run this.
     """
+    # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
+    if not all_known(params, tensors, lr, adapted_grad, output_grad):
+        params, tensors, lr = plain(params), plain(tensors), plain(lr)
+        adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
+        if not all_plain(params, tensors, lr, adapted_grad, output_grad):
+            given = _Given(
+                options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, captures
+            )
+            return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
         raise RuntimeError(
             f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
@@ -209,10 +221,21 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             return undisturbed(_first_call, given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
-    return Call(options, tensors, plan, _problem(plan, given), lr, wrt)
+    problem = _problem(plan, given)
+    if plan.backend is not _engine and _lost_memory(problem, tensors):
+        return undisturbed(_first_call, given, masks, key)
+    return Call(options, tensors, plan, problem, lr, wrt)
 
 
-def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
+def _lost_memory(problem: Problem, tensors: Tensors) -> bool:
+    """Whether a tensor's storage was freed since the plan was made."""
+    losses = [loss for loss in (problem.loss, problem.query_loss) if loss is not None]
+    others = [problem.output_grad, *[weight for loss in losses for weight in (loss.weight, loss.pos_weight)]]
+    buffers = () if problem.batch_stats == "task" else problem.net.buffers()
+    return lack_memory(problem.params, tensors, problem.rates, problem.adapted_grad, others, buffers)
+
+
+def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) -> Call:
     """The full check. The plan is kept under `key`, where there is one and the network is captured."""
     options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
     check_options(options)
@@ -220,6 +243,12 @@ def _first_call(given: _Given, masks: list[str], key: object = None) -> Call:
     shapes = check_tensors(options, net, given.params, tensors)
     check_examples(options, net, given.params, tensors, shapes)
     check_wrt(options.who, wrt, tensors)
+    for cotangent in (given.output_grad, *(given.adapted_grad or {}).values()):
+        if cotangent is not None:
+            check_ordinary(f"{options.who}: a gradient of its results", cotangent)
+    for used in (given.loss, given.query_loss):
+        if used is not None:
+            used.check_tensors()
     check_batch_stats(net, options.batch_stats)
     names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
     if options.steps:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmeta.ops.options import argument
 from fastmeta.ops.patterns import keys_by_name
+from fastmeta.ordinary import check_ordinary
 
 Rate = float | Tensor
 Rates = Rate | Mapping[str, Rate]
@@ -21,7 +22,7 @@ Rates = Rate | Mapping[str, Rate]
 def rates_key(lr: Rates) -> object:
     """All of `lr` that a plan depends on: the value of a number, but only the kind of a tensor."""
     if isinstance(lr, Tensor):
-        return lr.shape, lr.dtype, lr.device
+        return lr.shape, lr.dtype, lr.device, lr.layout
     if isinstance(lr, Mapping):
         return tuple((name, rates_key(rate)) for name, rate in lr.items())
     return lr, lr.__class__
@@ -138,6 +139,19 @@ def plan_rates(
     return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, {}, device, dtype)
 
 
+def check_ordinary_rates(who: str, lr: Rates) -> None:
+    """Check that rates that are tensors have memory.
+
+    Raises:
+        TypeError, ValueError: names the rate.
+    """
+    what = argument(who, "lr")
+    named = {f"{what}[{key!r}]": rate for key, rate in lr.items()} if isinstance(lr, Mapping) else {what: lr}
+    for label, rate in named.items():
+        if isinstance(rate, Tensor):
+            check_ordinary(label, rate)
+
+
 def check_finite(who: str, lr: Rates) -> None:
     """Check the values of tensors; `plan_rates` has checked those of numbers.
 
@@ -182,6 +196,7 @@ def _summed(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_sort(label: str, rate: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    check_ordinary(label, rate)
     if rate.dtype != dtype:
         raise TypeError(f"{label} must be {dtype}, as the parameters, got {rate.dtype}")
     if rate.device != device:

@@ -47,8 +47,9 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   require(w.matrix && w.taps == v.kh * v.kw && w.channels() * w.taps == w.cols && w.channels() == x.cols &&
               w.rows == y.cols,
           "a convolution's shapes differ");
-  require(y.height == (x.height + 2 * v.ph - v.kh) / v.sh + 1 && y.width == (x.width + 2 * v.pw - v.kw) / v.sw + 1,
-          "a convolution's output has another size");
+  const i64 room_h = x.height + 2 * v.ph - v.kh, room_w = x.width + 2 * v.pw - v.kw;
+  require(room_h >= 0 && room_w >= 0, "a convolution's window is larger than its image");
+  require(y.height == room_h / v.sh + 1 && y.width == room_w / v.sw + 1, "a convolution's output has another size");
   if (layer.bias() >= 0) {
     const Param& b = plan.params[layer.bias()];
     require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");

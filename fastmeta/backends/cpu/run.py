@@ -1,4 +1,7 @@
-"""One kind of call of the engine: what is fixed is worked out once, a call hands over addresses."""
+"""One kind of call of the engine: what is fixed is worked out once, a call hands over tensors.
+
+The engine takes care that they are what the plan says; it reads copies of those that are not dense.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
+try:
+    from fastmeta import _C
+except ImportError:  # the backend says so
+    _C = None  # type: ignore[assignment]
+
 POISON = False
+_MOST_THREADS: int = 1 if _C is None else _C.MOST_THREADS
+
+Tensors = list[Tensor | None]
 
 _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
@@ -46,11 +57,13 @@ class Job:
         ends = _running_total(t.numel() for t in self.templates)
         self.flat_size = ends[-1]
         start = dict(zip(self.all_names, [0, *ends], strict=False))
-        self.offsets = [start[name] * self.itemsize for name in self.names]
-        self.no_gradients = [0] * len(self.buffers)
+        self.offsets = [start[name] for name in self.names]
+        self.no_gradients: list[Tensor | None] = [None] * len(self.buffers)
         self.some_unused = len(self.names) < len(self.all_names)
         self.new = torch.zeros if self.some_unused else torch.empty
-        self.constant_rates: tuple[dict[str, Tensor] | None, list[int]] = (None, [])
+        # where rates are numbers the same dict comes with every call
+        self.number_rate_list = self._one_rate(problem.rates)
+        self.number_rates = None if self.number_rate_list is None else problem.rates
         self.input_gradients = bool(wrt - {"params", "lr"})
         self.adapted_shapes = {name: (problem.tasks, *shape) for name, shape in program.params}
         weights = problem.step_weights
@@ -58,44 +71,45 @@ class Job:
 
     def run(self, problem: Problem) -> Result:
         """The engine's answer."""
-        keep: list[Tensor] = []  # dense copies, alive until the engine is done
         tasks, wrt, rates, query = problem.tasks, self.wrt, problem.rates, problem.query
         names, dtype = self.names, self.dtype
         result = Result()
         grads = result.grads
 
-        grad: list[int] = []
+        grad: Tensors = []
+        offsets: list[int] = []
         if "params" in wrt:
-            grad = self._parameter_gradients(problem, grads) + self.no_gradients
-        rate_grad: list[int] = []
+            grad, offsets = self._parameter_gradients(problem, grads)
+        rate_grad: Tensors = []
         if "lr" in wrt:
             grads.lr = {name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()}
-            rate_grad = [grads.lr[name].data_ptr() if name in rates else 0 for name in names] + self.no_gradients
-        adapted: list[int] = []
+            if problem.steps:  # else they stay zero
+                rate_grad = [*map(grads.lr.get, names), *self.no_gradients]
+        adapted: Tensors = []
         if self.adapted:
             result.adapted = self._adapted(problem)
-            adapted = [result.adapted[name].data_ptr() for name in names] + self.no_gradients
+            adapted = [*map(result.adapted.get, names), *self.no_gradients]
         seeds = problem.adapted_grad
-        output = losses = loss = 0
+        output = losses = loss = None
         if query is not None:
-            result.output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
-            output = result.output.data_ptr()
+            output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
+            result.output = output
             if query.y is not None:
-                result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
-                result.loss = torch.empty((), dtype=dtype, device=_CPU)
-                losses, loss = result.task_losses.data_ptr(), result.loss.data_ptr()
+                losses = result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
+                loss = result.loss = torch.empty((), dtype=dtype, device=_CPU)
         verdict = self.plan.run(
             tasks,
-            torch.get_num_threads(),
-            _addresses(self._values(problem, keep), keep),
-            self._rate_addresses(rates, keep),
-            [] if seeds is None else _addresses([seeds[name] for name in names], keep) + self.no_gradients,
+            min(torch.get_num_threads(), _MOST_THREADS),
+            self._values(problem),
+            self.number_rate_list or [] if rates is self.number_rates else [*map(rates.get, names), *self.no_gradients],
+            [] if seeds is None else [*map(seeds.get, names), *self.no_gradients],
             adapted,
             grad,
+            offsets,
             rate_grad,
-            self._batch("support", problem.support, problem.loss, grads, keep),
-            self._batch("query", query, problem.query_loss, grads, keep),
-            [*_addresses([problem.task_weights, problem.output_grad], keep), losses, loss, output],
+            self._batch("support", problem.support, problem.loss, grads),
+            self._batch("query", query, problem.query_loss, grads),
+            [problem.task_weights, problem.output_grad, losses, loss, output],
             self.step_weights,
             POISON,
         )
@@ -103,8 +117,8 @@ class Job:
             self._refuse(verdict, problem)
         return result
 
-    def _parameter_gradients(self, problem: Problem, grads: Gradients) -> list[int]:
-        """Fresh memory for them, in one vector where that is preferred; its addresses."""
+    def _parameter_gradients(self, problem: Problem, grads: Gradients) -> tuple[Tensors, list[int]]:
+        """Fresh memory for them: a tensor each, or one vector where that is preferred and where each lies in it."""
         if not problem.prefer_flat and not self.some_unused:  # cheaper than views of a vector
             own = grads.params = {
                 name: torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -113,33 +127,30 @@ class Job:
             if POISON:
                 for value in own.values():
                     value.fill_(torch.nan)
-            return [own[name].data_ptr() for name in self.names]
+            return [*map(own.get, self.names), *self.no_gradients], []
         flat = grads.flat_params = self.new(self.flat_size, dtype=self.dtype, device=_CPU)
         if POISON and not self.some_unused:
             flat.fill_(torch.nan)
         if not problem.prefer_flat:
             pieces = _unflatten_dense_tensors(flat, self.templates)
             grads.params = dict(zip(self.all_names, pieces, strict=True))
-        base = flat.data_ptr()
-        return [base + offset for offset in self.offsets]
+        return [flat], self.offsets
 
-    def _values(self, problem: Problem, keep: list[Tensor]) -> list[Tensor | None]:
+    def _values(self, problem: Problem) -> Tensors:
         """The parameters, and behind them the buffers."""
         params = problem.params
-        values: list[Tensor | None] = [params[name] for name in self.names]
+        values: Tensors = [params[name] for name in self.names]
         if self.buffers:
-            buffers = [problem.net.get_buffer(name).to(self.dtype) for name in self.buffers]
-            keep += buffers  # some may be copies
-            values += buffers
+            values += [problem.net.get_buffer(name).to(self.dtype) for name in self.buffers]
         return values
 
-    def _rate_addresses(self, rates: dict[str, Tensor], keep: list[Tensor]) -> list[int]:
-        if rates is not self.constant_rates[0]:  # the same dict comes again and again where rates are numbers
-            addresses = _addresses([rates.get(name) for name in self.names], keep) + self.no_gradients
-            if keep:
-                return addresses
-            self.constant_rates = (rates, addresses)
-        return self.constant_rates[1]
+    def _one_rate(self, rates: dict[str, Tensor]) -> Tensors | None:
+        """Where all rates are one number, one tensor for all of them, which the engine looks at once."""
+        given: Tensors = [*map(rates.get, self.names), *self.no_gradients]
+        known = [rate for rate in given if rate is not None]
+        if any(rate.numel() != 1 or rate.data_ptr() != known[0].data_ptr() for rate in known):
+            return None
+        return [None if rate is None else known[0] for rate in given]
 
     def _adapted(self, problem: Problem) -> dict[str, Tensor]:
         used = set(self.names)
@@ -151,28 +162,22 @@ class Job:
                 adapted[name] = problem.params[name].detach().expand(shape).clone()
         return adapted
 
-    def _batch(
-        self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients, keep: list[Tensor]
-    ) -> list[int]:
+    def _batch(self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients) -> Tensors:
         """x, y, weights, class weights and the gradients of the first three."""
         if batch is None:
             return []
         y = None if loss is None else batch.y
         weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
-        if weights is not None:  # perhaps of another dtype than the loss has them: nobody else holds those
-            keep.append(weights)
-        addresses = _addresses([batch.x, y, batch.weights, weights], keep)
         if not self.input_gradients:
-            return [*addresses, 0, 0, 0]
+            return [batch.x, y, batch.weights, weights, None, None, None]
+        gradients: Tensors = []
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
-            key = f"{which}_{field}"
+            key, grad = f"{which}_{field}", None
             if key in self.wrt and tensor is not None:
                 grad = zeros(tensor.shape, self.dtype)
                 setattr(grads, key, grad)
-                addresses.append(grad.data_ptr())
-            else:
-                addresses.append(0)
-        return addresses
+            gradients.append(grad)
+        return [batch.x, y, batch.weights, weights, *gradients]
 
     def _refuse(self, verdict: int, problem: Problem) -> None:
         if verdict not in _VERDICTS:
@@ -181,21 +186,6 @@ class Job:
         batch, loss = getattr(problem, which), getattr(problem, loss_field)
         loss.check_values(f"`{which}_y`", batch.y, self.output_shape[0])
         raise ValueError(f"`{which}_y` must hold class indices in [0, {self.output_shape[0]})")
-
-
-def _addresses(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
-    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense or that is
-    to be read with the opposite sign (`torch.imag` of a conjugate)."""
-    addresses = []
-    for tensor in tensors:
-        if tensor is None:
-            addresses.append(0)
-        elif tensor.is_contiguous() and not tensor.is_neg():
-            addresses.append(tensor.data_ptr())
-        else:
-            keep.append(tensor.detach().resolve_neg().contiguous())
-            addresses.append(keep[-1].data_ptr())
-    return addresses
 
 
 def _running_total(sizes: Iterable[int]) -> list[int]:

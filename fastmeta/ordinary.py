@@ -1,0 +1,127 @@
+"""Tensors with memory of their own: kernels read nothing else.
+
+A tensor may have none (freed storage, as FSDP leaves it; fake and meta tensors; zero-tensors), or keep its numbers in
+other tensors that only its class knows of (DTensor and other wrapper subclasses). A subclass that changes no more than
+what functions do (`__torch_function__`, made by `as_subclass`) is an ordinary tensor underneath, and is read as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+#: The classes that need no look: of tensors, and of what may stand where one could.
+KNOWN: frozenset[type] = frozenset({Tensor, nn.Parameter, type(None), float, int})
+_PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
+
+
+def all_known(*groups: Any) -> bool:
+    """Whether these, and what is in these mappings and tuples, are all of a class that needs no look: cheap."""
+    for group in groups:
+        if group.__class__ in KNOWN:
+            continue
+        members = group.values() if group.__class__ is dict else _members(group)
+        if not KNOWN.issuperset(map(type, members)):
+            return False
+    return True
+
+
+def all_plain(*groups: Any) -> bool:
+    """Whether the tensors among these, and in these mappings and tuples, are all plain ones."""
+    members = [member for group in groups for member in _members(group)]
+    return all(type(member) in _PLAIN for member in members if isinstance(member, Tensor))
+
+
+def _members(group: Any) -> Iterable[Any]:
+    if isinstance(group, tuple):
+        return group
+    return group.values() if isinstance(group, Mapping) else (group,)
+
+
+def plain(given: Any) -> Any:
+    """`given`, tensors of subclasses without their class: a tensor, or a mapping or a named tuple of tensors.
+
+    What is no ordinary tensor underneath stays as it is, for `check_ordinary` to refuse.
+    """
+    if isinstance(given, Tensor):
+        if type(given) in _PLAIN or _dispatches(given):
+            return given
+        with torch._C.DisableTorchFunctionSubclass():
+            return given.as_subclass(Tensor)
+    if isinstance(given, Mapping):
+        return given if all_known(given) else {name: plain(value) for name, value in given.items()}
+    if isinstance(given, tuple):
+        return given._make(map(plain, given))  # type: ignore[attr-defined]
+    return given
+
+
+def check_ordinary(what: str, tensor: Tensor) -> None:
+    """Check that a tensor has memory that kernels can read; reads no values.
+
+    Args:
+        what: its name in messages.
+        tensor: of any class.
+
+    Raises:
+        TypeError: it is of a class that keeps its numbers elsewhere; sparse, nested or quantised; one of torch.func's
+            wrappers.
+        ValueError: its storage is freed or too small; it is on the meta device.
+    """
+    if type(tensor) not in _PLAIN and _dispatches(tensor):
+        name = type(tensor).__name__
+        ways = {"DTensor": "`.full_tensor()` or `.to_local()`", "FakeTensor": "a tensor made outside of FakeTensorMode"}
+        way = ways.get(name, "the tensor inside")
+        raise TypeError(f"{what} must be an ordinary tensor, got {name}, which has no memory of its own: pass {way}")
+    with torch._C.DisableTorchFunctionSubclass():
+        if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+            raise TypeError(f"{what} must be an ordinary tensor: torch.vmap and torch.func do not reach into fastmeta")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{what} must be a dense tensor, got {'nested, ' * tensor.is_nested}{tensor.layout}")
+        if tensor.is_quantized:
+            raise TypeError(f"{what} must be a dense tensor, got {tensor.dtype}: pass `.dequantize()`")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{what} must be on cpu or where else there is memory, got meta, where tensors have a shape only"
+            )
+        if tensor._is_zerotensor():
+            raise TypeError(f"{what} must be an ordinary tensor, got a zero-tensor without memory: use torch.zeros")
+        if not has_memory(tensor):
+            there = tensor.untyped_storage().nbytes()
+            raise ValueError(
+                f"{what} must have memory, got {tuple(tensor.shape)} {tensor.dtype} on a storage of {there} bytes, "
+                "freed or too small: if it is sharded (FSDP), gather it before (`summon_full_params`, `unshard`)"
+            )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a dense tensor's storage holds all of its numbers."""
+    numel = tensor.numel()
+    if not numel:
+        return True
+    if tensor.is_contiguous():
+        last = numel
+    else:
+        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    try:
+        there = tensor.untyped_storage().nbytes()
+        return bool((tensor.storage_offset() + last) * tensor.itemsize <= there and tensor.data_ptr())
+    except (RuntimeError, NotImplementedError):  # it has no storage at all
+        return False
+
+
+def lack_memory(*groups: Mapping[str, Tensor] | Iterable[Tensor | None] | None) -> bool:
+    """Whether some plain tensor of these has lost its memory since it was checked."""
+    for group in groups:
+        for tensor in group.values() if isinstance(group, Mapping) else group or ():
+            if tensor is not None and not has_memory(tensor):
+                return True
+    return False
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    """Whether a tensor's class, and not its memory, says what its numbers are."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
