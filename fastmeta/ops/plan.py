@@ -158,8 +158,9 @@ def prepare(
         params, tensors, lr = plain(params), plain(tensors), plain(lr)
         adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
+            cotangents = adapted_grad, output_grad
             given = _Given(
-                options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, captures
+                options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
             )
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
