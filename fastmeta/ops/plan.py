@@ -157,7 +157,18 @@ def prepare(
         adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
             given = _Given(
-                options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, captures
+                options,
+                net,
+                params,
+                tensors,
+                loss,
+                query_loss,
+                lr,
+                wrt,
+                adapted_grad,
+                output_grad,
+                prefer_flat,
+                captures,
             )
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
