@@ -194,7 +194,9 @@ def test_replaced_odd_attribute_is_noticed(name):
 
 
 @pytest.mark.parametrize(
-    "draw", [time.time, os.urandom, uuid.uuid4, random.SystemRandom(1).random], ids=["time", "urandom", "uuid4", "random"]
+    "draw",
+    [time.time, os.urandom, uuid.uuid4, random.SystemRandom(1).random],
+    ids=["time", "urandom", "uuid4", "random"],
 )
 def test_forward_that_reads_entropy_is_not_captured(draw):
     class Reads(nn.Module):
