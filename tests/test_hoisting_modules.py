@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import EVERYTHING, assert_same, error, make_problem
@@ -129,6 +136,56 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(self.head(torch.tanh(self.body(x)))), self.body.weight)
 
 
+class Drawing(nn.Module):
+    """The body draws, by whatever it is given, before or behind what it computes."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.body, self.scale, self.head = nn.Linear(3, 4), Scale(draw), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scale(torch.tanh(self.body(x))))
+
+
+class Scale(nn.Module):
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.inside, self.draw = nn.Linear(4, 4), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        by = 0.5 + self.draw()
+        return torch.tanh(self.inside(x)).sin() * by
+
+
+class Unseen(nn.Module):
+    """What a scripted function makes of an adapted parameter no function mode sees; it has no gradient either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(torch.cat([h, self.second(_largest(h))], 1))
+
+
+@torch.jit.script
+def _largest(h: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(h.argmax(1), 4).to(h.dtype)
+
+
+class Shaped(nn.Module):
+    """How many values of an adapted parameter are positive scales what the body computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = (self.head.weight > 0).nonzero().shape[0]
+        return self.head(self.body(x * (1 + positive)))
+
+
 def dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.4), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
 
@@ -146,6 +203,18 @@ CASES = {
     "looking": (Looking, (3,), HEAD, ()),
     "counting": (Counting, (3,), HEAD, ()),
     "tied": (Tied, (3,), HEAD, ("body",)),
+    "unseen": (Unseen, (3,), ("first.weight",), ()),
+    "shaped": (Shaped, (3,), HEAD, ()),
+}
+DRAWS: dict[str, Callable[[], Callable[[], Any]]] = {
+    "python": lambda: random.random,
+    "python-own": lambda: random.Random(3).random,
+    "numpy": lambda: np.random.default_rng(3).random,
+    "torch": lambda: partial(torch.rand, ()),
+    "torch-own": lambda: partial(torch.rand, (), generator=torch.Generator().manual_seed(3)),
+    "clock": lambda: lambda: time.perf_counter_ns() % 1009 / 1009,
+    "entropy": lambda: lambda: os.urandom(1)[0] / 256,
+    "iterator": lambda: itertools.cycle([0.1, 0.7, 0.3]).__next__,
 }
 OPTIONS = {
     "store": {"memory": "store"},
@@ -209,6 +278,24 @@ def test_what_is_random_is_computed_every_time_and_matches_reference() -> None:
     problem.net.eval()
     assert names_of(problem) == ("0", "2")
     assert_same(backend.solve(problem, EVERYTHING, True), reference.solve(problem, EVERYTHING, True))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_draws_is_drawn_every_time_and_matches_reference(name: str, tasks: int) -> None:
+    torch.manual_seed(0)
+    net, answers = Drawing(DRAWS[name]()).double(), []
+    problem = make_problem(net, tasks=tasks, steps=3, adapt=HEAD, memory="store")
+    assert "scale" not in names_of(problem)
+    if name in ("clock", "entropy", "iterator"):
+        return  # no two runs are the same
+    for solver in (reference, backend):
+        random.seed(1)
+        torch.manual_seed(1)
+        net.scale.draw = DRAWS[name]()
+        answers.append(solver.solve(problem, EVERYTHING, True))
+    if not (name.startswith("torch") and tasks > 1):  # vmap draws other numbers than a loop
+        assert_same(*reversed(answers))
 
 
 class Counts(torch.overrides.TorchFunctionMode):
