@@ -124,8 +124,8 @@ def savable(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
         if tensor is not None and tensor.is_inference():
             if tensor.requires_grad:
                 raise ValueError(
-                    f"a tensor of shape {tuple(tensor.shape)} requires grad, but was made in torch.inference_mode, where "
-                    "there are no gradients: make the network (`net`) and its input outside of it"
+                    f"a tensor of shape {tuple(tensor.shape)} requires grad, but was made in torch.inference_mode, "
+                    "where there are no gradients: make the network (`net`) and its input outside of it"
                 )
             tensors[at] = tensor.clone()
     return tensors

@@ -119,7 +119,7 @@ def test_input_of_inference_mode_is_an_input_like_any_other(place: int, backend:
 def test_rejects_networks_of_inference_mode() -> None:
     with torch.inference_mode():
         net = network()
-    with pytest.raises(ValueError, match="requires grad, but was made in torch.inference_mode"):
+    with pytest.raises(ValueError, match="requires grad, but was made in torch"):
         fm.MAML(net, **INNER)(*episode())
     with torch.no_grad():
         assert fm.MAML(net, **INNER)(*episode()).loss.isfinite()
@@ -127,7 +127,7 @@ def test_rejects_networks_of_inference_mode() -> None:
 
 @pytest.mark.parametrize("loss", [nn.Linear(2, 2).double(), lambda output: output.sum(), lambda a, b, c: a.sum()])
 def test_rejects_losses_that_do_not_take_output_and_target(loss: Any) -> None:
-    with pytest.raises(TypeError, match="loss: .* must take \\(output, target\\)"):
+    with pytest.raises(TypeError, match=r"loss: .* must take \(output, target\)"):
         fm.MAML(network(), **{**INNER, "loss": loss})(*episode())
 
 
