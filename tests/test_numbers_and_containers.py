@@ -63,6 +63,26 @@ def test_rejects_numbers_beyond_all_floats(name: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("what", ["smooth_l1", "huber", "inner_lr", "weight_decay"])
+def test_int_beyond_64_bits_is_its_float(what: str, backend: str) -> None:
+    def loss(number: float) -> Tensor:
+        losses = {"smooth_l1": nn.SmoothL1Loss(beta=number), "huber": nn.HuberLoss(delta=number)}
+        options = {**INNER, "loss": losses.get(what, "mse"), "inner_steps": 1}
+        options |= {"inner_lr": number} if what == "inner_lr" else {}
+        rule = fm.SGD(weight_decay=number) if what == "weight_decay" else None
+        return fm.MAML(network(), **options, update_rule=rule, backend=backend)(*episode()).loss
+
+    assert torch.equal(loss(2**100), loss(2.0**100))
+
+
+def test_int_beyond_64_bits_is_its_float_in_a_model_and_imaml() -> None:
+    assert fm.models.Siren((2, 4, 1), omega_0=2**100)(torch.ones(3, 2)).isfinite().all()
+    with torch.no_grad():
+        losses = [fm.IMAML(network(), **INNER, proximal=p, cg_tolerance=1)(*episode()).loss for p in (2**100, 2.0**100)]
+    assert torch.equal(*losses) or torch.stack(losses).isnan().all()
+
+
 def test_rejects_endless_step_weights() -> None:
     with pytest.raises(ValueError, match="`step_weights` must hold"):
         fm.MAML(network(), **INNER, step_weights=itertools.repeat(1.0))(*episode())

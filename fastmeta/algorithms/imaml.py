@@ -104,6 +104,7 @@ class IMAML(InnerLoop):
                 raise ValueError(f"IMAML: `{name}` must be finite and greater than 0, got {value}")
         if cg_tolerance > 1:
             raise ValueError(f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}")
+        inner_lr, proximal, cg_tolerance = float(inner_lr), float(proximal), float(cg_tolerance)
         check_count("IMAML: `cg_steps`", cg_steps, 1)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)

@@ -63,6 +63,8 @@ class Loss:
 
     def __post_init__(self) -> None:
         _check_options(self)
+        for name in ("beta", "label_smoothing"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # PyTorch takes no int beyond 64 bits
         for name in ("weight", "pos_weight"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         self.check_tensors()

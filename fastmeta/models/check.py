@@ -84,7 +84,7 @@ def positive_number(model: str, argument: str, value: object) -> float:
         raise TypeError(f"{model}: `{argument}` must be a number, got {value!r}")
     if not (is_finite(value) and value > 0):
         raise ValueError(f"{model}: `{argument}` must be finite and positive, got {value}")
-    return value
+    return float(value)
 
 
 def is_finite(value: float) -> bool:
