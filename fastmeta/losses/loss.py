@@ -211,7 +211,7 @@ class Loss:
         function = cast("Callable[[Tensor, Tensor], Tensor]", self.function)
         try:
             value = function(output, target)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:  # the latter by script modules
             _check_takes_two(function, error)
             raise
         if not isinstance(value, Tensor) or value.shape != ():
@@ -273,7 +273,7 @@ def _check_options(loss: Loss) -> None:
             raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
 
 
-def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: TypeError) -> None:
+def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: Exception) -> None:
     """Check that a loss can be called with an output and a target; an error of its own making passes.
 
     Raises:

@@ -167,6 +167,9 @@ def main(what: str, draw: Callable[[random.Random], Any], check: Check) -> None:
         what: one line for --help.
         draw, check: as in `fuzz`.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # else threads that wait spin, for minutes where cores are shared
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--calls", type=int, default=1000, help="calls of the public interface to make, at least")
     parser.add_argument("--seed", type=int, default=0)
