@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastmeta.backends.cuda import launch as cuda_launch
 
@@ -20,7 +21,9 @@ def _memory() -> dict[int, bytes]:
     """Address -> content of every tensor there is. A fake tensor says it is on the CPU, but its storage is not."""
     found: dict[int, bytes] = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.numel() and thing.device.type == "cpu":
+        # a wrapper of torch.func's has no storage
+        plain = type(thing) in (torch.Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(thing)
+        if plain and thing.numel() and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             start = thing.storage_offset() * thing.element_size()
             content = bytes(storage.tolist()[start:]) if storage.nbytes() < 1 << 16 else b""

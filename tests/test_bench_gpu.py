@@ -151,7 +151,8 @@ def test_after(n):
 def test_tests_go_on_in_another_process_when_the_device_is_lost(bench: ModuleType, tmp_path: Path):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_lost.py").write_text(_LOST)
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    for name in ("conftest.py", "unchanged.py"):
+        (tmp_path / name).write_text((Path(__file__).parent / name).read_text())
     arguments = "-m pytest -v -n 1 -p no:cacheprovider -c".split()
     _, said = bench._logged(tmp_path / "log.txt", 60, (*arguments, os.devnull, str(tmp_path)))
     assert said[0].startswith("exit code 1, 3 passed, 1 failed")

@@ -8,6 +8,8 @@ from test_capture import check, program_of, reason_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta.network.capture import captured
+
 IMAGE, SIGNAL = (4, 8, 6), (4, 9)
 
 MODULES = [
@@ -96,7 +98,10 @@ def test_function_matches_reference(name: str) -> None:
 
 def test_running_statistics_are_named() -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    assert program_of(net, IMAGE).buffers == (("1.running_mean", (4,)), ("1.running_var", (4,)))
+    program, _ = captured(net, IMAGE, torch.float32, "running")
+    assert program is not None
+    assert program.buffers == (("1.running_mean", (4,)), ("1.running_var", (4,)))
+    assert program_of(net, IMAGE).buffers == ()
     assert program_of(nn.Sequential(nn.Conv2d(4, 4, 1)), IMAGE).buffers == ()
 
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from plain_autograd import episodes, network
+from plain_autograd import episodes, error, network
 from torch import nn
 
 import fastmeta as fm
@@ -32,8 +32,10 @@ def test_flat_gradient_matches_separate_ones(learn_lr: str | None, backend: str)
         out.loss.backward()
     assert flat.is_leaf
     assert flat.requires_grad
-    assert torch.equal(outs[0].loss, outs[1].loss)
-    assert torch.equal(flat.grad, _whole(value.grad for value in plain.parameters()))
+    # PyTorch's own products depend on how their operands are aligned in memory, the engine's do not
+    allowed = 0.0 if backend == "cpu" else 1e-14
+    assert error(outs[1].loss, outs[0].loss) <= allowed
+    assert error(flat.grad, _whole(value.grad for value in plain.parameters())) <= allowed
     assert all(value.grad is None and not value.requires_grad for value in maml.parameters())
 
 

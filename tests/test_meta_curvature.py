@@ -151,7 +151,8 @@ def test_flat_copies_and_checkpoints() -> None:
     assert torch.equal(other(*vectors()).loss, want.loss)
     flat = fm.flatten(other)
     other(*vectors()).loss.backward()
-    assert torch.equal(flat.grad, torch.cat([value.grad.flatten() for value in maml.parameters()]))
+    # its products are PyTorch's, whose sums depend on how their operands are aligned in memory
+    assert error(flat.grad, torch.cat([value.grad.flatten() for value in maml.parameters()])) <= 1e-14
 
 
 def test_training_moves_the_matrices() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 import fastmeta as fm
 from fastmeta import heads, ops
@@ -86,14 +87,20 @@ def module_state(net: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _content(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value._version if not value.is_inference() else None
-    if isinstance(value, dict):
-        return [(key, id(item), _content(item)) for key, item in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [(id(item), _content(item)) for item in value]
-    return {id(item) for item in value} if isinstance(value, set) else None
+def _content(value: Any, parents: tuple[int, ...] = ()) -> Any:
+    """What a tensor's version or a container's items are; the class is asked of `type`, which no object can fake."""
+    kind = type(value)
+    if issubclass(kind, Tensor):
+        known = is_lazy(value) or value.is_inference()
+        return None if known else value._version
+    if id(value) in parents or len(parents) > 20:
+        return None
+    parents = (*parents, id(value))
+    if issubclass(kind, dict):
+        return [(id(key), id(item), _content(item, parents)) for key, item in dict.items(value)]
+    if issubclass(kind, (list, tuple)):
+        return [(id(item), _content(item, parents)) for item in value]
+    return {id(item) for item in value} if issubclass(kind, set) else None
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
