@@ -49,6 +49,14 @@ def explain(call: Call) -> Explanation:
 
 
 def _explanation(call: Call) -> Explanation:
+    try:
+        return _explained(call)
+    except Exception:
+        call.diagnose()
+        raise
+
+
+def _explained(call: Call) -> Explanation:
     problem, wrt = call.problem, call.wrt
     chosen = call.plan.backend.__name__.rpartition(".")[2]
     tried = backends.candidates(problem)

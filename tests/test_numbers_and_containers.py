@@ -145,10 +145,28 @@ def test_rejects_networks_of_inference_mode() -> None:
         assert fm.MAML(net, **INNER)(*episode()).loss.isfinite()
 
 
-@pytest.mark.parametrize("loss", [nn.Linear(2, 2).double(), lambda output: output.sum(), lambda a, b, c: a.sum()])
+@pytest.mark.parametrize(
+    "loss",
+    [nn.Linear(2, 2).double(), torch.jit.script(nn.Linear(2, 2)), lambda output: output.sum(), lambda a, b, c: a.sum()],
+)
 def test_rejects_losses_that_do_not_take_output_and_target(loss: Any) -> None:
     with pytest.raises(TypeError, match=r"loss: .* must take \(output, target\)"):
         fm.MAML(network(), **{**INNER, "loss": loss})(*episode())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference", "cpu"])
+@pytest.mark.parametrize("field", ["support_y", "query_y"])
+@pytest.mark.parametrize("spoil", [Tensor.bool, lambda y: y[..., 0]], ids=["dtype", "shape"])
+def test_explain_names_the_target_that_does_not_fit(spoil: Any, field: str, backend: str) -> None:
+    data = dict(zip(["support_x", "support_y", "query_x", "query_y"], episode(), strict=True))
+    data[field] = spoil(data[field])
+    maml = fm.MAML(network(), **INNER, backend=backend)
+    with pytest.raises((TypeError, ValueError), match=f"MAML: `{field}` must be"):
+        maml(**data)
+    runs = {"auto": True, "cpu": True, "torch": field == "support_y", "reference": False}  # the rest is not looked at
+    if runs[backend]:
+        with pytest.raises((TypeError, ValueError), match=f"MAML: `{field}` must be"):
+            maml.explain(**data)
 
 
 def test_error_of_a_loss_of_its_own_comes_out_as_it_is() -> None:

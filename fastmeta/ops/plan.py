@@ -89,9 +89,17 @@ class Call:
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
         except Exception:
-            losses = (problem.loss, problem.query_loss)
-            diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
+            self.diagnose()
             raise
+
+    def diagnose(self) -> None:
+        """After an error: look for the argument that it comes from.
+
+        Raises:
+            ValueError, TypeError: names the argument.
+        """
+        problem, losses = self.problem, (self.problem.loss, self.problem.query_loss)
+        diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
 
 
 def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
