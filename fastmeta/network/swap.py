@@ -82,7 +82,13 @@ class Exchange:
         self._old_keys = [*map(list, self._old_dicts)]
         self._others = [pair for at, pair in enumerate(zip(self.containers, self.old, strict=True)) if at not in plain]
 
-    def run(self, params: Mapping[str, Tensor], function: Callable[[], T], carried: Carried | None = None) -> T:
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        function: Callable[[], T],
+        carried: Carried | None = None,
+        then: Callable[[T], None] | None = None,
+    ) -> T:
         """`function()` with `params` in the place of the module's parameters.
 
         Args:
@@ -91,23 +97,39 @@ class Exchange:
             function: runs the module, or something else that may look at it.
             carried: the state that an earlier pass left, which this one starts from and leaves its own in; None: the
                 module's own state.
+            then: called with the answer when the module has its own parameters again, but still what the function has
+                left in buffers and attributes.
         """
         with LOCK:
-            return self._run(self._stand_ins(params, carried), function, carried)
+            return self._run(self._stand_ins(params, carried), function, carried, then)
 
-    def _run(self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None) -> T:
+    def _run(
+        self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None, then: Callable[[T], None] | None
+    ) -> T:
         try:
             try:
                 self._exchange(new, carried)
                 output = function()
                 if carried is not None:
                     carried.contents = self._contents(new)
+                if then is not None:
+                    self._put_parameters_back(new)
+                    then(output)
                 return output
             finally:
                 self.put_back()
         except BaseException:
             self.put_back()  # the first time may have been interrupted itself
             raise
+
+    def _put_parameters_back(self, new: dict[int, Any]) -> None:
+        """The module's own parameters where those stand that were put in their place."""
+        for container, old, keys in self._exchanged:
+            for key in keys:
+                at = id(old[key])
+                parameter = at in new and (at in self._parameters or at in self._tuples)
+                if parameter and _holds(container, key, new[at]):
+                    container[key] = old[key]
 
     def put_back(self) -> None:
         """Make the module what it was; may be done twice."""
@@ -245,6 +267,12 @@ def _has_state(value: Any) -> bool:
     if isinstance(value, _NO_STATE) or is_library(type(value).__module__):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _holds(container: Any, key: Any, value: Any) -> bool:
+    if isinstance(container, dict):
+        return container.get(key) is value
+    return key < len(container) and container[key] is value
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

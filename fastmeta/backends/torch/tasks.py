@@ -15,7 +15,7 @@ from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.bounded import Known
 from fastmeta.losses import Loss
-from fastmeta.network.functional import call, own
+from fastmeta.network.functional import call_then, own
 from fastmeta.problem import Batch, Problem
 
 #: Sorts of problems of one network that something is remembered of.
@@ -56,17 +56,20 @@ def evaluate(
     net = problem.exchange or problem.net
 
     device, dtype = batch.x.device, next(iter(params.values())).dtype
+    decompose = vectorised or problem.third
 
     def one_task(
         theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        with autocast(device, problem.autocast):
-            decompose = vectorised or problem.third
-            output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=decompose)
-            if problem.autocast is not None:
-                output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
+        def value_of(output: Tensor) -> Tensor:
+            # losses and their targets are those of the parameters' dtype
+            output = output if problem.autocast is None else output.to(dtype)
             value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-            return (value if problem.autocast is None else value.to(dtype)), output
+            return value if problem.autocast is None else value.to(dtype)
+
+        with autocast(device, problem.autocast):
+            value, output = call_then(net, theta, x, value_of, batch_stats=problem.batch_stats, decompose=decompose)
+            return value, output if problem.autocast is None else output.to(dtype)
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
