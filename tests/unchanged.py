@@ -27,6 +27,8 @@ _METHODS = ("forward", "adapt", "predict", "explain")
 _ALGORITHMS = (fm.MAML, fm.CAVIA, fm.Reptile, fm.IMAML, fm.MAMLPlusPlus, fm.MetaCurvature, InnerLoop)
 _HEADS = ("logistic", "prototypes", "ridge")
 _C: Any = torch._C
+#: Containers in containers that are looked into.
+_DEEPEST = 20
 
 
 def global_state() -> dict[str, Any]:
@@ -86,14 +88,17 @@ def module_state(net: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _content(value: Any) -> Any:
-    if isinstance(value, Tensor):
+def _content(value: Any, depth: int = 0) -> Any:
+    kind = type(value)  # what `__class__` says may be anything
+    if issubclass(kind, Tensor):
         return value._version if not value.is_inference() else None
-    if isinstance(value, dict):
-        return [(key, id(item), _content(item)) for key, item in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [(id(item), _content(item)) for item in value]
-    return {id(item) for item in value} if isinstance(value, set) else None
+    if depth == _DEEPEST:  # attributes may hold themselves
+        return None
+    if issubclass(kind, dict):
+        return [(key, id(item), _content(item, depth + 1)) for key, item in value.items()]
+    if issubclass(kind, (list, tuple)):
+        return [(id(item), _content(item, depth + 1)) for item in value]
+    return {id(item) for item in value} if issubclass(kind, set) else None
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -174,7 +174,7 @@ def _values(exchange: Exchange, carried: Carried) -> list[Any]:
 
     def value(item: Any) -> Any:
         item = carried.copies.get(id(item), item)
-        if isinstance(item, Tensor):
+        if issubclass(type(item), Tensor):  # what `__class__` says may be anything
             return item if isinstance(item, nn.Parameter) else item.detach().clone()
         if type(item) is dict:
             return {key: value(part) for key, part in item.items()}
@@ -206,10 +206,10 @@ def _equal(a: Any, b: Any) -> bool:
     """Whether two values are the same to a forward pass, as far as can be told."""
     if a is b:
         return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
+    if issubclass(type(a), Tensor) and issubclass(type(b), Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, dict) and isinstance(b, dict):
+    if issubclass(type(a), dict) and issubclass(type(b), dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+    if issubclass(type(a), (list, tuple)) and issubclass(type(b), (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and isinstance(a, (*_NUMBERS, set, frozenset)) and a == b
+    return type(a) is type(b) and issubclass(type(a), (*_NUMBERS, set, frozenset)) and a == b

@@ -29,6 +29,8 @@ _NO_STATE = (*_ATOMS, type, FunctionType, BuiltinFunctionType, MethodType, Modul
 _ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALL = slice(None)
+#: Containers in containers that are looked into.
+_DEEPEST = 50
 T = TypeVar("T")
 _run_through = deque[Any](maxlen=0).extend
 
@@ -69,6 +71,7 @@ class Exchange:
         self._exchanged: list[tuple[Any, Any, list[Any]]] = []
         self._seen: dict[int, Any] = {id(net): net}
         self._modules = [("net", net)]
+        self._depth = 0
         #: id of a container of buffers -> whether a norm holds it.
         self.buffers: dict[int, bool] = {}
         with LOCK:
@@ -223,32 +226,38 @@ class Exchange:
 
     def _visit(self, place: str, value: Any, objects: bool) -> bool:
         """Whether something else is to stand where `value` stands; holds what can be changed in place."""
-        kind = type(value)
+        kind = type(value)  # what `__class__` says may be anything, or raise
         if kind in _ATOM_TYPES:
             return False
         if id(value) in self._parameters:
             return True
-        if isinstance(value, Tensor):
+        if issubclass(kind, Tensor):
             if (
                 kind not in _ORDINARY or value.requires_grad
             ):  # a leaf is not written into, and gradients are to reach it
                 return False
             self._copied[id(value)] = value
             return True
-        if isinstance(value, nn.Module):
+        if issubclass(kind, nn.Module):
             self._add_module(place, value)
-        elif isinstance(value, tuple):
+        elif self._depth == _DEEPEST:
+            return False
+        elif issubclass(kind, tuple):
+            self._depth += 1
             exchanged = [self._visit(place, item, objects) for item in value]  # all of them are held
+            self._depth -= 1
             if any(exchanged):
                 self._tuples.pop(id(value), None)  # behind those that it holds
                 self._tuples[id(value)] = value
                 return True
         elif id(value) not in self._seen:
             self._seen[id(value)] = value
-            if isinstance(value, (dict, list, set, deque)):
+            self._depth += 1
+            if issubclass(kind, (dict, list, set, deque)):
                 self._hold_container(place, value, objects)
-            elif objects and _has_state(value):
-                self._hold_container(place, vars(value), objects=False)
+            elif objects and (state := _state(value)) is not None:
+                self._hold_container(place, state, objects=False)
+            self._depth -= 1
         return False
 
     def _hold_container(self, place: str, container: Any, objects: bool) -> None:
@@ -260,13 +269,16 @@ class Exchange:
             self._hold(place, container, keys)
 
 
-def _has_state(value: Any) -> bool:
-    """Whether an attribute is an object of the user's whose own attributes a forward pass may set."""
-    if isinstance(value, SimpleNamespace):
-        return True
-    if isinstance(value, _NO_STATE) or is_library(type(value).__module__):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+def _state(value: Any) -> dict[str, Any] | None:
+    """The attributes that a forward pass may set of an attribute that is an object of the user's; None: of no such."""
+    kind = type(value)
+    if not issubclass(kind, SimpleNamespace) and (issubclass(kind, _NO_STATE) or is_library(kind.__module__)):
+        return None
+    try:
+        state = object.__getattribute__(value, "__dict__")
+    except AttributeError:  # it has slots
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def _holds(container: Any, key: Any, value: Any) -> bool:
