@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved
+from fastmeta.bounded import Known
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Carried, Exchange
 from fastmeta.problem import Problem
@@ -24,7 +24,9 @@ from fastmeta.undisturbed import asynchronous
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 _HELD_APART = ("_parameters", "_buffers", "_modules")
-_known: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
+#: Sorts of problems of one network that something is remembered of.
+_MOST_SORTS = 1024
+_known: Known[int, str] = Known(_MOST_SORTS)
 
 
 def carries_state(problem: Problem) -> str:
@@ -36,14 +38,14 @@ def carries_state(problem: Problem) -> str:
     Raises:
         ValueError: the network cannot be evaluated with parameters of a task's own; says why.
     """
-    known = _known.setdefault(problem.net, {})
     key = _key(problem)
-    if key not in known:
+    found = _known.get(problem.net, key)
+    if found is None:
         found = _examined(problem)
         if found is None:
             return ""
-        known[key] = found
-    return known[key]
+        _known.put(problem.net, key, found)
+    return found
 
 
 def _key(problem: Problem) -> int:
