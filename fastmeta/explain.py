@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastmeta import backends
+from fastmeta.backends import _hoisting
 from fastmeta.backends._autocast import said
 from fastmeta.network.functional import norms_by_batch
 from fastmeta.network.program import normalises
@@ -58,9 +59,7 @@ def _explanation(call: Call) -> Explanation:
         runs = call.plan.backend.describe(problem, wrt)
     elif hasattr(call.plan.backend, "notes"):
         runs = call.plan.backend.notes(problem)
-    return Explanation(
-        chosen, _what(problem), tuple(runs), meta_step_cost(problem), refused, _conventions(problem, chosen)
-    )
+    return Explanation(chosen, _what(problem), tuple(runs), _cost(call, chosen), refused, _conventions(problem, chosen))
 
 
 def in_steps(whole: Explanation, queries: int) -> Explanation:
@@ -75,6 +74,15 @@ def in_steps(whole: Explanation, queries: int) -> Explanation:
         f'in one call with memory="store"; query losses are computed {queries} times'
     )
     return replace(whole, cost={}, conventions=(line, *whole.conventions))
+
+
+def _cost(call: Call, chosen: str) -> dict[str, int]:
+    """Multiply-adds by memory mode as the call runs."""
+    problem = call.problem
+    if chosen in ("torch", "reference"):
+        return meta_step_cost(problem)
+    plan = _hoisting.hoisted(call.plan.backend.refuses, problem, call.wrt)
+    return meta_step_cost(problem) if plan is None else _hoisting.cost(problem, plan, meta_step_cost)
 
 
 def meta_step_cost(problem: Problem) -> dict[str, int]:

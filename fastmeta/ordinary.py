@@ -54,8 +54,8 @@ def plain(given: Any) -> Any:
             return given.as_subclass(Tensor)
     if isinstance(given, Mapping):
         return given if all_known(given) else {name: plain(value) for name, value in given.items()}
-    if isinstance(given, tuple):
-        return given._make(map(plain, given))  # type: ignore[attr-defined]
+    if isinstance(given, tuple) and hasattr(given, "_make"):
+        return given._make(map(plain, given))
     return given
 
 
@@ -111,6 +111,24 @@ def has_memory(tensor: Tensor) -> bool:
         return bool((tensor.storage_offset() + last) * tensor.itemsize <= there and tensor.data_ptr())
     except (RuntimeError, NotImplementedError):  # it has no storage at all
         return False
+
+
+def savable(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """`tensors`, as PyTorch lets them be saved for a backward pass: those of inference mode as copies.
+
+    Raises:
+        ValueError: one of inference mode requires grad; PyTorch computes no gradient of it.
+    """
+    tensors = list(tensors)
+    for at, tensor in enumerate(tensors):
+        if tensor is not None and tensor.is_inference():
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"a tensor of shape {tuple(tensor.shape)} requires grad, but was made in torch.inference_mode, "
+                    "where there are no gradients: make the network (`net`) and its input outside of it"
+                )
+            tensors[at] = tensor.clone()
+    return tensors
 
 
 def lack_memory(*groups: Mapping[str, Tensor] | Iterable[Tensor | None] | None) -> bool:

@@ -111,6 +111,7 @@ class Problem:
     scratch: Scratch = field(default_factory=Scratch)
     # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
     #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
+    frozen: frozenset[str] = frozenset()  # parameters whose gradients nobody reads: they may be zeros
     captures: Captures | None = None  # None: nothing is wanted of captured tensors
     third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
     exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it

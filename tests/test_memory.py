@@ -99,6 +99,7 @@ def test_memory_does_not_grow_over_many_steps(way: str) -> None:
 @NO_EXTENSION
 def test_nothing_is_kept_of_networks_that_are_gone() -> None:
     """Captures and plans are cached by network and shapes."""
+    torch.manual_seed(0)  # one output in float32 may be as near to zero as the captured network's rounding is
 
     def step(i: int) -> weakref.ref[nn.Module]:
         net = _net()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastmeta as fm
+from fastmeta.network.swap import LOCK
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 
@@ -23,8 +24,10 @@ def _maml(net: nn.Module, backend: str, **options: Any) -> fm.MAML:
 
 def _gradients(maml: fm.MAML, episode: list[Tensor]) -> Tensor:
     """Of the meta-loss, behind it, in one vector."""
+    with LOCK:  # another thread may be running the same network
+        parameters = list(maml.parameters())
     loss = maml(*episode).loss
-    grads = torch.autograd.grad(loss, list(maml.parameters()))
+    grads = torch.autograd.grad(loss, parameters)
     return torch.cat([loss.detach().reshape(1), *(grad.flatten() for grad in grads)])
 
 

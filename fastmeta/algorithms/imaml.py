@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -14,7 +13,7 @@ from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
-from fastmeta.models.check import check_count
+from fastmeta.models.check import check_count, is_finite
 from fastmeta.ops.again import Read, captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.differentiable import Operation, run_and_read
@@ -101,10 +100,11 @@ class IMAML(InnerLoop):
         for name, value in {"inner_lr": inner_lr, "proximal": proximal, "cg_tolerance": cg_tolerance}.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"IMAML: `{name}` must be a number, got {type(value).__name__}")
-            if not (isfinite(value) and value > 0):
+            if not (is_finite(value) and value > 0):
                 raise ValueError(f"IMAML: `{name}` must be finite and greater than 0, got {value}")
         if cg_tolerance > 1:
             raise ValueError(f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}")
+        inner_lr, proximal, cg_tolerance = float(inner_lr), float(proximal), float(cg_tolerance)
         check_count("IMAML: `cg_steps`", cg_steps, 1)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)

@@ -302,8 +302,12 @@ class MAML(nn.Module):
         """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
         options = self._options(self.who, support_per_step)
         flat = self.flat is None or len(self.flat.names) == len(params)
+        frozen = NOTHING
+        if "params" in wrt and self.flat is None:
+            still = [name for name, value in params.items() if not value.requires_grad]
+            frozen = frozenset(still) if 0 < len(still) < len(params) else NOTHING
         given = options, self.net, params, tensors, self.loss, self.query_loss, self.lr_of(rates), wrt
-        return prepare(*given, prefer_flat=flat, captures=captures)
+        return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures)
 
     def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
         """The rates as an operator takes them, from the learned ones by their keys; with `tasks`, of those alone."""

@@ -21,6 +21,7 @@ from fastmeta.ops.once import refused
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.ordinary import savable
 from fastmeta.problem import Captures, Result
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class _Attach(torch.autograd.Function):
         loss, gradients, ctx.recipe, rest = known
         # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error; it also
         # notices when what the loss was computed from was modified
-        ctx.save_for_backward(*gradients, *given, *rest)
+        ctx.save_for_backward(*gradients, *savable(given), *savable(rest))
         ctx.counts = len(gradients), len(given), leaves
         return loss
 

@@ -123,20 +123,27 @@ class Captured:
         Raises:
             CapturedError: something was read, and nobody watched; see `rerun`.
         """
+        (loss, output), watch = self.watched(evaluate, ours)
+        return loss, output, watch
+
+    def watched(
+        self, evaluate: Callable[[], tuple[Tensor, ...]], ours: Iterable[Tensor | None]
+    ) -> tuple[tuple[Tensor, ...], Watch]:
+        """(what `evaluate` gives, what was read); the rest as of `evaluated`."""
         given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
         watch = Watch(given, self._start, self._also, self._known)
         if self.wanted is None:
-            return (*evaluate(), watch)
+            return evaluate(), watch
         if not self._watches:
-            loss, output = evaluate()
-            if watch.reaches([loss, output]):
+            found = evaluate()
+            if watch.reaches(found):
                 raise CapturedError
-            return loss, output, watch
+            return found, watch
         with watch:
-            loss, output = evaluate()
-        watch.follow([loss, output])
+            found = evaluate()
+        watch.follow(found)
         self._note(watch)
-        return loss, output, watch
+        return found, watch
 
     def _note(self, watch: Watch) -> None:
         """What `watch` has found has a gradient, if only of zeros."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._random_state import preserved
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.bounded import Known
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Carried, Exchange
@@ -67,7 +67,7 @@ def _examined(problem: Problem) -> str | None:
         for name, value in problem.params.items()
     }
     x, other = _two_inputs(problem)
-    with preserved(x.device) as start:
+    with preserved_for(problem) as start:
 
         def run(inputs: Tensor, carried: Carried | None) -> Tensor:
             start.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -135,7 +136,10 @@ def check_rates(problem: Problem) -> None:
         ValueError: one is not.
     """
     rates = problem.rates.values() if problem.steps else ()
-    if not all(rate.isfinite().all() for rate in rates if rate.device.type == "cpu"):
+    distinct = {(rate.data_ptr(), rate.shape, rate.stride()): rate for rate in rates if rate.device.type == "cpu"}
+    single = {rate.data_ptr(): rate for rate in distinct.values() if rate.numel() == 1}  # a number is one for all
+    several = [rate for rate in distinct.values() if rate.numel() != 1]
+    if not (all(isfinite(rate.item()) for rate in single.values()) and all(rate.isfinite().all() for rate in several)):
         raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from fastmeta.data.omniglot import Omniglot
+from fastmeta.ordinary import check_ordinary
 
 Data: TypeAlias = "Tensor | Omniglot | tuple[Tensor, Tensor] | Dataset[Any]"
 
@@ -40,6 +41,11 @@ class Examples:
         for number, row in zip(indices.reshape(-1), rows, strict=True):
             if not isinstance(row, Tensor):
                 raise TypeError(f"Episodes: example {number} of `data` must be a tensor, got {type(row).__name__}")
+            if row.shape != rows[0].shape or row.dtype != rows[0].dtype:
+                raise ValueError(
+                    f"Episodes: the examples of `data` must have one shape and dtype, number {indices.reshape(-1)[0]} "
+                    f"is {tuple(rows[0].shape)} {rows[0].dtype}, number {number} is {tuple(row.shape)} {row.dtype}"
+                )
         return torch.stack(rows).reshape(*indices.shape, *rows[0].shape)
 
 
@@ -52,6 +58,10 @@ def gather(data: Data) -> Examples:
     """
     if isinstance(data, Omniglot):
         data = data.images
+    parts = data if isinstance(data, tuple) else (data,)
+    for part in parts:
+        if isinstance(part, Tensor):
+            check_ordinary("Episodes: `data`", part)
     if isinstance(data, Tensor):
         if data.ndim < 2:
             raise ValueError(f"Episodes: `data` must be [classes, examples, ...], got {tuple(data.shape)}")

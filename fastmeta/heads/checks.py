@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmeta.models.check import positive
+from fastmeta.models.check import is_finite, positive
 from fastmeta.ops.options import argument
 from fastmeta.ordinary import check_ordinary
 
@@ -80,7 +80,12 @@ def check_classes(
         place = wrong.nonzero()[0].tolist()
         got = support_y[tuple(place)].item()
         raise ValueError(f"{what} must hold classes from 0 on{above}, got {got} at {place}")
-    return F.one_hot(support_y, count).to(support_features.dtype)
+    try:
+        return F.one_hot(support_y, count).to(support_features.dtype)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{what} must hold classes 0 .. C - 1 with [T, N, C] numbers in memory, got class {count - 1}: {error}"
+        ) from error
 
 
 def check_weights(
@@ -141,8 +146,10 @@ def check_factor(
             raise ValueError(f"{what} must be () or [T] = {(tasks,)}, got {tuple(value.shape)}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number or a tensor, got {value!r}")
+    elif not is_finite(value):
+        raise ValueError(f"{what} must be finite, got {value}")
     else:
-        value = features.new_tensor(value)
+        value = torch.tensor(value, dtype=features.dtype, device=features.device)
     check_finite(what, value)
     if above_zero and not (value > 0).all():
         raise ValueError(f"{what} must be positive, got {value.min().item()}")

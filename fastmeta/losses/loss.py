@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from inspect import signature
+from math import inf
+from typing import cast
 
-from torch import Tensor, finfo, int64
+from torch import Tensor, finfo, int64, nn
 from torch import dtype as Dtype
 
 from fastmeta.losses import cross_entropy, elementwise
+from fastmeta.models.check import is_finite
 from fastmeta.ordinary import check_ordinary, plain
 
 #: Losses that compare output and target element by element.
@@ -60,6 +63,8 @@ class Loss:
 
     def __post_init__(self) -> None:
         _check_options(self)
+        for name in ("beta", "label_smoothing"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # PyTorch takes no int beyond 64 bits
         for name in ("weight", "pos_weight"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         self.check_tensors()
@@ -203,7 +208,12 @@ class Loss:
     def _custom(self, output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None:
             raise ValueError("custom loss: example weights need a loss with a name; weigh inside the function instead")
-        value = self.function(output, target)  # type: ignore[misc]
+        function = cast("Callable[[Tensor, Tensor], Tensor]", self.function)
+        try:
+            value = function(output, target)
+        except (TypeError, RuntimeError) as error:  # the latter by script modules
+            _check_takes_two(function, error)
+            raise
         if not isinstance(value, Tensor) or value.shape != ():
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"custom loss: {self.function!r} must return a scalar tensor, got {got}")
@@ -249,7 +259,7 @@ def _check_options(loss: Loss) -> None:
     for name, number in numbers:
         if not isinstance(number, int if name == "ignore_index" else (int, float)):
             raise TypeError(f"{kind}: `{name}` must be a Python number, got {type(number).__name__}")
-    if not (isfinite(loss.beta) and loss.beta > 0):
+    if not (is_finite(loss.beta) and loss.beta > 0):
         raise ValueError(f"{kind}: `{beta}` must be finite and greater than zero, got {loss.beta}")
     if not 0 <= loss.label_smoothing <= 1:
         raise ValueError(f"{kind}: `label_smoothing` must be from 0 to 1, got {loss.label_smoothing}")
@@ -261,6 +271,20 @@ def _check_options(loss: Loss) -> None:
             raise ValueError(f"{kind} has no `{name}`")
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
+
+
+def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: Exception) -> None:
+    """Check that a loss can be called with an output and a target; an error of its own making passes.
+
+    Raises:
+        TypeError: it cannot; `error` is what its call raised.
+    """
+    try:
+        signature(function.forward if isinstance(function, nn.Module) else function).bind(None, None)
+    except TypeError as unfit:
+        raise TypeError(f"custom loss: {function!r} must take (output, target): {unfit}") from error
+    except ValueError:  # it has no signature
+        return
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -69,7 +69,7 @@ def finite_number(model: str, argument: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{model}: `{argument}` must be a number, got {value!r}")
-    if not _finite(value):
+    if not is_finite(value):
         raise ValueError(f"{model}: `{argument}` must be finite, got {value}")
     return float(value)
 
@@ -82,12 +82,13 @@ def positive_number(model: str, argument: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{model}: `{argument}` must be a number, got {value!r}")
-    if not (_finite(value) and value > 0):
+    if not (is_finite(value) and value > 0):
         raise ValueError(f"{model}: `{argument}` must be finite and positive, got {value}")
-    return value
+    return float(value)
 
 
-def _finite(value: float) -> bool:
+def is_finite(value: float) -> bool:
+    """Whether `value` is finite as a float; an int of any size may come."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond all floats

@@ -48,7 +48,7 @@ class Siren(nn.Module):
     def __init__(self, widths: Sequence[int], *, omega_0: float = 30.0) -> None:
         super().__init__()
         widths = positives("Siren", "widths", widths, "inputs, hidden widths and outputs", 3)
-        positive_number("Siren", "omega_0", omega_0)
+        omega_0 = positive_number("Siren", "omega_0", omega_0)
         hidden = [SineLayer(a, b, omega_0) for a, b in pairwise(widths[:-1])]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
         for at, module in enumerate(module for module in self.modules() if isinstance(module, nn.Linear)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Final
 
 from torch import Tensor, nn
 
+from fastmeta.models.check import is_finite
 from fastmeta.network.program import Layer
 
 #: How one operator is captured, and a kind's tables of them: see `fastmeta.network.kinds`.
@@ -141,7 +141,7 @@ def number(value: Any) -> float:
     """A finite Python number as a float; anything else is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Refused(f"a Python number was expected, got {described(value)}")
-    if not isfinite(value):
+    if not is_finite(value):
         raise Refused(f"a finite number was expected, got {value}")
     return float(value)
 

@@ -42,6 +42,7 @@ def call(
     batch_stats: str = "task",
     decompose: bool = False,
     carried: Carried | None = None,
+    forwards: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Tensor:
     """The network's output for one task.
 
@@ -58,6 +59,7 @@ def call(
             silently wrong, pytorch/functorch#534).
         carried: the state, in buffers and attributes, that the task's last forward pass left the module in, to start
             from and to be replaced; None: the module's own state.
+        forwards: name of a submodule -> what it runs in the place of its own forward.
 
     Returns:
         The output [N, *out].
@@ -69,7 +71,7 @@ def call(
         ValueError: a norm over the task's own batch would see one value per channel.
     """
     exchange = net if isinstance(net, Exchange) else Exchange(net)
-    return _one_tensor(_run(exchange, params, x, _Conventions(batch_stats, decompose), carried))
+    return _one_tensor(_run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards))
 
 
 def call_then(
@@ -81,11 +83,12 @@ def call_then(
     batch_stats: str = "task",
     decompose: bool = False,
     carried: Carried | None = None,
+    forwards: Mapping[str, Callable[..., Any]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`then(output)`, output) for one task: a loss and what it is of.
 
     Args:
-        net, params, x, batch_stats, decompose, carried: as in `call`.
+        net, params, x, batch_stats, decompose, carried, forwards: as in `call`.
         then: finds in buffers and attributes of the module what the forward pass has left there (a penalty, features),
             but the module's own parameters.
     """
@@ -95,7 +98,7 @@ def call_then(
     def note(output: Any) -> None:
         found.append(then(_one_tensor(output)))
 
-    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried, note)
+    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards, note)
     return found[0], output
 
 
@@ -111,6 +114,7 @@ def _run(
     x: Tensor,
     conventions: _Conventions,
     carried: Carried | None = None,
+    forwards: Mapping[str, Callable[..., Any]] | None = None,
     then: Callable[[Any], None] | None = None,
 ) -> Any:
     def forward() -> Any:
@@ -122,9 +126,21 @@ def _run(
                 # compiled code would be compiled again for every task's own parameters, or has failed to be
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(conventions)
-            return exchange.net(x.clone())
+            return _output(exchange.net, x.clone(), forwards or {})
 
     return exchange.run(params, forward, carried, then)
+
+
+def _output(net: nn.Module, x: Tensor, forwards: Mapping[str, Callable[..., Any]]) -> Any:
+    """What the module returns; to be called inside of an exchange, which puts the forwards back if this does not."""
+    replaced = [(vars(net.get_submodule(name)), function) for name, function in forwards.items()]
+    try:
+        for attributes, function in replaced:
+            attributes["forward"] = function
+        return net(x)
+    finally:
+        for attributes, _ in replaced:
+            attributes.pop("forward", None)
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -304,12 +320,18 @@ def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:
 def _fused_where_right(fused: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """PyTorch's norm, or the same formula out of elementary operators where its second derivative is not right."""
     signature = inspect.signature(fused)
+    places = [*signature.parameters]
+    at_weight, at_bias = places.index("weight"), places.index("bias")
+
+    def given(at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return args[at] if at < len(args) else kwargs.get(places[at])
 
     def norm(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        alone = _bias_alone(given.arguments["weight"], given.arguments["bias"])
-        return formula(*given.args) if alone else fused(*args, **kwargs)
+        if not _bias_alone(given(at_weight, args, kwargs), given(at_bias, args, kwargs)):
+            return fused(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return formula(*bound.args)
 
     return norm
 

@@ -29,6 +29,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in HOOKS)
 #: What every module has and no forward reads, or what has a check of its own (hooks, parameters).
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules"}
+#: Where recurrent layers list their parameters; they list anew whenever they find other ones.
+_OF_PARAMETERS = frozenset({"_flat_weights", "_flat_weight_refs"})
 _NUMBERS_AND_NAMES = (type(None), bool, int, float, complex, str, bytes, range, Enum)
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger)
 _OF_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -120,7 +122,9 @@ class Guard:
         place = f"net.{name}" if name else "net"
         frozen = dict(vars(module))
         for key, value in frozen.items():
-            if key not in _MODULE_ATTRIBUTES:
+            if key in _OF_PARAMETERS and isinstance(module, nn.RNNBase):
+                frozen[key] = ANYTHING
+            elif key not in _MODULE_ATTRIBUTES:
                 frozen[key] = self._frozen(value, f"{place}.{key}", ())
         return frozen
 
@@ -196,6 +200,18 @@ class _AnyTensor:
 
 
 ANY_TENSOR = _AnyTensor()
+
+
+class _Anything:
+    """Equal to everything: what is watched elsewhere."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ANYTHING = _Anything()
 
 
 class _Method:

@@ -18,6 +18,7 @@ from fastmeta.ops.checks import Tensors, check_no_inference
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.ordinary import savable
 from fastmeta.problem import Captures, Result
 
 _FIRST = 5  # arguments of `_Solve` before the tensors
@@ -119,7 +120,7 @@ class _Solve(torch.autograd.Function):
         parts: list[Tensor | None],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*savable(tensors))
         ctx.set_materialize_grads(False)
         # backward passes run outside of the caller's autocast block
         ctx.frame = operation, replay, slots, parts, autocast_dtype(answer[0].device)

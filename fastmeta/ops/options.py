@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from math import isfinite
 from numbers import Real
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from fastmeta.update_rules import SGD
 Adapt = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
 _PLAIN_SGD = SGD()
+# No loop takes so many steps; an endless iterator ends here.
+_MOST_NUMBERS = 1 << 20
 
 # What an operator calls a field of `Problem`, where that is not its own name.
 _ONE_SET = {"support_x": "x", "support_y": "y", "support_weights": "weights"}
@@ -131,14 +134,22 @@ def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
 
 def _strings(given: object) -> tuple[str, ...] | None:
     """`given` as a tuple, None if it holds anything but strings; stops at the first that is none."""
-    names = []
+    names: list[str] = []
     if not isinstance(given, Iterable) or isinstance(given, (bytes, Tensor)):
         return None
-    for name in given:
+    for name in _members(given):
         if not isinstance(name, str):
             return None
         names.append(name)
     return tuple(names)
+
+
+def _members(given: Iterable[object]) -> Iterable[object]:
+    """An iterator over `given`; over None where it has a way to iterate that does not work, as script modules do."""
+    try:
+        return iter(given)
+    except Exception:
+        return iter((None,))
 
 
 def check_flag(who: str, name: str, value: object) -> None:
@@ -160,12 +171,17 @@ def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, .
     """
     if step_weights is None:
         return None
+    what = argument(who, "step_weights")
     numbers = isinstance(step_weights, Iterable) and not isinstance(step_weights, (str, Tensor))
-    if not numbers or not all(isinstance(weight, Real) for weight in step_weights):
-        raise TypeError(f"{argument(who, 'step_weights')} must be a sequence of numbers, got {step_weights!r}")
-    weights = tuple(float(weight) for weight in step_weights)
+    given = [*islice(_members(step_weights), _MOST_NUMBERS)] if numbers else [None]
+    if not all(isinstance(weight, Real) for weight in given):
+        raise TypeError(f"{what} must be a sequence of numbers, got {step_weights!r}")
+    try:
+        weights = tuple(map(float, given))  # type: ignore[arg-type]
+    except OverflowError as error:  # an int beyond all floats
+        raise ValueError(f"{what} must be finite: {error}") from error
     if not all(map(isfinite, weights)):
-        raise ValueError(f"{argument(who, 'step_weights')} must be finite, got {weights}")
+        raise ValueError(f"{what} must be finite, got {weights}")
     return weights
 
 

@@ -119,6 +119,7 @@ class _Given(NamedTuple):
     adapted_grad: dict[str, Tensor] | None
     output_grad: Tensor | None
     prefer_flat: bool
+    frozen: frozenset[str]
     captures: Captures | None
 
 
@@ -137,6 +138,7 @@ def prepare(
     adapted_grad: dict[str, Tensor] | None = None,
     output_grad: Tensor | None = None,
     prefer_flat: bool = False,
+    frozen: frozenset[str] = NOTHING,
     captures: Captures | None = None,
 ) -> Call:
     """Check one call and choose its backend.
@@ -144,7 +146,7 @@ def prepare(
     Args:
         options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
         wrt: the gradients wanted.
-        prefer_flat, captures: as in `Problem`.
+        prefer_flat, frozen, captures: as in `Problem`.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
 
     Raises:
@@ -157,19 +159,9 @@ def prepare(
         params, tensors, lr = plain(params), plain(tensors), plain(lr)
         adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
+            cotangents = adapted_grad, output_grad
             given = _Given(
-                options,
-                net,
-                params,
-                tensors,
-                loss,
-                query_loss,
-                lr,
-                wrt,
-                adapted_grad,
-                output_grad,
-                prefer_flat,
-                captures,
+                options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
             )
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
@@ -187,14 +179,15 @@ def prepare(
         masks = masked(tensors)
         if masks:
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
+        cotangents = adapted_grad, output_grad
         given = _Given(
-            options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, captures
+            options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
         )
         return _prepared(given, masks)
 
 
 def _prepared(given: _Given, masks: list[str]) -> Call:
-    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, _ = given
+    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, frozen, _ = given
     try:
         key = (
             options,
@@ -215,6 +208,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             adapted_grad is None,
             output_grad is None,
             prefer_flat,
+            frozen,
             *masks,
         )
         plans = _plans.get(net)
@@ -306,7 +300,7 @@ def _check_given(given: _Given) -> None:
 
 
 def _problem(plan: Plan, given: _Given) -> Problem:
-    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat, captures = given
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given[:11]
     support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
     shapes = plan.shapes
     if plan.order is not None:
@@ -334,9 +328,9 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         plan.program,
         plan.refused,
         prefer_flat,
-        None,
-        plan.scratch,
-        captures,
+        scratch=plan.scratch,
+        frozen=given.frozen,
+        captures=given.captures,
     )
 
 

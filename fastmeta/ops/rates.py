@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from fastmeta.models.check import is_finite
 from fastmeta.ops.options import argument
 from fastmeta.ops.patterns import keys_by_name
 from fastmeta.ordinary import check_ordinary
@@ -206,7 +206,7 @@ def _check_sort(label: str, rate: Tensor, device: torch.device, dtype: torch.dty
 def _number(label: str, rate: Rate) -> float:
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise TypeError(f"{label} must be a number or a tensor, got {type(rate).__name__}")
-    if not isfinite(rate):
+    if not is_finite(rate):
         raise ValueError(f"{label} must be finite, got {rate}")
     return float(rate)
 

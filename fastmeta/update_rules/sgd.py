@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
 from torch import Tensor
+
+from fastmeta.models.check import is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class SGD:
             value = getattr(self, name)
             if not isinstance(value, (int, float)):
                 raise TypeError(f"SGD: `{name}` must be a number, got {type(value).__name__}")
-            if not (isfinite(value) and value >= 0):
+            if not (is_finite(value) and value >= 0):
                 raise ValueError(f"SGD: `{name}` must be finite and at least 0, got {value}")
             # equal rules have equal fields: 1 and 1.0 are one cache key
             object.__setattr__(self, name, float(value))

@@ -1,32 +1,34 @@
-"""Fuzzer of the command line: random, hostile and contradictory arguments and files, in one process.
+"""Fuzzer of the command line: random, hostile and contradictory arguments and files, many calls a process.
 
     python tests/fuzz/command_line.py --calls 20000 --seed 0
 
 Every call must end with exit code 0, or with one sentence on stderr and exit code 1 or 2: no traceback, no hang, no
 signal handler, open file or temporary file left behind. What would run long is replaced: peers are not timed, and
-training behaves as if Ctrl-C came after three iterations. Prints every fault with the fewest arguments that show it.
-Exit code 1 on any fault.
+training behaves as if Ctrl-C came after three iterations. A call that hangs ends its process, which first prints where
+all threads are. Prints every fault with the fewest arguments that show it. Exit code 1 on any fault.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
+import faulthandler
+import mmap
 import os
 import random
 import shutil
 import signal
+import struct
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 from zipfile import ZipFile
 
+import running
 import torch
 from click.testing import CliRunner, Result
 
@@ -102,8 +104,21 @@ TINY_OMNIGLOT = (
 ).split()
 
 
-def draw(choice: random.Random) -> list[str]:
-    """The arguments of a call."""
+@dataclass(frozen=True)
+class Spec:
+    """One call."""
+
+    arguments: tuple[str, ...] = ()
+
+    def simpler(self) -> Iterator[Spec]:
+        """The call without two or one of its arguments."""
+        for width in (2, 1):
+            for at in range(len(self.arguments) - width, -1, -1):
+                yield Spec(self.arguments[:at] + self.arguments[at + width :])
+
+
+def draw(choice: random.Random) -> Spec:
+    """A random call."""
     command = list(choice.choices(COMMANDS, WEIGHTS)[0])
     arguments = [*command]
     if command == ["train", "sinusoid"] and choice.random() < 0.8:
@@ -116,7 +131,7 @@ def draw(choice: random.Random) -> list[str]:
         arguments += _option(command, choice)
     if choice.random() < 0.03:
         choice.shuffle(arguments)
-    return arguments
+    return Spec(tuple(arguments))
 
 
 def _option(command: list[str], choice: random.Random) -> list[str]:
@@ -155,14 +170,6 @@ def _option(command: list[str], choice: random.Random) -> list[str]:
     allowed = [value for value in values[option] if not (option in ENDLESS and value == "2147483647")]
     value = choice.choice(allowed)
     return [f"{option}={value}"] if choice.random() < 0.2 else [option, value]
-
-
-class TooLong(BaseException):
-    """A call took longer than it may."""
-
-
-def _too_long(number: int, frame: object) -> None:
-    raise TooLong
 
 
 class Soon(interrupt.Interrupt):
@@ -260,65 +267,77 @@ def call(arguments: list[str]) -> Result:
 
 
 @contextmanager
-def furnished() -> Iterator[Path]:
-    """The process in a fresh copy of the fuzzer's folder; everything light."""
-    before = Path.cwd()
-    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGALRM, _too_long)
-    root = Path(tempfile.mkdtemp(prefix="command-line-"))
+def furnished() -> Iterator[None]:
+    """The fuzzer's folder while it runs; everything light."""
+    global _root
+    before, threads = Path.cwd(), torch.get_num_threads()
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a busy disk takes seconds for every fsync
+    _root = Path(tempfile.mkdtemp(prefix="command-line-", dir=memory))
     torch.set_num_threads(1)
+    _codes[:] = bytes(len(_codes))
     try:
         with light():
-            (root / "model").mkdir()
-            furnish(root / "model")
-            (root / "work").mkdir()
-            os.chdir(root / "work")
-            yield root
+            (_root / "model").mkdir()
+            furnish(_root / "model")
+            (_root / "work").mkdir()
+            yield
     finally:
         os.chdir(before)
-        shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(_root, ignore_errors=True)
         torch.set_num_threads(threads)
-        signal.signal(signal.SIGALRM, handler)
 
 
-@dataclass
-class Report:
-    """What a run of the fuzzer has done."""
-
-    calls: int = 0
-    codes: dict[int, int] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+#: The folder that is furnished, and the process that has last worked in it.
+_root = Path()
+_worker = 0
+#: How often a call has ended with each exit code, eight bytes each; shared by the fuzzer's processes.
+_codes = mmap.mmap(-1, 8 * 256)
 
 
-def fault(arguments: list[str], root: Path, report: Report | None = None) -> str:
-    """What is wrong with a call; empty if nothing is. Its exit code is counted in `report`."""
-    work = root / "work" / "here"
+def codes() -> dict[int, int]:
+    """How often a call has ended with each exit code."""
+    counts = struct.unpack("256Q", _codes[:])
+    return {code: count for code, count in enumerate(counts) if count}
+
+
+def check(spec: Spec) -> tuple[int, str]:
+    """(1, what is wrong with a call)."""
+    global _worker
+    work = _root / "work" / "here"
+    if _worker != os.getpid():  # the one before may have died in the middle
+        _worker = os.getpid()
+        shutil.rmtree(work, ignore_errors=True)
+    return 1, fault([*spec.arguments], work).encode("ascii", "backslashreplace").decode()
+
+
+def fault(arguments: list[str], work: Path) -> str:
+    """What is wrong with a call; empty if nothing is."""
     if not work.exists():
-        shutil.copytree(root / "model", work, symlinks=True, copy_function=_copy, ignore=shutil.ignore_patterns("pipe"))
+        shutil.copytree(
+            _root / "model", work, symlinks=True, copy_function=_copy, ignore=shutil.ignore_patterns("pipe")
+        )
         if hasattr(os, "mkfifo"):
             os.mkfifo(work / "pipe")
     os.chdir(work)
     before = _names()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     descriptors = _descriptors()
-    signal.alarm(LIMIT)
+    # by a thread of its own in C: a handler of Python's does not run while C++ waits, and what it raises can be lost
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     try:
         done = call(arguments)
-    except TooLong:
-        return f"took longer than {LIMIT} s"
     finally:
-        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         os.chdir(work)
         after = _names()
-        os.chdir(root)
-    if isinstance(done.exception, TooLong):
-        return f"took longer than {LIMIT} s"
+        os.chdir(_root)
     if handlers != [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]:
         return "signal handlers were left behind"
     if _descriptors() > descriptors:
         return "files were left open"
     torch.set_num_threads(1)
-    if report is not None:
-        report.codes[done.exit_code] = report.codes.get(done.exit_code, 0) + 1
+    at = 8 * (done.exit_code & 255)
+    _codes[at : at + 8] = struct.pack("Q", struct.unpack("Q", _codes[at : at + 8])[0] + 1)
     if left := list(work.rglob("*.new")):
         return f"left behind {left[0].name}"
     # What was refused as it was asked for has changed nothing, and the next call may have the same folder.
@@ -362,56 +381,15 @@ def _said(done: Result) -> str:
     return ""
 
 
-def reduced(arguments: list[str], root: Path) -> list[str]:
-    """The fewest of the arguments that still show a fault."""
-    changed = True
-    while changed:
-        changed = False
-        for width in (2, 1):
-            for at in range(len(arguments) - width, -1, -1):
-                fewer = arguments[:at] + arguments[at + width :]
-                if fault(fewer, root):
-                    arguments, changed = fewer, True
-                    break
-    return arguments
-
-
-def fuzz(calls: int, seed: int, start: int = 0, most_faults: int = 20) -> Report:
-    """Make so many calls, or fewer if there are too many faults; call 17 of a seed is the same whatever `start` is."""
-    report, shown = Report(), time.monotonic()
-    with furnished() as root:
-        for number in range(start, start + calls):
-            arguments = draw(random.Random(f"{seed}-{number}"))
-            report.calls += 1
-            if wrong := fault(arguments, root, report):
-                small = reduced(arguments, root)
-                report.faults.append(
-                    f"--seed {seed} --start {number}: {fault(small, root) or wrong}\n  fastmeta {small}"
-                )
-                print(report.faults[-1].encode("ascii", "backslashreplace").decode(), flush=True)
-                if len(report.faults) >= most_faults:
-                    break
-            if time.monotonic() - shown > 60:
-                shown = time.monotonic()
-                print(f"seed {seed}: {report.calls} calls, {len(report.faults)} faults", flush=True)
-    return report
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=int, default=0, help="number of the first call")
-    given = parser.parse_args()
-    print(f"seed {given.seed}", flush=True)
-    begun = time.monotonic()
-    report = fuzz(given.calls, given.seed, given.start)
-    seconds = time.monotonic() - begun
-    print(f"seed {given.seed}: {report.calls} calls in {seconds:.0f} s, {len(report.faults)} faults")
-    print("exit codes " + ", ".join(f"{code}: {count}" for code, count in sorted(report.codes.items())))
-    sys.exit(bool(report.faults))
+def fuzz(calls: int, seed: int) -> running.Report:
+    """Make so many calls, or fewer if there are too many faults."""
+    with furnished():
+        return running.fuzz(draw, check, calls, seed)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        with furnished():
+            running.main(__doc__.splitlines()[0], draw, check)
+    finally:
+        print("exit codes " + ", ".join(f"{code}: {count}" for code, count in codes().items()))

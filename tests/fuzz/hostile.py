@@ -85,6 +85,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "1": lambda: 1,
     "2**63": lambda: 2**63,
     "2**200": lambda: 2**200,
+    "10**400": lambda: 10**400,
     "0.5": lambda: 0.5,
     "nan": lambda: float("nan"),
     "inf": lambda: float("inf"),

@@ -16,15 +16,25 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
+def batch_norms(net: nn.Module) -> list[nn.Module]:
+    """All of a network."""
+    return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def uses_batch(norm: nn.Module, batch_stats: str) -> bool:
+    """Whether a batch norm uses the batch's own statistics, and not its running ones."""
+    return batch_stats == "task" or (batch_stats == "module" and norm.training)
+
+
 class Shell:
     """A copy of a module that is called with given tensors in the places of its parameters.
 
     Args:
         net: the module.
-        running: batch norms use their running statistics instead of the batch's own.
+        batch_stats: as in `fastmeta.meta_gradient`.
     """
 
-    def __init__(self, net: nn.Module, running: bool) -> None:
+    def __init__(self, net: nn.Module, batch_stats: str) -> None:
         self.net = copy.deepcopy(net)
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
         names = {id(value): name for name, value in self.net.named_parameters()}
@@ -35,10 +45,10 @@ class Shell:
         for module in self.net.modules():
             for key in [key for key, value in module._parameters.items() if value is not None]:
                 del module._parameters[key]
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(not running)
-                if not running:
-                    module.running_mean = module.running_var = None
+        for norm in batch_norms(self.net):
+            norm.train(uses_batch(norm, batch_stats))
+            if norm.training:
+                norm.running_mean = norm.running_var = None
 
     def __call__(self, theta: Mapping[str, Tensor], x: Tensor) -> Tensor:
         for name, places in self.places.items():
@@ -120,7 +130,7 @@ class Meta:
     per_step: bool = False
     step_weights: tuple[float, ...] | None = None
     task_weights: Tensor | None = None
-    running: bool = False
+    batch_stats: str = "task"
 
 
 @dataclass
@@ -139,7 +149,7 @@ class Answer:
 
 def solve(meta: Meta) -> Answer:
     """The answer, by a loop."""
-    shell = Shell(meta.net, meta.running)
+    shell = Shell(meta.net, meta.batch_stats)
     rows = [_one_task(shell, meta, t) for t in range(meta.tasks)]
     losses, outputs, thetas = zip(*rows, strict=True)
     return Answer(

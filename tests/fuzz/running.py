@@ -1,8 +1,8 @@
 """What the fuzzers have in common: seeds, child processes, reduction of failures, the report and the command line.
 
-Inputs are frozen dataclasses whose defaults are the simplest there is. They are numbered: input 17 of seed 3 is the
-same in a long run and alone (`--seed 3 --start 17 --calls 1`). They are checked in a child process, so a crash or a
-hang is a fault like any other.
+Inputs are frozen dataclasses whose defaults are the simplest there is, unless they have a method `simpler`. They are
+numbered: input 17 of seed 3 is the same in a long run and alone (`--seed 3 --start 17 --calls 1`). They are checked in
+a child process, so a crash or a hang is a fault like any other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -135,18 +135,23 @@ def _numbers(seed: int, number: int) -> random.Random:
 
 
 def reduced(given: Any, check: Check, wrong: str) -> tuple[Any, str]:
-    """The input with as many fields as possible at their defaults that still fails, and what is wrong with it."""
+    """The simplest input that still fails, and what is wrong with it."""
     changed = True
     while changed:
         changed = False
-        for entry in fields(given):
-            if getattr(given, entry.name) == entry.default:
-                continue
-            simpler = replace(given, **{entry.name: entry.default})
+        for simpler in given.simpler() if hasattr(given, "simpler") else _with_defaults(given):
             _, still = check(simpler)
             if still:
                 given, wrong, changed = simpler, still, True
+                break
     return given, wrong
+
+
+def _with_defaults(given: Any) -> Iterator[Any]:
+    """`given` with one more of its fields at the default."""
+    for entry in fields(given):
+        if getattr(given, entry.name) != entry.default:
+            yield replace(given, **{entry.name: entry.default})
 
 
 def described(given: Any) -> str:
@@ -162,6 +167,9 @@ def main(what: str, draw: Callable[[random.Random], Any], check: Check) -> None:
         what: one line for --help.
         draw, check: as in `fuzz`.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # else threads that wait spin, for minutes where cores are shared
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--calls", type=int, default=1000, help="calls of the public interface to make, at least")
     parser.add_argument("--seed", type=int, default=0)

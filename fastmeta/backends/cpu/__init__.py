@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastmeta.backends import _hoisting
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
@@ -69,6 +70,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     Raises:
         ValueError: a class index is out of range, or a learning rate is not finite.
     """
+    return _hoisting.solve(_solve, refuses, problem, wrt, adapted)
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     scratch = problem.scratch
     job = scratch.get("cpu")
     if job is None or job.wrt != wrt or job.adapted != adapted:
@@ -78,6 +83,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
+    return _hoisting.describe(_describe, refuses, problem, wrt)
+
+
+def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     job = runs.Job(problem, wrt, False)
     kinds = [layer.function or layer.kind for layer in problem.program.layers]  # type: ignore[union-attr]
     return [
@@ -89,7 +98,9 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
 
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
     """Bytes of scratch memory that one running task takes for this problem."""
-    return int(plans.make_plan(problem, wrt, plans.memory_mode(problem, wrt)).workspace_bytes)
+    plan = _hoisting.hoisted(refuses, problem, wrt)
+    parts = [(problem, wrt)] if plan is None else [(part, of) for _, part, of in _hoisting.parts(problem, plan)]
+    return max(int(plans.make_plan(part, of, plans.memory_mode(part, of)).workspace_bytes) for part, of in parts)
 
 
 def parameter_set_bytes(problem: Problem) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.backends._losses import class_weights, reads_channels
+from fastmeta.backends._pieces import zeros
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -173,7 +174,7 @@ class Job:
         for field, tensor in zip(_BATCH_GRADIENTS, (batch.x, y, batch.weights), strict=True):
             key, grad = f"{which}_{field}", None
             if key in self.wrt and tensor is not None:
-                grad = torch.zeros(tensor.shape, dtype=self.dtype, device=_CPU)
+                grad = zeros(tensor.shape, self.dtype)
                 setattr(grads, key, grad)
             gradients.append(grad)
         return [batch.x, y, batch.weights, weights, *gradients]

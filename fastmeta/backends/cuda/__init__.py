@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastmeta.backends import _hoisting
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends._precision import exact as exact
@@ -92,6 +93,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
     No value is looked at: a class index out of range or a rate that is not finite makes the result NaN.
     """
+    return _hoisting.solve(_solve, refuses, problem, wrt, adapted)
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     scratch = problem.scratch
     job = scratch.get("cuda")
     if job is None or not job.fits(wrt, adapted):
@@ -101,6 +106,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
+    return _hoisting.describe(_describe, refuses, problem, wrt)
+
+
+def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     plan = runs.make_plan(problem, wrt)
     first = next(iter(problem.params.values()))
     kinds = " ".join(layer.function or layer.kind for layer in problem.program.layers)  # type: ignore[union-attr]

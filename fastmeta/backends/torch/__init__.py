@@ -7,6 +7,7 @@ once or `task_chunk` at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,10 +20,13 @@ from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
-from fastmeta.backends.torch.chunks import Joined, chunks
+from fastmeta.backends.torch.alone import alone
+from fastmeta.backends.torch.chunks import chunks, joined
+from fastmeta.backends.torch.features import Moved, standing
 from fastmeta.backends.torch.memory import stores
 from fastmeta.backends.torch.replay import WHY, NotReplayedError
-from fastmeta.backends.torch.sweep import Sweep
+from fastmeta.backends.torch.still import give_up
+from fastmeta.backends.torch.sweep import Sweep, goes_back
 from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
@@ -50,7 +54,9 @@ def notes(problem: Problem) -> list[str]:
         if state:
             return [f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"]
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
-    lines = [f"tasks run in a loop: {reason}"] if reason else []
+        once = dict.fromkeys(name for names in standing(p).values() for name in names)
+    lines = [f"computed once per call, since no adapted parameter matters for it: {', '.join(once)}"] if once else []
+    lines += [f"tasks run in a loop: {reason}"] if reason else []
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
@@ -94,7 +100,8 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
 
     def whole(p: Problem) -> tuple[Tensor, Captured]:
         captured = Captured(p, keep=True)
-        return torch.stack([unrolled(part, vectorised, captured) for part in chunks(p)]).sum(), captured
+        parts = chunks(p if vectorised else replace(p, task_chunk=1))
+        return torch.stack([unrolled(part, vectorised, captured) for part in parts]).sum(), captured
 
     device = _inputs.any_batch(problem).x.device
     problem = replace(problem, autocast=autocast_dtype(device))
@@ -109,13 +116,13 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
 def _replayable(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:
     """The answer; the graphs of all steps are kept where "auto" finds that a step cannot be run again."""
     try:
-        result = _sweep(p, wrt, adapted, vectorised)
+        result = _answer(p, wrt, adapted, vectorised, start)
     except NotReplayedError as error:
         if p.memory != "auto":
             raise NotReplayedError(f"memory={p.memory!r}: {error}; use memory='store'") from None
         start.restore()
         tasks.remember_to_store(p)
-        result = _sweep(p, wrt, adapted, vectorised)
+        result = _answer(p, wrt, adapted, vectorised, start)
     drawn = start.drawn_outside_torch(start.anew()) if vectorised else ""
     if not drawn:
         return result
@@ -130,22 +137,35 @@ def _at_once(problem: Problem) -> int:
 
 def _with_state(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """A step that starts from what the last one left can be followed back through the graph of all steps alone."""
-    answers = (reference.solve(part, wrt, adapted) for part in chunks(problem))
-    if _at_once(problem) == problem.tasks:
-        return next(answers)
-    joined = Joined(problem, next(answers))
-    for answer in answers:
-        joined.add(answer)
-    return joined.result()
+    return joined(problem, (reference.solve(part, wrt, adapted) for part in chunks(problem)))
 
 
-def _sweep(problem: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool) -> Result:
-    store = stores(problem, wrt, _at_once(problem), vectorised)
-    parts = chunks(problem)
-    result = Sweep(next(parts), wrt, vectorised, store).run(adapted)
-    if _at_once(problem) == problem.tasks:
-        return result
-    joined = Joined(problem, result)
-    for part in parts:
-        joined.add(Sweep(part, wrt, vectorised, store).run(adapted))
-    return joined.result()
+def _answer(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:
+    """The answer, with what stands still computed once."""
+    answers = _at_once_answers if vectorised else _one_by_one
+    still = standing(p)
+    try:
+        return joined(p, answers(p, wrt, adapted, still))
+    except Moved:
+        give_up(p.net)
+        start.restore()
+        return joined(p, answers(p, wrt, adapted, {}))
+
+
+def _at_once_answers(
+    problem: Problem, wrt: frozenset[str], adapted: bool, still: Mapping[str, tuple[str, ...]]
+) -> Iterator[Result]:
+    """All tasks of a chunk by vmap."""
+    store = stores(problem, wrt, _at_once(problem), True)
+    return (Sweep(part, wrt, True, store, still).run(adapted) for part in chunks(problem))
+
+
+def _one_by_one(
+    problem: Problem, wrt: frozenset[str], adapted: bool, still: Mapping[str, tuple[str, ...]]
+) -> Iterator[Result]:
+    """One task after the other, each from its first inner step to its gradient."""
+    parts = chunks(replace(problem, task_chunk=1))
+    graphs = problem.order == "second" and problem.steps > 0 and goes_back(problem, wrt)
+    if not graphs or stores(problem, wrt, 1, False):
+        return (alone(part, wrt, adapted, still) for part in parts)
+    return (Sweep(part, wrt, False, False, still).run(adapted) for part in parts)

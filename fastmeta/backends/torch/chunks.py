@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -103,6 +104,18 @@ class Joined:
         if group == "lr":
             return 1 if self._problem.rates[member].shape[1] > 1 else None
         return 0
+
+
+def joined(problem: Problem, results: Iterator[Result]) -> Result:
+    """The answer to a problem out of those to its chunks, added up as they come."""
+    first = next(results)
+    second = next(results, None)
+    if second is None:
+        return first
+    whole = Joined(problem, first)
+    for result in chain((second,), results):
+        whole.add(result)
+    return whole.result()
 
 
 def _tensors(result: Result) -> Iterator[tuple[_Key, Tensor]]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured, Watch
-from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends.torch import tasks, watched
+from fastmeta.backends.torch.features import Body, Features, recorded
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
@@ -52,6 +54,11 @@ def needs_sweep_back(wrt: frozenset[str]) -> bool:
     return bool(wrt & _THROUGH_STEPS)
 
 
+def goes_back(problem: Problem, wrt: frozenset[str]) -> bool:
+    """Whether any gradient has to be."""
+    return needs_sweep_back(wrt) or (problem.captures is not None and problem.captures.gradients)
+
+
 class Sweep:
     """Solves one problem, once.
 
@@ -63,15 +70,18 @@ class Sweep:
         wrt: the gradients wanted.
         vectorised: tasks by vmap instead of a loop.
         store: keep the graph of every step's gradient instead of running it again on the way back.
+        standing: what is computed once, as `features.standing` says.
     """
 
-    def __init__(self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool) -> None:
+    def __init__(
+        self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool, standing: Mapping[str, tuple[str, ...]]
+    ) -> None:
         self.p, self.wrt, self.vectorised = p, wrt, vectorised
         self.step_weights = p.step_weights or ()
         self.names = list(p.rates) if p.steps else []
         self.stacked = p.per_task | frozenset(self.names)
         self.captured = Captured(p)
-        self.back = needs_sweep_back(wrt) or (p.captures is not None and p.captures.gradients)
+        self.back = goes_back(p, wrt)
         self.store = store
         self.task_losses: Tensor | None = None
         self.output: Tensor | None = None
@@ -84,6 +94,8 @@ class Sweep:
                 tensor = getattr(batch, part, None)
                 if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
                     self.total[f"{role}_{part}"] = torch.zeros_like(tensor)
+        self.bodies: dict[str, Body] = {}
+        self.bodies = self._bodies(standing)
 
     def run(self, adapted: bool) -> Result:
         """The answer; `adapted`: with theta_K."""
@@ -113,6 +125,8 @@ class Sweep:
             steps.clear()
         for k in reversed(range(len(steps))):
             lam, mbar = self._step_back(steps.pop(), lam, mbar, k)
+        for role, body in self.bodies.items():
+            self._body_back(role, body)
         result = Result(self.task_losses, self.output, grads=self._gradients(lam))
         if adapted:
             final = {name: theta.get(name, tasks.stack(p, name)) for name in p.params}
@@ -208,13 +222,49 @@ class Sweep:
         data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
         batch = replace(batch, **data)  # type: ignore[arg-type]
         params |= theta
-        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured)
+        body = self.bodies.get(role)
+        rest = () if body is None else (body.features, [others.get(key, value) for key, value in body.values.items()])
+        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest)
+
+    def _bodies(self, standing: Mapping[str, tuple[str, ...]]) -> dict[str, Body]:
+        """What stands still, of the support and the query sets, computed; its gradients get places in `total`."""
+        bodies = {}
+        for role, names in standing.items():
+            batch, features = getattr(self.p, role), Features(self.p, names)
+            others = self._leaves(role, 0)
+            params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
+            params |= {name: tasks.stack(self.p, name) for name in self.names}
+            x = others.get(f"{role}_x", batch.x)
+            given = features, self.p, params, self.stacked, replace(batch, x=x), self.vectorised
+            # the rest of the network may draw random numbers: that is for the passes to come
+            with preserved_for(self.p):
+                values, seen = self.captured.watched(partial(recorded, *given), [*params.values(), x])
+            keys = [f"{role}_features.{i}" for i in range(len(values))]
+            leaves = dict(zip(keys, map(own, values), strict=True))
+            bodies[role] = Body(features, leaves, values, others, seen)
+        for role, body in bodies.items():
+            for (key, value), made in zip(body.values.items(), body.made, strict=True):
+                if made.requires_grad and (role == "query" or self.p.order == "second"):
+                    self.total[key] = torch.zeros_like(value)
+        return bodies
+
+    def _body_back(self, role: str, body: Body) -> None:
+        """From the gradients of what stands still to those of what it was made of."""
+        cotangents = [self.total.pop(key, None) for key in body.values]
+        pairs = [(made, c) for made, c in zip(body.made, cotangents, strict=True) if c is not None]
+        if not pairs:
+            return
+        made, directions = zip(*pairs, strict=True)
+        wanted = [*body.others.values(), *body.seen.inputs]
+        found = _inputs.gradients(made, wanted, directions, retain_graph=body.seen.through or None)
+        self._add(body.others, found, 0, body.seen)
 
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
         """A leaf for everything in `total` that a pass over the support or the query set at step k depends on."""
         batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
         sources = {f"params.{name}": value for name, value in self.p.params.items()}
         sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
+        sources |= self.bodies[role].values if role in self.bodies else {}
         return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
 
     def _add(self, others: Mapping[str, Tensor], found: Sequence[Tensor], k: int, seen: Watch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastmeta.backends._autocast import autocast
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
+from fastmeta.backends.torch.features import Features
 from fastmeta.bounded import Known
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call_then, own
@@ -37,6 +39,8 @@ def evaluate(
     batch: Batch,
     loss: Loss | None,
     vectorised: bool,
+    features: Features | None = None,
+    values: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The losses and the outputs of all tasks.
 
@@ -47,35 +51,25 @@ def evaluate(
         batch: x [T, N, *in], y [T, N, ...], weights [T, N]; of one step.
         loss: None: the losses are zero.
         vectorised: by vmap instead of a loop.
+        features, values: what is not to be computed again, and what it was: [T, ...] each.
 
     Returns:
         (losses [T], output [T, N, *out]).
 
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
     """
-    net = problem.exchange or problem.net
-
-    device, dtype = batch.x.device, next(iter(params.values())).dtype
-    decompose = vectorised or problem.third
 
     def one_task(
-        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None
+        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None, *known: Tensor
     ) -> tuple[Tensor, Tensor]:
-        def value_of(output: Tensor) -> Tensor:
-            # losses and their targets are those of the parameters' dtype
-            output = output if problem.autocast is None else output.to(dtype)
-            value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-            return value if problem.autocast is None else value.to(dtype)
-
-        with autocast(device, problem.autocast):
-            value, output = call_then(net, theta, x, value_of, batch_stats=problem.batch_stats, decompose=decompose)
-            return value, output if problem.autocast is None else output.to(dtype)
+        forwards = None if features is None else features.replaying(known)
+        return evaluate_one(problem, theta, (x, y, weights), loss, vectorised, forwards)
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
-        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0)
+        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0, *[0] * len(values))
         every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
-        return every_task(dict(params), batch.x, batch.y, batch.weights)
+        return every_task(dict(params), batch.x, batch.y, batch.weights, *values)
 
     # unbind once: the backward of one select a task would write all of [T, *shape] T times
     columns = {name: value.unbind() for name, value in params.items() if name in stacked}
@@ -84,14 +78,47 @@ def evaluate(
         batch.x.unbind(),
         nothing if batch.y is None else batch.y.unbind(),
         nothing if batch.weights is None else batch.weights.unbind(),
+        *[value.unbind() for value in values],
         strict=True,
     )
     answers = [
-        one_task({**params, **{name: column[task] for name, column in columns.items()}}, x, y, weights)
-        for task, (x, y, weights) in enumerate(data)
+        one_task({**params, **{name: column[task] for name, column in columns.items()}}, *entry)
+        for task, entry in enumerate(data)
     ]
     losses, outputs = zip(*answers, strict=True)
     return torch.stack(losses), torch.stack(outputs)
+
+
+def evaluate_one(
+    problem: Problem,
+    theta: Mapping[str, Tensor],
+    examples: tuple[Tensor, Tensor | None, Tensor | None],
+    loss: Loss | None,
+    decompose: bool = False,
+    forwards: Mapping[str, Callable[..., Any]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, (), and the output, [N, *out], of one task.
+
+    Args:
+        problem: says how the network is called.
+        theta: every parameter, [*shape].
+        examples: x [N, *in], y [N, ...], weights [N].
+        loss: None: the loss is zero.
+        decompose, forwards: as of `call`.
+    """
+    (x, y, weights), dtype = examples, next(iter(theta.values())).dtype
+    net, decompose = problem.exchange or problem.net, decompose or problem.third
+
+    def value_of(output: Tensor) -> Tensor:
+        # losses and their targets are those of the parameters' dtype
+        output = output if problem.autocast is None else output.to(dtype)
+        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
+        return value if problem.autocast is None else value.to(dtype)
+
+    with autocast(x.device, problem.autocast):
+        how: dict[str, Any] = {"batch_stats": problem.batch_stats, "decompose": decompose, "forwards": forwards}
+        value, output = call_then(net, theta, x, value_of, **how)
+        return value, output if problem.autocast is None else output.to(dtype)
 
 
 def stack(problem: Problem, name: str) -> Tensor:

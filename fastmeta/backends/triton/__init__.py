@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from fastmeta.backends import _hoisting
 from fastmeta.backends._inputs import check_class_indices, check_rates
 from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends._precision import exact as exact
@@ -88,6 +89,10 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     Raises:
         ValueError: one of these, under the interpreter.
     """
+    return _hoisting.solve(_solve, refuses, problem, wrt, adapted)
+
+
+def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
     with torch.inference_mode(False), torch.no_grad():
         check_rates(problem)
@@ -105,7 +110,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """What runs, in a few lines for `explain()`."""
-    return runs.describe(problem, wrt)
+    return _hoisting.describe(runs.describe, refuses, problem, wrt)
 
 
 def poison(on: bool) -> None:

@@ -1,0 +1,140 @@
+"""One task on its own, by autograd through its whole inner loop: one backward pass at the end.
+
+The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no step is differentiated
+by itself, none is run again, and nothing is stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends import _inputs
+from fastmeta.backends._captured import Captured
+from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.features import Features
+from fastmeta.backends.torch.sweep import goes_back
+from fastmeta.losses import Loss
+from fastmeta.network.functional import own
+from fastmeta.problem import Gradients, Problem, Result
+
+_PARTS = ("x", "y", "weights")
+
+
+def alone(p: Problem, wrt: frozenset[str], adapted: bool, standing: Mapping[str, tuple[str, ...]]) -> Result:
+    """The answer to a problem of one task.
+
+    Args:
+        p: its tensors detached, its step weights written out.
+        wrt, adapted: as a backend has them.
+        standing: what is computed once, as `features.standing` says.
+    """
+    return _Task(p, wrt, standing).run(adapted)
+
+
+class _Task:
+    def __init__(self, p: Problem, wrt: frozenset[str], standing: Mapping[str, tuple[str, ...]]) -> None:
+        self.p, self.wrt = p, wrt
+        self.names = list(p.rates) if p.steps else []
+        wanted = "params" in wrt
+        self.params = {
+            name: own(value, (wanted and name not in p.frozen) or name in self.names)
+            for name, value in p.params.items()
+        }
+        self.theta = {name: leaf[0] if name in p.per_task else leaf for name, leaf in self.params.items()}
+        self.rates = {name: own(rate, "lr" in wrt) for name, rate in p.rates.items()}
+        self.data: dict[str, Tensor] = {}  # leaves by their names in `wrt`
+        for role in ("support", "query"):
+            for part in _PARTS:
+                tensor = getattr(getattr(p, role), part, None)
+                if tensor is not None:
+                    self.data[f"{role}_{part}"] = own(tensor, f"{role}_{part}" in wrt)
+        self.captured = Captured(p, keep=True)
+        self.looks = bool(wrt) or p.captures is not None
+        self.back = goes_back(p, wrt)
+        self.second = p.order == "second" and self.back
+        self.features = {role: Features(p, names) for role, names in standing.items()}
+        self.terms: list[Tensor] = []  # of J
+        self.task_loss: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def run(self, adapted: bool) -> Result:
+        p, momentum = self.p, dict[str, Tensor]()
+        for k, weight in enumerate(p.step_weights or ()):
+            if p.query is not None and (weight or k == p.steps):
+                with torch.set_grad_enabled(self.looks):
+                    self._query(weight, k == p.steps)
+            if k < p.steps:
+                self._inner_step(k, momentum)
+        result = Result(grads=self._gradients())
+        if self.output is not None:
+            result.output = torch.stack([self.output.detach()])
+        if p.query_loss is not None and self.output is not None:
+            loss = self.task_loss
+            result.task_losses = self.output.new_zeros(1) if loss is None else loss.detach().reshape(1)
+        if adapted:
+            result.adapted = {name: torch.stack([value.detach()]) for name, value in self.theta.items()}
+        return result
+
+    def _inner_step(self, k: int, momentum: dict[str, Tensor]) -> None:
+        support, loss, rule = _inputs.inner_loop(self.p)
+        value, _ = self._evaluate("support", (0, k) if support.per_step else (0,), loss)
+        found = _inputs.gradients([value], [self.theta[name] for name in self.names], create_graph=self.second)
+        if self.second and k == 0:
+            tasks.check_second_order(self.p, False, value, found)
+        for name, g in zip(self.names, found, strict=True):
+            rate = self.rates[name]
+            rate = rate[k if rate.shape[0] > 1 else 0, 0]
+            theta, momentum[name] = rule.update(self.theta[name], g, momentum.get(name), rate)
+            self.theta[name] = theta if self.back else theta.detach().requires_grad_()
+
+    def _query(self, weight: float, last: bool) -> None:
+        """The query at theta_k: its share of J."""
+        p = self.p
+        value, output = self._evaluate("query", (0,), p.query_loss)
+        if p.query_loss is not None and weight:
+            weighted = weight * value
+            self.task_loss = weighted if self.task_loss is None else self.task_loss + weighted
+        if last:
+            self.output = output
+            if p.output_grad is not None:
+                self.terms.append((output * p.output_grad[0]).sum())
+
+    def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tensor]:
+        """(loss, output) of one set at theta_k."""
+        x, y, weights = (self.data[f"{role}_{part}"][at] if f"{role}_{part}" in self.data else None for part in _PARTS)
+        examples = cast(Tensor, x), y, weights
+        known = self.features.get(role)
+        replayed = [] if known is None else known.values
+        forwards = None if known is None else known.replaying(replayed) if replayed else known.recording()
+        value, output, _ = self.captured.evaluated(
+            lambda: tasks.evaluate_one(self.p, self.theta, examples, loss, forwards=forwards),
+            [*self.theta.values(), *examples, *replayed],
+        )
+        return value, output
+
+    def _gradients(self) -> Gradients:
+        p, wrt, captured = self.p, self.wrt, self.captured
+        if self.task_loss is not None:
+            self.terms.append(self.task_loss if p.task_weights is None else self.task_loss * p.task_weights[0])
+        for name, cotangent in (p.adapted_grad or {}).items():
+            self.terms.append((self.theta[name] * cotangent[0]).sum())
+        params = self.params if "params" in wrt else {}
+        rates = self.rates if "lr" in wrt else {}
+        data = {key: leaf for key, leaf in self.data.items() if key in wrt and leaf.is_floating_point()}
+        leaves, read = [*params.values(), *rates.values(), *data.values()], captured.inputs
+        # what was read may be reached through the user's own graph
+        found = _inputs.gradients(self.terms, [*leaves, *read], retain_graph=bool(read) or None)
+        captured.add_kept(found[len(leaves) :])
+        gradients = iter(found)
+        grads = Gradients(captured=captured.pairs())
+        if "params" in wrt:
+            grads.params = {name: next(gradients) for name in params}
+        if "lr" in wrt:
+            grads.lr = {name: next(gradients) for name in rates}
+        for key in data:
+            setattr(grads, key, next(gradients))
+        return grads
