@@ -56,28 +56,6 @@ def test_rejects_forward_mode_by_name(which: str, backend: str, grad: bool) -> N
             call()
 
 
-def test_rejects_inference_tensors_by_name() -> None:
-    net, episode = network(), episodes()
-    params = dict(net.named_parameters())
-    with torch.inference_mode():
-        made = episode[0].clone()
-        other = network()
-    calls: dict[str, Callable[[], object]] = {
-        "MAML: `support_x`": lambda: maml(net)(made, *episode[1:]),
-        "MAML: `query_x`": lambda: maml(net)(*episode[:2], made, episode[1]),
-        "MAML.adapt: `x`": lambda: maml(net).adapt(made, episode[1]),
-        "inner_sgd: `x`": lambda: fm.inner_sgd(net, params, made, episode[1], loss="mse", lr=RATE, steps=STEPS),
-        "task_forward: `x`": lambda: fm.task_forward(net, params, made),
-        "MAML: `params`['0.weight']": lambda: maml(other)(*episode),
-    }
-    for name, call in calls.items():
-        with pytest.raises(RuntimeError) as raised:
-            call()
-        assert str(raised.value).startswith(f"{name} was made in inference mode")
-        with torch.no_grad():
-            call()
-
-
 class Penalised(nn.Module):
     """A network whose forward pass leaves behind what a loss is to add."""
 

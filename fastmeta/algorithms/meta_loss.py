@@ -15,7 +15,7 @@ from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
 from fastmeta.ops import again
-from fastmeta.ops.checks import Tensors, check_no_inference
+from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import Settled, settled
 from fastmeta.ops.once import refused
 from fastmeta.ops.options import Options
@@ -223,11 +223,7 @@ class Recipe(NamedTuple):
                 rest += params.values()
             if "lr" not in self.wrt:
                 rest += rates.values()
-        try:
-            return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
-        except RuntimeError:
-            check_no_inference(self.options.who, params, tensors)
-            raise
+        return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
 
     def gradients(
         self, given: Sequence[Tensor], rest: Sequence[Tensor], needs: Sequence[bool], grad: Tensor

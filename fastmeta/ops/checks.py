@@ -219,19 +219,3 @@ def _check_lead(who: str, field: str, target: Tensor | None, dims: str, lead: tu
 def _check_shape(who: str, field: str, weights: Tensor | None, dims: str, shape: tuple[int, ...]) -> None:
     if weights is not None and tuple(weights.shape) != shape:
         raise ValueError(f"{argument(who, field)} must be {dims} = {shape}, got {tuple(weights.shape)}")
-
-
-def check_no_inference(who: str, params: Mapping[str, Tensor], tensors: Tensors) -> None:
-    """Check that autograd can save what a call was made on.
-
-    Raises:
-        RuntimeError: one of the tensors was made in inference mode.
-    """
-    named = {f"{argument(who, 'params')}[{name!r}]": value for name, value in params.items()}
-    named.update({argument(who, field): value for field, value in tensors._asdict().items() if value is not None})
-    for name, value in named.items():
-        if value.is_inference():
-            raise RuntimeError(
-                f"{name} was made in inference mode and cannot be saved for the backward pass: make it outside of "
-                "torch.inference_mode(), pass its `.clone()`, or call under torch.no_grad()"
-            )

@@ -14,7 +14,7 @@ from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import NotReplayedError, Replay, marks_of
 from fastmeta.losses import Loss
 from fastmeta.ops.again import Aliases, captures_of, gradients, local, matched, read_again, reads
-from fastmeta.ops.checks import Tensors, check_no_inference
+from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
@@ -99,12 +99,7 @@ def run_and_read(operation: Operation) -> tuple[tuple[Tensor, ...], list[Tensor]
     # the tensors go through save_for_backward alone: it notices when one of them was modified
     bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
     tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
-    try:
-        answer = cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors))
-    except RuntimeError:
-        check_no_inference(operation.options.who, operation.params, operation.tensors)
-        raise
-    return answer, tensors
+    return cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors)), tensors
 
 
 class _Solve(torch.autograd.Function):

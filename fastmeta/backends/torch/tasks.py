@@ -19,6 +19,7 @@ from fastmeta.bounded import Known
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call_then, own
 from fastmeta.problem import Batch, Problem
+from fastmeta.undisturbed import asynchronous
 
 #: Sorts of problems of one network that something is remembered of.
 _MOST_SORTS = 1024
@@ -244,6 +245,8 @@ def _compare(problem: Problem) -> str | None:
         except (torch.OutOfMemoryError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
+            if asynchronous(error):
+                raise
             reason = failure(error)
         drawn = before.anew()
         if not reason and (outside := before.drawn_outside_torch(drawn)):
