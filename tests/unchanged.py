@@ -28,6 +28,8 @@ _METHODS = ("forward", "adapt", "predict", "explain")
 _ALGORITHMS = (fm.MAML, fm.CAVIA, fm.Reptile, fm.IMAML, fm.MAMLPlusPlus, fm.MetaCurvature, InnerLoop)
 _HEADS = ("logistic", "prototypes", "ridge")
 _C: Any = torch._C
+#: Containers in containers that are looked into.
+_DEEPEST = 20
 
 
 def global_state() -> dict[str, Any]:
@@ -93,7 +95,7 @@ def _content(value: Any, parents: tuple[int, ...] = ()) -> Any:
     if issubclass(kind, Tensor):
         known = is_lazy(value) or value.is_inference()
         return None if known else value._version
-    if id(value) in parents or len(parents) > 20:
+    if id(value) in parents or len(parents) == _DEEPEST:
         return None
     parents = (*parents, id(value))
     if issubclass(kind, dict):

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved_for
+from fastmeta.bounded import Known
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Carried, Exchange
 from fastmeta.problem import Problem
@@ -24,7 +24,9 @@ from fastmeta.undisturbed import asynchronous
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 _HELD_APART = ("_parameters", "_buffers", "_modules")
-_known: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
+#: Sorts of problems of one network that something is remembered of.
+_MOST_SORTS = 1024
+_known: Known[int, str] = Known(_MOST_SORTS)
 
 
 def carries_state(problem: Problem) -> str:
@@ -36,14 +38,14 @@ def carries_state(problem: Problem) -> str:
     Raises:
         ValueError: the network cannot be evaluated with parameters of a task's own; says why.
     """
-    known = _known.setdefault(problem.net, {})
     key = _key(problem)
-    if key not in known:
+    found = _known.get(problem.net, key)
+    if found is None:
         found = _examined(problem)
         if found is None:
             return ""
-        known[key] = found
-    return known[key]
+        _known.put(problem.net, key, found)
+    return found
 
 
 def _key(problem: Problem) -> int:
@@ -174,7 +176,7 @@ def _values(exchange: Exchange, carried: Carried) -> list[Any]:
 
     def value(item: Any) -> Any:
         item = carried.copies.get(id(item), item)
-        if isinstance(item, Tensor):
+        if issubclass(type(item), Tensor):  # what `__class__` says may be anything
             return item if isinstance(item, nn.Parameter) else item.detach().clone()
         if type(item) is dict:
             return {key: value(part) for key, part in item.items()}
@@ -206,10 +208,10 @@ def _equal(a: Any, b: Any) -> bool:
     """Whether two values are the same to a forward pass, as far as can be told."""
     if a is b:
         return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
+    if issubclass(type(a), Tensor) and issubclass(type(b), Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, dict) and isinstance(b, dict):
+    if issubclass(type(a), dict) and issubclass(type(b), dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+    if issubclass(type(a), (list, tuple)) and issubclass(type(b), (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and isinstance(a, (*_NUMBERS, set, frozenset)) and a == b
+    return type(a) is type(b) and issubclass(type(a), (*_NUMBERS, set, frozenset)) and a == b

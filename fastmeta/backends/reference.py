@@ -25,7 +25,7 @@ from fastmeta.backends._inputs import (
 )
 from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.losses import Loss
-from fastmeta.network.functional import call, isolated
+from fastmeta.network.functional import call, call_then, isolated
 from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
@@ -107,8 +107,10 @@ def _evaluated(
 
     def evaluate() -> tuple[Tensor, Tensor]:
         net = p.exchange or p.net
-        output = call(net, theta, x, batch_stats=p.batch_stats, decompose=p.third, carried=state)
-        return _zero(p) if loss is None else loss(output, y, weights), output
+        how: dict[str, Any] = {"batch_stats": p.batch_stats, "decompose": p.third, "carried": state}
+        if loss is None:
+            return _zero(p), call(net, theta, x, **how)
+        return call_then(net, theta, x, lambda output: loss(output, y, weights), **how)
 
     value, output, _ = captured.evaluated(evaluate, [*theta.values(), *examples])
     return value, output

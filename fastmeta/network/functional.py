@@ -71,7 +71,38 @@ def call(
         ValueError: a norm over the task's own batch would see one value per channel.
     """
     exchange = net if isinstance(net, Exchange) else Exchange(net)
-    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards)
+    return _one_tensor(_run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards))
+
+
+def call_then(
+    net: nn.Module | Exchange,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    then: Callable[[Tensor], Tensor],
+    *,
+    batch_stats: str = "task",
+    decompose: bool = False,
+    carried: Carried | None = None,
+    forwards: Mapping[str, Callable[..., Any]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(`then(output)`, output) for one task: a loss and what it is of.
+
+    Args:
+        net, params, x, batch_stats, decompose, carried, forwards: as in `call`.
+        then: finds in buffers and attributes of the module what the forward pass has left there (a penalty, features),
+            but the module's own parameters.
+    """
+    exchange = net if isinstance(net, Exchange) else Exchange(net)
+    found: list[Tensor] = []
+
+    def note(output: Any) -> None:
+        found.append(then(_one_tensor(output)))
+
+    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards, note)
+    return found[0], output
+
+
+def _one_tensor(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise NotOneTensorError(type(output).__name__)
     return output
@@ -84,16 +115,20 @@ def _run(
     conventions: _Conventions,
     carried: Carried | None = None,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
+    then: Callable[[Any], None] | None = None,
 ) -> Any:
-    with ExitStack() as stack:
-        if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in exchange.net.modules()):
-            # cuDNN's recurrent networks have no double backward, the others have.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules and any(map(_compiled, exchange.net.modules())):
-            # compiled code would be compiled again for every task's own parameters, or has failed to be
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(conventions)
-        return exchange.run(params, lambda: _output(exchange.net, x.clone(), forwards or {}), carried)
+    def forward() -> Any:
+        with ExitStack() as stack:
+            if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in exchange.net.modules()):
+                # cuDNN's recurrent networks have no double backward, the others have.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if "torch._dynamo" in sys.modules and any(map(_compiled, exchange.net.modules())):
+                # compiled code would be compiled again for every task's own parameters, or has failed to be
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(conventions)
+            return _output(exchange.net, x.clone(), forwards or {})
+
+    return exchange.run(params, forward, carried, then)
 
 
 def _output(net: nn.Module, x: Tensor, forwards: Mapping[str, Callable[..., Any]]) -> Any:

@@ -8,6 +8,7 @@ old values come back in one call of C code, which no signal and no other thread 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -29,11 +30,16 @@ _NO_STATE = (*_ATOMS, type, FunctionType, BuiltinFunctionType, MethodType, Modul
 _ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALL = slice(None)
+#: Containers in containers that are looked into.
+_DEEPEST = 50
 T = TypeVar("T")
 _run_through = deque[Any](maxlen=0).extend
 
 #: The exchanged tensors are there for every thread to see: whoever reads a module's parameters takes this lock.
 LOCK = threading.RLock()
+# A process forks while no thread holds it: the child has none of the threads that could give it back.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 class Carried:
@@ -69,6 +75,7 @@ class Exchange:
         self._exchanged: list[tuple[Any, Any, list[Any]]] = []
         self._seen: dict[int, Any] = {id(net): net}
         self._modules = [("net", net)]
+        self._depth = 0
         #: id of a container of buffers -> whether a norm holds it.
         self.buffers: dict[int, bool] = {}
         with LOCK:
@@ -82,7 +89,13 @@ class Exchange:
         self._old_keys = [*map(list, self._old_dicts)]
         self._others = [pair for at, pair in enumerate(zip(self.containers, self.old, strict=True)) if at not in plain]
 
-    def run(self, params: Mapping[str, Tensor], function: Callable[[], T], carried: Carried | None = None) -> T:
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        function: Callable[[], T],
+        carried: Carried | None = None,
+        then: Callable[[T], None] | None = None,
+    ) -> T:
         """`function()` with `params` in the place of the module's parameters.
 
         Args:
@@ -91,23 +104,39 @@ class Exchange:
             function: runs the module, or something else that may look at it.
             carried: the state that an earlier pass left, which this one starts from and leaves its own in; None: the
                 module's own state.
+            then: called with the answer when the module has its own parameters again, but still what the function has
+                left in buffers and attributes.
         """
         with LOCK:
-            return self._run(self._stand_ins(params, carried), function, carried)
+            return self._run(self._stand_ins(params, carried), function, carried, then)
 
-    def _run(self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None) -> T:
+    def _run(
+        self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None, then: Callable[[T], None] | None
+    ) -> T:
         try:
             try:
                 self._exchange(new, carried)
                 output = function()
                 if carried is not None:
                     carried.contents = self._contents(new)
+                if then is not None:
+                    self._put_parameters_back(new)
+                    then(output)
                 return output
             finally:
                 self.put_back()
         except BaseException:
             self.put_back()  # the first time may have been interrupted itself
             raise
+
+    def _put_parameters_back(self, new: dict[int, Any]) -> None:
+        """The module's own parameters where those stand that were put in their place."""
+        for container, old, keys in self._exchanged:
+            for key in keys:
+                at = id(old[key])
+                parameter = at in new and (at in self._parameters or at in self._tuples)
+                if parameter and _holds(container, key, new[at]):
+                    container[key] = old[key]
 
     def put_back(self) -> None:
         """Make the module what it was; may be done twice."""
@@ -201,32 +230,38 @@ class Exchange:
 
     def _visit(self, place: str, value: Any, objects: bool) -> bool:
         """Whether something else is to stand where `value` stands; holds what can be changed in place."""
-        kind = type(value)
+        kind = type(value)  # what `__class__` says may be anything, or raise
         if kind in _ATOM_TYPES:
             return False
         if id(value) in self._parameters:
             return True
-        if isinstance(value, Tensor):
+        if issubclass(kind, Tensor):
             if (
                 kind not in _ORDINARY or value.requires_grad
             ):  # a leaf is not written into, and gradients are to reach it
                 return False
             self._copied[id(value)] = value
             return True
-        if isinstance(value, nn.Module):
+        if issubclass(kind, nn.Module):
             self._add_module(place, value)
-        elif isinstance(value, tuple):
+        elif self._depth == _DEEPEST:
+            return False
+        elif issubclass(kind, tuple):
+            self._depth += 1
             exchanged = [self._visit(place, item, objects) for item in value]  # all of them are held
+            self._depth -= 1
             if any(exchanged):
                 self._tuples.pop(id(value), None)  # behind those that it holds
                 self._tuples[id(value)] = value
                 return True
         elif id(value) not in self._seen:
             self._seen[id(value)] = value
-            if isinstance(value, (dict, list, set, deque)):
+            self._depth += 1
+            if issubclass(kind, (dict, list, set, deque)):
                 self._hold_container(place, value, objects)
-            elif objects and _has_state(value):
-                self._hold_container(place, vars(value), objects=False)
+            elif objects and (state := _state(value)) is not None:
+                self._hold_container(place, state, objects=False)
+            self._depth -= 1
         return False
 
     def _hold_container(self, place: str, container: Any, objects: bool) -> None:
@@ -238,13 +273,22 @@ class Exchange:
             self._hold(place, container, keys)
 
 
-def _has_state(value: Any) -> bool:
-    """Whether an attribute is an object of the user's whose own attributes a forward pass may set."""
-    if isinstance(value, SimpleNamespace):
-        return True
-    if isinstance(value, _NO_STATE) or is_library(type(value).__module__):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+def _state(value: Any) -> dict[str, Any] | None:
+    """The attributes that a forward pass may set of an attribute that is an object of the user's; None: of no such."""
+    kind = type(value)
+    if not issubclass(kind, SimpleNamespace) and (issubclass(kind, _NO_STATE) or is_library(kind.__module__)):
+        return None
+    try:
+        state = object.__getattribute__(value, "__dict__")
+    except AttributeError:  # it has slots
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _holds(container: Any, key: Any, value: Any) -> bool:
+    if isinstance(container, dict):
+        return container.get(key) is value
+    return key < len(container) and container[key] is value
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import os
 import pickle
 import random
 import sys
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from fastmeta.network.build import Refused
 from fastmeta.network.guards import Guard
 from fastmeta.network.kinds import MODULES
+from fastmeta.network.swap import LOCK
 from fastmeta.undisturbed import abandon, asynchronous, undisturbed
 
 
@@ -41,18 +41,12 @@ class Root(nn.Module):
         return self.net(x)
 
 
-# torch.fx patches nn.Module for the whole process while it traces: one capture at a time.
-_TRACING = threading.RLock()
 _METHODS: list[tuple[type, str]] = [
     (nn.Module, "__call__"),
     (nn.Module, "__getattr__"),
     (torch.autograd.Function, "apply"),
     *_fx._wrapped_methods_to_patch,
 ]
-
-# A process forks between captures: the child has none of the threads that could end one.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_TRACING.acquire, after_in_parent=_TRACING.release, after_in_child=_TRACING.release)
 
 
 def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
@@ -64,7 +58,7 @@ def traced(net: nn.Module) -> tuple[Root, fx.Graph]:
     Raises:
         Refused: the forward cannot be traced, or not faithfully.
     """
-    with _TRACING:
+    with LOCK:  # torch.fx patches nn.Module for the whole process while it traces: one capture at a time
         return _unpatched(net)
 
 

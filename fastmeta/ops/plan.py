@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch.autograd import forward_ad
 
 from fastmeta import backends
 from fastmeta.bounded import Bounded
@@ -158,7 +159,7 @@ def prepare(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
-        RuntimeError: whatever is made now has no values.
+        RuntimeError: whatever is made now has no values, or a tangent that would be lost.
         BackendUnavailable: the backend asked for cannot run this.
     """
     # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
@@ -175,6 +176,12 @@ def prepare(
         raise RuntimeError(
             f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
             "this call"
+        )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{options.who}: forward-mode differentiation is active (torch.autograd.forward_ad, torch.func.jvp), which "
+            "does not reach into fastmeta: leave it for this call, and differentiate by .backward() or "
+            "torch.autograd.grad"
         )
     with LOCK:
         masks = masked(tensors)

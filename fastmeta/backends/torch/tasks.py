@@ -17,8 +17,9 @@ from fastmeta.backends.torch.chunks import cut
 from fastmeta.backends.torch.features import Features
 from fastmeta.bounded import Known
 from fastmeta.losses import Loss
-from fastmeta.network.functional import call, own
+from fastmeta.network.functional import call_then, own
 from fastmeta.problem import Batch, Problem
+from fastmeta.undisturbed import asynchronous
 
 #: Sorts of problems of one network that something is remembered of.
 _MOST_SORTS = 1024
@@ -108,12 +109,17 @@ def evaluate_one(
     """
     (x, y, weights), dtype = examples, next(iter(theta.values())).dtype
     net, decompose = problem.exchange or problem.net, decompose or problem.third
-    with autocast(x.device, problem.autocast):
-        output = call(net, theta, x, batch_stats=problem.batch_stats, decompose=decompose, forwards=forwards)
-        if problem.autocast is not None:
-            output = output.to(dtype)  # losses and their targets are those of the parameters' dtype
+
+    def value_of(output: Tensor) -> Tensor:
+        # losses and their targets are those of the parameters' dtype
+        output = output if problem.autocast is None else output.to(dtype)
         value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        return (value if problem.autocast is None else value.to(dtype)), output
+        return value if problem.autocast is None else value.to(dtype)
+
+    with autocast(x.device, problem.autocast):
+        how: dict[str, Any] = {"batch_stats": problem.batch_stats, "decompose": decompose, "forwards": forwards}
+        value, output = call_then(net, theta, x, value_of, **how)
+        return value, output if problem.autocast is None else output.to(dtype)
 
 
 def stack(problem: Problem, name: str) -> Tensor:
@@ -239,6 +245,8 @@ def _compare(problem: Problem) -> str | None:
         except (torch.OutOfMemoryError, NotTwiceDifferentiableError):
             raise
         except Exception as error:
+            if asynchronous(error):
+                raise
             reason = failure(error)
         drawn = before.anew()
         if not reason and (outside := before.drawn_outside_torch(drawn)):
