@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastmeta.algorithms.maml import MAML
 from fastmeta.models.check import positive
+from fastmeta.network.swap import locked
 from fastmeta.ops.options import argument
 from fastmeta.ops.rates import Rates
 
@@ -67,6 +68,7 @@ class CAVIA(MAML):
 
     who = "CAVIA"
 
+    @locked
     def __init__(
         self,
         net: nn.Module,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import InnerRates, repeated
 from fastmeta.losses import resolve
+from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.eager import eager
@@ -38,6 +39,7 @@ class InnerLoop(nn.Module):
     #: The algorithm, as messages name it.
     who = ""
 
+    @locked
     def __init__(
         self,
         net: nn.Module,

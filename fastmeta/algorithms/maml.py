@@ -15,6 +15,7 @@ from fastmeta.algorithms.inner_rates import InnerRates, of_tasks, repeated
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
+from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
 from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors, check_net
@@ -96,6 +97,7 @@ class MAML(nn.Module):
     who = "MAML"
     on_divergence = "raise"
 
+    @locked
     def __init__(
         self,
         net: nn.Module,

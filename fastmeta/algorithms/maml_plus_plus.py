@@ -11,6 +11,7 @@ from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.stepwise import Stepwise, support_of
 from fastmeta.models.check import check_count
+from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
@@ -70,6 +71,7 @@ class MAMLPlusPlus(Stepwise):
     _asked: str | tuple[str, ...] = "all"
     _norms: frozenset[str] = frozenset()
 
+    @locked
     def __init__(
         self,
         net: nn.Module,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.stepwise import Stepwise, support_of
+from fastmeta.network.swap import locked
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates
@@ -45,6 +46,7 @@ class MetaCurvature(Stepwise):
 
     who = "MetaCurvature"
 
+    @locked
     def __init__(self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any) -> None:
         super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
         if self.update_rule.weight_decay:

@@ -13,6 +13,7 @@ from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, input_gradient, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.backends._captured import leaves_behind
+from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
@@ -36,6 +37,7 @@ class Stepwise(MAML):
         net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one call to the next.
     """
 
+    @locked
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
         self.extra = nn.ParameterDict()

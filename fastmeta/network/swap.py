@@ -13,9 +13,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import wraps
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ _ALL = slice(None)
 #: Containers in containers that are looked into.
 _DEEPEST = 50
 T = TypeVar("T")
+P = ParamSpec("P")
 _run_through = deque[Any](maxlen=0).extend
 
 #: The exchanged tensors are there for every thread to see: whoever reads a module's parameters takes this lock.
@@ -40,6 +42,17 @@ LOCK = threading.RLock()
 # A process forks while no thread holds it: the child has none of the threads that could give it back.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+
+
+def locked(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, holding `LOCK`: it reads the parameters of a network that another thread may be running."""
+
+    @wraps(function)
+    def holding(*args: P.args, **kwargs: P.kwargs) -> T:
+        with LOCK:
+            return function(*args, **kwargs)
+
+    return holding
 
 
 class Carried:
