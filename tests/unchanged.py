@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 import fastmeta as fm
 from fastmeta import heads, ops
@@ -91,7 +92,7 @@ def module_state(net: nn.Module) -> dict[str, Any]:
 def _content(value: Any, depth: int = 0) -> Any:
     kind = type(value)  # what `__class__` says may be anything
     if issubclass(kind, Tensor):
-        return value._version if not value.is_inference() else None
+        return None if is_lazy(value) or value.is_inference() else value._version
     if depth == _DEEPEST:  # attributes may hold themselves
         return None
     if issubclass(kind, dict):

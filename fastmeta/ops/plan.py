@@ -89,7 +89,9 @@ class Call:
         problem = self.problem
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
-        except Exception:
+        except Exception as error:
+            if asynchronous(error):
+                raise
             losses = (problem.loss, problem.query_loss)
             diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
             raise
