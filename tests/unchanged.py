@@ -93,8 +93,7 @@ def _content(value: Any, parents: tuple[int, ...] = ()) -> Any:
     """What a tensor's version or a container's items are; the class is asked of `type`, which no object can fake."""
     kind = type(value)
     if issubclass(kind, Tensor):
-        known = is_lazy(value) or value.is_inference()
-        return None if known else value._version
+        return None if is_lazy(value) or value.is_inference() else value._version
     if id(value) in parents or len(parents) == _DEEPEST:
         return None
     parents = (*parents, id(value))

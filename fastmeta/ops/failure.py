@@ -18,6 +18,7 @@ from fastmeta.ops.checks import Shapes, Tensors
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates, check_finite, check_ordinary_rates
 from fastmeta.ordinary import check_ordinary
+from fastmeta.undisturbed import asynchronous
 
 
 def check_examples(
@@ -109,6 +110,8 @@ def _forward(
         with preserved(x.device, net), torch.no_grad():
             return call(exchange, own, example, batch_stats=options.batch_stats)
     except Exception as error:
+        if asynchronous(error):
+            raise
         _check_call(options.who, net, example, error)
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)
         dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))

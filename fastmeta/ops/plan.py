@@ -89,7 +89,9 @@ class Call:
         problem = self.problem
         try:
             return self.plan.backend.solve(problem, self.wrt, adapted)
-        except Exception:
+        except Exception as error:
+            if asynchronous(error):
+                raise
             self.diagnose()
             raise
 
