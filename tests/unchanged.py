@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 import fastmeta as fm
 from fastmeta import heads, ops
@@ -88,7 +89,7 @@ def module_state(net: nn.Module) -> dict[str, Any]:
 
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value._version if not value.is_inference() else None
+        return None if is_lazy(value) or value.is_inference() else value._version  # neither has a version
     if isinstance(value, dict):
         return [(key, id(item), _content(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
