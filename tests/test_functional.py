@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.network import elementary, elementary_cells
-from fastmeta.network.functional import _Conventions, call, check_batch_stats
+from fastmeta.network.functional import Conventions, call, check_batch_stats
 
 F64 = {"dtype": torch.float64}
 
@@ -170,7 +170,7 @@ def test_elementary_recurrent_layer_matches_reference(name: str) -> None:
     names = [key for key, _ in layer.named_parameters()]
 
     def run(decompose: bool, x: Tensor, *weights: Tensor) -> Tensor:
-        with _Conventions("task", decompose):
+        with Conventions("task", decompose):
             output, state = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
         return torch.cat([t.flatten() for t in (output, *(state if isinstance(state, tuple) else (state,)))])
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.losses import Loss
-from fastmeta.network.decomposed import Decomposed
-from fastmeta.network.functional import call, own
+from fastmeta.network.functional import Conventions, call, own
 from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Problem
 from fastmeta.update_rules import SGD
@@ -79,7 +78,8 @@ def _decomposed(loss: Loss | None) -> Loss | None:
     function = loss.function
 
     def decomposed(output: Tensor, target: Tensor) -> Tensor:
-        with Decomposed():
+        # each norm of a loss by its own flag; third derivatives of PyTorch's fused ones are silently wrong
+        with Conventions("module", decompose=True):
             return function(output, target)
 
     return replace(loss, function=decomposed)

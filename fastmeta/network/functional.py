@@ -71,7 +71,7 @@ def call(
         ValueError: a norm over the task's own batch would see one value per channel.
     """
     exchange = net if isinstance(net, Exchange) else Exchange(net)
-    return _one_tensor(_run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards))
+    return _one_tensor(_run(exchange, params, x, Conventions(batch_stats, decompose), carried, forwards))
 
 
 def call_then(
@@ -98,7 +98,7 @@ def call_then(
     def note(output: Any) -> None:
         found.append(then(_one_tensor(output)))
 
-    output = _run(exchange, params, x, _Conventions(batch_stats, decompose), carried, forwards, note)
+    output = _run(exchange, params, x, Conventions(batch_stats, decompose), carried, forwards, note)
     return found[0], output
 
 
@@ -112,7 +112,7 @@ def _run(
     exchange: Exchange,
     params: Mapping[str, Tensor],
     x: Tensor,
-    conventions: _Conventions,
+    conventions: Conventions,
     carried: Carried | None = None,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
     then: Callable[[Any], None] | None = None,
@@ -172,7 +172,7 @@ def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor,
 
     Arguments as in `call`.
     """
-    conventions, found = _Conventions(batch_stats, False), []
+    conventions, found = Conventions(batch_stats, False), []
     plain = conventions.replacements[F.batch_norm]
     signature = inspect.signature(F.batch_norm)
 
@@ -239,7 +239,7 @@ def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
     return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point())
 
 
-class _Conventions(Plain):
+class Conventions(Plain):
     """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls them.
 
     While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
