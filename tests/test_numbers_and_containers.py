@@ -210,3 +210,9 @@ def test_enormous_inputs_are_not_taken_for_a_wrong_capture() -> None:
     params = dict(net.named_parameters())
     got, want = (fm.task_forward(net, params, data[0], backend=name) for name in ("cpu", "reference"))
     assert torch.allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [1e308, {"*": -1e39}], ids=["number", "entry"])
+def test_rejects_a_rate_beyond_the_dtype_of_the_parameters(rate: object) -> None:
+    with pytest.raises(ValueError, match=r"MAML: `inner_lr`.* must be finite in torch.float32"):
+        fm.MAML(nn.Linear(4, 3), loss="mse", inner_lr=rate, inner_steps=1)

@@ -126,7 +126,7 @@ def plan_rates(
             if isinstance(rate, Tensor):
                 _check_sort(label, rate, device, dtype)
             else:
-                constants[name] = torch.full(layout[name], _number(label, rate), dtype=dtype, device=device)
+                constants[name] = torch.full(layout[name], _number(label, rate, dtype), dtype=dtype, device=device)
         return RatePlan(layout, constants, keys, device, dtype)
     if isinstance(lr, Tensor):
         _check_sort(what, lr, device, dtype)
@@ -134,7 +134,7 @@ def plan_rates(
             raise ValueError(f"{what} must be a number, () or [K] = ({steps},), got {tuple(lr.shape)}")
         rows = max(lr.numel(), 1)
         return RatePlan({name: (rows, 1, *[1] * len(shapes[name])) for name in names}, {}, {}, device, dtype)
-    value = torch.full((), _number(what, lr), dtype=dtype, device=device)
+    value = torch.full((), _number(what, lr, dtype), dtype=dtype, device=device)
     layout = {name: (1, 1, *[1] * len(shapes[name])) for name in names}
     return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, {}, device, dtype)
 
@@ -203,11 +203,13 @@ def _check_sort(label: str, rate: Tensor, device: torch.device, dtype: torch.dty
         raise ValueError(f"{label} must be on {device}, as the parameters, got {rate.device}")
 
 
-def _number(label: str, rate: Rate) -> float:
+def _number(label: str, rate: Rate, dtype: torch.dtype) -> float:
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise TypeError(f"{label} must be a number or a tensor, got {type(rate).__name__}")
     if not is_finite(rate):
         raise ValueError(f"{label} must be finite, got {rate}")
+    if abs(rate) > torch.finfo(dtype).max:
+        raise ValueError(f"{label} must be finite in {dtype}, as the parameters, got {rate}")
     return float(rate)
 
 

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 
-# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for rounding.
-RELATIVE, OF_LARGEST = 1e-9, 1e-10
+# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for rounding. Where nothing
+# else is left, rounding is that of data of size one.
+RELATIVE, OF_LARGEST, ROUNDING = 1e-9, 1e-10, 1e-14
 # Of float32: PyTorch's own error by the same loop, times this, plus a floor of some hundred roundings.
 SINGLE_FACTOR, SINGLE_FLOOR = 10, 5e-5
 # What cancels in float32 leaves some hundred roundings of its summands.
@@ -684,7 +685,7 @@ def _compare(key: str, got: Tensor, want: dict[str, Tensor], single: dict[str, T
         return f"{key} has shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
     size, off = float(expected.norm()), float((got.double() - expected).norm())
     largest = max(float(value.norm()) for name, value in want.items() if name[:2] == key[:2])
-    allowed = RELATIVE * size + OF_LARGEST * largest
+    allowed = RELATIVE * size + OF_LARGEST * largest + ROUNDING
     if single is not None:
         allowed = SINGLE_FACTOR * float((single[key].double() - expected).norm()) + SINGLE_FLOOR * (size + 0.1)
         allowed += SINGLE_OF_LARGEST * largest
