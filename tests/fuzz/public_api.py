@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 
-# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for rounding. Where nothing
-# else is left, rounding is that of data of size one.
+# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for rounding. Where
+# nothing else is left, rounding is that of data of size one.
 RELATIVE, OF_LARGEST, ROUNDING = 1e-9, 1e-10, 1e-14
 # Of float32: PyTorch's own error by the same loop, times this, plus a floor of some hundred roundings.
 SINGLE_FACTOR, SINGLE_FLOOR = 10, 5e-5
