@@ -189,14 +189,14 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(
         net = _network(make)
         before = module_state(net)
         try:
-            alarm(moments.uniform(1e-5, takes), error)
-            _answer(net, backend)
+            try:
+                alarm(moments.uniform(1e-5, takes), error)
+                _answer(net, backend)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # it may come just before
+            takes *= 0.9  # other processes have slowed the first one down
         except error:
             interrupted += 1
-        else:
-            takes *= 0.9  # other processes have slowed the first one down
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         assert not differences(before, module_state(net))
         assert not differences(state, global_state())
         assert _lock_is_free(swap.LOCK)
