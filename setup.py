@@ -24,16 +24,22 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("csrc/bindings.cpp", "csrc/engine/*.cpp", "csrc/cpu/**/*.cpp")
-# FASTMETA_BASE_ONLY=1 leaves out the kernels for special instruction sets: a quick build, for sanitizers.
-X86 = platform.machine().lower() in ("x86_64", "amd64") and os.environ.get("FASTMETA_BASE_ONLY", "0") in ("", "0")
+SOURCES = ("csrc/bindings.cpp", "csrc/cpu/**/*.cpp")
+# FASTMETA_BASE_ONLY=1 leaves out the kernels for special instruction sets: a quick build, for
+# sanitizers.
+X86 = platform.machine().lower() in ("x86_64", "amd64") and os.environ.get("FASTMETA_BASE_ONLY", "0") in (
+    "",
+    "0",
+)
 
-# NaN and infinity must work, so no -ffast-math; the flags below change neither. SLP would read two adjacent arguments
-# with one wide load just after they were stored one by one, which stalls until all earlier stores have retired.
+# NaN and infinity must work, so no -ffast-math; the flags below change neither. SLP would read two
+# adjacent arguments with one wide load just after they were stored one by one, which stalls until
+# all earlier stores have retired.
 FLAGS = """-std=c++17 -O3 -g0 -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -fno-math-errno
            -fno-trapping-math -fno-tree-slp-vectorize -Wall -Wextra""".split()
 
-# By the end of a file's stem; the variant that runs is chosen at load time, hence never -march=native.
+# By the end of a file's stem; the variant that runs is chosen at load time, hence never
+# -march=native.
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512".split(),
@@ -48,7 +54,8 @@ PROBE = """
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int i32x8 __attribute__((vector_size(32)));
 template <class T> T probe(T a, T b) {
-  if constexpr (sizeof(T) == 32) return a * b + __builtin_convertvector(__builtin_convertvector(a, i32x8), f32x8);
+  if constexpr (sizeof(T) == 32)
+    return a * b + __builtin_convertvector(__builtin_convertvector(a, i32x8), f32x8);
   return a;
 }
 int main() { return static_cast<int>(probe(f32x8{}, f32x8{})[0]); }
@@ -62,7 +69,8 @@ class CompilerError(SystemExit):
 def find_compiler() -> list[str]:
     """The C++ compiler as a command, checked to be able to build the extension."""
     advice = (
-        "fastmeta needs g++ >= 9 or clang >= 9 (C++17); set CXX, or FASTMETA_NO_EXT=1 to install without the extension"
+        "fastmeta needs g++ >= 9 or clang >= 9 (C++17); "
+        "set CXX, or FASTMETA_NO_EXT=1 to install without the extension"
     )
     named = shlex.split(os.environ.get("CXX", ""))
     found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
@@ -74,7 +82,9 @@ def find_compiler() -> list[str]:
     for command in candidates:
         if probe(command):
             return command
-    raise CompilerError(f"error: the C++ compiler {' '.join(candidates[0])} is too old or does not work: {advice}.")
+    raise CompilerError(
+        f"error: the C++ compiler {' '.join(candidates[0])} is too old or does not work: {advice}."
+    )
 
 
 def probe(command: list[str]) -> bool:
@@ -111,7 +121,9 @@ def run_compiler(target: Path, command: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     sys.stderr.write(done.stdout + done.stderr)
     if done.returncode:
-        raise CompilerError(f"error: could not build {target.name}, see the messages above: {shlex.join(command)}")
+        raise CompilerError(
+            f"error: could not build {target.name}, see the messages above: {shlex.join(command)}"
+        )
     os.utime(target, ns=(started, started))  # older than a source that was edited meanwhile
     target.with_suffix(".cmd").write_text(shlex.join(command))
 
@@ -171,7 +183,7 @@ def extensions() -> list[Extension]:
 
 
 # Folders with what the cuda backend compiles at run time: package data, below fastmeta/csrc.
-CUDA_SOURCES = ("cuda", "cuda/layers", "engine")
+CUDA_SOURCES = ("cuda", "cuda/layers", "shared")
 DATA = {f"fastmeta.csrc.{folder.replace('/', '.')}": f"csrc/{folder}" for folder in CUDA_SOURCES}
 
 setup(

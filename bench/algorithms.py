@@ -1,12 +1,14 @@
 """Every algorithm on the same budget: few-shot classification of Omniglot's small sets.
 
-    OMP_WAIT_POLICY=passive python bench/algorithms.py --data <folder of Omniglot's small sets> --out runs/algorithms
+    OMP_WAIT_POLICY=passive python bench/algorithms.py --out runs/algorithms \\
+        --data <folder of Omniglot's small sets>
 
-Strided Conv4, the same initial weights and the same episodes for all; tested on alphabets never seen in training, or
-with --validation on alphabets kept from the training set, which is where hyperparameters may be chosen.
-`bench/few_shot.py` says how each algorithm is trained. Writes algorithms.csv, a row for each algorithm and seed as soon
-as it is there, and algorithms.png. The variable keeps PyTorch's threads from spinning beside fastmeta's, which costs
-the algorithms that are chains of calls a multiple of their time where other programs run.
+Strided Conv4, the same initial weights and the same episodes for all; tested on alphabets never
+seen in training, or with --validation on alphabets kept from the training set, which is where
+hyperparameters may be chosen. `bench/few_shot.py` says how each algorithm is trained. Writes
+algorithms.csv, a row for each algorithm and seed as soon as it is there, and algorithms.png. The
+variable keeps PyTorch's threads from spinning beside fastmeta's, which costs the algorithms that
+are chains of calls a multiple of their time where other programs run.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Outcome:
     seed: int
     iterations: int = 0  # done
     seconds: float = 0.0  # of training
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))  # accuracy of each test task, 0 if it diverged
+    scores: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # accuracy of each test task, 0 if it diverged
     diverged: list[int] = field(default_factory=list)  # test tasks
     notes: list[str] = field(default_factory=list)
 
@@ -58,7 +62,15 @@ class Outcome:
         settings = ALGORITHMS[self.algorithm]
         done = [self.iterations, f"{self.seconds:.1f}"]
         tested = [*accuracy, len(self.scores), len(self.diverged), diverged]
-        return [self.algorithm, self.seed, *done, *tested, "; ".join(self.notes), settings.settings, settings.source]
+        return [
+            self.algorithm,
+            self.seed,
+            *done,
+            *tested,
+            "; ".join(self.notes),
+            settings.settings,
+            settings.source,
+        ]
 
 
 def train(outcome: Outcome, learner: Learner, data: Episodes) -> None:
@@ -92,7 +104,9 @@ def evaluate(outcome: Outcome, learner: Learner, data: Episodes, count: int) -> 
     outcome.scores = torch.cat(scores)[:count]
     outcome.diverged = (~torch.cat(finite)[:count]).nonzero().flatten().tolist()
     if outcome.diverged:
-        outcome.notes.append(f"{len(outcome.diverged)} of {count} test tasks diverged: {named(outcome.diverged)}")
+        outcome.notes.append(
+            f"{len(outcome.diverged)} of {count} test tasks diverged: {named(outcome.diverged)}"
+        )
 
 
 def predictions(learner: Learner, episode: Episode) -> Tensor:
@@ -104,7 +118,9 @@ def predictions(learner: Learner, episode: Episode) -> Tensor:
         if tasks == 1:
             ways = int(episode.query_y.max()) + 1
             return torch.full((*episode.query_y.shape, ways), math.nan)
-        return torch.cat([predictions(learner, Episode(*(x[t : t + 1] for x in episode))) for t in range(tasks)])
+        return torch.cat(
+            [predictions(learner, Episode(*(x[t : t + 1] for x in episode))) for t in range(tasks)]
+        )
 
 
 def split(data: Path | None, validation: bool) -> tuple[Omniglot, Omniglot]:
@@ -119,7 +135,9 @@ def split(data: Path | None, validation: bool) -> tuple[Omniglot, Omniglot]:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), help="As in `fastmeta train omniglot`.")
-@click.option("--algorithm", "algorithms", type=click.Choice([*ALGORITHMS]), multiple=True, help="[default: all]")
+@click.option(
+    "--algorithm", "algorithms", type=click.Choice([*ALGORITHMS]), multiple=True, help="[default: all]"
+)
 @click.option("--iterations", type=click.IntRange(1), default=500)
 @click.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each, from seeds 0, 1, ...")
 @click.option("--ways", type=click.IntRange(2), default=5)
@@ -127,8 +145,12 @@ def split(data: Path | None, validation: bool) -> tuple[Omniglot, Omniglot]:
 @click.option("--tasks", type=click.IntRange(1), default=16)
 @click.option("--width", type=click.IntRange(1), default=32, help="Filters.")
 @click.option("--test-tasks", type=click.IntRange(2), default=600)
-@click.option("--test-query", type=click.IntRange(1), default=15, help="Query drawings of a class in testing.")
-@click.option("--validation", is_flag=True, help=f"Keep {' and '.join(VALIDATION)} from training, test on them.")
+@click.option(
+    "--test-query", type=click.IntRange(1), default=15, help="Query drawings of a class in testing."
+)
+@click.option(
+    "--validation", is_flag=True, help=f"Keep {' and '.join(VALIDATION)} from training, test on them."
+)
 @click.option("--threads", type=click.IntRange(1), help="[default: PyTorch's]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/algorithms"))
 def main(
@@ -167,7 +189,12 @@ def main(
         for seed, name in itertools.product(range(seeds), algorithms or ALGORITHMS):
             training = Episodes(train_set, **task, query=query, tasks=tasks, iterations=iterations, seed=seed)
             testing = Episodes(
-                test_set, **task, query=test_query, tasks=EVAL_BATCH, iterations=batches, seed=held_out_seed(seed)
+                test_set,
+                **task,
+                query=test_query,
+                tasks=EVAL_BATCH,
+                iterations=batches,
+                seed=held_out_seed(seed),
             )
             outcome = Outcome(name, seed)
             learner = ALGORITHMS[name].learner(Budget(ways, width, iterations, seed))
@@ -189,7 +216,8 @@ def main(
 
 
 def accuracies(outcomes: Iterable[Outcome]) -> dict[str, Accuracy | None]:
-    """Of each algorithm over the test tasks of all its seeds; None where no training went through."""
+    """Of each algorithm over the test tasks of all its seeds; None where no training went
+    through."""
     scores: dict[str, list[Tensor]] = {}
     for outcome in outcomes:
         scores.setdefault(outcome.algorithm, []).append(outcome.scores)
@@ -205,7 +233,9 @@ def table(outcomes: list[Outcome], title: str) -> Table:
         tested = sum(len(outcome.scores) > 0 for outcome in own)
         seconds = sum(outcome.seconds for outcome in own) / len(own)
         diverged = sum(len(outcome.diverged) for outcome in own)
-        table.add_row(name, str(accuracy or "diverged"), f"{tested} of {len(own)}", str(diverged), f"{seconds:.0f}")
+        table.add_row(
+            name, str(accuracy or "diverged"), f"{tested} of {len(own)}", str(diverged), f"{seconds:.0f}"
+        )
     return table
 
 

@@ -1,12 +1,14 @@
-"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the kernels take.
+"""The cuda backend on a GPU: device and host time of a meta-step, time of the first call, what the
+kernels take.
 
     python bench/cuda_meta_step.py --out runs/gpu          every workload that the backend takes
     python bench/cuda_meta_step.py --quick                  the sinusoid alone
 
-Device time is that of a CUDA graph of one `solve`, replayed: medians of events around a hundred replays. Every result
-is compared with the float64 reference first; one that is wrong is not timed. `host_us` is from Python until the device
-is done, as peers are timed by bench/gpu.py. First calls are those of fresh processes, the second one with the first
-one's cache on disk. Writes cuda.csv, after every case.
+Device time is that of a CUDA graph of one `solve`, replayed: medians of events around a hundred
+replays. Every result is compared with the float64 reference first; one that is wrong is not timed.
+`host_us` is from Python until the device is done, as peers are timed by bench/gpu.py. First calls
+are those of fresh processes, the second one with the first one's cache on disk. Writes cuda.csv,
+after every case.
 """
 
 from __future__ import annotations
@@ -104,17 +106,23 @@ def ffma_peak() -> float:
     from cuda.bindings import driver
 
     _, device = driver.cuDeviceGet(0)
-    _, kilohertz = driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE, device)
+    _, kilohertz = driver.cuDeviceGetAttribute(
+        driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE, device
+    )
     lanes = 64 if torch.cuda.get_device_capability(0) == (8, 0) else 128
     return 2e3 * kilohertz * lanes * torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def first_calls(case: Case) -> tuple[float, float]:
-    """Seconds of the first `solve` of a process, with nothing compiled and with everything in the cache."""
+    """Seconds of the first `solve` of a process, with nothing compiled and with everything in the
+    cache."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--first-call", case.id]
         environment = {**os.environ, "FASTMETA_CACHE": folder}
-        runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+        runs = [
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            for _ in range(2)
+        ]
     cold, cached = (float(done.stdout.split()[-1]) for done in runs)
     return cold, cached
 
@@ -144,14 +152,21 @@ def measure(case: Case) -> dict[str, object]:
     plan = cuda_run.make_plan(problem, WRT)
     _, report = cuda_compile.compile_for(cuda_plan.source(plan), cuda_launch.architecture(0))
     taken = cuda_compile.resources(report)
-    seconds = 1e-3 * gpu_timing.on_device(lambda: backends.get("cuda").solve(problem, WRT, False), replays=100)
+    seconds = 1e-3 * gpu_timing.on_device(
+        lambda: backends.get("cuda").solve(problem, WRT, False), replays=100
+    )
     row |= {
         "device_us": 1e6 * seconds,
         "host_us": 1e6 * host_seconds(problem),
         "gflops": cost.flops(case) / seconds / 1e9,
         "ffma_share": cost.flops(case) / seconds / ffma_peak(),
     }
-    row |= {"ranks": plan.ranks, "threads": plan.threads, "registers": taken.registers, "spills": taken.spills}
+    row |= {
+        "ranks": plan.ranks,
+        "threads": plan.threads,
+        "registers": taken.registers,
+        "spills": taken.spills,
+    }
     row |= {"shared_kib": plan.shared_bytes / 1024, "workspace_kib": plan.workspace * plan.itemsize / 1024}
     return {**row, "memory": plan.memory, "status": "timed"}
 
@@ -178,7 +193,9 @@ FIELDS = (
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/gpu"))
 @click.option("--quick", is_flag=True, help="The sinusoid with up to 32 tasks alone.")
-@click.option("--first-call", "first_call_of", hidden=True, help="Print the seconds of a case's first call and stop.")
+@click.option(
+    "--first-call", "first_call_of", hidden=True, help="Print the seconds of a case's first call and stop."
+)
 def main(out: Path, quick: bool, first_call_of: str | None) -> None:
     """Measure and write a table; exit code 1 if anything is wrong."""
     if reason := backends.get("cuda").missing():

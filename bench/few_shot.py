@@ -1,8 +1,10 @@
-"""The algorithms that `bench/algorithms.py` compares, and their hyperparameters: the one place that says them.
+"""The algorithms that `bench/algorithms.py` compares, and their hyperparameters: the one place that
+says them.
 
-Network, episodes, number of iterations and, but for Reptile, Adam with rate 1e-3 are the same for all. What is an
-algorithm's own comes from its paper or its authors' code, for 5-way 1-shot Omniglot where that is an experiment there;
-what had to be chosen was chosen on alphabets of the training set (`--validation`) and says so.
+Network, episodes, number of iterations and, but for Reptile, Adam with rate 1e-3 are the same for
+all. What is an algorithm's own comes from its paper or its authors' code, for 5-way 1-shot Omniglot
+where that is an experiment there; what had to be chosen was chosen on alphabets of the training set
+(`--validation`) and says so.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Learner:
         """Logits of the query sets, [T, M, C].
 
         Raises:
-            FloatingPointError: as `loss`; otherwise the logits of tasks that diverged are not finite.
+            FloatingPointError: as `loss`; otherwise the logits of tasks that diverged are not
+                finite.
         """
         adapted = self.module.adapt(episode.support_x, episode.support_y, steps=self.test_steps)
         return self.module.predict(adapted, episode.query_x)
@@ -127,14 +130,16 @@ class IMAML(Learner):
 class Reptile(Learner):
     """Support and query drawings are one training set, of which every inner step takes a minibatch.
 
-    The outer rate falls from 1 to 0. The inner loop is SGD, not the paper's Adam; its rate is the best of
-    0.03, 0.1, 0.3, 0.5 and 1 in 200 iterations with --validation: 29, 54, 72, 77 and 76 %.
+    The outer rate falls from 1 to 0. The inner loop is SGD, not the paper's Adam; its rate is the
+    best of 0.03, 0.1, 0.3, 0.5 and 1 in 200 iterations with --validation: 29, 54, 72, 77 and 76 %.
     """
 
     batch, steps, rate = 10, 3, 0.5
 
     def __init__(self, budget: Budget) -> None:
-        module = fm.Reptile(budget.network(), loss="cross_entropy", inner_lr=self.rate, inner_steps=self.steps)
+        module = fm.Reptile(
+            budget.network(), loss="cross_entropy", inner_lr=self.rate, inner_steps=self.steps
+        )
         super().__init__(module, test_steps=5)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
         self.schedule = LambdaLR(self.optimizer, lambda iteration: 1 - iteration / budget.iterations)
@@ -177,7 +182,8 @@ class Head(Learner):
 
 
 class FiLM(nn.Module):
-    """x (1 + W_1 phi + b_1) + (W_2 phi + b_2) for every feature map: the form of context of CAVIA's classifiers."""
+    """x (1 + W_1 phi + b_1) + (W_2 phi + b_2) for every feature map: the form of context of CAVIA's
+    classifiers."""
 
     def __init__(self, size: int, maps: int) -> None:
         super().__init__()
@@ -198,7 +204,9 @@ class Algorithm(NamedTuple):
     learner: Callable[[Budget], Learner]
 
 
-def _plain(algorithm: Callable[..., nn.Module], source: str, rate: float, steps: int, test_steps: int) -> Algorithm:
+def _plain(
+    algorithm: Callable[..., nn.Module], source: str, rate: float, steps: int, test_steps: int
+) -> Algorithm:
     """A row that differs from MAML's by the algorithm and its numbers."""
 
     def learner(budget: Budget) -> Learner:
@@ -233,8 +241,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "BOIL": _plain(fm.BOIL, "Oh et al. 2021: mini-ImageNet", 0.5, 1, 1),
     "Meta-SGD": Algorithm("rates from U(0.005, 0.1), 1 inner step", "Li et al. 2017, section 3", _meta_sgd),
     "MAML++": Algorithm(
-        "rates from 0.1, 5 inner steps, multi-step loss in the first tenth, second order throughout, Adam's rate "
-        "1e-3 to 1e-5 by a cosine",
+        "rates from 0.1, 5 inner steps, multi-step loss in the first tenth, second order throughout, Adam's "
+        "rate 1e-3 to 1e-5 by a cosine",
         "Antoniou et al. 2019: code, Omniglot",
         MAMLPlusPlus,
     ),
@@ -249,7 +257,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         IMAML,
     ),
     "Reptile": Algorithm(
-        "rate 0.5, 3 inner steps on minibatches of 10, 5 in testing on the support set, outer SGD's rate 1 to 0",
+        "rate 0.5, 3 inner steps on minibatches of 10, 5 in testing on the support set, "
+        "outer SGD's rate 1 to 0",
         "Nichol et al. 2018: code, Omniglot; inner SGD for Adam",
         Reptile,
     ),

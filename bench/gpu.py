@@ -1,12 +1,13 @@
-"""Everything that there is to run on a GPU, in one go: tests, verification, benchmark. `make gpu OUT=folder`.
+"""Everything that there is to run on a GPU, in one go: tests, verification, benchmark.
+`make gpu OUT=folder`.
 
-Says first what failed and why: each reason once, with how many tests had it. Writes to the folder: a text for each
-stage, cuda.csv, and gpu.csv, a line for each case, precision and peer, also of what was wrong or left out, and why.
-Prints a short table last.
+Says first what failed and why: each reason once, with how many tests had it. Writes to the folder:
+a text for each stage, cuda.csv, and gpu.csv, a line for each case, precision and peer, also of what
+was wrong or left out, and why. Prints a short table last.
 
-Keeps to a budget of seconds. Tests run side by side, since what takes the time is compiling. fastmeta is timed on all
-cases before its peers are. What does not fit in is named, and what hangs or takes the process with it costs its own
-line alone.
+Keeps to a budget of seconds. Tests run side by side, since what takes the time is compiling.
+fastmeta is timed on all cases before its peers are. What does not fit in is named, and what hangs
+or takes the process with it costs its own line alone.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=sh
 _PARALLEL = ("-n", str(min(os.cpu_count() or 1, 16)), "--dist", "worksteal") if find_spec("xdist") else ()
 _VERIFY = ("-m", "fastmeta", "verify", "--backend")
 _OUT = "OUT"  # stands for the folder
-#: What runs before the benchmark, each with its share of the time; without a GPU, that it can be started.
+#: What runs before the benchmark, each with its share of the time; without a GPU, that it can be
+#: started.
 STAGES = {
     "triton": (0.22, (*_PYTEST, *_PARALLEL, *_TRITON)),
     "others": (0.22, (*_PYTEST, *_PARALLEL, *_OTHERS)),
@@ -120,7 +122,9 @@ def timed(jobs: list[Job], deadline: float, out: Path, say: Any, command: tuple[
                 _write(out / "gpu.csv", rows)
         except queue.Empty:
             if time.monotonic() < deadline or begun:
-                rows.append(_unfinished(jobs.pop(0), "stopped", f"it took more than {min(LIMIT, left):.0f} s"))
+                rows.append(
+                    _unfinished(jobs.pop(0), "stopped", f"it took more than {min(LIMIT, left):.0f} s")
+                )
         finally:
             worker.stop()
     rows += [_unfinished(job, "left out", "the time was used up") for job in jobs]
@@ -169,7 +173,8 @@ def _logged(path: Path, seconds: float, arguments: tuple[str, ...]) -> tuple[boo
             process.wait()
     lines = path.read_text(errors="replace").strip().splitlines()
     passed, failed = (_tests(lines, outcome) for outcome in ("PASSED", "FAILED|ERROR"))
-    summary = f"{ended}, {len(passed)} passed, {len(failed)} failed; {lines[-1].strip('= ') if lines else 'no output'}"
+    last = lines[-1].strip("= ") if lines else "no output"
+    summary = f"{ended}, {len(passed)} passed, {len(failed)} failed; {last}"
     return ended == "exit code 0", [summary, *(f"  {said[:300]}" for said in _reasons(lines))]
 
 
@@ -180,11 +185,14 @@ def _tests(lines: list[str], outcome: str) -> set[str]:
 
 
 def _reasons(lines: list[str]) -> list[str]:
-    """What pytest's summary says of failures and skips: each reason once, the commonest first, and one of its tests."""
+    """What pytest's summary says of failures and skips: each reason once, the commonest first, and
+    one of its tests."""
     failures: dict[str, list[str]] = {}
     for line in lines:
         if match := re.match(r"(?:FAILED|ERROR) (\S+)(?: - (.*))?$", line):
-            failures.setdefault(re.sub(r"\d+", "#", match[2] or "")[:120], []).append(f"{match[2]} ({match[1]})")
+            failures.setdefault(re.sub(r"\d+", "#", match[2] or "")[:120], []).append(
+                f"{match[2]} ({match[1]})"
+            )
     common = sorted(failures.values(), key=len, reverse=True)
     said = [f"{len(several)} x {several[0]}" for several in common[:MOST_REASONS]]
     said += [f"and {len(common) - MOST_REASONS} other reasons"] if len(common) > MOST_REASONS else []
@@ -196,7 +204,9 @@ def _reasons(lines: list[str]) -> list[str]:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/gpu"))
 @click.option("--seconds", default=450, help="Budget of the whole run.")
 @click.option("--stage", "stages", multiple=True, type=click.Choice([*STAGES, "timing"]), help="These alone.")
-@click.option("--peer", "peers", multiple=True, type=click.Choice(list(timing.PEERS)), help="Time these alone.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice(list(timing.PEERS)), help="Time these alone."
+)
 @click.option("--dry-run", is_flag=True, help="Without a GPU, on tiny cases: to see that all else works.")
 def main(out: Path, seconds: int, stages: tuple[str, ...], peers: tuple[str, ...], dry_run: bool) -> None:
     """Test, verify and time the GPU backends."""
@@ -229,7 +239,9 @@ def main(out: Path, seconds: int, stages: tuple[str, ...], peers: tuple[str, ...
             console.print(f"{row.case} {row.precision} {row.peer}: {row.status} {row.reason}", markup=False)
     console.print(_table(rows))
     console.print(f"{time.monotonic() - begin:.0f} s; wrote {out / 'gpu.csv'}", markup=False)
-    if failures or any(row.status in ("wrong", "broken", "stopped") for row in rows if row.peer in timing.OURS):
+    if failures or any(
+        row.status in ("wrong", "broken", "stopped") for row in rows if row.peer in timing.OURS
+    ):
         raise click.exceptions.Exit(1)
 
 
@@ -250,7 +262,17 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title=torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
-    headings = ("case", "precision", "peer", "median ms", "device ms", "to triton", "to cuda", "TFLOP/s", "roofline")
+    headings = (
+        "case",
+        "precision",
+        "peer",
+        "median ms",
+        "device ms",
+        "to triton",
+        "to cuda",
+        "TFLOP/s",
+        "roofline",
+    )
     for heading in (*headings, "error", "allowed", "first s", "MiB", ""):
         table.add_column(heading)
     for row in rows:
@@ -258,7 +280,9 @@ def _table(rows: list[Row]) -> Table:
         rates = (f"{x:.2f}" for x in (row.ratio, row.ratio_cuda, row.tflops))
         errors = (f"{row.error:.1e}", f"{row.allowed:.1e}", f"{row.first_call_s:.1f}", f"{row.peak_mib:.0f}")
         note = "" if row.status == "timed" else f"{row.status} {row.reason}"[:40]
-        table.add_row(row.case, row.precision, row.peer, *times, *rates, f"{row.roofline_share:.0%}", *errors, note)
+        table.add_row(
+            row.case, row.precision, row.peer, *times, *rates, f"{row.roofline_share:.0%}", *errors, note
+        )
     return table
 
 

@@ -1,4 +1,5 @@
-"""One line of `bench/gpu.py`'s table after the other, in a process that can be stopped: a case, a precision, a peer.
+"""One line of `bench/gpu.py`'s table after the other, in a process that can be stopped: a case, a
+precision, a peer.
 
 Reads the jobs to do as JSON from its input, writes JSON lines: {"begin": job}, then {"row": ...}.
 """
@@ -40,7 +41,9 @@ _CHOSEN = (
     *(("omniglot", 32, 1, 75), ("sinusoid", 32, 5, 10), ("miniimagenet", 4, 5, 75), ("mlp", 32, 5, 75)),
     *(("recommender", 32, 5, 10), ("sinusoid", 1024, 5, 10), ("mlp-bn", 32, 5, 75)),
 )
-_SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01, wrt_inputs=False)
+_SIREN = Case(
+    "siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01, wrt_inputs=False
+)
 _FOUND = [
     next(c for c in WORKLOADS[name] if (c.tasks, c.steps, c.queries) == (tasks, steps, queries))
     for name, tasks, steps, queries in _CHOSEN
@@ -159,7 +162,7 @@ class Row:
     peer_version: str = ""
 
 
-# ---- right? -------------------------------------------------------------------------------------------------------
+# ---- right?
 
 
 @cache
@@ -174,8 +177,8 @@ def references(case: Case) -> list[Named]:
 
 @cache
 def own_errors(case: Case, precision: str) -> tuple[float, ...]:
-    """By seed, PyTorch's own error in a precision, which is set: that of the torch backend, since `torch.func` takes no
-    batch norm with running statistics."""
+    """By seed, PyTorch's own error in a precision, which is set: that of the torch backend, since
+    `torch.func` takes no batch norm with running statistics."""
     found = []
     for seed, ref in enumerate(references(case)):
         prepared = TORCH.prepare(case, case.build(torch.float32, seed).to(device()))
@@ -194,11 +197,12 @@ def judge(row: Row, outs: list[Named], refs: list[Named], own: tuple[float, ...]
     return row.error <= row.allowed
 
 
-# ---- how fast? ----------------------------------------------------------------------------------------------------
+# ---- how fast?
 
 
 def on_device(step: Callable[[], Any], replays: int = 20, samples: int = 15) -> float:
-    """Milliseconds of one call in a CUDA graph that is replayed, by events around so many replays: the median."""
+    """Milliseconds of one call in a CUDA graph that is replayed, by events around so many replays:
+    the median."""
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -216,8 +220,8 @@ def on_device(step: Callable[[], Any], replays: int = 20, samples: int = 15) -> 
 
 
 def clock(step: Callable[[], Any], calls: int = CALLS) -> list[float]:
-    """Milliseconds of calls, each finished before the next begins; the first three are dropped. Fewer where they are
-    long."""
+    """Milliseconds of calls, each finished before the next begins; the first three are dropped.
+    Fewer where they are long."""
     times: list[float] = []
     begin = time.perf_counter()
     for i in range(calls + 3):
@@ -249,7 +253,8 @@ def bandwidth() -> float:
 
 
 def traffic(case: Case, precision: str) -> int:
-    """Bytes that fastmeta's launches read and write, each tensor of a launch once: what layer by layer must move."""
+    """Bytes that fastmeta's launches read and write, each tensor of a launch once: what layer by
+    layer must move."""
     problem, names = problem_of(case, torch.float32, 0), frozenset({"params"})
     products = runs.PRECISIONS[precision]
     step = MetaStep(problem, runs.network(problem, names), names, "store", products, torch.device("meta"))
@@ -259,7 +264,8 @@ def traffic(case: Case, precision: str) -> int:
 
 @cache
 def roofline_ms(case: Case, precision: str) -> float:
-    """Time that arithmetic and memory, at the rates measured in this run, cannot fall below layer by layer."""
+    """Time that arithmetic and memory, at the rates measured in this run, cannot fall below layer
+    by layer."""
     return 1e3 * max(cost.flops(case) / peak_flops(precision), traffic(case, precision) / bandwidth())
 
 
@@ -288,7 +294,8 @@ def measure(case: Case, precision: str, name: str) -> Row:
 
 
 def lost() -> bool:
-    """Whether the device does nothing more for this process: so it is after an access to memory that is not there."""
+    """Whether the device does nothing more for this process: so it is after an access to memory
+    that is not there."""
     try:
         wait()
     except RuntimeError:

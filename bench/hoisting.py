@@ -1,11 +1,15 @@
-"""Partly adapted networks beside the same done by hand, and one task a call beside the plain autograd loop.
+"""Partly adapted networks beside the same done by hand, and one task a call beside the plain
+autograd loop.
 
     python bench/hoisting.py [--threads 1]
 
-Three tables. ANIL (`adapt="head"`) of Conv4 at the size of Omniglot on the `cpu` backend: as it runs, in one piece, and
-by hand, features first and the inner loop on them. ANIL of a transformer on the `torch` backend: as it runs, and the
-autograd loop on features that are computed once. All parameters of three networks, one task and four tasks in a
-loop on the `torch` backend: as it runs, and the autograd loop. Times are of the processor, medians and minima of blocks
+Three tables. ANIL (`adapt="head"`) of Conv4 at the size of Omniglot on the `cpu` backend: as it
+runs, in one piece, and
+by hand, features first and the inner loop on them. ANIL of a transformer on the `torch` backend: as
+it runs, and the autograd loop on features that are computed once. All parameters of three networks,
+one task and four tasks in a
+loop on the `torch` backend: as it runs, and the autograd loop. Times are of the processor, medians
+and minima of blocks
 that take turns, on one thread by default: other programs on the machine hardly change their ratios.
 """
 
@@ -93,7 +97,9 @@ def line(what: str, ways: Mapping[str, Step]) -> None:
     """Print the times, and the ratios to those of the last one."""
     found = timed(ways)
     median, least = found[[*ways][-1]]
-    parts = [f"{name} {m:8.2f} ({n:.2f}) ms x{m / median:.2f} (x{n / least:.2f})" for name, (m, n) in found.items()]
+    parts = [
+        f"{name} {m:8.2f} ({n:.2f}) ms x{m / median:.2f} (x{n / least:.2f})" for name, (m, n) in found.items()
+    ]
     click.echo(f"{what:24}  " + "   ".join(parts))
 
 
@@ -129,9 +135,13 @@ def anil_on_cpu(steps: int, tasks: int = 4, shots: int = 5, queries: int = 25) -
             wrt=("params", "support_x", "query_x"),
             **options,
         )
-        return torch.autograd.grad([features, query_features], [*own.values()], [found.support_x, found.query_x])
+        return torch.autograd.grad(
+            [features, query_features], [*own.values()], [found.support_x, found.query_x]
+        )
 
-    ways = {name: whole(net, _hoisting.WORTH["cpu"] if name == "ours" else math.inf) for name, net in nets.items()}
+    ways = {
+        name: whole(net, _hoisting.WORTH["cpu"] if name == "ours" else math.inf) for name, net in nets.items()
+    }
     line(f"Conv4 head, T={tasks} K={steps}", {**ways, "by hand": by_hand})
 
 
@@ -144,7 +154,9 @@ def loop(net: nn.Module, episode: Episode, steps: int) -> None:
             for _ in range(steps):
                 loss = custom_loss(functional_call(net, theta, (x,)), y)
                 grads = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
-                theta = {name: value - RATE * g for (name, value), g in zip(theta.items(), grads, strict=True)}
+                theta = {
+                    name: value - RATE * g for (name, value), g in zip(theta.items(), grads, strict=True)
+                }
             total = total + custom_loss(functional_call(net, theta, (query_x,)), query_y)
         (total / len(episode[0])).backward()
 
@@ -190,7 +202,11 @@ def main(threads: int) -> None:
             on_torch("transformer head", Transformer(64, 2), (8, 8), tasks, steps, "head")
     click.echo('adapt="all", torch backend, a task at a time')
     mlp = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
-    for name, net, shape in (("mlp", mlp, (1,)), ("lstm", Lstm(), (10, 8)), ("transformer", Transformer(), (8, 8))):
+    for name, net, shape in (
+        ("mlp", mlp, (1,)),
+        ("lstm", Lstm(), (10, 8)),
+        ("transformer", Transformer(), (8, 8)),
+    ):
         for tasks in (1, 4):
             for steps in (1, 5):
                 on_torch(name, net, shape, tasks, steps, "all")

@@ -1,9 +1,11 @@
-"""The sinusoid experiment of the MAML paper: several settings and seeds, beside what a reproduction has measured.
+"""The sinusoid experiment of the MAML paper: several settings and seeds, beside what a reproduction
+has measured.
 
     python bench/sinusoid.py --seeds 2 --out runs/sinusoid-table
 
-Each run is one of `fastmeta train sinusoid`, in a folder of its own, and --resume goes on from what is there. Writes
-sinusoid.csv, a row for each run and number of inner steps, as soon as it is there, and sinusoid.png.
+Each run is one of `fastmeta train sinusoid`, in a folder of its own, and --resume goes on from what
+is there. Writes sinusoid.csv, a row for each run and number of inner steps, as soon as it is there,
+and sinusoid.png.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Outcome(NamedTuple):
 
 
 @click.command()
-@click.option("--setting", "settings", type=click.Choice([*SETTINGS]), multiple=True, help=f"[default: {DEFAULT}]")
+@click.option(
+    "--setting", "settings", type=click.Choice([*SETTINGS]), multiple=True, help=f"[default: {DEFAULT}]"
+)
 @click.option("--seeds", type=click.IntRange(1), default=2, help="Runs of each, from seeds 0, 1, ...")
 @click.option("--iterations", type=click.IntRange(1), default=70_000)
 @click.option("--tasks", type=click.IntRange(1), default=25)
@@ -90,7 +94,13 @@ def main(
         for name in settings or DEFAULT:
             for seed in range(seeds):
                 console.print(f"{name}, seed {seed}")
-                run = _run(out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", iterations, tasks, seed, resume)
+                run = _run(
+                    out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}",
+                    iterations,
+                    tasks,
+                    seed,
+                    resume,
+                )
                 try:
                     trained = experiment(
                         SETTINGS[name],
@@ -115,7 +125,9 @@ def main(
     for outcome in outcomes:
         for steps in STEPS:
             if diverged := outcome.errors.diverged(steps):
-                console.print(f"{outcome.setting}, seed {outcome.seed}, {steps} steps: {named(diverged)} diverged")
+                console.print(
+                    f"{outcome.setting}, seed {outcome.seed}, {steps} steps: {named(diverged)} diverged"
+                )
     plot(outcomes, out / "sinusoid.png")
     console.print(f"wrote {out / 'sinusoid.csv'} and {out / 'sinusoid.png'}")
     if failures:
@@ -129,7 +141,8 @@ def _run(out: Path, iterations: int, tasks: int, seed: int, resume: bool) -> Run
 
 
 def table(outcomes: list[Outcome], title: str) -> Table:
-    """Errors over the test tasks, of all and of those that did not diverge: means over the seeds ± their deviation."""
+    """Errors over the test tasks, of all and of those that did not diverge: means over the seeds ±
+    their deviation."""
     headings = ("setting", "seeds", "steps", "mean", "without diverged", "median", "diverged", "reference")
     table = Table(*headings, title=title, caption=f"reference: the mean of a {reported.SINUSOID_SOURCE}")
     for name, own in _by_setting(outcomes).items():
@@ -145,28 +158,40 @@ def table(outcomes: list[Outcome], title: str) -> Table:
 def _over_seeds(values: Sequence[float]) -> str:
     """Mean and, of several, standard deviation."""
     mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 and all(map(math.isfinite, values)) else mean
+    return (
+        f"{mean} ± {statistics.stdev(values):.3f}"
+        if len(values) > 1 and all(map(math.isfinite, values))
+        else mean
+    )
 
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
-    """The mean error of tasks that did not diverge over the inner steps, and the reference as points."""
+    """The mean error of tasks that did not diverge over the inner steps, and the reference as
+    points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, own in _by_setting(outcomes).items():
-        mse = [statistics.fmean(outcome.errors.rest(steps) for outcome in own) for steps in range(max(STEPS) + 1)]
+        mse = [
+            statistics.fmean(outcome.errors.rest(steps) for outcome in own) for steps in range(max(STEPS) + 1)
+        ]
         (line,) = axes.plot(mse, label=name)
         reference = [float(text.partition(" ")[0]) for text in reported.SINUSOID[SETTINGS[name]]]
         axes.plot(STEPS, reference, "o", color=line.get_color())
-    axes.set(xlabel="inner steps", ylabel="query MSE", yscale="log", title=f"points: {reported.SINUSOID_SOURCE}")
+    axes.set(
+        xlabel="inner steps", ylabel="query MSE", yscale="log", title=f"points: {reported.SINUSOID_SOURCE}"
+    )
     if outcomes:
         axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def _by_setting(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
-    return {name: [o for o in outcomes if o.setting == name] for name in dict.fromkeys(o.setting for o in outcomes)}
+    return {
+        name: [o for o in outcomes if o.setting == name]
+        for name in dict.fromkeys(o.setting for o in outcomes)
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Convolutions of the cpu backend alone: `pytest bench/test_conv2d.py` (needs pytest-benchmark).
 
-Eight equal convolutions without anything between them, so that copies in and out of the engine's layout hardly count.
-`share of peak` is that of the multiply-add peak measured in the same process.
+Eight equal convolutions without anything between them, so that copies in and out of the engine's
+layout hardly count. `share of peak` is that of the multiply-add peak measured in the same process.
 """
 
 from __future__ import annotations

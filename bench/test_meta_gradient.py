@@ -1,7 +1,7 @@
 """Microbenchmarks from the one case list: `pytest bench` (needs pytest-benchmark).
 
-`fastmeta bench` compares with other libraries; this times the cpu backend alone, part by part, to find what a change
-did. A meta-gradient is compared with the float64 reference before it is timed.
+`fastmeta bench` compares with other libraries; this times the cpu backend alone, part by part, to
+find what a change did. A meta-gradient is compared with the float64 reference before it is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from fastmeta.cases import WORKLOADS, Case
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of
 
-CASES = [case for name, cases in WORKLOADS.items() if name != "transformer" for case in cases if case.tasks <= 32]
+CASES = [
+    case for name, cases in WORKLOADS.items() if name != "transformer" for case in cases if case.tasks <= 32
+]
 PARAMS = frozenset({"params"})
 
 
@@ -31,13 +33,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def _time(benchmark: BenchmarkFixture, case: Case, wrt: frozenset[str], threads: int, dtype: torch.dtype) -> None:
+def _time(
+    benchmark: BenchmarkFixture, case: Case, wrt: frozenset[str], threads: int, dtype: torch.dtype
+) -> None:
     cpu = backends.get("cpu")
     problem = problem_of(case, dtype, 0)
     benchmark(lambda: cpu.solve(problem, wrt, False))
     if wrt and benchmark.stats is not None:
         peak = _C.fma_peak(str(dtype).removeprefix("torch."), threads)
-        benchmark.extra_info["share of peak"] = round(flops(case) / benchmark.stats.stats.median / 1e9 / peak, 3)
+        benchmark.extra_info["share of peak"] = round(
+            flops(case) / benchmark.stats.stats.median / 1e9 / peak, 3
+        )
 
 
 def _check(case: Case) -> None:
@@ -49,7 +55,9 @@ def _check(case: Case) -> None:
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("order", ["second", "first"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_meta_gradient(benchmark: BenchmarkFixture, case: Case, order: str, memory: str, threads: int) -> None:
+def test_meta_gradient(
+    benchmark: BenchmarkFixture, case: Case, order: str, memory: str, threads: int
+) -> None:
     case = replace(case, order=order, memory=memory)
     _check(case)
     benchmark.group = case.id

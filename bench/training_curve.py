@@ -1,9 +1,11 @@
-"""The same meta-training twice, by fastmeta and by a plain loop over tasks: same initial weights, same episodes.
+"""The same meta-training twice, by fastmeta and by a plain loop over tasks: same initial weights,
+same episodes.
 
     python bench/training_curve.py --data <folder of Omniglot's small sets> --out runs/curve
 
-Strided Conv4, 5-way 1-shot, on the small sets of Omniglot. Both are tested on the same held-out episodes; the time is
-that of training alone. Writes curve.csv and curve.png, and prints the ratio of the times.
+Strided Conv4, 5-way 1-shot, on the small sets of Omniglot. Both are tested on the same held-out
+episodes; the time is that of training alone. Writes curve.csv and curve.png, and prints the ratio
+of the times.
 """
 
 from __future__ import annotations
@@ -72,7 +74,12 @@ def accuracy(net: nn.Module, episodes: Episodes, inner_lr: float, steps: int) ->
 
 
 def train(
-    method: type[Fastmeta] | type[Loop], net: nn.Module, data: Episodes, tests: Episodes, inner_lr: float, every: int
+    method: type[Fastmeta] | type[Loop],
+    net: nn.Module,
+    data: Episodes,
+    tests: Episodes,
+    inner_lr: float,
+    every: int,
 ) -> list[tuple[int, float, float, float]]:
     """(iteration, seconds of training, accuracy, interval) after every so many iterations."""
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -133,17 +140,23 @@ def write(out: Path, console: Console, curves: dict[str, list[tuple[int, float, 
         writer.writerow(["method", "iteration", "seconds", "accuracy", "interval95", "threads"])
         for name, curve in curves.items():
             writer.writerows((name, *point, torch.get_num_threads()) for point in curve)
-    table = Table("iteration", *[f"{name}: accuracy" for name in curves], *[f"{name}: seconds" for name in curves])
+    table = Table(
+        "iteration", *[f"{name}: accuracy" for name in curves], *[f"{name}: seconds" for name in curves]
+    )
     for points in zip(*curves.values(), strict=True):
         scores = [f"{score:.1f} ± {interval:.1f} %" for _, _, score, interval in points]
         table.add_row(str(points[0][0]), *scores, *[f"{seconds:.1f}" for _, seconds, _, _ in points])
     console.print(table)
     ours, loop = (curve[-1] for curve in curves.values())
-    console.print(f"time {loop[1] / ours[1]:.2f} x less, accuracy {ours[2] - loop[2]:+.1f} % against the loop")
+    console.print(
+        f"time {loop[1] / ours[1]:.2f} x less, accuracy {ours[2] - loop[2]:+.1f} % against the loop"
+    )
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, column, label in zip(figure.subplots(1, 2), (0, 1), ("iteration", "seconds of training"), strict=True):
+    for axes, column, label in zip(
+        figure.subplots(1, 2), (0, 1), ("iteration", "seconds of training"), strict=True
+    ):
         for name, curve in curves.items():
             axes.plot([point[column] for point in curve], [point[2] for point in curve], "o-", label=name)
         axes.set(xlabel=label, ylabel="accuracy on held-out alphabets, %")

@@ -1,4 +1,5 @@
-// The extension module. It trusts nothing: descriptions are checked field by field, tensors come as tensors.
+// The extension module. It trusts nothing: descriptions are checked field by field, tensors come as
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,11 +13,11 @@
 #include "binding/arguments.h"
 #include "binding/describe.h"
 #include "binding/tensors.h"
-#include "cpu/machine.h"
+#include "cpu/kernels.h"
+#include "cpu/measure.h"
+#include "cpu/plan.h"
 #include "cpu/run.h"
 #include "cpu/thread_pool.h"
-#include "engine/kernels.h"
-#include "engine/plan.h"
 
 namespace py = pybind11;
 using fm::i64;
@@ -47,8 +48,8 @@ void require(bool ok, Parts... parts) {
 
 int thread_count(i64 threads, const char* who, i64 most = MOST_THREADS) {
   if (threads < 1 || threads > most)
-    throw std::invalid_argument(std::string(who) + ": threads must be from 1 to " + std::to_string(most) + ", got " +
-                                std::to_string(threads));
+    throw std::invalid_argument(std::string(who) + ": threads must be from 1 to " + std::to_string(most) +
+                                ", got " + std::to_string(threads));
   return int(threads);
 }
 
@@ -56,11 +57,13 @@ int thread_count(i64 threads, const char* who, i64 most = MOST_THREADS) {
 const fm::Plan& initialised(py::handle self) {
   if (!py::isinstance<fm::Plan>(self)) throw py::type_error("Plan: self must be a Plan");
   auto* const instance = reinterpret_cast<py::detail::instance*>(self.ptr());
-  if (!instance->get_value_and_holder().holder_constructed()) throw py::type_error("Plan: made by Plan(...) only");
+  if (!instance->get_value_and_holder().holder_constructed())
+    throw py::type_error("Plan: made by Plan(...) only");
   return self.cast<const fm::Plan&>();
 }
 
-// What Plan.run was given. A list is empty where none of its tensors is there; an item is None where that one is not.
+// What Plan.run was given. A list is empty where none of its tensors is there; an item is None
+// where that one is not.
 struct Given {
   Items data, rate, adapted_grad, adapted, grad, rate_grad, support, query, others;
   std::vector<i64> grad_offsets;  // of the parameters in grad[0], in elements; none: a tensor for each
@@ -70,7 +73,9 @@ struct Given {
 template <class S>
 class Reader {
  public:
-  Reader(const fm::Plan& plan, i64 tasks, Tensors& tensors) : plan_(plan), tensors_(tensors) { call_.tasks = tasks; }
+  Reader(const fm::Plan& plan, i64 tasks, Tensors& tensors) : plan_(plan), tensors_(tensors) {
+    call_.tasks = tasks;
+  }
 
   fm::Call<S> read(const Given& given, const std::vector<double>& step_weights) {
     const fm::Options& o = plan_.options;
@@ -83,10 +88,13 @@ class Reader {
                                                            {"rate_grad", &f.rate_grad}};
     for (const auto& [name, items] : fields) expect(name, *items, count);
     if (f.grad_offsets.empty()) expect("grad", f.grad, count);
-    expect("support", f.support, PER_BATCH), expect("query", f.query, PER_BATCH), expect("others", f.others, OTHERS);
-    require(o.gradient || (f.grad.empty() && f.rate_grad.empty()), "grad and rate_grad are for plans with gradients");
+    expect("support", f.support, PER_BATCH), expect("query", f.query, PER_BATCH),
+        expect("others", f.others, OTHERS);
+    require(o.gradient || (f.grad.empty() && f.rate_grad.empty()),
+            "grad and rate_grad are for plans with gradients");
     require(f.rate_grad.empty() || o.wants_rates, "rate_grad is for plans that want it");
-    require(step_weights.empty() || i64(step_weights.size()) == o.steps + 1, "step_weights must be steps + 1");
+    require(step_weights.empty() || i64(step_weights.size()) == o.steps + 1,
+            "step_weights must be steps + 1");
     for (double s : step_weights) require(std::isfinite(s), "step_weights must be finite");
     call_.step_weights = step_weights;
     for (size_t p = 0; p < count; ++p) read_param(given, p);
@@ -102,7 +110,8 @@ class Reader {
     call_.loss = to(f.others, "others", 3, 1);
     call_.output = to(f.others, "others", 4, outputs);
     require(!call_.loss || call_.task_losses, "others[3], the loss, needs others[2], the task losses");
-    require(o.query > 0 || (!call_.output && !call_.output_grad), "others: there is no output without a query set");
+    require(o.query > 0 || (!call_.output && !call_.output_grad),
+            "others: there is no output without a query set");
     return std::move(call_);
   }
 
@@ -115,8 +124,9 @@ class Reader {
   void read_param(const Given& given, size_t p) {
     const fm::Param& param = plan_.params[p];
     const i64 numel = param.numel(), tasks = call_.tasks, own = param.per_task ? times(tasks, numel) : numel;
-    const i64 rates = times(times(param.rate_per_step ? plan_.options.steps : 1, param.rate_per_task ? tasks : 1),
-                            param.rate_element ? numel : 1);
+    const i64 rates =
+        times(times(param.rate_per_step ? plan_.options.steps : 1, param.rate_per_task ? tasks : 1),
+              param.rate_element ? numel : 1);
     fm::ParamPointers<S> at;
     at.data = in(given.data, "data", p, own);
     require(at.data, "data[", i64(p), "] must be a tensor, got None");
@@ -163,7 +173,8 @@ class Reader {
   void read_batch(const char* field, const Items& items, fm::BatchPointers<S>& batch, i64 examples, i64 sets,
                   const fm::LossSpec& loss, bool wants_x) {
     const auto &x = plan_.values[0], &out = plan_.values[plan_.output];
-    const bool none = items.empty() || std::all_of(items.begin(), items.end(), [](auto i) { return i.is_none(); });
+    const bool none =
+        items.empty() || std::all_of(items.begin(), items.end(), [](auto i) { return i.is_none(); });
     const bool has_loss = loss.kind != fm::LossKind::none, classes = loss.class_indices;
     require(examples > 0 || none, field, " must be empty, as the plan has none");
     require(examples == 0 || !none, field, "[0], the inputs, must be a tensor");
@@ -171,8 +182,8 @@ class Reader {
     const i64 all = times(times(call_.tasks, sets), examples), values = times(all, out.rows * out.cols);
     batch.x = in(items, field, 0, times(all, x.rows * x.cols));
     require(batch.x, field, "[0], the inputs, must be a tensor, got None");
-    batch.y =
-        tensors_.read(items[1], {field, 1}, classes ? times(all, out.rows) : values, classes ? Number::i64 : number());
+    batch.y = tensors_.read(items[1], {field, 1}, classes ? times(all, out.rows) : values,
+                            classes ? Number::i64 : number());
     require(has_loss ? batch.y != nullptr : items[1].is_none(), field,
             "[1], the targets, must be there where there is a loss, and only there");
     batch.weights = in(items, field, 2, all);
@@ -183,18 +194,22 @@ class Reader {
     batch.grad_y = to(items, field, 5, values);
     batch.grad_weights = to(items, field, 6, all);
     require(!batch.grad_x || wants_x, field, "[4], the inputs' gradient, is for plans that want it");
-    require(!batch.grad_y || (has_loss && !classes), field, "[5]: only targets of a loss that are no classes have one");
-    require(plan_.options.gradient || (!batch.grad_y && !batch.grad_weights), field, ": the plan has no gradients");
+    require(!batch.grad_y || (has_loss && !classes), field,
+            "[5]: only targets of a loss that are no classes have one");
+    require(plan_.options.gradient || (!batch.grad_y && !batch.grad_weights), field,
+            ": the plan has no gradients");
   }
 
   static i64 times(i64 a, i64 b) {
     i64 product;
-    require(!__builtin_mul_overflow(a, b, &product) && product <= (i64(1) << 60), "tasks are too many for the sizes");
+    require(!__builtin_mul_overflow(a, b, &product) && product <= (i64(1) << 60),
+            "tasks are too many for the sizes");
     return product;
   }
   static constexpr Number number() { return sizeof(S) == 4 ? Number::f32 : Number::f64; }
   const S* in(const Items& items, const char* field, size_t i, i64 count) {
-    return items.empty() ? nullptr : static_cast<const S*>(tensors_.read(items[i], {field, i}, count, number()));
+    return items.empty() ? nullptr
+                         : static_cast<const S*>(tensors_.read(items[i], {field, i}, count, number()));
   }
   S* to(const Items& items, const char* field, size_t i, i64 count) {
     return items.empty() ? nullptr : static_cast<S*>(tensors_.write(items[i], {field, i}, count, number()));
@@ -209,15 +224,15 @@ class Reader {
 };
 
 template <class S>
-int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given, const std::vector<double>& step_weights,
-           bool poison, Tensors& tensors) {
+int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given,
+           const std::vector<double>& step_weights, bool poison, Tensors& tensors) {
   const fm::Call<S> call = Reader<S>(plan, tasks, tensors).read(given, step_weights);
   py::gil_scoped_release release;
   return int(fm::run(plan, call, threads, poison));
 }
 
-// Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights, output_grad,
-// task_losses, loss, output.
+// Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights,
+// output_grad, task_losses, loss, output.
 int run_plan(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"self",         "tasks",   "threads", "data",         "rate",
                                       "adapted_grad", "adapted", "grad",    "grad_offsets", "rate_grad",
@@ -242,8 +257,8 @@ int run_plan(const py::args& args, const py::kwargs& kwargs) {
                         : run_as<float>(plan, tasks, threads, all, step_weights, poison, tensors);
 }
 
-// A plan is made by __new__, so that there is none without a description; and an allocation that fails while pybind11
-// registers an object that __init__ has made would end the process.
+// A plan is made by __new__, so that there is none without a description; and an allocation that
+// fails while pybind11 registers an object that __init__ has made would end the process.
 py::object new_plan(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"cls", "is_double", "values", "layers", "params", "output", "options"};
   const auto given = fm::binding::arguments("Plan", names, args, kwargs);
@@ -261,7 +276,8 @@ double fma_peak(const py::args& args, const py::kwargs& kwargs) {
   const std::string dtype = Part{"fma_peak", "dtype"}.text(given[0]);
   if (dtype != "float32" && dtype != "float64")
     throw std::invalid_argument("fma_peak: dtype must be 'float32' or 'float64'");
-  const int threads = thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak", most_measured());
+  const int threads =
+      thread_count(Part{"fma_peak", "threads"}.integer(given[1]), "fma_peak", most_measured());
   py::gil_scoped_release release;
   return fm::fma_peak(dtype == "float64", threads);
 }
@@ -273,8 +289,9 @@ double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
   const int threads =
       thread_count(Part{"cache_bandwidth", "threads"}.integer(given[1]), "cache_bandwidth", most_measured());
   if (bytes < 1 || bytes > MOST_BYTES / threads)
-    throw std::invalid_argument("cache_bandwidth: bytes must be positive, and 2^30 at most on all threads, got " +
-                                std::to_string(bytes));
+    throw std::invalid_argument(
+        "cache_bandwidth: bytes must be positive, and 2^30 at most on all threads, got " +
+        std::to_string(bytes));
   py::gil_scoped_release release;
   return fm::stream_bandwidth(size_t(bytes), threads);
 }
@@ -298,7 +315,8 @@ PYBIND11_MODULE(_C, m) {
       .def_static("__new__", &new_plan)
       .def(py::init(&no_init), "Plan(is_double, values, layers, params, output, options)")
       .def("run", &run_plan,
-           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, grad_offsets, rate_grad, support, query, "
+           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, grad_offsets, rate_grad, support, "
+           "query, "
            "others, step_weights, poison)")
       .def_property_readonly("workspace_bytes",
                              [](py::handle self) {

@@ -1,4 +1,5 @@
-"""An encoder trained through a head: `python examples/closed_form_heads.py [--head logistic] [--iterations 400]`."""
+"""An encoder trained through a head:
+`python examples/closed_form_heads.py [--head logistic] [--iterations 400]`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Four examples with soft labels that stand for a data set: `python examples/distillation.py [iterations]`.
+"""Four examples with soft labels that stand for a data set:
+`python examples/distillation.py [iterations]`.
 
 A task is a fresh initialisation of the network, so that the examples serve all of them.
 
-Source: Wang, Zhu, Torralba, Efros, "Dataset Distillation" (2018); soft labels: Sucholutsky, Schonlau, "Soft-Label
-Dataset Distillation and Text Dataset Distillation" (2019).
+Source: Wang, Zhu, Torralba, Efros, "Dataset Distillation" (2018); soft labels: Sucholutsky,
+Schonlau, "Soft-Label Dataset Distillation and Text Dataset Distillation" (2019).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def initialisations() -> dict[str, Tensor]:
 
 
 def main(iterations: int = 400) -> tuple[float, float]:
-    """Distil, and return the mean loss on the data set over the first and the last tenth of the iterations."""
+    """Distil, and return the mean loss on the data set over the first and the last tenth of the
+    iterations."""
     torch.manual_seed(0)
     angle = 6.28 * torch.rand(300)
     x = torch.stack((angle.cos(), angle.sin()), -1) + 0.2 * torch.randn(300, 2)
@@ -44,7 +46,9 @@ def main(iterations: int = 400) -> tuple[float, float]:
     losses = []
     for _ in range(iterations):
         sets = points.expand(TASKS, 4, 2), labels.softmax(-1).expand(TASKS, 4, 3)
-        trained = fm.inner_sgd(net, initialisations(), *sets, loss="cross_entropy", lr=log_lr.exp(), steps=STEPS)
+        trained = fm.inner_sgd(
+            net, initialisations(), *sets, loss="cross_entropy", lr=log_lr.exp(), steps=STEPS
+        )
         output = fm.task_forward(net, trained, x.expand(TASKS, 300, 2))
         loss = F.cross_entropy(output.flatten(0, 1), y.repeat(TASKS))
         optimizer.zero_grad()

@@ -1,4 +1,5 @@
-"""An encoder in plain PyTorch before a head that adapts: `python examples/features.py [iterations]`."""
+"""An encoder in plain PyTorch before a head that adapts:
+`python examples/features.py [iterations]`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ import fastmeta as fm
 def main(iterations: int = 2_000) -> tuple[float, float]:
     """Train, and return the mean loss over the first and the last hundred meta-batches."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())  # any module, run by PyTorch
+    encoder = nn.Sequential(
+        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU()
+    )  # any module, run by PyTorch
     head = fm.MAML(nn.Linear(40, 1), loss="mse", inner_lr=0.05, inner_steps=3)
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=1e-3)
     losses = []

@@ -1,6 +1,8 @@
-"""An L2 coefficient for every parameter, learned with MAML: `python examples/learned_l2.py [iterations]`.
+"""An L2 coefficient for every parameter, learned with MAML:
+`python examples/learned_l2.py [iterations]`.
 
-The support loss is L(theta) + sum_l omega_l / 2 ||theta_l||^2. Its gradient is that of L, from the kernels, plus
+The support loss is L(theta) + sum_l omega_l / 2 ||theta_l||^2. Its gradient is that of L, from the
+kernels, plus
 omega_l theta_l, from autograd: what `fastmeta.task_gradient` is for.
 """
 
@@ -17,9 +19,16 @@ import fastmeta as fm
 
 
 def inner_loop(
-    net: nn.Module, l2: Mapping[str, Tensor], x: Tensor, y: Tensor, lr: float, steps: int, backend: str = "auto"
+    net: nn.Module,
+    l2: Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: float,
+    steps: int,
+    backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """The parameters of every task, name -> [T, *shape], differentiable in the network's and in the coefficients."""
+    """The parameters of every task, name -> [T, *shape], differentiable in the network's and in the
+    coefficients."""
     theta = dict(net.named_parameters())
     for _ in range(steps):
         g = fm.task_gradient(net, theta, x, y, loss="mse", backend=backend)
@@ -32,7 +41,9 @@ def main(iterations: int = 1_000) -> tuple[float, float]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
     raw = {name: torch.full((), -5.0, requires_grad=True) for name, _ in net.named_parameters()}
-    optimizer = torch.optim.Adam([{"params": net.parameters()}, {"params": raw.values(), "lr": 1e-2}], lr=1e-3)
+    optimizer = torch.optim.Adam(
+        [{"params": net.parameters()}, {"params": raw.values(), "lr": 1e-2}], lr=1e-3
+    )
     losses = []
     for support_x, support_y, query_x, query_y in fm.data.Sinusoid(tasks=25, shots=5, iterations=iterations):
         l2 = {name: F.softplus(value) for name, value in raw.items()}

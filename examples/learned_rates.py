@@ -1,4 +1,5 @@
-"""Meta-SGD: a learned inner learning rate for each weight and step: `python examples/learned_rates.py [iterations]`."""
+"""Meta-SGD: a learned inner learning rate for each weight and step:
+`python examples/learned_rates.py [iterations]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights of noisy training examples, learned on a few clean ones: `python examples/reweighting.py [iterations]`.
+"""Weights of noisy training examples, learned on a few clean ones:
+`python examples/reweighting.py [iterations]`.
 
 Source: Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep Learning" (2018).
 """
@@ -14,7 +15,8 @@ import fastmeta as fm
 
 
 def main(iterations: int = 200) -> tuple[float, float]:
-    """Learn the weights, and return the mean weight of the examples with wrong labels and of the others."""
+    """Learn the weights, and return the mean weight of the examples with wrong labels and of the
+    others."""
     torch.manual_seed(0)
     x, clean_x = torch.randn(1, 60, 2), torch.randn(1, 20, 2)  # one task
     y, clean_y = (points.sum(-1).gt(0).long() for points in (x, clean_x))
@@ -32,7 +34,10 @@ def main(iterations: int = 200) -> tuple[float, float]:
         optimizer.step()
     weights = logits.detach().sigmoid()
     found = weights[wrong].mean().item(), weights[~wrong].mean().item()
-    print(f"mean weight {found[0]:.2f} of wrong labels, {found[1]:.2f} of right ones; clean loss {loss.item():.3f}")
+    print(
+        f"mean weight {found[0]:.2f} of wrong labels, {found[1]:.2f} of right ones; clean loss "
+        f"{loss.item():.3f}"
+    )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order meta-gradients, fused."""
+"""Gradient-based meta-learning in PyTorch: per-task inner loops and exact second-order
+meta-gradients, fused."""
 
 from fastmeta import data, heads, models
 from fastmeta.algorithms import (

@@ -1,4 +1,5 @@
-"""A dictionary that forgets: every cache of the project is one, so that none grows with the number of calls."""
+"""A dictionary that forgets: every cache of the project is one, so that none grows with the number
+of calls."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ _V = TypeVar("_V")
 class Bounded(dict[_K, _V]):
     """What came first is dropped when there are too many entries, or when they weigh too much.
 
-    Values come in by `put`. To read is to read a dict, which hot paths do: `used` tells which entry shall stay longer.
+    Values come in by `put`. To read is to read a dict, which hot paths do: `used` tells which entry
+    shall stay longer.
 
     Args:
         entries: at most so many.
-        weight: at most so much in all; the newest entry stays whatever it weighs. None: not weighed.
+        weight: at most so much in all; the newest entry stays whatever it weighs. None: not
+            weighed.
         weigh: the weight of a value, in bytes for example, asked when it is put in.
         dropped: called with each value that had to go to make room.
     """
@@ -43,7 +46,9 @@ class Bounded(dict[_K, _V]):
         if self._weigh is not None:
             self._weights[key] = self._weigh(value)
             self._total += self._weights[key]
-        while len(self) > self._entries or (self._most is not None and self._total > self._most and len(self) > 1):
+        while len(self) > self._entries or (
+            self._most is not None and self._total > self._most and len(self) > 1
+        ):
             oldest = next(iter(self))
             gone = self[oldest]
             self.drop(oldest)
@@ -63,7 +68,8 @@ class Bounded(dict[_K, _V]):
 
 
 class Known(Generic[_K, _V]):
-    """What was found out about networks: something under each of at most `entries` keys a network, gone with it."""
+    """What was found out about networks: something under each of at most `entries` keys a network,
+    gone with it."""
 
     def __init__(self, entries: int) -> None:
         self._entries = entries

@@ -6,4 +6,5 @@ class BackendUnavailable(RuntimeError):
 
 
 class CaptureError(RuntimeError):
-    """The captured layer program does not compute what the module computes; the message says where."""
+    """The captured layer program does not compute what the module computes; the message says
+    where."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from fastmeta import backends
 from fastmeta.backends import _hoisting
 from fastmeta.backends._autocast import said
+from fastmeta.graph.program import normalises
 from fastmeta.network.functional import norms_by_batch
-from fastmeta.network.program import normalises
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
 from fastmeta.undisturbed import undrawn
@@ -22,7 +22,8 @@ class Explanation:
         backend: its name.
         what: the call in one line.
         runs: what the backend says of itself.
-        cost: multiply-adds of one meta-step by memory mode; empty where the network was not captured.
+        cost: multiply-adds of one meta-step by memory mode; empty where the network was not
+            captured.
         refused: backend -> why it does not run this.
         conventions: what a user may not expect.
     """
@@ -44,7 +45,8 @@ class Explanation:
 
 
 def explain(call: Call) -> Explanation:
-    """How a checked call runs. Reads shapes and options, and may run two tasks once on the `torch` backend."""
+    """How a checked call runs. Reads shapes and options, and may run two tasks once on the `torch`
+    backend."""
     return undrawn(call.plan.shapes.device, _explanation, call)
 
 
@@ -67,18 +69,22 @@ def _explained(call: Call) -> Explanation:
         runs = call.plan.backend.describe(problem, wrt)
     elif hasattr(call.plan.backend, "notes"):
         runs = call.plan.backend.notes(problem)
-    return Explanation(chosen, _what(problem), tuple(runs), _cost(call, chosen), refused, _conventions(problem, chosen))
+    return Explanation(
+        chosen, _what(problem), tuple(runs), _cost(call, chosen), refused, _conventions(problem, chosen)
+    )
 
 
 def in_steps(whole: Explanation, queries: int) -> Explanation:
-    """The explanation of a chain of inner steps, each a call of its own, from that of the whole in one call.
+    """The explanation of a chain of inner steps, each a call of its own, from that of the whole in
+    one call.
 
     Args:
         whole: its cost is not that of the chain, which is left out.
         queries: how many query losses there are.
     """
     line = (
-        "each inner step is a call of its own and is run again on the way back: one more gradient of every step than "
+        "each inner step is a call of its own and is run again on the way back: one more gradient of every "
+        "step than "
         f'in one call with memory="store"; query losses are computed {queries} times'
     )
     return replace(whole, cost={}, conventions=(line, *whole.conventions))
@@ -136,16 +142,20 @@ def _conventions(problem: Problem, chosen: str) -> tuple[str, ...]:
     lines = [autocast] if autocast else []
     if problem.batch_stats == "module" and _normalises_by_batch(problem):
         lines.append(
-            "batch norms in training mode use the statistics of the task's own batch (transductive: query examples are "
-            "normalised together), and leave the running statistics alone"
+            "batch norms in training mode use the statistics of the task's own batch (transductive: query "
+            "examples are normalised together), and leave the running statistics alone"
         )
     elif _normalises_by_batch(problem):
         lines.append(
-            "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query examples "
-            "are normalised together), and leaves the running statistics alone"
+            "batch norm uses the statistics of the task's own batch, in eval mode too (transductive: query "
+            "examples are normalised together), and leaves the running statistics alone"
         )
     if problem.task_chunk is not None and chosen != "torch":
-        lines.append(f"task_chunk={problem.task_chunk} has no use here: only the torch backend runs tasks side by side")
+        lines.append(
+            f"task_chunk={problem.task_chunk} has no use here: only the torch backend runs tasks side by side"
+        )
     if problem.order == "first" and problem.steps and problem.query is not None:
-        lines.append("first order: derivatives of the inner gradients are dropped; the meta-gradient is not exact")
+        lines.append(
+            "first order: derivatives of the inner gradients are dropped; the meta-gradient is not exact"
+        )
     return tuple(lines)

@@ -1,8 +1,9 @@
 """Tensors with memory of their own: kernels read nothing else.
 
-A tensor may have none (freed storage, as FSDP leaves it; fake and meta tensors; zero-tensors), or keep its numbers in
-other tensors that only its class knows of (DTensor and other wrapper subclasses). A subclass that changes no more than
-what functions do (`__torch_function__`, made by `as_subclass`) is an ordinary tensor underneath, and is read as one.
+A tensor may have none (freed storage, as FSDP leaves it; fake and meta tensors; zero-tensors), or
+keep its numbers in other tensors that only its class knows of (DTensor and other wrapper
+subclasses). A subclass that changes no more than what functions do (`__torch_function__`, made by
+`as_subclass`) is an ordinary tensor underneath, and is read as one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
 
 
 def all_known(*groups: Any) -> bool:
-    """Whether these, and what is in these mappings and tuples, are all of a class that needs no look: cheap."""
+    """Whether these, and what is in these mappings and tuples, are all of a class that needs no
+    look: cheap."""
     for group in groups:
         if group.__class__ in KNOWN:
             continue
@@ -43,7 +45,8 @@ def _members(group: Any) -> Iterable[Any]:
 
 
 def plain(given: Any) -> Any:
-    """`given`, tensors of subclasses without their class: a tensor, or a mapping or a named tuple of tensors.
+    """`given`, tensors of subclasses without their class: a tensor, or a mapping or a named tuple
+    of tensors.
 
     What is no ordinary tensor underneath stays as it is, for `check_ordinary` to refuse.
     """
@@ -67,33 +70,46 @@ def check_ordinary(what: str, tensor: Tensor) -> None:
         tensor: of any class.
 
     Raises:
-        TypeError: it is of a class that keeps its numbers elsewhere; sparse, nested or quantised; one of torch.func's
-            wrappers.
+        TypeError: it is of a class that keeps its numbers elsewhere; sparse, nested or quantised;
+            one of torch.func's wrappers.
         ValueError: its storage is freed or too small; it is on the meta device.
     """
     if type(tensor) not in _PLAIN and _dispatches(tensor):
         name = type(tensor).__name__
-        ways = {"DTensor": "`.full_tensor()` or `.to_local()`", "FakeTensor": "a tensor made outside of FakeTensorMode"}
+        ways = {
+            "DTensor": "`.full_tensor()` or `.to_local()`",
+            "FakeTensor": "a tensor made outside of FakeTensorMode",
+        }
         way = ways.get(name, "the tensor inside")
-        raise TypeError(f"{what} must be an ordinary tensor, got {name}, which has no memory of its own: pass {way}")
+        raise TypeError(
+            f"{what} must be an ordinary tensor, got {name}, which has no memory of its own: pass {way}"
+        )
     with torch._C.DisableTorchFunctionSubclass():
         if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
-            raise TypeError(f"{what} must be an ordinary tensor: torch.vmap and torch.func do not reach into fastmeta")
+            raise TypeError(
+                f"{what} must be an ordinary tensor: torch.vmap and torch.func do not reach into fastmeta"
+            )
         if tensor.layout != torch.strided or tensor.is_nested:
-            raise TypeError(f"{what} must be a dense tensor, got {'nested, ' * tensor.is_nested}{tensor.layout}")
+            raise TypeError(
+                f"{what} must be a dense tensor, got {'nested, ' * tensor.is_nested}{tensor.layout}"
+            )
         if tensor.is_quantized:
             raise TypeError(f"{what} must be a dense tensor, got {tensor.dtype}: pass `.dequantize()`")
         if tensor.is_meta:
             raise ValueError(
-                f"{what} must be on cpu or where else there is memory, got meta, where tensors have a shape only"
+                f"{what} must be on cpu or where else there is memory, got meta, where tensors have a shape "
+                "only"
             )
         if tensor._is_zerotensor():
-            raise TypeError(f"{what} must be an ordinary tensor, got a zero-tensor without memory: use torch.zeros")
+            raise TypeError(
+                f"{what} must be an ordinary tensor, got a zero-tensor without memory: use torch.zeros"
+            )
         if not has_memory(tensor):
             there = tensor.untyped_storage().nbytes()
             raise ValueError(
-                f"{what} must have memory, got {tuple(tensor.shape)} {tensor.dtype} on a storage of {there} bytes, "
-                "freed or too small: if it is sharded (FSDP), gather it before (`summon_full_params`, `unshard`)"
+                f"{what} must have memory, got {tuple(tensor.shape)} {tensor.dtype} on a storage of {there} "
+                "bytes, freed or too small: if it is sharded (FSDP), gather it before (`summon_full_params`, "
+                "`unshard`)"
             )
 
 
@@ -105,7 +121,9 @@ def has_memory(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         last = numel
     else:
-        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
     try:
         there = tensor.untyped_storage().nbytes()
         return bool((tensor.storage_offset() + last) * tensor.itemsize <= there and tensor.data_ptr())
@@ -114,7 +132,8 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def savable(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """`tensors`, as PyTorch lets them be saved for a backward pass: those of inference mode as copies.
+    """`tensors`, as PyTorch lets them be saved for a backward pass: those of inference mode as
+    copies.
 
     Raises:
         ValueError: one of inference mode requires grad; PyTorch computes no gradient of it.
@@ -124,8 +143,9 @@ def savable(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
         if tensor is not None and tensor.is_inference():
             if tensor.requires_grad:
                 raise ValueError(
-                    f"a tensor of shape {tuple(tensor.shape)} requires grad, but was made in torch.inference_mode, "
-                    "where there are no gradients: make the network (`net`) and its input outside of it"
+                    f"a tensor of shape {tuple(tensor.shape)} requires grad, but was made in "
+                    "torch.inference_mode, where there are no gradients: make the network (`net`) and its "
+                    "input outside of it"
                 )
             tensors[at] = tensor.clone()
     return tensors

@@ -5,10 +5,11 @@ An operator (`fastmeta.ops`) checks what the user gave and writes it down as a `
 
 The scalar whose gradients a backend returns is
 
-    J = sum_t c_t * sum_k s_k * Q_t(theta_{t,k})  +  <adapted_grad, theta_K>  +  <output_grad, output>
+    J = sum_t c_t * sum_k s_k * Q_t(theta_{t,k}) + <adapted_grad, theta_K> + <output_grad, output>
 
-with c_t = task_weights[t] / T (1 / T when `task_weights` is None), s_k = `step_weights[k]` and Q_t the query
-loss of task t. A term whose ingredients are absent (no query loss, no cotangent) is absent from the sum.
+with c_t = task_weights[t] / T (1 / T when `task_weights` is None), s_k = `step_weights[k]` and Q_t
+the query loss of task t. A term whose ingredients are absent (no query loss, no cotangent) is
+absent from the sum.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch import dtype as Dtype
 
 if TYPE_CHECKING:
+    from fastmeta.graph.program import Program
     from fastmeta.losses import Loss
-    from fastmeta.network.program import Program
     from fastmeta.network.swap import Exchange
     from fastmeta.update_rules import SGD
 
@@ -39,7 +40,8 @@ DIFFERENTIABLE = (
 )
 
 
-#: memory="auto" stores activations while what they take (see `Problem.memory`) stays below this many bytes.
+#: memory="auto" stores activations while what they take (see `Problem.memory`) stays below this
+#: many bytes.
 STORE_AT_MOST = 256 << 20
 
 
@@ -51,8 +53,9 @@ class Scratch(dict[str, Any]):
 class Batch:
     """The support or the query sets of all tasks.
 
-    `x` is [T, N, *in], or [T, K, N, *in] for a support set with `per_step`; `y` has the same leading
-    dimensions and is None where no loss is asked for; `weights` is [T, N] or [T, K, N] or None.
+    `x` is [T, N, *in], or [T, K, N, *in] for a support set with `per_step`; `y` has the same
+    leading dimensions and is None where no loss is asked for; `weights` is [T, N] or [T, K, N] or
+    None.
     """
 
     x: Tensor
@@ -63,9 +66,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Captures:
-    """What is wanted of the tensors that require grad and that the network or a loss reads past its arguments.
+    """What is wanted of the tensors that require grad and that the network or a loss reads past its
+    arguments.
 
-    Backends that run a layer program need not look for any: a network or a loss that reads one does not get to them.
+    Backends that run a layer program need not look for any: a network or a loss that reads one does
+    not get to them.
     """
 
     gradients: bool  # else only which they are; their gradients are then zeros
@@ -93,15 +98,21 @@ class Problem:
     loss: Loss | None = None  # support loss; None iff support is None
     query_loss: Loss | None = None  # None iff query is None or query.y is None
     rates: dict[str, Tensor] = field(default_factory=dict)
-    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between, K counted at least
-    #   1 when steps == 0; a parameter without an entry is not adapted
+    # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between,
+    # K counted at least   1 when steps == 0; a parameter without an entry is not adapted
     rule: SGD | None = None  # None iff support is None
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
     task_weights: Tensor | None = None  # [T]
-    memory: str = "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
-    task_chunk: int | None = None  # at most so many tasks at a time, where a backend runs all of them side by side
-    batch_stats: str = "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
+    memory: str = (
+        "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
+    )
+    task_chunk: int | None = (
+        None  # at most so many tasks at a time, where a backend runs all of them side by side
+    )
+    batch_stats: str = (
+        "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
+    )
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
     output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
     program: Program | None = None  # the captured network, or None
@@ -109,8 +120,9 @@ class Problem:
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
     autocast: Dtype | None = None  # what forward passes compute in; the `torch` backend's own
     scratch: Scratch = field(default_factory=Scratch)
-    # ^ a place for what a backend derives from everything but values and strides of tensors: the operators hand over
-    #   the same dict with every problem that differs from an earlier one in those only (same `wrt` and `adapted` too)
+    # ^ a place for what a backend derives from everything but values and strides of tensors: the
+    # operators hand over   the same dict with every problem that differs from an earlier one in
+    # those only (same `wrt` and `adapted` too)
     frozen: frozenset[str] = frozenset()  # parameters whose gradients nobody reads: they may be zeros
     captures: Captures | None = None  # None: nothing is wanted of captured tensors
     third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
@@ -121,7 +133,8 @@ class Problem:
 class Gradients:
     """Gradients of J, None where not asked for; shapes are those of the problem's own tensors.
 
-    `params` holds every parameter (zeros where J does not depend on it), `lr` every entry of `rates`.
+    `params` holds every parameter (zeros where J does not depend on it), `lr` every entry of
+    `rates`.
     """
 
     params: dict[str, Tensor] | None = None
@@ -132,13 +145,16 @@ class Gradients:
     query_x: Tensor | None = None
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
-    flat_params: Tensor | None = None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
+    flat_params: Tensor | None = (
+        None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
+    )
     captured: list[tuple[Tensor, Tensor]] | None = None  # (tensor, gradient), where `captures` asked for it
 
 
 @dataclass(slots=True)
 class Result:
-    """The answer to a problem; all tensors are fresh, detached and own (or share among themselves) their memory."""
+    """The answer to a problem; all tensors are fresh, detached and own (or share among themselves)
+    their memory."""
 
     task_losses: Tensor | None = None  # [T]: sum_k s_k Q_t(theta_k), unweighted; None without a query loss
     output: Tensor | None = None  # [T, M, *out] at theta_K; None without a query

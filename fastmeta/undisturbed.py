@@ -1,7 +1,9 @@
-"""Whatever is raised in a call, and wherever, torch's global state is afterwards what it was before.
+"""Whatever is raised in a call, and wherever, torch's global state is afterwards what it was
+before.
 
-Context managers written in Python can be interrupted between what they set and the block that they guard, by the
-handler of a signal or by an exception set from another thread. What they leave behind then is put back here.
+Context managers written in Python can be interrupted between what they set and the block that they
+guard, by the handler of a signal or by an exception set from another thread. What they leave behind
+then is put back here.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ _called = methodcaller("__call__")
 
 
 def undisturbed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function(*args)`; if it raises, gradient mode, modes, transforms, hooks and flags are what they were."""
+    """`function(*args)`; if it raises, gradient mode, modes, transforms, hooks and flags are what
+    they were."""
     before = _State()
     try:
         try:
@@ -75,7 +78,8 @@ def undrawn(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
 
 
 def abandon(error: BaseException | None) -> None:
-    """Have context managers that were interrupted as they were entered go now, not when the last trace of the error
+    """Have context managers that were interrupted as they were entered go now, not when the last
+    trace of the error
     does: they still put back what they had found, which by then may be somebody else's."""
     while error is not None:
         clear_frames(error.__traceback__)
@@ -83,8 +87,9 @@ def abandon(error: BaseException | None) -> None:
 
 
 def asynchronous(error: BaseException) -> bool:
-    """Whether an exception comes from outside of the code that it came up in: not an `Exception`, or raised by the
-    handler of a signal. Who would go on another way after an error of the code's own lets it pass."""
+    """Whether an exception comes from outside of the code that it came up in: not an `Exception`,
+    or raised by the handler of a signal. Who would go on another way after an error of the code's
+    own lets it pass."""
     if not isinstance(error, Exception):
         return True
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
@@ -93,7 +98,8 @@ def asynchronous(error: BaseException) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """The code of a function, a method or an object that is called, None where it is not Python's."""
+    """The code of a function, a method or an object that is called, None where it is not
+    Python's."""
     for called in (getattr(function, "__func__", function), type(function).__call__):
         if hasattr(called, "__code__"):
             return called.__code__
@@ -101,7 +107,8 @@ def _code(function: Any) -> Any:
 
 
 class _State:
-    """torch's state, of this thread and of the process, as far as a forward pass or fastmeta changes it for a time."""
+    """torch's state, of this thread and of the process, as far as a forward pass or fastmeta
+    changes it for a time."""
 
     def __init__(self) -> None:
         with LOCK:  # flags are of the process: not those of another thread's forward pass

@@ -14,7 +14,9 @@ from fastmeta.kernels.passes import Node, Pass, Sinks
 def _sum(a, b, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    tl.store(out + at, tl.load(a + at, mask=mask, other=0.0) + tl.load(b + at, mask=mask, other=0.0), mask=mask)
+    tl.store(
+        out + at, tl.load(a + at, mask=mask, other=0.0) + tl.load(b + at, mask=mask, other=0.0), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["size"])

@@ -1,4 +1,5 @@
-"""avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means too."""
+"""avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means
+too."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from fastmeta.kernels.passes import Node, Pass, Sinks
 
 @triton.jit
 def _window(o, SIZE, OUT, K, S, P, ADAPTIVE: tl.constexpr):
-    """(begin, end, end within the padded image) of window o along one dimension; begin and end within the image."""
+    """(begin, end, end within the padded image) of window o along one dimension; begin and end
+    within the image."""
     if ADAPTIVE:
         begin = o * SIZE // OUT
         end = ((o + 1) * SIZE + OUT - 1) // OUT

@@ -1,5 +1,5 @@
-"""From the sums of chunks to what each channel's rows are multiplied by: docs/norms.md, one program for some groups
-of a task.
+"""From the sums of chunks to what each channel's rows are multiplied by: docs/norms.md, one program
+for some groups of a task.
 
 [blocks, 5, C]: the coefficients of x - mean, dy, rdy and rx, and the constant.
 """
@@ -91,7 +91,9 @@ def forward_coefficients(
                 d = tl.load(parts + at, mask=mask, other=0.0) - mu
                 seen += rows
                 mu += d * (rows / seen)
-                squares += tl.load(parts + at + C, mask=mask, other=0.0) + d * d * (rows * (1.0 - rows / seen))
+                squares += tl.load(parts + at + C, mask=mask, other=0.0) + d * d * (
+                    rows * (1.0 - rows / seen)
+                )
             whole = _of_group(mu, mask) / size
             off = mu - whole
             var = _of_group(squares + off * off * R, mask) / (tl.cast(R, dtype) * size)
@@ -161,7 +163,9 @@ def backward_coefficients(
     if to is not None:
         deliver(dw, c, mask, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+        deliver(
+            db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
+        )
 
 
 @triton.jit(do_not_specialize=["per_task", "chunks", "R"])
@@ -282,4 +286,6 @@ def tangent_backward_coefficients(
     if to is not None:
         deliver(dw, c, mask, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+        deliver(
+            db, c, mask, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
+        )

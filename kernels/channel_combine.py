@@ -108,7 +108,8 @@ def pooled(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """forward: the largest of each window of the combination of x, and where it is; tangent: the combination there."""
+    """forward: the largest of each window of the combination of x, and where it is; tangent: the
+    combination there."""
     tiles_c = tl.cdiv(C, BC)
     tiles = tl.cdiv(R, BR) * tiles_c
     block = (tl.program_id(0) // tiles).to(tl.int64)

@@ -1,9 +1,10 @@
-"""What batch norm and group norm share: docs/norms.md as sums over rows and linear combinations of rows.
+"""What batch norm and group norm share: docs/norms.md as sums over rows and linear combinations of
+rows.
 
-A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm an example. A group
-is so many of its channels; of batch norm, one. Sums go over chunks of rows that the shapes alone fix. A small kernel
-turns them into coefficients, and one pass combines the rows. A max-pool over windows side by side is done on the way:
-what is not pooled is never written down.
+A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm
+an example. A group is so many of its channels; of batch norm, one. Sums go over chunks of rows that
+the shapes alone fix. A small kernel turns them into coefficients, and one pass combines the rows. A
+max-pool over windows side by side is done on the way: what is not pooled is never written down.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _BR, _BC = 64, 32
 _BR_SUMS = 32
 #: Channels whose coefficients one program makes, but for larger groups.
 _COEFFICIENTS = 128
-#: Rows of a chunk, at least, tiles of a chunk where a convolution has summed them, and chunks, at most.
+#: Rows of a chunk, at least, tiles of a chunk where a convolution has summed them, and chunks, at
+#: most.
 _CHUNK, _TILES, _CHUNKS = 256, 32, 16
 
 
@@ -157,7 +159,7 @@ class ChannelNorm:
         )
         self._input_gradient(sinks, dy, rdy)
 
-    # ---- launches ---------------------------------------------------------------------------------------------
+    # ---- launches
 
     def _statistics(self) -> tuple[Any, int, int]:
         """(mean and centred squares of chunks of x, rows of a chunk, chunks)."""
@@ -205,13 +207,16 @@ class ChannelNorm:
         return parts, per * tile, chunks
 
     def _products(self, a: Any, b: Any) -> tuple[int, Any]:
-        """(chunks, the sums over them) of a, a (x - mean) and b rx, all taken where the output is."""
+        """(chunks, the sums over them) of a, a (x - mean) and b rx, all taken where the output
+        is."""
         chunk, chunks = self._chunks(self.out_rows)
         parts = self._parts(chunks)
         self._column_sums(chunk, chunks, a, b, parts, self.out_rows, pooled=self.node.pool is not None)
         return chunks, parts
 
-    def _column_sums(self, chunk: int, chunks: int, a: Any, b: Any, parts: Any, rows: int, pooled: bool) -> None:
+    def _column_sums(
+        self, chunk: int, chunks: int, a: Any, b: Any, parts: Any, rows: int, pooled: bool
+    ) -> None:
         self._by_chunks(
             sums,
             chunk,
@@ -261,7 +266,7 @@ class ChannelNorm:
         programs = self.blocks * blocks(self.rows, br) * blocks(self.cols, bc)
         self.run.emit(combine, programs, R=self.rows, dy=dy, rdy=rdy, **common)
 
-    # ---- arguments --------------------------------------------------------------------------------------------
+    # ---- arguments
 
     @property
     def _x(self) -> Any:
@@ -314,7 +319,8 @@ class ChannelNorm:
         )
 
     def _groups_of_program(self) -> tuple[int, int]:
-        """(groups, channels of each) that one program makes the coefficients of, as powers of two."""
+        """(groups, channels of each) that one program makes the coefficients of, as powers of
+        two."""
         channels = power(self.cols // self.groups, 1, 1 << 20)
         return power(self.groups, 1, max(1, _COEFFICIENTS // channels)), channels
 
@@ -345,7 +351,8 @@ class ChannelNorm:
         return power(self.rows, 8, _BR), power(self.cols, 8, _BC)
 
     def _chunks(self, rows: int) -> tuple[int, int]:
-        """(rows of a chunk, how many): enough programs for a large GPU, and chunks that are worth one."""
+        """(rows of a chunk, how many): enough programs for a large GPU, and chunks that are worth
+        one."""
         return cut(rows, self.blocks * blocks(self.cols, _BC), _CHUNKS)
 
 

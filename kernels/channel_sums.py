@@ -1,7 +1,9 @@
-"""Sums over the rows of each channel, chunk by chunk: of statistics and of what a norm's gradients need.
+"""Sums over the rows of each channel, chunk by chunk: of statistics and of what a norm's gradients
+need.
 
-A chunk's results are [3, C]: mean and centred squares, or three sums. What a convolution has summed for each of its
-tiles (`tile_sums`) has the same form, and `merged` makes chunks of tiles. Chunks follow from shapes alone.
+A chunk's results are [3, C]: mean and centred squares, or three sums. What a convolution has summed
+for each of its tiles (`tile_sums`) has the same form, and `merged` makes chunks of tiles. Chunks
+follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ def sums(
         at = block * R * C + m * C + c
         row = m
         if positions is not None:
-            row = window_row(m, PH, PW, H, W, KH, KW, tl.load(positions + at, mask=mask, other=0).to(tl.int32))
+            row = window_row(
+                m, PH, PW, H, W, KH, KW, tl.load(positions + at, mask=mask, other=0).to(tl.int32)
+            )
         at_x = block * IN * C + row * C + c
         v = tl.load(a + at, mask=mask, other=0.0)
         sum_a += v
@@ -111,8 +115,8 @@ def sums(
 
 @triton.jit
 def tile_sums(acc, at, rows, in_m, n, N, partials, primal, center, BM: tl.constexpr):
-    """What a norm needs of one tile of its input: mean and centred squares; or, with `center`, of its tangent: the sum
-    and that of products with primal - center.
+    """What a norm needs of one tile of its input: mean and centred squares; or, with `center`, of
+    its tangent: the sum and that of products with primal - center.
 
     Args:
         acc: [BM, BN], the tile.

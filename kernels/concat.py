@@ -1,4 +1,5 @@
-"""concat: two values one behind the other: stretches of the one and of the other take turns. Linear."""
+"""concat: two values one behind the other: stretches of the one and of the other take turns.
+Linear."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from fastmeta.kernels.passes import Node, Pass, Sinks
 
 
 @triton.jit(do_not_specialize=["size"])
-def _stretches(source, out, size, width, source_ld, source_at, out_ld, out_at, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _stretches(
+    source, out, size, width, source_ld, source_at, out_ld, out_at, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     row = i // width

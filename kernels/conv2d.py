@@ -1,7 +1,7 @@
 """conv2d: an implicit matrix product for each task on channels-last images; no im2col buffer.
 
-The weight of a task is [O, kh, kw, C]. The sums run over (tap, channel); where the channels fill whole steps, a step
-lies within one tap. The weight's gradient: `conv2d_gradient`.
+The weight of a task is [O, kh, kw, C]. The sums run over (tap, channel); where the channels fill
+whole steps, a step lies within one tap. The weight's gradient: `conv2d_gradient`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def _product(
         programs(*tile),
         warps=warps,
         stages=3,
-        choices=choices(("BM", "BN"), tile, warps, 3, programs, (rows, target.cols), run.precision, wide, summed),
+        choices=choices(
+            ("BM", "BN"), tile, warps, 3, programs, (rows, target.cols), run.precision, wide, summed
+        ),
         work=len(pairs) * tasks * rows * target.cols * taps * source.cols,
         x0=pairs[0][0],
         w0=pairs[0][1].at,

@@ -1,4 +1,5 @@
-"""The gradient of conv2d's weight and bias: summed over chunks of rows that the shapes alone fix, then over chunks."""
+"""The gradient of conv2d's weight and bias: summed over chunks of rows that the shapes alone fix,
+then over chunks."""
 
 from __future__ import annotations
 
@@ -96,7 +97,18 @@ def weight_gradient(
         if to is not None:
             deliver(acc, at, inside, task, to, to_task, base, base_task, rate, rate_task)
         if bias_to is not None:
-            deliver(sums, o, first, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+            deliver(
+                sums,
+                o,
+                first,
+                task,
+                bias_to,
+                bias_to_task,
+                bias_base,
+                bias_base_task,
+                bias_rate,
+                bias_rate_task,
+            )
 
 
 @triton.jit(do_not_specialize=["begin", "size", "chunks"])
@@ -135,7 +147,8 @@ def sizes_of(node: Node) -> dict[str, int]:
 
 
 def gradients(run: Pass, node: Node, pairs: list[tuple[Any, Any]], sinks: Sinks) -> None:
-    """The sum of dy^T x over pairs (dy, x) to the weight's sink, the column sums of the first dy to the bias's."""
+    """The sum of dy^T x over pairs (dy, x) to the weight's sink, the column sums of the first dy to
+    the bias's."""
     weight, bias = (None if p is None else sinks[p] for p in node.params)
     if weight is None and bias is None:
         return

@@ -1,6 +1,8 @@
-"""Cross-entropy of outputs [N, P, C] with P positions: value, gradients and their tangents, one program a task.
+"""Cross-entropy of outputs [N, P, C] with P positions: value, gradients and their tangents, one
+program a task.
 
-Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
+Formulas and denominators: docs/losses.md. A class index that is out of range reads nothing: it
+makes its task NaN.
 
 Helpers take what belongs to their task alone, and rows n of positions, of which there are R.
 """
@@ -15,8 +17,11 @@ from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power, tiny
 
 
 @triton.jit
-def _target(y, class_weights, n, c, R, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like):
-    """q, the class weight of each entry, and what these classes add to a position's share of a mean's denominator."""
+def _target(
+    y, class_weights, n, c, R, C, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, like
+):
+    """q, the class weight of each entry, and what these classes add to a position's share of a
+    mean's denominator."""
     mask = (n < R)[:, None] & (c < C)[None, :]
     cw = tl.zeros_like(like) + 1.0
     if class_weights is not None:
@@ -25,7 +30,9 @@ def _target(y, class_weights, n, c, R, C, INDICES: tl.constexpr, SMOOTHING: tl.c
         index = tl.load(y + n, mask=n < R, other=IGNORE)
         counts = (index != IGNORE) & (n < R)
         hit = index[:, None] == c[None, :]
-        smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / tl.cast(C, like.dtype)
+        smoothed = tl.where(hit, tl.zeros_like(like) + (1.0 - SMOOTHING), 0.0) + SMOOTHING / tl.cast(
+            C, like.dtype
+        )
         q = tl.where(counts[:, None] & mask, cw * smoothed, 0.0)
         share = tl.sum(tl.where(hit & counts[:, None] & mask, cw, 0.0), axis=1)
         wrong = counts & ((index < 0) | (index >= C))
@@ -76,8 +83,8 @@ def _positions(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Of each position: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p, rz>), sum q, and its
-    share of a mean's denominator."""
+    """Of each position: `_log_sum`, <p, rz>, the loss -sum q log p or its tangent -sum q (rz - <p,
+    rz>), sum q, and its share of a mean's denominator."""
     dtype = z.dtype.element_ty
     top, log_sum = _log_sum(z, n, R, C, BN, BC)
     center = tl.zeros([BN], dtype)
@@ -147,7 +154,9 @@ def loss(
     largest = tl.zeros([BN], dtype=dtype)
     for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
-        _, _, _, each, _, share = _positions(z, y, rz, class_weights, n, R, C, INDICES, SMOOTHING, IGNORE, BN, BC)
+        _, _, _, each, _, share = _positions(
+            z, y, rz, class_weights, n, R, C, INDICES, SMOOTHING, IGNORE, BN, BC
+        )
         if weights is not None:
             w = tl.load(weights + n // P, mask=n < R, other=0.0)
             each *= w

@@ -5,8 +5,9 @@
     tangent           ry  = rx f'(x)
     tangent_backward  rdx = rdy f'(x) + curve rx
 
-Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y where `from_output` says so
-and x elsewhere, so that an epilogue that applies a function of the first sort need not write x down.
+Conventions at kinks are PyTorch's: relu'(0) = 0. The derivatives read `saved`, which is y where
+`from_output` says so and x elsewhere, so that an epilogue that applies a function of the first sort
+need not write x down.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def from_output(node: Node) -> bool:
 
 @triton.jit
 def _expm1(x):
-    # exp(x) - 1 for x <= 0; where that would cancel, the series, exact to float64's last digits below 1/2
+    # exp(x) - 1 for x <= 0; where that would cancel, the series, exact to float64's last digits
+    # below 1/2
     series = tl.zeros_like(x) + 1.0
     for i in tl.static_range(14):
         series = 1.0 + x * series * (1.0 / (15 - i))
@@ -58,9 +60,11 @@ def _log1p(x):
 
 @triton.jit
 def sine(x, COSINE: tl.constexpr):
-    """sin(x), or cos(x); of float32 numbers by a reduction in float64 and polynomials (Cephes' sinf and cosf).
+    """sin(x), or cos(x); of float32 numbers by a reduction in float64 and polynomials (Cephes' sinf
+    and cosf).
 
-    libm's reduction of large arguments keeps a table in local memory; this one needs none and is as exact.
+    libm's reduction of large arguments keeps a table in local memory; this one needs none and is as
+    exact.
     """
     if x.dtype == tl.float64:
         if COSINE:
@@ -76,7 +80,11 @@ def sine(x, COSINE: tl.constexpr):
         quadrant = turns - 4.0 * tl.floor(turns * 0.25)  # 0, 1, 2 or 3
         q = r * r
         s = r + r * q * (-1.6666654611e-1 + q * (8.3321608736e-3 - q * 1.9515295891e-4))
-        c = 1.0 - 0.5 * q + q * q * (4.166664568298827e-2 + q * (-1.388731625493765e-3 + q * 2.443315711809948e-5))
+        c = (
+            1.0
+            - 0.5 * q
+            + q * q * (4.166664568298827e-2 + q * (-1.388731625493765e-3 + q * 2.443315711809948e-5))
+        )
         odd = (quadrant == 1.0) | (quadrant == 3.0)
         found = tl.where(odd, c, s)
         return tl.where(quadrant >= 2.0, -found, found)
@@ -225,7 +233,8 @@ def finish(
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The end of a kernel that made `acc`: an element-wise layer of it, or nothing (F is ""), stored or added to `out`.
+    """The end of a kernel that made `acc`: an element-wise layer of it, or nothing (F is ""),
+    stored or added to `out`.
 
     `pre` takes acc itself (of forward: x, of tangent: rx); `moved` is rx in tangent_backward.
     """
@@ -242,7 +251,9 @@ def finish(
             acc = acc * first(s, F, C0, C1, SCALE, SHIFT)
             if MODE == "tangent_backward":
                 if moved is not None:
-                    acc += tl.load(curve + at, mask=mask, other=0.0) * tl.load(moved + at, mask=mask, other=0.0)
+                    acc += tl.load(curve + at, mask=mask, other=0.0) * tl.load(
+                        moved + at, mask=mask, other=0.0
+                    )
     if ADD:
         acc += tl.load(out + at, mask=mask, other=0.0)
     tl.store(out + at, acc, mask=mask)
@@ -283,7 +294,9 @@ def _constants(node: Node | None) -> dict[str, Any]:
     if node is None:
         return {"F": "", "C0": 0.0, "C1": 0.0, "SCALE": 1.0, "SHIFT": 0.0}
     c0, c1 = (*node.constants, 0.0, 0.0)[:2]
-    function = node.function if from_output(node) or node.function not in _BY_FACTOR else f"{node.function}_of_x"
+    function = (
+        node.function if from_output(node) or node.function not in _BY_FACTOR else f"{node.function}_of_x"
+    )
     return {"F": function, "C0": c0, "C1": c1, "SCALE": node.scale, "SHIFT": node.shift}
 
 
@@ -296,13 +309,20 @@ def _smooth(node: Node) -> bool:
 
 
 def forward_end(run: Pass, node: Node) -> dict[str, Any]:
-    """Arguments of `finish` for the layer that makes a value: its own output, or that of the function on it."""
+    """Arguments of `finish` for the layer that makes a value: its own output, or that of the
+    function on it."""
     f = node.epilogue
     out = run.x[node.output if f is None else f.output]
     pre = None if f is None else run.x[node.output]
-    return {"out": out, "pre": pre, "saved": None, "curve": None, "moved": None, "MODE": "forward", "ADD": False} | (
-        _constants(f)
-    )
+    return {
+        "out": out,
+        "pre": pre,
+        "saved": None,
+        "curve": None,
+        "moved": None,
+        "MODE": "forward",
+        "ADD": False,
+    } | (_constants(f))
 
 
 def tangent_end(run: Pass, node: Node) -> dict[str, Any]:
@@ -311,14 +331,20 @@ def tangent_end(run: Pass, node: Node) -> dict[str, Any]:
     out = run.rx[node.output if f is None else f.output]
     pre = None if f is None else run.rx[node.output]
     saved = None if f is None else _saved(run, f)
-    return {"out": out, "pre": pre, "saved": saved, "curve": None, "moved": None, "MODE": "tangent", "ADD": False} | (
-        _constants(f)
-    )
+    return {
+        "out": out,
+        "pre": pre,
+        "saved": saved,
+        "curve": None,
+        "moved": None,
+        "MODE": "tangent",
+        "ADD": False,
+    } | (_constants(f))
 
 
 def backward_end(run: Pass, node: Node, which: int = 0) -> dict[str, Any]:
-    """Arguments of `finish` for the layer that makes the gradient of its input: that of the function before it, if it
-    goes on to the gradient of that function's argument."""
+    """Arguments of `finish` for the layer that makes the gradient of its input: that of the
+    function before it, if it goes on to the gradient of that function's argument."""
     f = node.prologues[which]
     common = {"pre": None, "moved": None, "MODE": "backward"}
     if f is None:
@@ -385,7 +411,14 @@ def forward(run: Pass, node: Node) -> None:
     """y = f(x), unless the layer before has done it."""
     if node.in_forward:
         return
-    end = {"out": run.x[node.output], "saved": None, "curve": None, "moved": None, "MODE": "forward", "ADD": False}
+    end = {
+        "out": run.x[node.output],
+        "saved": None,
+        "curve": None,
+        "moved": None,
+        "MODE": "forward",
+        "ADD": False,
+    }
     _alone(run, node, run.x[node.inputs[0]], end | _constants(node))
 
 
@@ -417,4 +450,9 @@ def tangent_backward(run: Pass, node: Node, sinks: Sinks | None) -> None:
         "curve": run.curve[node.output] if moves else None,
         "moved": run.rx[node.inputs[0]] if moves else None,
     }
-    _alone(run, node, run.rd[node.output], end | {"MODE": "tangent_backward", "ADD": node.adds[0]} | _constants(node))
+    _alone(
+        run,
+        node,
+        run.rd[node.output],
+        end | {"MODE": "tangent_backward", "ADD": node.adds[0]} | _constants(node),
+    )

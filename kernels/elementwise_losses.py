@@ -1,4 +1,5 @@
-"""Losses that compare output and target element by element: value, gradients and their tangents, one program a task.
+"""Losses that compare output and target element by element: value, gradients and their tangents,
+one program a task.
 
 Formulas and denominators: docs/losses.md.
 """
@@ -75,11 +76,15 @@ def _tile(z, y, rz, pos_weight, factors, task, n, e, N, E):
 
 
 @triton.jit
-def _sums(z, y, rz, pos_weight, factors, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr):
+def _sums(
+    z, y, rz, pos_weight, factors, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr
+):
     """Of each example, the sum of its losses, or of their tangents along rz."""
     sums = tl.zeros_like(n).to(z.dtype.element_ty)
     for e0 in range(0, E, BE):
-        zs, ys, moved, q, f, _, mask = _tile(z, y, rz, pos_weight, factors, task, n, e0 + tl.arange(0, BE), N, E)
+        zs, ys, moved, q, f, _, mask = _tile(
+            z, y, rz, pos_weight, factors, task, n, e0 + tl.arange(0, BE), N, E
+        )
         l, lz, _ = _terms(zs, ys, q, KIND, BETA)
         if rz is not None:
             l = lz * moved

@@ -20,7 +20,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel with its arguments. A tensor that is absent is None, which a kernel knows when it is compiled."""
+    """One kernel with its arguments. A tensor that is absent is None, which a kernel knows when it
+    is compiled."""
 
     kernel: Any
     programs: int
@@ -29,7 +30,9 @@ class Launch:
     stages: int
     choices: tuple[Choice, ...] = ()
     work: int = 0  # multiply-adds, where there is something to choose
-    registers: int | None = None  # a thread may have; None: the assembler weighs them against blocks side by side
+    registers: int | None = (
+        None  # a thread may have; None: the assembler weighs them against blocks side by side
+    )
 
     def run(self) -> Any:
         """Launch it on the current stream; what was compiled, if it was."""
@@ -39,12 +42,18 @@ class Launch:
         """The same launched in another way."""
         arguments = {**self.arguments, **dict(choice.tiles)}
         return replace(
-            self, programs=choice.programs, warps=choice.warps, stages=choice.stages, arguments=arguments, choices=()
+            self,
+            programs=choice.programs,
+            warps=choice.warps,
+            stages=choice.stages,
+            arguments=arguments,
+            choices=(),
         )
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told; multiply-adds are fused by name, since Triton's default is about to change."""
+        """What the compiler is told; multiply-adds are fused by name, since Triton's default is
+        about to change."""
         told = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return told if self.registers is None else told | {"maxnreg": self.registers}
 
@@ -78,11 +87,12 @@ class Recorder:
         self(fill, blocks(tensor.numel(), FLAT), out=tensor, size=tensor.numel(), BLOCK=FLAT)
 
 
-#: Registers that a thread can have. Asked for them, the assembler does not spill to make room for more blocks: for
-#: kernels of one program a task, of which a multiprocessor has few.
+#: Registers that a thread can have. Asked for them, the assembler does not spill to make room for
+#: more blocks: for kernels of one program a task, of which a multiprocessor has few.
 REGISTERS = 255
 
-#: Of a tile of outputs that a loss looks at: of more, not all that is computed would go into registers.
+#: Of a tile of outputs that a loss looks at: of more, not all that is computed would go into
+#: registers.
 LOSS_BYTES = 4096
 
 #: Elements that a program of a flat kernel handles.

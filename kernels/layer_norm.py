@@ -1,4 +1,5 @@
-"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every element."""
+"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every
+element."""
 
 from __future__ import annotations
 
@@ -261,7 +262,9 @@ def _parameter_gradient(
     if to is not None:
         deliver(dw, e, e < S, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
-        deliver(db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+        deliver(
+            db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
+        )
 
 
 def _sizes(run: Pass, node: Node) -> dict[str, Any]:

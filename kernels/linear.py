@@ -1,7 +1,8 @@
 """linear: y = x W^T + b on the last dimension, W [O, I], for all tasks in one launch.
 
-One kernel makes both products with W, and their tangents: two pairs of operands in one accumulator, an element-wise
-layer in the epilogue. The other makes the gradients of W and b and applies the inner step to them.
+One kernel makes both products with W, and their tangents: two pairs of operands in one accumulator,
+an element-wise layer in the epilogue. The other makes the gradients of W and b and applies the
+inner step to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""max_pool2d: the largest value of every window; the first of several, as in PyTorch, and NaN if there is one.
+"""max_pool2d: the largest value of every window; the first of several, as in PyTorch, and NaN if
+there is one.
 
 The position within its window is kept: gradients go there, and tangents are read there.
 """
@@ -54,7 +55,9 @@ def _gather(x, y, positions, size, C, H, W, OH, OW, KW, SH, SW, PH, PW, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["size"])
-def _scatter(dy, dx, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _scatter(
+    dy, dx, positions, size, C, H, W, OH, OW, KH, KW, SH, SW, PH, PW, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
     c, iw, ih, image = _place(j, C, H, W)
@@ -107,7 +110,16 @@ def tangent(run: Pass, node: Node) -> None:
     sizes = geometry(run, node)
     del sizes["KH"]
     x, y = run.rx[node.inputs[0]], run.rx[node.output]
-    run.emit(_gather, blocks(size, POOLED), x=x, y=y, positions=_positions(run, node), size=size, BLOCK=POOLED, **sizes)
+    run.emit(
+        _gather,
+        blocks(size, POOLED),
+        x=x,
+        y=y,
+        positions=_positions(run, node),
+        size=size,
+        BLOCK=POOLED,
+        **sizes,
+    )
 
 
 def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """One pass over the network for all tasks: where its buffers are.
 
-Values are dense, [T, rows of all examples, columns]; images are channels-last. Parameters of a task stand one behind
-the other in a set [P]; the sets of all tasks are [T, P].
+Values are dense, [T, rows of all examples, columns]; images are channels-last. Parameters of a task
+stand one behind the other in a set [P]; the sets of all tasks are [T, P].
 """
 
 from __future__ import annotations
@@ -40,14 +40,19 @@ class Node:
     params: tuple[int | None, ...]  # indices, of running statistics too
     function: str = ""
     constants: tuple[float, ...] = ()
-    adds: list[bool] = field(default_factory=list)  # another consumer of input j has written its gradient already
-    # elementwise: done in the epilogue of the layer before, and backward in that of the layer behind
+    adds: list[bool] = field(
+        default_factory=list
+    )  # another consumer of input j has written its gradient already
+    # elementwise: done in the epilogue of the layer before, and backward in that of the layer
+    # behind
     in_forward: bool = False
     in_backward: bool = False
     scale: float = 1.0  # elementwise: f(scale x + shift)
     shift: float = 0.0
     epilogue: Node | None = None  # the element-wise layer on the output, if done here
-    prologues: list[Node | None] = field(default_factory=list)  # of each input: the one whose backward is done here
+    prologues: list[Node | None] = field(
+        default_factory=list
+    )  # of each input: the one whose backward is done here
     pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
     norm: Node | None = None  # conv2d: the norm for which its tiles are summed
     sums_from: Node | None = None  # norms: that conv2d
@@ -65,7 +70,8 @@ class Operand:
 
 @dataclass(slots=True)
 class Sink:
-    """Where the gradient of one parameter goes: to = [base +] gradient, or base - rate * gradient."""
+    """Where the gradient of one parameter goes: to = [base +] gradient, or base - rate *
+    gradient."""
 
     to: Operand
     base: Operand | None = None
@@ -111,7 +117,9 @@ class Pass:
     d: list[Tensor | None]
     rx: list[Tensor | None]
     rd: list[Tensor | None]
-    curve: list[Tensor | None]  # by value: its gradient times the second derivative of the function that made it
+    curve: list[
+        Tensor | None
+    ]  # by value: its gradient times the second derivative of the function that made it
     state: dict[tuple[int, str], Tensor]  # by layer and name: what it keeps beside its values
     theta: list[Operand] = field(default_factory=list)
     v: list[Operand] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """A convolution of few taps and the norm behind it, with no image between them.
 
-A patch is what one pixel of the convolution is made of: I = taps * C numbers of its input. Let p be a patch less the
-task's mean patch; a norm does not notice. With Z = sum p p^T over all pixels, what it sums over them follows from the
-weight W [I, O] alone: sum x^2 = W^T Z W and sum rx x = V^T Z W; and with A = sum p dy^T also sum dy x = W^T A and
-sum dy rx = V^T A. Z is made in float64, since W^T Z W may cancel. See docs/norms.md.
+A patch is what one pixel of the convolution is made of: I = taps * C numbers of its input. Let p be
+a patch less the task's mean patch; a norm does not notice. With Z = sum p p^T over all pixels, what
+it sums over them follows from the weight W [I, O] alone: sum x^2 = W^T Z W and sum rx x = V^T Z W;
+and with A = sum p dy^T also sum dy x = W^T A and sum dy rx = V^T A. Z is made in float64, since W^T
+Z W may cancel. See docs/norms.md.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _weight(w, i, o, I: tl.constexpr, O):
 @triton.jit(do_not_specialize=["M", "CHUNK", "chunks"])
 def patch_moments(
     x,
-    parts,  # float64 [T, chunks, I, BI + 2]: the sums of products of one number with all, of the one, and its origin
+    # float64 [T, chunks, I, BI + 2]: sums of products of one number with all, of one, its origin
+    parts,
     M,  # pixels
     CHUNK,
     chunks,
@@ -70,7 +72,8 @@ def patch_moments(
     BI: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Over one chunk of a task's pixels, for one number of the patch; all less the patch in the middle of the first
+    """Over one chunk of a task's pixels, for one number of the patch; all less the patch in the
+    middle of the first
     image: far from it, the products less those of the means would cancel."""
     I: tl.constexpr = KH * KW * C
     first = tl.program_id(0) % I
@@ -210,7 +213,8 @@ def patch_norm(
     BR: tl.constexpr,
     BO: tl.constexpr,
 ):
-    """forward: the largest of the normalised pixels of each window, and where it is; tangent: that pixel's tangent."""
+    """forward: the largest of the normalised pixels of each window, and where it is; tangent: that
+    pixel's tangent."""
     I: tl.constexpr = KH * KW * C
     tiles_o = tl.cdiv(O, BO)
     tiles = tl.cdiv(M, BR) * tiles_o
@@ -234,7 +238,10 @@ def patch_norm(
         if positions is not None:
             chosen = tl.load(positions + at, mask=mask, other=0).to(tl.int32)
     for q in range(WH * WW):
-        p = _patches(images, m[:, None], q, i[None, :], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, WH, WW) - center
+        p = (
+            _patches(images, m[:, None], q, i[None, :], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, WH, WW)
+            - center
+        )
         y = dot(p, weight, tl.zeros([BR, BO], dtype), PRECISION) + constant
         if positions is None:
             best = y
@@ -300,7 +307,9 @@ def patch_products(
         if positions is not None:
             chosen = tl.load(positions + at, mask=mask, other=0).to(tl.int32)
         for q in tl.range(WH * WW, loop_unroll_factor=UNROLL):
-            p = _patches(images, m[None, :], q, i[:, None], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, WH, WW)
+            p = _patches(
+                images, m[None, :], q, i[:, None], M, OH, OW, H, W, C, KH, KW, SH, SW, PH, PW, WH, WW
+            )
             at_q = g
             if positions is not None:
                 at_q = tl.where(chosen == q, g, 0.0)
@@ -373,7 +382,8 @@ def patch_gradient(
     BI: tl.constexpr,
     BO: tl.constexpr,
 ):
-    """The gradients of the convolution's weight [O, I], sum p dx^T with the norm's dx, and of its bias: none."""
+    """The gradients of the convolution's weight [O, I], sum p dx^T with the norm's dx, and of its
+    bias: none."""
     tiles = tl.cdiv(O, BO)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     i = tl.arange(0, BI)
@@ -384,11 +394,26 @@ def patch_gradient(
     found = tl.load(c, mask=o < O, other=0.0)[None, :] * tl.load(of_x + at, mask=inside, other=0.0)
     found += tl.load(c + O, mask=o < O, other=0.0)[None, :] * tl.load(of_dy + at, mask=inside, other=0.0)
     if of_rdy is not None:
-        found += tl.load(c + 2 * O, mask=o < O, other=0.0)[None, :] * tl.load(of_rdy + at, mask=inside, other=0.0)
-        found += tl.load(c + 3 * O, mask=o < O, other=0.0)[None, :] * tl.load(of_rx + at, mask=inside, other=0.0)
+        found += tl.load(c + 2 * O, mask=o < O, other=0.0)[None, :] * tl.load(
+            of_rdy + at, mask=inside, other=0.0
+        )
+        found += tl.load(c + 3 * O, mask=o < O, other=0.0)[None, :] * tl.load(
+            of_rx + at, mask=inside, other=0.0
+        )
     if to is not None:
         weight_at = o[None, :] * I + i[:, None]
         deliver(found, weight_at, inside, task, to, to_task, base, base_task, rate, rate_task)
     if bias_to is not None:
         nothing = 0.0 * tl.load(c + 4 * O, mask=o < O, other=0.0)  # or NaN
-        deliver(nothing, o, o < O, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task)
+        deliver(
+            nothing,
+            o,
+            o < O,
+            task,
+            bias_to,
+            bias_to_task,
+            bias_base,
+            bias_base_task,
+            bias_rate,
+            bias_rate_task,
+        )

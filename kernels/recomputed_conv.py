@@ -1,8 +1,10 @@
-"""A batch norm that computes the convolution before it whenever it needs it: that image is never written down.
+"""A batch norm that computes the convolution before it whenever it needs it: that image is never
+written down.
 
-For a convolution of the network's input, of few taps and channels: its output is by far the largest value of such a
-network and costs next to nothing to compute. Neither are its gradient and its tangent kept; the gradients of its
-parameters come from the same sums as the norm's. `patches` has the kernels and the algebra.
+For a convolution of the network's input, of few taps and channels: its output is by far the largest
+value of such a network and costs next to nothing to compute. Neither are its gradient and its
+tangent kept; the gradients of its parameters come from the same sums as the norm's. `patches` has
+the kernels and the algebra.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fastmeta.kernels.patches import (
 )
 from fastmeta.kernels.tile_choice import sum_step
 
-#: Numbers of a patch, at most: with more, the multiply-adds take longer than the image takes to be written and read.
+#: Numbers of a patch, at most: with more, the multiply-adds take longer than the image takes to be
+#: written and read.
 MOST = 32
 #: Chunks of a task's pixels, at most: one program adds them up.
 _CHUNKS = 32
@@ -41,9 +44,10 @@ def is_small(conv: Node, channels: int) -> bool:
 
 
 class RecomputedConv(ChannelNorm):
-    """The norm `node` of the convolution `node.recomputes`; x, and rx, are what it makes of patches less their mean."""
+    """The norm `node` of the convolution `node.recomputes`; x, and rx, are what it makes of patches
+    less their mean."""
 
-    # ---- what ChannelNorm launches, from patches ------------------------------------------------------------------
+    # ---- what ChannelNorm launches, from patches
 
     def _statistics(self) -> tuple[Any, int, int]:
         self._patch_moments()
@@ -170,7 +174,7 @@ class RecomputedConv(ChannelNorm):
         )
         return parts
 
-    # ---- arguments ------------------------------------------------------------------------------------------------
+    # ---- arguments
 
     @property
     def _conv(self) -> Node:
@@ -198,7 +202,9 @@ class RecomputedConv(ChannelNorm):
 
     @property
     def _scatter(self) -> Any:
-        return self.run.keep(self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64)
+        return self.run.keep(
+            self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64
+        )
 
     @property
     def _index(self) -> torch.dtype:

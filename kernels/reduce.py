@@ -1,5 +1,5 @@
-"""Sums over tasks in an order that T alone fixes: min(T, 16) contiguous ranges, each from its first task on, then the
-ranges in their order. No atomics."""
+"""Sums over tasks in an order that T alone fixes: min(T, 16) contiguous ranges, each from its first
+task on, then the ranges in their order. No atomics."""
 
 from __future__ import annotations
 
@@ -39,11 +39,14 @@ def _weighted(losses, weights, out, T, BLOCK: tl.constexpr):
 
 
 def over_tasks(emit: Recorder, rows: Any, ranges: Any, out: Any) -> None:
-    """out [P] = the sum of rows [T, P]; `ranges` [16, P] is scratch memory, not read where T <= 16."""
+    """out [P] = the sum of rows [T, P]; `ranges` [16, P] is scratch memory, not read where T <=
+    16."""
     tasks, size = rows.shape
     tiles = blocks(size, _BLOCK)
     if tasks > RANGES:
-        emit(_sum_rows, RANGES * tiles, rows=rows, out=ranges, count=tasks, P=size, RANGES=RANGES, BLOCK=_BLOCK)
+        emit(
+            _sum_rows, RANGES * tiles, rows=rows, out=ranges, count=tasks, P=size, RANGES=RANGES, BLOCK=_BLOCK
+        )
         rows, tasks = ranges, RANGES
     emit(_sum_rows, tiles, rows=rows, out=out, count=tasks, P=size, RANGES=1, BLOCK=_BLOCK)
 

@@ -1,4 +1,5 @@
-"""reshape: the same numbers in PyTorch's order, between an image (channels-last here), rows and other images."""
+"""reshape: the same numbers in PyTorch's order, between an image (channels-last here), rows and
+other images."""
 
 from __future__ import annotations
 

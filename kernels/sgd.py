@@ -1,6 +1,7 @@
 """The inner update rule on whole sets of parameters [T, P]: see `fastmeta.update_rules.sgd`.
 
-`index` [P] says where in a row of rates [T or 1, L] the rate of an element stands, -1 where it has none.
+`index` [P] says where in a row of rates [T or 1, L] the rate of an element stands, -1 where it has
+none.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def update(
     mu: float,
     decay: float,
 ) -> None:
-    """kept = u = [mu momentum +] gradient + decay theta; out = theta - rates u. `kept` may be `momentum`."""
+    """kept = u = [mu momentum +] gradient + decay theta; out = theta - rates u. `kept` may be
+    `momentum`."""
     size = index.numel()
     emit(
         _update,
@@ -166,7 +168,9 @@ def direction(emit: Recorder, tasks: int, lam: Any, mbar: Any, rates: Operand, i
     )
 
 
-def adjoint(emit: Recorder, tasks: int, lam: Any, v: Any, mbar: Any, index: Any, mu: float, decay: float) -> None:
+def adjoint(
+    emit: Recorder, tasks: int, lam: Any, v: Any, mbar: Any, index: Any, mu: float, decay: float
+) -> None:
     """lam += decay v; mbar = mu v."""
     size = index.numel()
     emit(
@@ -186,7 +190,8 @@ def adjoint(emit: Recorder, tasks: int, lam: Any, v: Any, mbar: Any, index: Any,
 def rate_gradient(emit: Recorder, tasks: int, lam: Any, u: Any, table: Any, out: Any, add: bool) -> None:
     """out [T, L] = [out] - lam u, summed over a parameter's elements where they share a rate.
 
-    `table` is [4, adapted parameters]: start in P, size, slot in L, whether there is one rate an element.
+    `table` is [4, adapted parameters]: start in P, size, slot in L, whether there is one rate an
+    element.
     """
     count = table.shape[1]
     emit(

@@ -1,4 +1,5 @@
-"""What the kernels with matrix products share: the product of two tiles, and where a gradient goes."""
+"""What the kernels with matrix products share: the product of two tiles, and where a gradient
+goes."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def deliver(
     rate,
     rate_task,
 ):
-    """to = [base +] gradient, or base - rate * gradient: the sink of a parameter's gradient; see `passes.Sink`."""
+    """to = [base +] gradient, or base - rate * gradient: the sink of a parameter's gradient; see
+    `passes.Sink`."""
     if rate is not None:
         gradient = -tl.load(rate + task * rate_task) * gradient
     if base is not None:

@@ -1,8 +1,10 @@
-"""Tiles, warps and stages of the products of linear and conv2d, and what else may be tried in their place.
+"""Tiles, warps and stages of the products of linear and conv2d, and what else may be tried in their
+place.
 
-What is chosen here follows from shapes alone. The order of every sum is no part of a choice: steps along a sum
-(`sum_step`) and chunks of rows are fixed, an element is summed by one program from its first term to its last, and no
-choice changes which instruction multiplies. So all choices of a launch give the same bits.
+What is chosen here follows from shapes alone. The order of every sum is no part of a choice: steps
+along a sum (`sum_step`) and chunks of rows are fixed, an element is summed by one program from its
+first term to its last, and no choice changes which instruction multiplies. So all choices of a
+launch give the same bits.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any
 
 from fastmeta.kernels.launch import Choice, blocks, power
 
-#: Programs that give every multiprocessor of a large GPU one; fixed, so that the shapes alone decide how work is cut. A
-#: multiprocessor wants several at once, more of those that wait for memory than of those that multiply.
+#: Programs that give every multiprocessor of a large GPU one; fixed, so that the shapes alone
+#: decide how work is cut. A multiprocessor wants several at once, more of those that wait for
+#: memory than of those that multiply.
 FULL = 128
 
 
@@ -25,8 +28,9 @@ def sum_step(wide: bool) -> int:
     return 16 if wide else 32
 
 
-#: The tile of float64 products. The assembler spills around the matrix instruction that Triton 3.6 takes for them on an
-#: H100, on smaller tiles as on larger ones and where a step along the sum is 32; here it does not.
+#: The tile of float64 products. The assembler spills around the matrix instruction that Triton 3.6
+#: takes for them on an H100, on smaller tiles as on larger ones and where a step along the sum is
+#: 32; here it does not.
 _WIDE = (32, 32)
 
 
@@ -46,7 +50,8 @@ def gradient_tile(o: int, i: int, wide: bool) -> tuple[int, int]:
 
 
 def product_warps(tile: tuple[int, int], pairs: int, function: str, wide: bool) -> int:
-    """Warps of a product: as many as it takes to keep a full tile, both pairs and the epilogue in registers."""
+    """Warps of a product: as many as it takes to keep a full tile, both pairs and the epilogue in
+    registers."""
     full = tile[0] * tile[1] >= 64 * 64 or wide
     return 8 if full and (pairs > 1 or function) else 4
 
@@ -76,8 +81,8 @@ def choices(
         sizes: that the tile's two cover.
         precision: see `kernels.tile`.
         wide: elements of eight bytes: there is one tile for them.
-        summed: the kernel sums its tile along the way, across threads: "rows" of the tile's first size, of which the
-            second may change, or "tile" and nothing may but the stages.
+        summed: the kernel sums its tile along the way, across threads: "rows" of the tile's first
+            size, of which the second may change, or "tile" and nothing may but the stages.
     """
 
     def made(bm: int, bn: int, w: int, s: int) -> Choice:
@@ -103,6 +108,8 @@ def _shapes(
     bm, bn = tile
     for a, b in ((2 * bm, bn), (bm // 2, bn), (bm, bn // 2)):
         inside = 16 <= a <= power(sizes[0], 16, 128) and b >= 16
-        same_instruction = precision == "ieee" or (a >= 64) == (bm >= 64)  # tensor cores read 64 rows or fewer
+        same_instruction = precision == "ieee" or (a >= 64) == (
+            bm >= 64
+        )  # tensor cores read 64 rows or fewer
         if inside and same_instruction and not (keep_first and a != bm):
             yield a, b

@@ -22,8 +22,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """A process for which the GPU does nothing more, since a kernel broke it, would fail all tests that it is given:
-    one of several makes way for another."""
+    """A process for which the GPU does nothing more, since a kernel broke it, would fail all tests
+    that it is given: one of several makes way for another."""
     if nodeid in _FAILED and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
@@ -42,12 +42,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Omniglot's small sets, made up: files named like the official ones, three alphabets each, four characters in an
-    alphabet, four drawings of a character."""
+    """Omniglot's small sets, made up: files named like the official ones, three alphabets each,
+    four characters in an alphabet, four drawings of a character."""
     pillow = pytest.importorskip("PIL.Image", reason="Pillow not installed")
     folder = tmp_path_factory.mktemp("omniglot")
     generator = torch.Generator().manual_seed(0)
-    alphabets = {"small1": ("Balinese", "Early_Aramaic", "Korean"), "small2": ("Greek", "Sanskrit", "Tagalog")}
+    alphabets = {
+        "small1": ("Balinese", "Early_Aramaic", "Korean"),
+        "small2": ("Greek", "Sanskrit", "Tagalog"),
+    }
     for part, names in alphabets.items():
         with ZipFile(folder / f"images_background_{part}.zip", "w") as archive:
             for alphabet in names:

@@ -1,5 +1,5 @@
-// From the lists and numbers of `_C.Plan(...)` to a plan. Whatever is no number, name or list here is refused by name;
-// what the numbers mean is checked by Plan::finish.
+// From the lists and numbers of `_C.Plan(...)` to a plan. Whatever is no number, name or list here
+// is refused by name; what the numbers mean is checked by Plan::finish.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,13 +9,14 @@
 #include <utility>
 #include <vector>
 
-#include "../engine/plan.h"
+#include "../cpu/plan.h"
 
 namespace fm::binding {
 
 namespace py = pybind11;
 
-// One place in what was given, for messages: "Plan: layers[3].inputs". Names are put together when they are needed.
+// One place in what was given, for messages: "Plan: layers[3].inputs". Names are put together when
+// they are needed.
 struct Part {
   const char* who;
   const char* field;
@@ -167,10 +168,12 @@ inline Layer read_layer(const Part& part, py::handle given) {
     layer.constants[i] = part.at("constants").at(i).number(constants[i]);
   layer.given_constants = int(constants.size());
   const auto inputs = part.at("inputs").items(l[3], 1, std::size(layer.inputs));
-  for (std::size_t i = 0; i < inputs.size(); ++i) layer.inputs[i] = read_index(part.at("inputs").at(i), inputs[i]);
+  for (std::size_t i = 0; i < inputs.size(); ++i)
+    layer.inputs[i] = read_index(part.at("inputs").at(i), inputs[i]);
   layer.output = read_index(part.at("output"), l[4]);
   const auto params = part.at("params").items(l[5], 0, layer.params.size());
-  for (std::size_t i = 0; i < params.size(); ++i) layer.params[i] = read_index(part.at("params").at(i), params[i]);
+  for (std::size_t i = 0; i < params.size(); ++i)
+    layer.params[i] = read_index(part.at("params").at(i), params[i]);
   return layer;
 }
 
@@ -202,10 +205,11 @@ inline Options read_options(const Part& part, const py::dict& given) {
   return o;
 }
 
-// values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs, output, params), -1 for
-// none; params: (rows, cols, taps, matrix, constant, per_task, adapted, rate_element, rate_per_task, rate_per_step)
-inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params, py::handle output,
-                      py::handle options) {
+// values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs,
+// output, params), -1 for none; params: (rows, cols, taps, matrix, constant, per_task, adapted,
+// rate_element, rate_per_task, rate_per_step)
+inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params,
+                      py::handle output, py::handle options) {
   Plan plan;
   const auto part = [](const char* name) { return Part{"Plan", name}; };
   const auto all = [&](const char* name, py::handle given) {

@@ -1,4 +1,5 @@
-// What is needed of DLPack's C exchange API (dlpack.h 1.3): a tensor's memory without a call through Python.
+// What is needed of DLPack's C exchange API (dlpack.h 1.3): a tensor's memory without a call
+// through Python.
 // Source: https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 

@@ -1,5 +1,5 @@
-// The memory of a caller's tensors. Tensors themselves are handed over, never addresses: whatever is read or written
-// lies in storage that the tensor has, of the type and size that the plan says.
+// The memory of a caller's tensors. Tensors themselves are handed over, never addresses: whatever
+// is read or written lies in storage that the tensor has, of the type and size that the plan says.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../engine/types.h"
+#include "../shared/types.h"
 #include "dlpack.h"
 
 namespace fm::binding {
@@ -18,7 +18,8 @@ namespace py = pybind11;
 enum class Number : int { f32, f64, i64 };
 constexpr fm::i64 bytes_of(Number number) { return number == Number::f32 ? 4 : 8; }
 
-// What is asked of torch.Tensor, looked up once; never destroyed, as it may outlive the interpreter.
+// What is asked of torch.Tensor, looked up once; never destroyed, as it may outlive the
+// interpreter.
 struct Torch {
   PyTypeObject *tensor, *parameter;
   py::object dtypes[3];  // by Number
@@ -40,12 +41,14 @@ struct Torch {
     parameter = reinterpret_cast<PyTypeObject*>(parameters.inc_ref().ptr());
     dtypes[0] = torch.attr("float32"), dtypes[1] = torch.attr("float64"), dtypes[2] = torch.attr("int64");
     dtype = type.attr("dtype"), is_cpu = type.attr("is_cpu"), nbytes = type.attr("nbytes");
-    data_ptr = type.attr("data_ptr"), is_contiguous = type.attr("is_contiguous"), is_neg = type.attr("is_neg");
+    data_ptr = type.attr("data_ptr"), is_contiguous = type.attr("is_contiguous"),
+    is_neg = type.attr("is_neg");
     untyped_storage = type.attr("untyped_storage"), storage_offset = type.attr("storage_offset");
     storage_nbytes = storage.attr("nbytes");
     if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
     const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-    const auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* api =
+        static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) PyErr_Clear();
     if (api && api->major == dlpack::MAJOR && api->tensor_from) exchange = api;
   }
@@ -55,7 +58,9 @@ struct Torch {
 struct Place {
   const char* field;
   std::size_t index;
-  [[noreturn]] void refuse(const std::string& what) const { throw std::invalid_argument(name() + " " + what); }
+  [[noreturn]] void refuse(const std::string& what) const {
+    throw std::invalid_argument(name() + " " + what);
+  }
   std::string name() const { return std::string("Plan.run: ") + field + "[" + std::to_string(index) + "]"; }
 };
 
@@ -74,7 +79,9 @@ class Tensors {
   }
 
   // How many numbers a tensor holds.
-  i64 count(py::handle tensor, const Place& place, Number number) { return look(tensor, place, number).count; }
+  i64 count(py::handle tensor, const Place& place, Number number) {
+    return look(tensor, place, number).count;
+  }
   // Memory of `count` numbers to read; null for None.
   const void* read(py::handle tensor, const Place& place, i64 count, Number number) {
     return memory(tensor, place, count, number, false);
@@ -95,7 +102,8 @@ class Tensors {
     if (tensor.is_none()) return nullptr;
     try {
       return checked_memory(tensor, place, count, number, writes);
-    } catch (py::error_already_set& error) {  // PyTorch's own, of a tensor that has nothing of what was asked for
+    } catch (
+        py::error_already_set& error) {  // PyTorch's own, of a tensor that has nothing of what was asked for
       if (!error.matches(PyExc_RuntimeError)) throw;
       const std::string why = error.what();
       place.refuse("must be a dense tensor with memory: " + why.substr(0, why.find('\n')));
@@ -149,8 +157,8 @@ class Tensors {
             call(torch.is_contiguous, tensor).ptr() == Py_True};
   }
 
-  // A tensor's storage may have been freed or made smaller. `count` numbers in a row are needed of it, or, with -1,
-  // whatever the tensor's strides reach.
+  // A tensor's storage may have been freed or made smaller. `count` numbers in a row are needed of
+  // it, or, with -1, whatever the tensor's strides reach.
   static void check_storage(py::handle tensor, const Place& place, i64 count, Number number) {
     const Torch& torch = Torch::get();
     const py::object storage = call(torch.untyped_storage, tensor);
@@ -159,11 +167,12 @@ class Tensors {
     if (count < 0) {
       end += 2;
       const py::tuple shape(tensor.attr("shape")), strides(tensor.attr("stride")());
-      for (std::size_t d = 0; d < shape.size(); ++d) end += (shape[d].cast<i64>() - 1) * strides[d].cast<i64>();
+      for (std::size_t d = 0; d < shape.size(); ++d)
+        end += (shape[d].cast<i64>() - 1) * strides[d].cast<i64>();
     }
     if (end > there / size)
-      place.refuse("has no memory: its storage holds " + std::to_string(there) + " bytes, and the tensor needs " +
-                   std::to_string(end * size));
+      place.refuse("has no memory: its storage holds " + std::to_string(there) +
+                   " bytes, and the tensor needs " + std::to_string(end * size));
   }
 
   [[noreturn]] static void refuse_dtype(py::handle tensor, const Place& place, Number number) {

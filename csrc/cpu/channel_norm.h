@@ -1,12 +1,15 @@
-// Norms of images by channel: batch_norm (one block of all rows, a group for each channel) and group_norm (a block for
-// each example, groups of channels). With m values a group, r = 1 / sqrt(var + eps) and x^ = (x - mean) r:
+// Norms of images by channel: batch_norm (one block of all rows, a group for each channel) and
+// group_norm (a block for each example, groups of channels). With m values a group, r = 1 /
+// sqrt(var + eps) and x^ = (x - mean) r:
 //
 //   y      = w x^ + b
 //   dx     = r (g - <g> - x^ <g x^>),                         g = w dy, <> the mean over the group
 //   ry     = w rx^ + rw x^ + rb,                              rx^ = r (rx - <rx> - x^ <rx x^>)
-//   R(dx)  = -r <rx x^> dx + r (Rg - <Rg> - rx^ <g x^> - x^ (<Rg x^> + <g rx^>)),   Rg = w rdy + rw dy
+//   R(dx)  = -r <rx x^> dx + r (Rg - <Rg> - rx^ <g x^> - x^ (<Rg x^> + <g rx^>)),   Rg = w rdy + rw
+// dy
 //
-// Every one is a sum of rows times coefficients that are constant in a block's column: see docs/norms.md.
+// Every one is a sum of rows times coefficients that are constant in a block's column: see
+// docs/norms.md.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +17,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "../engine/pass.h"
+#include "pass.h"
 #include "recomputed_conv.h"
 
 namespace fm::channel_norm {
@@ -27,8 +30,8 @@ struct Blocks {
 enum State { MEAN, RSTD, SUM_DY, SUM_DY_X, STATES };
 enum TangentState { MEAN_RX, MEAN_RX_X };
 
-// Behind them, where a max-pool is in the epilogue, for every window the place of its maximum within it, and x there
-// (beside the tangents rx there).
+// Behind them, where a max-pool is in the epilogue, for every window the place of its maximum
+// within it, and x there (beside the tangents rx there).
 inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks, i64 examples) {
   const Value& y = plan.values[layer.output];
   return (blocks.count * STATES + (layer.pool_h ? 2 * examples * y.rows : 0)) * plan.padded(y.cols);
@@ -89,8 +92,9 @@ class ChannelNorm {
           from_dy[c] = w(c) * r, from_x[c] = -r * r * g_x, constant[c] = -r * g;
         }
       });
-      each_piece(VALUE,
-                 [&] { gradient({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_)); });
+      each_piece(VALUE, [&] {
+        gradient({{x(), ld_x(), from_x}, {dy(), ld_, from_dy, true}}, constant, pass_.delta(in_));
+      });
     }
     finish_gradients(sinks);
   }
@@ -104,8 +108,8 @@ class ChannelNorm {
       if (moves && (!fixed_ || layer_.pool_h))
         each_piece(TANGENT, [&] {
           if (!fixed_)
-            pass_.kernels.column_products({rows_, padded_, rx(), ld_rx(), x(), ld_x(), state(MEAN), nullptr, nullptr, 0,
-                                           nullptr, 0, sum, sum_x, nullptr});
+            pass_.kernels.column_products({rows_, padded_, rx(), ld_rx(), x(), ld_x(), state(MEAN), nullptr,
+                                           nullptr, 0, nullptr, 0, sum, sum_x, nullptr});
           if (layer_.pool_h) pick();
         });
       each_group([&](i64 begin, i64 end) {
@@ -115,13 +119,15 @@ class ChannelNorm {
         for (i64 c = begin; c < end; ++c) {
           const S r = rstd()[c];
           mean_rx[c] = t, mean_rx_x[c] = t_x;
-          from_rx[c] = w(c) * r, from_x[c] = vw(c) * r - w(c) * r * r * t_x, constant[c] = vb(c) - w(c) * r * t;
+          from_rx[c] = w(c) * r, from_x[c] = vw(c) * r - w(c) * r * r * t_x,
+          constant[c] = vb(c) - w(c) * r * t;
         }
       });
       each_piece(top(moves ? TANGENT : VALUE), [&] {
         S* to = pass_.tangent(layer_.output) + out_row() * ld_;
         if (moves)
-          combine({{top_x(), ld_top_x(), from_x}, {top_rx(), ld_top_rx(), from_rx}}, constant, to, false, MASK_OUT);
+          combine({{top_x(), ld_top_x(), from_x}, {top_rx(), ld_top_rx(), from_rx}}, constant, to, false,
+                  MASK_OUT);
         else
           combine({{top_x(), ld_top_x(), from_x}}, constant, to, false, MASK_OUT);
       });
@@ -185,8 +191,8 @@ class ChannelNorm {
     bool masked = false;
   };
 
-  // Two passes over each piece, the mean and the squares of what is left, put together as by Chan, Golub, LeVeque,
-  // "Algorithms for Computing the Sample Variance" (1983).
+  // Two passes over each piece, the mean and the squares of what is left, put together as by Chan,
+  // Golub, LeVeque, "Algorithms for Computing the Sample Variance" (1983).
   void statistics() {
     S *mean = state(MEAN), *rstd = state(RSTD);
     clear(mean, rstd);
@@ -209,7 +215,8 @@ class ChannelNorm {
       S total = 0, square = 0;
       for (i64 c = begin; c < end; ++c) total += mean[c];
       total /= S(blocks_.group);
-      for (i64 c = begin; c < end; ++c) square += rstd[c] + S(blocks_.rows) * (mean[c] - total) * (mean[c] - total);
+      for (i64 c = begin; c < end; ++c)
+        square += rstd[c] + S(blocks_.rows) * (mean[c] - total) * (mean[c] - total);
       for (i64 c = begin; c < end; ++c) mean[c] = total, rstd[c] = S(1) / std::sqrt(square / values_ + eps_);
     });
   }
@@ -236,8 +243,8 @@ class ChannelNorm {
   // Of the input, for what is done to the output: nothing, if maxima are all that the output is.
   Needed top(Needed needed) const { return layer_.pool_h ? NOTHING_OF_IT : needed; }
 
-  // Calls body for pieces of the block, small enough that several passes over them stay in a cache; where the input is
-  // not kept, what is needed of the piece is computed first.
+  // Calls body for pieces of the block, small enough that several passes over them stay in a cache;
+  // where the input is not kept, what is needed of the piece is computed first.
   template <class Body>
   void each_piece(Needed needed, const Body& body) {
     const Value& in = pass_.plan.values[in_];
@@ -253,12 +260,14 @@ class ChannelNorm {
   // Whether windows never lie across images if all images are read as a single tall one.
   bool tall() const { return pass_.plan.values[in_].height % layer_.pool_h == 0; }
 
-  // Adds to sum a, sum a (x - mean) and, with b, sum b rx of the piece, for gradients a and b of the output.
+  // Adds to sum a, sum a (x - mean) and, with b, sum b rx of the piece, for gradients a and b of
+  // the output.
   void products(const S* a, S* sum, S* sum_x, const S* b, S* sum_b) {
     pass_.kernels.column_products({out_rows(), padded_, a, ld_, top_x(), ld_top_x(), state(MEAN), b,
                                    b ? top_rx() : nullptr, ld_top_rx(), relu_mask(), ld_, sum, sum_x, sum_b});
   }
-  // The gradient of the input's piece: to its place in `all`, or handed on to the convolution that computed the input.
+  // The gradient of the input's piece: to its place in `all`, or handed on to the convolution that
+  // computed the input.
   void gradient(std::initializer_list<Term> terms, const S* constant, S* all) {
     S* to = conv_ ? conv_->delta() : all + first_row() * pass_.plan.values[in_].ld;
     combine(terms, constant, to, !conv_ && layer_.adds[0]);
@@ -266,11 +275,12 @@ class ChannelNorm {
   }
   enum After { GRADIENT, NOTHING, RELU, MASK_OUT };
   // The first term's rows are centred.
-  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after = GRADIENT) {
+  void combine(std::initializer_list<Term> terms, const S* constant, S* to, bool add,
+               After after = GRADIENT) {
     if (layer_.pool_h && after != MASK_OUT) return combine_pooled(terms, constant, to, add, after);
     ColumnCombination<S> c{};
-    c.rows = after == MASK_OUT ? out_rows() : rows_, c.n = padded_, c.center = state(MEAN), c.constant = constant,
-    c.add = add;
+    c.rows = after == MASK_OUT ? out_rows() : rows_, c.n = padded_, c.center = state(MEAN),
+    c.constant = constant, c.add = add;
     for (const Term& term : terms) c.term[c.terms++] = {term.from, term.ld, term.coefficients, term.masked};
     c.relu = after == RELU, c.mask = after == RELU ? nullptr : relu_mask(), c.ld_mask = ld_;
     c.mask_out = after == MASK_OUT;
@@ -278,7 +288,8 @@ class ChannelNorm {
     c.out = to;
     pass_.kernels.column_combination(c);
   }
-  // The same where only windows' maxima are the output, and gradients come from there: those are the masked terms.
+  // The same where only windows' maxima are the output, and gradients come from there: those are
+  // the masked terms.
   void combine_pooled(std::initializer_list<Term> terms, const S* constant, S* to, bool add, After after) {
     PooledColumns<S> p = pooled();
     p.constant = constant, p.add = add, p.relu = after == RELU;
@@ -312,12 +323,15 @@ class ChannelNorm {
     p.out_h = tall() ? p.in_h / layer_.pool_h : out.height;
     p.kh = layer_.pool_h, p.kw = layer_.pool_w, p.n = padded_;
     p.x = x(), p.ld_x = ld_x(), p.center = state(MEAN), p.mask = relu_mask(), p.ld_pooled = ld_;
-    p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_, p.ld_positions = padded_;
+    p.positions = pass_.state(layer_) + (blocks_.count * STATES + out_row()) * padded_,
+    p.ld_positions = padded_;
     p.maxima = maxima();
     return p;
   }
   // The output, if a relu in the epilogue has cut it off.
-  const S* relu_mask() const { return layer_.relu_out ? pass_.output(layer_.output) + out_row() * ld_ : nullptr; }
+  const S* relu_mask() const {
+    return layer_.relu_out ? pass_.output(layer_.output) + out_row() * ld_ : nullptr;
+  }
 
   void start_gradients(Sink<S>* sinks) {
     if (!sinks) return;
@@ -331,7 +345,8 @@ class ChannelNorm {
       if (layer_.params[which] < 0) continue;
       Sink<S>& sink = sinks[layer_.params[which]];
       if (!sink.to) continue;
-      pass_.kernels.column_sums({1, padded_, row(6 + which), padded_, sink.base(), sink.also(), sink.scale, sink.to});
+      pass_.kernels.column_sums(
+          {1, padded_, row(6 + which), padded_, sink.base(), sink.also(), sink.scale, sink.to});
       sink.written();
     }
   }
@@ -348,7 +363,9 @@ class ChannelNorm {
     const Value &in = pass_.plan.values[in_], &out = pass_.plan.values[layer_.output];
     return tall() ? rows_ / (layer_.pool_h * in.width) * out.width : rows_ / in.rows * out.rows;
   }
-  const S* theta(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]]; }
+  const S* theta(int i) const {
+    return layer_.params[i] < 0 ? nullptr : pass_.theta.primary[layer_.params[i]];
+  }
   const S* v(int i) const { return layer_.params[i] < 0 ? nullptr : pass_.v.primary[layer_.params[i]]; }
   S w(i64 c) const { return theta(0) ? theta(0)[c] : S(1); }
   S b(i64 c) const { return theta(1) ? theta(1)[c] : S(0); }
@@ -369,7 +386,9 @@ class ChannelNorm {
   const S* dy() const { return pass_.delta(layer_.output) + out_row() * ld_; }
   const S* rdy() const { return pass_.tangent_delta(layer_.output) + out_row() * ld_; }
   S* state(int which) const { return pass_.state(layer_) + (block_ * STATES + which) * padded_; }
-  S* tangent_state(int which) const { return pass_.tangent_state(layer_) + (block_ * STATES + which) * padded_; }
+  S* tangent_state(int which) const {
+    return pass_.tangent_state(layer_) + (block_ * STATES + which) * padded_;
+  }
   const S* rstd() const { return state(RSTD); }
   S* row(int i) const { return pass_.temporary + i * padded_; }
   S* dw() const { return row(6); }

@@ -1,7 +1,7 @@
 // Passes over the columns of blocks of rows: sums, squares, products and linear combinations.
 //
-// Sums run over pieces of COLUMN_ROWS rows, each by two alternating accumulators, and over the pieces in their order:
-// the same for any number of threads, and short enough for single precision.
+// Sums run over pieces of COLUMN_ROWS rows, each by two alternating accumulators, and over the
+// pieces in their order: the same for any number of threads, and short enough for single precision.
 
 constexpr i64 COLUMN_ROWS = 64;
 
@@ -23,7 +23,8 @@ FM_INLINE Vec<S> column_total(i64 rows, const Term& term) {
 template <class S>
 void column_sums(const ColumnSums<S>& s) {
   for (i64 j = 0; j < s.n; j += lanes<S>) {
-    Vec<S> sums = column_total<S>(s.rows, [&](i64 r) { return load(s.a + r * s.ld + j); }) * broadcast(s.scale);
+    Vec<S> sums =
+        column_total<S>(s.rows, [&](i64 r) { return load(s.a + r * s.ld + j); }) * broadcast(s.scale);
     if (s.base) sums += load(s.base + j);
     if (s.also) sums += load(s.also + j);
     store(s.out + j, sums);
@@ -88,7 +89,8 @@ FM_INLINE void combination(const ColumnCombination<S>& s) {
     for (int i = 0; i < TERMS; ++i) coefficients[i] = load(s.term[i].coefficients + j);
     for (i64 r = 0; r < s.rows; ++r) {
       const Vec<S> mask = MASK ? load(s.mask + r * s.ld_mask + j) : Vec<S>{};
-      Vec<S> sum = constant + coefficients[0] * (load(s.term[0].from + r * s.term[0].ld + j) - center), hidden{};
+      Vec<S> sum = constant + coefficients[0] * (load(s.term[0].from + r * s.term[0].ld + j) - center),
+             hidden{};
 #pragma GCC unroll 4
       for (int i = 1; i < TERMS; ++i) {
         const Vec<S> term = coefficients[i] * load(s.term[i].from + r * s.term[i].ld + j);

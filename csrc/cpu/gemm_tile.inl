@@ -1,9 +1,9 @@
-// Register-tiled matrix products: c = epilogue(sum over pairs of a b), see Gemm in engine/kernels.h.
+// Register-tiled matrix products: c = epilogue(sum over pairs of a b), see Gemm in cpu/kernels.h.
 //
-// A tile keeps MR x NV vectors of c in registers and walks down k: NV loads of b, MR broadcasts of a, MR * NV
-// multiply-adds. b's panel block (at most K_BLOCK x 64 columns) stays in the first-level cache over all row tiles: 40
-// of 48 KiB where there is AVX-512, else 24 of 32. The order of every sum is fixed by the shapes and the instruction
-// set.
+// A tile keeps MR x NV vectors of c in registers and walks down k: NV loads of b, MR broadcasts of
+// a, MR * NV multiply-adds. b's panel block (at most K_BLOCK x 64 columns) stays in the first-level
+// cache over all row tiles: 40 of 48 KiB where there is AVX-512, else 24 of 32. The order of every
+// sum is fixed by the shapes and the instruction set.
 
 constexpr i64 K_BLOCK = FM_REGISTERS == 32 ? 160 : 96;
 // A c larger than this comes from a slower cache: it is fetched while its products are summed.
@@ -46,7 +46,8 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
   for (int p = 0; p < t.pairs; ++p) {
     const S* a = t.pair[p].a;
     const S* b = t.pair[p].b;
-    const i64 a_row = A_ROW_ONE ? 1 : t.pair[p].a_row, a_k = A_ROW_ONE ? t.pair[p].a_k : 1, ldb = t.pair[p].ldb;
+    const i64 a_row = A_ROW_ONE ? 1 : t.pair[p].a_row, a_k = A_ROW_ONE ? t.pair[p].a_k : 1,
+              ldb = t.pair[p].ldb;
     for (i64 k = t.pair[p].k; k > 0; --k) {
       V bv[NV];
 #pragma GCC unroll 4
@@ -105,7 +106,8 @@ __attribute__((noinline)) void tile(const Tile<S>& t) {
 template <class S>
 using TileFunction = void (*)(const Tile<S>&);
 
-// tiles[NV - 1][MR - 1]; a tile of NV vectors has at most MAX_ROWS[NV - 1] rows, so that it fits in the registers.
+// tiles[NV - 1][MR - 1]; a tile of NV vectors has at most MAX_ROWS[NV - 1] rows, so that it fits in
+// the registers.
 #define FM_ROW2(S, NV, T) &tile<S, 1, NV, T>, &tile<S, 2, NV, T>
 #define FM_ROW4(S, NV, T) FM_ROW2(S, NV, T), &tile<S, 3, NV, T>, &tile<S, 4, NV, T>
 #define FM_ROW6(S, NV, T) FM_ROW4(S, NV, T), &tile<S, 5, NV, T>, &tile<S, 6, NV, T>
@@ -122,17 +124,19 @@ constexpr TileFunction<S> TILES[MAX_VECTORS][12] = {
 constexpr int MAX_VECTORS = 3;
 constexpr int MAX_ROWS[MAX_VECTORS] = {8, 6, 4};
 template <class S, bool T>
-constexpr TileFunction<S> TILES[MAX_VECTORS][8] = {{FM_ROW8(S, 1, T)}, {FM_ROW6(S, 2, T)}, {FM_ROW4(S, 3, T)}};
+constexpr TileFunction<S> TILES[MAX_VECTORS][8] = {
+    {FM_ROW8(S, 1, T)}, {FM_ROW6(S, 2, T)}, {FM_ROW4(S, 3, T)}};
 #endif
 
-// The widest tile for `left` vectors that leaves no lonely vector behind: 5 is 3 + 2, 4 of at most 3 is 2 + 2.
+// The widest tile for `left` vectors that leaves no lonely vector behind: 5 is 3 + 2, 4 of at most
+// 3 is 2 + 2.
 FM_INLINE int tile_width(i64 left) {
   if (left <= MAX_VECTORS) return static_cast<int>(left);
   return left == MAX_VECTORS + 1 ? (MAX_VECTORS + 1) / 2 : MAX_VECTORS;
 }
 
-// How `m` rows are cut for tiles of `vectors` vectors: into `tiles` tiles, the first `larger` of them one row more than
-// `rows`.
+// How `m` rows are cut for tiles of `vectors` vectors: into `tiles` tiles, the first `larger` of
+// them one row more than `rows`.
 struct RowCut {
   i64 tiles, rows, larger;
 };
@@ -155,10 +159,11 @@ FM_INLINE RowCut cut_rows(i64 m, int vectors) {
   return m < TABLED_ROWS ? ROW_CUTS.cut[vectors - 1][m] : divide_rows(m, vectors);
 }
 
-// Blocks [k0, k0 + k) of the pairs [p, p + pairs), one panel of c: its columns [panel, end), padded to [..,
-// padded_end).
+// Blocks [k0, k0 + k) of the pairs [p, p + pairs), one panel of c: its columns [panel, end), padded
+// to [.., padded_end).
 template <class S>
-FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end, i64 padded_end, i64 k0, i64 k) {
+FM_INLINE void gemm_block(const Gemm<S>& g, int p, int pairs, i64 panel, i64 end, i64 padded_end, i64 k0,
+                          i64 k) {
   constexpr int L = lanes<S>;
   const auto* const tiles = g.pair[p].a_row == 1 && g.pair[p].a_k != 1 ? TILES<S, true> : TILES<S, false>;
   const bool first = p == 0 && k0 == 0, last = p + pairs == g.pairs && k0 + k >= g.depth(p);

@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../engine/kernels.h"
+#include "kernels.h"
 
 namespace fm {
 namespace {
@@ -19,7 +19,8 @@ const InstructionSet& choose() {
   if (avx2 && (name.empty() || name == "avx2")) return isa_avx2;
 #endif
   if (name.empty() || name == "base") return isa_base;
-  throw std::runtime_error("FASTMETA_CPU_ISA: expected one of base, avx2, avx512 that this processor has, got " + name);
+  throw std::runtime_error(
+      "FASTMETA_CPU_ISA: expected one of base, avx2, avx512 that this processor has, got " + name);
 }
 
 }  // namespace

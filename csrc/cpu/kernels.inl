@@ -1,12 +1,14 @@
-// All kernels of one instruction set. The including file defines FM_ISA, FM_ISA_NAME, FM_VECTOR_BYTES and
-// FM_REGISTERS, and is compiled with that instruction set's flags. Everything is in an anonymous namespace, and no
-// standard header is included: an inline function compiled for AVX-512 must never be linked into portable code.
+// All kernels of one instruction set. The including file defines FM_ISA, FM_ISA_NAME,
+// FM_VECTOR_BYTES and FM_REGISTERS, and is compiled with that instruction set's flags. Everything
+// is in an anonymous namespace, and no
+// standard header is included: an inline function compiled for AVX-512 must never be linked into
+// portable code.
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "../engine/kernels.h"
+#include "kernels.h"
 
 namespace fm {
 namespace {
@@ -17,8 +19,8 @@ namespace {
 #include "gemm_tile.inl"
 
 // what other backends compute too
-#include "../engine/functions.inl"
-#include "../engine/loss_example.inl"
+#include "../shared/functions.inl"
+#include "../shared/loss_example.inl"
 
 #include "layers/conv2d.inl"
 #include "layers/elementwise.inl"

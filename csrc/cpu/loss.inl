@@ -3,9 +3,11 @@
 // Sums example(n, factor, side_factor), which returns l_n or its tangent, over the examples.
 template <class S, class Example>
 FM_INLINE double loss_sum(const LossCall<S>& l, const Example& example) {
-  const double denominator = loss_denominator(l), share = l.scale / denominator, side = l.side_scale / denominator;
+  const double denominator = loss_denominator(l), share = l.scale / denominator,
+               side = l.side_scale / denominator;
   if (l.dz)
-    for (i64 r = 0; r < l.examples * l.rows; ++r) zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
+    for (i64 r = 0; r < l.examples * l.rows; ++r)
+      zero_columns(l.dz + r * l.ld, l.cols / lanes<S> * lanes<S>, l.ld);
   double value = 0;
   for (i64 n = 0; n < l.examples; ++n) {
     if (!l.weights && !l.dweights) {

@@ -18,8 +18,8 @@ double inner(i64 n, const S* a, const S* b) {
 
 // m' = mu m + g + omega theta;  theta' = theta - alpha m'
 template <class S>
-void sgd_update(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m, S* next,
-                S* next_m) {
+void sgd_update(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m,
+                S* next, S* next_m) {
   for (i64 i = 0; i < n; ++i) {
     S u = g[i];
     if (omega != 0) u += omega * theta[i];

@@ -1,5 +1,5 @@
-// Pools over windows of channels-last images. The channels of a pixel lie side by side: every loop over them is one
-// over vectors.
+// Pools over windows of channels-last images. The channels of a pixel lie side by side: every loop
+// over them is one over vectors.
 
 template <class S>
 struct PoolWindow {
@@ -39,7 +39,8 @@ FM_INLINE void clear_image(const Pool<S>& p) {
   for (i64 r = 0; r < p.examples * p.in_h * p.in_w; ++r) zero_columns(p.to + r * p.ld_to, 0, p.n);
 }
 
-// to = the largest of every window, positions = the first pixel that holds it; NaN counts as larger than anything.
+// to = the largest of every window, positions = the first pixel that holds it; NaN counts as larger
+// than anything.
 template <class S>
 void max_pool_forward(const Pool<S>& p) {
   each_window(p, [&](const PoolWindow<S>& w, i64 first, i64 row) FM_INLINE_LAMBDA {

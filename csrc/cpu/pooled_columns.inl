@@ -1,10 +1,12 @@
-// Norm, relu and max-pool in one: passes over windows that lie side by side, of which only the maximum is kept.
+// Norm, relu and max-pool in one: passes over windows that lie side by side, of which only the
+// maximum is kept.
 //
-//   pooled_forward      out = max of [relu] (constant + from_x (x - center)), positions = the first pixel that holds
-//   it,
+//   pooled_forward      out = max of [relu] (constant + from_x (x - center)), positions = the first
+// pixel that holds   it,
 //                       maxima = x there
 //   pooled_pick         maxima = rx at the positions
-//   pooled_combination  out [+]= constant + from_x (x - center) [+ from_rx rx] + pooled terms at the positions
+//   pooled_combination  out [+]= constant + from_x (x - center) [+ from_rx rx] + pooled terms at
+// the positions
 
 // Calls body(first pixel's row, window's row) for every window of every image.
 template <class S, class Body>
@@ -51,7 +53,8 @@ void pooled_pick(const PooledColumns<S>& p) {
       Vec<S> kept{};
       for (i64 y = 0; y < p.kh; ++y)
         for (i64 x = 0; x < p.kw; ++x)
-          kept = at == broadcast(S(y * p.kw + x)) ? load(p.rx + (pixel + y * p.in_w + x) * p.ld_rx + j) : kept;
+          kept =
+              at == broadcast(S(y * p.kw + x)) ? load(p.rx + (pixel + y * p.in_w + x) * p.ld_rx + j) : kept;
       store(p.maxima + window * p.ld_positions + j, kept);
     });
 }

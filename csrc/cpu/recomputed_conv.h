@@ -1,5 +1,6 @@
-// A convolution of the network's input whose output is large and cheap, since the input has few channels: it is not
-// kept in memory, but computed in pieces by the norm that reads it, whenever that does.
+// A convolution of the network's input whose output is large and cheap, since the input has few
+// channels: it is not kept in memory, but computed in pieces by the norm that reads it, whenever
+// that does.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +45,8 @@ class RecomputedConv {
     Sink<S> weight{gradient_, nullptr, true, S(1)};
     conv2d::gathered_weight_gradient<S>(pass_, layer_, first_, count_, 1, x, ld_x, dy, weight);
     if (bias_sums())
-      pass_.kernels.column_sums({count_, padded(), delta_, ld_, bias_gradient(), nullptr, S(1), bias_gradient()});
+      pass_.kernels.column_sums(
+          {count_, padded(), delta_, ld_, bias_gradient(), nullptr, S(1), bias_gradient()});
   }
   void finish_gradient(Sink<S>* sinks) const {
     const i64 sizes[] = {pass_.plan.params[layer_.weight()].size, padded()};
@@ -53,7 +55,8 @@ class RecomputedConv {
       if (layer_.params[i] < 0) continue;
       Sink<S>& sink = sinks[layer_.params[i]];
       if (!sink.to) continue;
-      pass_.kernels.column_sums({1, sizes[i], sums[i], sizes[i], sink.base(), sink.also(), sink.scale, sink.to});
+      pass_.kernels.column_sums(
+          {1, sizes[i], sums[i], sizes[i], sink.base(), sink.also(), sink.scale, sink.to});
       sink.written();
     }
   }

@@ -9,15 +9,15 @@
 #include <memory>
 #include <mutex>
 
-#include "../engine/meta_step.h"
+#include "meta_step.h"
 #include "split.h"
 #include "thread_pool.h"
 
 namespace fm {
 namespace {
 
-// Tasks are cut into this many contiguous ranges at most, each summed by one worker: fixed, so that the sums do not
-// depend on the number of threads.
+// Tasks are cut into this many contiguous ranges at most, each summed by one worker: fixed, so that
+// the sums do not depend on the number of threads.
 constexpr i64 RANGES = 16;
 
 std::atomic<double> last_seconds{0};
@@ -36,8 +36,8 @@ bool rates_finite(const Plan& plan, const Call<S>& call) {
   for (size_t p = 0; p < plan.params.size(); ++p) {
     const Param& param = plan.params[p];
     if (!param.adapted || plan.options.steps == 0) continue;
-    const i64 count = (param.rate_per_step ? plan.options.steps : 1) * (param.rate_per_task ? call.tasks : 1) *
-                      (param.rate_element ? param.numel() : 1);
+    const i64 count = (param.rate_per_step ? plan.options.steps : 1) *
+                      (param.rate_per_task ? call.tasks : 1) * (param.rate_element ? param.numel() : 1);
     for (i64 i = 0; i < count; ++i)
       if (!std::isfinite(call.params[p].rate[i])) return false;
   }
@@ -55,9 +55,11 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   const bool split = call.tasks < threads;
   const Kernels<S>& kernels = split ? SplitKernels<S>::over(whole, threads) : whole;
   const int ranges = int(std::min(RANGES, call.tasks));
-  // The caller's scratch, kept out of the workers' way: shared parameters, their mirrors, the ranges' sums.
+  // The caller's scratch, kept out of the workers' way: shared parameters, their mirrors, the
+  // ranges' sums.
   const i64 shared_size = plan.set_size + plan.mirror_size;
-  S* const base = static_cast<S*>(caller_scratch(size_t(shared_size + (ranges + 1) * plan.range_sums) * sizeof(S)));
+  S* const base =
+      static_cast<S*>(caller_scratch(size_t(shared_size + (ranges + 1) * plan.range_sums) * sizeof(S)));
   S* const shared_set = base;
   S* const sums = base + shared_size;
   const S nan = std::numeric_limits<S>::quiet_NaN();
@@ -68,7 +70,8 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
     if (param.per_task) continue;
     pack(kernels, plan, param, call.params[p].data, shared_set + param.offset);
     if (param.mirrored)
-      make_mirror(kernels, plan, param, shared_set + param.offset, shared_set + plan.set_size + param.mirror_offset);
+      make_mirror(kernels, plan, param, shared_set + param.offset,
+                  shared_set + plan.set_size + param.mirror_offset);
   }
   const Shared<S> shared{shared_set, shared_set + plan.set_size};
 
@@ -111,12 +114,15 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
   parallel(threads, int((plan.range_sums + CHUNK - 1) / CHUNK), [&](int c, int) {
     const i64 start = c * CHUNK, n = std::min(CHUNK, plan.range_sums - start);
     kernels.add(n, sums + start, nullptr, total + start);
-    for (int r = 1; r < ranges; ++r) kernels.add(n, total + start, sums + r * plan.range_sums + start, total + start);
+    for (int r = 1; r < ranges; ++r)
+      kernels.add(n, total + start, sums + r * plan.range_sums + start, total + start);
   });
-  const auto writer = std::find_if(steps.begin(), steps.end(), [](const auto& s) { return s != nullptr; })->get();
+  const auto writer =
+      std::find_if(steps.begin(), steps.end(), [](const auto& s) { return s != nullptr; })->get();
   for (size_t p = 0; p < plan.params.size(); ++p) {
     const Param& param = plan.params[p];
-    if (!param.per_task && call.params[p].grad) unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
+    if (!param.per_task && call.params[p].grad)
+      unpack(kernels, plan, param, total + param.offset, call.params[p].grad);
     if (plan.options.wants_rates && param.adapted && !param.rate_per_task)
       writer->write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
   }

@@ -1,10 +1,11 @@
-// Kernels that share one call out over the threads of the pool, for calls with fewer tasks than threads.
+// Kernels that share one call out over the threads of the pool, for calls with fewer tasks than
+// threads.
 //
-// A call is cut along its outputs only: every output is summed by one thread in the order that it always has, so that
-// the bits are those of one thread.
+// A call is cut along its outputs only: every output is summed by one thread in the order that it
+// always has, so that the bits are those of one thread.
 #pragma once
 
-#include "../engine/kernels.h"
+#include "kernels.h"
 #include "thread_pool.h"
 
 namespace fm {
@@ -12,7 +13,8 @@ namespace fm {
 template <class S>
 class SplitKernels {
  public:
-  // The kernels of `base` on so many threads. One call of the engine at a time: the pool's session guards it.
+  // The kernels of `base` on so many threads. One call of the engine at a time: the pool's session
+  // guards it.
   static const Kernels<S>& over(const Kernels<S>& base, int threads) {
     base_ = &base, threads_ = threads;
     table_ = base;
@@ -28,7 +30,8 @@ class SplitKernels {
     table_.column_sums = columns<ColumnSums<S>, &Kernels<S>::column_sums, shift_sums>;
     table_.column_squares = columns<ColumnSquares<S>, &Kernels<S>::column_squares, shift_squares>;
     table_.column_products = columns<ColumnProducts<S>, &Kernels<S>::column_products, shift_products>;
-    table_.column_combination = columns<ColumnCombination<S>, &Kernels<S>::column_combination, shift_combination>;
+    table_.column_combination =
+        columns<ColumnCombination<S>, &Kernels<S>::column_combination, shift_combination>;
     table_.pooled_forward = columns<PooledColumns<S>, &Kernels<S>::pooled_forward, shift_pooled>;
     table_.pooled_pick = columns<PooledColumns<S>, &Kernels<S>::pooled_pick, shift_pooled>;
     table_.pooled_combination = columns<PooledColumns<S>, &Kernels<S>::pooled_combination, shift_pooled>;

@@ -79,8 +79,8 @@ class Pool {
   }
 
  private:
-  // As many threads as there are, the caller's among them, at most `threads`: those that cannot be started are done
-  // without, which changes no bit, and tried again at the next run.
+  // As many threads as there are, the caller's among them, at most `threads`: those that cannot be
+  // started are done without, which changes no bit, and tried again at the next run.
   int start(int threads) {
     while (workers_ < threads - 1) try {
         if (int(scratch.size()) < workers_ + 2) scratch.emplace_back();
@@ -155,7 +155,8 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Never destroyed: its threads may outlive static destruction. A forked child has none of them and starts anew.
+// Never destroyed: its threads may outlive static destruction. A forked child has none of them and
+// starts anew.
 Pool* pool_instance = nullptr;
 
 Pool& pool() {
@@ -176,12 +177,14 @@ void parallel(int threads, int jobs, const std::function<void(int, int)>& job) {
 
 namespace {
 
-// Asked for more than the machine has: an allocation would succeed, and the process be killed when it is used.
+// Asked for more than the machine has: an allocation would succeed, and the process be killed when
+// it is used.
 class OutOfMemory : public std::bad_alloc {
  public:
   OutOfMemory(std::size_t bytes, std::size_t there)
       : text_("the plan needs " + std::to_string(bytes >> 20) +
-              " MiB of memory for each task that runs, this machine " + "has " + std::to_string(there >> 20)) {}
+              " MiB of memory for each task that runs, this machine " + "has " +
+              std::to_string(there >> 20)) {}
   const char* what() const noexcept override { return text_.c_str(); }
 
  private:

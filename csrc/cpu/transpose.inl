@@ -1,5 +1,5 @@
-// Transposition through registers, block by block. Blocks are at most 32 bytes wide: two 128-bit halves are loaded
-// where they belong, so that all shuffles stay inside 128-bit lanes.
+// Transposition through registers, block by block. Blocks are at most 32 bytes wide: two 128-bit
+// halves are loaded where they belong, so that all shuffles stay inside 128-bit lanes.
 
 #if defined(__AVX2__)
 FM_INLINE __m256 halves(const float* low, const float* high) {
@@ -48,7 +48,8 @@ FM_INLINE void transpose_block(const S* src, i64 ld_src, S* dst, i64 ld_dst) {
 }
 #endif
 
-// The same for a row of blocks of src, one below the other in dst. Not inlined: it needs all general registers.
+// The same for a row of blocks of src, one below the other in dst. Not inlined: it needs all
+// general registers.
 template <class S>
 __attribute__((noinline)) void transpose_strip(const S* src, i64 ld_src, S* dst, i64 ld_dst, i64 blocks) {
   constexpr int B = block_side<S>;
@@ -59,10 +60,11 @@ __attribute__((noinline)) void transpose_strip(const S* src, i64 ld_src, S* dst,
   }
 }
 
-// What no whole block covers: height x width elements; a padded destination gets zeros up to a whole block.
+// What no whole block covers: height x width elements; a padded destination gets zeros up to a
+// whole block.
 template <class S>
-__attribute__((noinline)) void transpose_edge(const S* src, i64 ld_src, S* dst, i64 ld_dst, i64 height, i64 width,
-                                              bool pad_dst) {
+__attribute__((noinline)) void transpose_edge(const S* src, i64 ld_src, S* dst, i64 ld_dst, i64 height,
+                                              i64 width, bool pad_dst) {
   constexpr int B = block_side<S>;
   for (i64 c = 0; c < width; ++c) {
     for (i64 r = 0; r < height; ++r) dst[c * ld_dst + r] = src[r * ld_src + c];
@@ -91,7 +93,8 @@ void transpose(const Transpose<S>& t) {
         if (height == B) transpose_strip(from, ld_src, dst + r, ld_dst, cols / B);
         const i64 done = height == B ? whole : 0;
         if (done < cols)
-          transpose_edge(from + done, ld_src, dst + done * ld_dst + r, ld_dst, height, cols - done, t.dst_padded);
+          transpose_edge(from + done, ld_src, dst + done * ld_dst + r, ld_dst, height, cols - done,
+                         t.dst_padded);
       }
       // A padded destination is padded to 64 bytes, which may be further than the blocks reach.
       if (t.dst_padded)

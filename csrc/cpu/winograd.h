@@ -1,24 +1,27 @@
-// Convolutions of 3 x 3 taps and stride 1 by Winograd's F(2x2, 3x3): 16 products a tile of 2 x 2 pixels instead of 36
-// (Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section 4).
+// Convolutions of 3 x 3 taps and stride 1 by Winograd's F(2x2, 3x3): 16 products a tile of 2 x 2
+// pixels instead of 36 (Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks", 2016,
+// section 4).
 //
 //   Y = A^T [ (G g G^T) . (B^T d B) ] A,    dg = G^T [ sum over tiles (A dY A^T) . (B^T d B) ] G
 //
-// where "." is, for each of the 16 elements, a product of matrices over channels (or tiles). The transposed convolution
-// is the convolution with flipped taps. Tiles are transformed a block at a time, so that they stay in the cache: that
-// costs a few per cent, less than writing and reading the transformed images once would.
+// where "." is, for each of the 16 elements, a product of matrices over channels (or tiles). The
+// transposed convolution
+// is the convolution with flipped taps. Tiles are transformed a block at a time, so that they stay
+// in the cache: that costs a few per cent, less than writing and reading the transformed images
+// once would.
 #pragma once
 
 #include <algorithm>
 
-#include "../engine/kernels.h"
+#include "kernels.h"
 
 namespace fm::winograd {
 
 constexpr i64 TILES = 96;  // of a block
 
 // Enough pixels in whole tiles and enough channels to pay for the transforms; by shapes alone.
-inline bool pays(i64 kh, i64 kw, i64 sh, i64 sw, i64 ph, i64 pw, i64 channels_in, i64 channels_out, i64 examples,
-                 i64 height, i64 width) {
+inline bool pays(i64 kh, i64 kw, i64 sh, i64 sw, i64 ph, i64 pw, i64 channels_in, i64 channels_out,
+                 i64 examples, i64 height, i64 width) {
   if (kh != 3 || kw != 3 || sh != 1 || sw != 1 || ph > 2 || pw > 2) return false;
   const i64 tiles = ((height + 1) / 2) * ((width + 1) / 2);
   return std::min(channels_in, channels_out) >= 16 && tiles * examples >= 32 &&
@@ -42,7 +45,8 @@ void conv(const Kernels<S>& kernels, const Conv<S>& v, S* memory) {
   S *weights[2], *inputs[2];
   for (int p = 0; p < v.pairs; ++p) {
     weights[p] = memory, memory += 16 * matrix;
-    kernels.winograd_weight({matrix, matrix, matrix, v.pair[p].w, weights[p], v.transposed, nullptr, nullptr, S(1)});
+    kernels.winograd_weight(
+        {matrix, matrix, matrix, v.pair[p].w, weights[p], v.transposed, nullptr, nullptr, S(1)});
   }
   for (int p = 0; p < v.pairs; ++p) inputs[p] = memory, memory += 16 * TILES * k;
   S* const outputs = memory;

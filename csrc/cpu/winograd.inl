@@ -39,7 +39,8 @@ void winograd_input(const WinogradTiles<S>& t) {
       V rows[4][4];  // [column][row of B^T d]
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const V d[4] = {load(pixel[0][j] + c), load(pixel[1][j] + c), load(pixel[2][j] + c), load(pixel[3][j] + c)};
+        const V d[4] = {load(pixel[0][j] + c), load(pixel[1][j] + c), load(pixel[2][j] + c),
+                        load(pixel[3][j] + c)};
         winograd_bt(d, rows[j]);
       }
 #pragma GCC unroll 4
@@ -72,7 +73,8 @@ void winograd_output(const WinogradTiles<S>& t) {
         up[j] = load(m) + m1 + m2, down[j] = m1 - m2 - load(m + 12 * t.step);
       }
       const V bias = t.bias ? load(t.bias + c) : V{};
-      const auto put = [&](S* p, V value) FM_INLINE_LAMBDA { store(p, t.add ? load(p) + value : value + bias); };
+      const auto put = [&](S* p, V value)
+                           FM_INLINE_LAMBDA { store(p, t.add ? load(p) + value : value + bias); };
       put(to + c, up[0] + up[1] + up[2]);
       if (second) put(to + t.ld_to + c, up[1] - up[2] - up[3]);
       if (second_row) put(below + c, down[0] + down[1] + down[2]);

@@ -1,5 +1,6 @@
-// What one launch brings: addresses in the user's memory, torch's layouts. A null pointer is an absent thing. Nothing
-// but words of 8 bytes, in the order that fastmeta/backends/cuda/run.py writes them.
+// What one launch brings: addresses in the user's memory, torch's layouts. A null pointer is an
+// absent thing. Nothing but words of 8 bytes, in the order that fastmeta/backends/cuda/run.py
+// writes them.
 #pragma once
 
 #include "memory.h"

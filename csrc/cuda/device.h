@@ -42,7 +42,8 @@ FM_INLINE void begin() {}
 FM_INLINE void end() {}
 FM_INLINE void* shared_memory(int) { return shared_bytes; }
 #else
-// A cluster of blocks acts as one block that has their threads, and their shared memories one after the other.
+// A cluster of blocks acts as one block that has their threads, and their shared memories one after
+// the other.
 FM_INLINE int rank() {
   int value;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
@@ -64,7 +65,7 @@ FM_INLINE void* shared_memory(int rank) {
 }
 #endif
 
-// ---- warps ------------------------------------------------------------------------------------------------------
+// ---- warps
 constexpr int WARP = 32;  // threads
 constexpr int HELD = 1;   // lanes whose registers a thread holds
 
@@ -79,7 +80,7 @@ FM_INLINE void add_lanes(T (&part)[1]) {
     part[0] += __shfl_xor_sync(team << (thread() % 32 & ~(LANES - 1)), part[0], distance);
 }
 
-// ---- tensor cores -----------------------------------------------------------------------------------------------
+// ---- tensor cores
 FM_INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }
 FM_INLINE unsigned round_to_tf32(float x) {
   unsigned bits;
@@ -92,7 +93,8 @@ FM_INLINE unsigned round_to_bf16(float low, float high) {
   return bits;
 }
 
-// c += a b; a register of a and b holds PER numbers: TF32, or two of bfloat16. The strides are from lane to lane.
+// c += a b; a register of a and b holds PER numbers: TF32, or two of bfloat16. The strides are from
+// lane to lane.
 template <int PER>
 FM_INLINE void tensor_multiply(float* c, int, const unsigned* a, int, const unsigned* b, int) {
   if constexpr (PER == 1)

@@ -1,6 +1,6 @@
-// Runs a kernel that was compiled as ordinary C++, block after block: a block, or a cluster of `ranks` blocks
-// that each have their own memory, is the calling thread alone, or several std::threads that wait for each other at
-// barriers.
+// Runs a kernel that was compiled as ordinary C++, block after block: a block, or a cluster of
+// `ranks` blocks that each have their own memory, is the calling thread alone, or several
+// std::threads that wait for each other at barriers.
 #include "emulate.h"
 
 #include <condition_variable>
@@ -37,8 +37,8 @@ class Barrier {
   std::int64_t round_ = 0;
 };
 
-// Two barriers in turn: a thread that leaves one late must not, by its lock, come after what others have done since on
-// their way to the next. A race detector would take that for an order.
+// Two barriers in turn: a thread that leaves one late must not, by its lock, come after what others
+// have done since on their way to the next. A race detector would take that for an order.
 struct Thread : Emulated {
   Barrier* barriers;
   int turn;
@@ -54,8 +54,9 @@ void nobody_to_meet(Emulated*) {}
 
 // `element` is 4 or 8, the bytes of a number: shared memory is full of NaN before every block.
 extern "C" __attribute__((visibility("default"))) void fastmeta_emulate(void (*kernel)(const void*),
-                                                                        void (*enter)(Emulated*), const void* args,
-                                                                        int blocks, int ranks, int threads,
+                                                                        void (*enter)(Emulated*),
+                                                                        const void* args, int blocks,
+                                                                        int ranks, int threads,
                                                                         std::int64_t bytes, int element) {
   struct alignas(64) Line {
     char at[64];

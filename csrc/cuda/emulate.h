@@ -1,5 +1,5 @@
-// Stands in for CUDA where a kernel is compiled as ordinary C++: a block, or a cluster of blocks, is one thread or
-// several, see emulate.cpp.
+// Stands in for CUDA where a kernel is compiled as ordinary C++: a block, or a cluster of blocks,
+// is one thread or several, see emulate.cpp.
 #pragma once
 
 #define FM_INLINE inline
@@ -32,7 +32,8 @@ inline void begin() {}
 inline void end() {}
 inline void* shared_memory(int rank) { return emulated->shared[rank]; }
 #ifdef FASTMETA_EMULATE_MUTANTS
-// Whether the barrier in this line is left out: a race on purpose, which the check for races must find.
+// Whether the barrier in this line is left out: a race on purpose, which the check for races must
+// find.
 bool left_out(const char* file, int line);
 inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (!left_out(file, line)) emulated->barrier(emulated);

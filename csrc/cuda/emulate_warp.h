@@ -1,5 +1,5 @@
-// Stands in for warps and tensor cores: the same registers of the same lanes, rounded and summed as the hardware does
-// it.
+// Stands in for warps and tensor cores: the same registers of the same lanes, rounded and summed as
+// the hardware does it.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@ constexpr int HELD = 32;  // lanes whose registers a thread holds
 
 inline int lane(int held) { return held; }
 
-// The sum of the parts of LANES neighbours, a power of two, for each of them: in the order of a butterfly.
+// The sum of the parts of LANES neighbours, a power of two, for each of them: in the order of a
+// butterfly.
 template <int LANES, class T>
 void add_lanes(T (&part)[LANES]) {
   for (int distance = 1; distance < LANES; distance *= 2) {
@@ -38,14 +39,18 @@ inline float float_of(unsigned bits) {
 }
 
 // To ten bits behind the leading one, ties away from zero: cvt.rna.tf32.f32.
-inline unsigned round_to_tf32(float x) { return std::isfinite(x) ? (bits_of(x) + 0x1000u) & ~0x1fffu : bits_of(x); }
+inline unsigned round_to_tf32(float x) {
+  return std::isfinite(x) ? (bits_of(x) + 0x1000u) & ~0x1fffu : bits_of(x);
+}
 // To seven, ties to even: cvt.rn.bf16x2.f32, `low` in the lower half of the register.
 inline unsigned round_to_bf16(float x) {
   const unsigned bits = bits_of(x);
   if (std::isnan(x)) return 0x7fffu;
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
-inline unsigned round_to_bf16(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
+inline unsigned round_to_bf16(float low, float high) {
+  return round_to_bf16(low) | round_to_bf16(high) << 16;
+}
 
 template <int PER>
 float part_of(unsigned bits, int part) {
@@ -53,9 +58,9 @@ float part_of(unsigned bits, int part) {
   return PER == 1 ? float_of(bits & ~0x1fffu) : float_of(part ? bits & 0xffff0000u : bits << 16);
 }
 
-// c and products, exact, are cut off 23 bits below the leading bit of the largest of them, summed, and the sum is cut
-// off to a float. So V100's do it; later ones keep a bit or two more. Source: Fasi, Higham, Mikaitis, Pranesh,
-// "Numerical behavior of NVIDIA tensor cores", 2021, table 2.
+// c and products, exact, are cut off 23 bits below the leading bit of the largest of them, summed,
+// and the sum is cut off to a float. So V100's do it; later ones keep a bit or two more. Source:
+// Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021, table 2.
 template <int COUNT>
 float cut_off_sum(float c, const double (&products)[COUNT]) {
   double largest = std::fabs(c), plain = c;

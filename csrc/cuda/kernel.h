@@ -1,13 +1,13 @@
-// The two launches of a meta-step: one block, or cluster of blocks, takes one task after the other, then the sums over
-// tasks. Included by a generated source after its tables.
+// The two launches of a meta-step: one block, or cluster of blocks, takes one task after the other,
+// then the sums over tasks. Included by a generated source after its tables.
 #pragma once
 
 #include "meta_step.h"
 
 namespace fm::cuda {
 
-// Tasks are cut into this many contiguous ranges at most, each summed in order, and then the ranges: so the sums depend
-// on the number of tasks alone.
+// Tasks are cut into this many contiguous ranges at most, each summed in order, and then the
+// ranges: so the sums depend on the number of tasks alone.
 constexpr int RANGES = 16;
 constexpr int SUM_COLUMNS = 32;  // of a block of sums
 
@@ -35,7 +35,8 @@ FM_KERNEL(fm::cuda::RANGES* fm::cuda::SUM_COLUMNS) fastmeta_sum(FM_ARGUMENT(fm::
   S* const sums = static_cast<S*>(alone::shared_memory());  // [RANGES, SUM_COLUMNS]
   const fm::i64 ranges = args.tasks < RANGES ? args.tasks : RANGES;
   for (int item = alone::thread(); item < RANGES * SUM_COLUMNS; item += alone::threads()) {
-    const fm::i64 range = item / SUM_COLUMNS, column = fm::i64(alone::block()) * SUM_COLUMNS + item % SUM_COLUMNS;
+    const fm::i64 range = item / SUM_COLUMNS,
+                  column = fm::i64(alone::block()) * SUM_COLUMNS + item % SUM_COLUMNS;
     if (range >= ranges || column >= args.columns) continue;
     S sum = 0;
     FM_UNROLL_BY(8)

@@ -1,4 +1,5 @@
-// A task's loss by all threads of a block: an example each. The formulas are engine/loss_example.inl.
+// A task's loss by all threads of a block: an example each. The formulas are
+// shared/loss_example.inl.
 #pragma once
 
 #include "args.h"
@@ -9,15 +10,17 @@ namespace fm::cuda {
 template <bool QUERY>
 constexpr LossSpec LOSS = QUERY ? OPTIONS.query_loss : OPTIONS.loss;
 
-// Numbers of examples, and 32 more; where cross-entropy has several positions an example, shares of these and 32 more,
-// and a loss for each.
+// Numbers of examples, and 32 more; where cross-entropy has several positions an example, shares of
+// these and 32 more, and a loss for each.
 FM_INLINE S* terms(S* workspace) { return memory<LAYOUT.terms.space>(workspace, 0, LAYOUT.terms.at); }
 constexpr int MOST = OPTIONS.support > OPTIONS.query ? OPTIONS.support : OPTIONS.query;
 FM_INLINE S* position_shares(S* workspace) { return terms(workspace) + MOST + 32; }
-FM_INLINE S* position_losses(S* workspace) { return position_shares(workspace) + MOST * VALUES[OUTPUT].rows + 32; }
+FM_INLINE S* position_losses(S* workspace) {
+  return position_shares(workspace) + MOST * VALUES[OUTPUT].rows + 32;
+}
 
-// The sum of so many terms, in an order that depends on their number alone; the same for every thread. To be called by
-// all threads after a barrier.
+// The sum of so many terms, in an order that depends on their number alone; the same for every
+// thread. To be called by all threads after a barrier.
 FM_INLINE double sum_of(S* all, int count) {
   double total = 0;
   if (count <= 32) {
@@ -66,7 +69,8 @@ FM_INLINE double denominator_of_positions(S* workspace, const LossCall<S>& l) {
   }
 }
 
-// The gradient dz = scale * dL/dz and those of targets and example weights, or the tangents of all along rz; a term for
+// The gradient dz = scale * dL/dz and those of targets and example weights, or the tangents of all
+// along rz; a term for
 // each example. Whoever reads them waits for a barrier. VALUES_ONLY: the terms alone.
 template <bool QUERY, bool TANGENT>
 FM_INLINE void loss(S* workspace, const Slice& batch, int examples, const S* z, const S* rz, S* dz, S scale,

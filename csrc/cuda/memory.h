@@ -23,8 +23,8 @@ FM_INLINE int step_threads() {
 #endif
 }
 
-// A thread's number where the count begins at thread `first`, and goes round: so that threads without work in one
-// product begin with the next one of the same phase.
+// A thread's number where the count begins at thread `first`, and goes round: so that threads
+// without work in one product begin with the next one of the same phase.
 FM_INLINE int thread_from(int first) {
   const int number = thread() - first;
   return number < 0 ? number + step_threads() : number;
@@ -46,7 +46,8 @@ FM_INLINE void store(S* to, const Vec<N>& value) {
   *reinterpret_cast<Vec<N>*>(to) = value;
 }
 
-// Rows of COLS elements, LD apart; WIDTH: how many may be loaded at once from a multiple of so many.
+// Rows of COLS elements, LD apart; WIDTH: how many may be loaded at once from a multiple of so
+// many.
 template <int COLS_, int LD_, int WIDTH_>
 struct Matrix {
   static constexpr int COLS = COLS_, LD = LD_, WIDTH = WIDTH_;
@@ -80,8 +81,8 @@ struct Matrix {
   }
 };
 
-// Offset `at` in the memory of this space that a rank has. Kept as numbers rather than pointers across calls, so that
-// the compiler knows which memory it reads.
+// Offset `at` in the memory of this space that a rank has. Kept as numbers rather than pointers
+// across calls, so that the compiler knows which memory it reads.
 template <Space SPACE>
 FM_INLINE S* memory(S* workspace, int rank, int at) {
   if constexpr (SPACE == Space::shared)

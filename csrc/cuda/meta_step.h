@@ -1,8 +1,8 @@
-// What the steps of engine/algorithm.h are to the threads of a block. All layers, shapes and options are constants; a
-// step ends with a barrier wherever another thread reads what it wrote.
+// What the steps of shared/algorithm.h are to the threads of a block. All layers, shapes and
+// options are constants; a step ends with a barrier wherever another thread reads what it wrote.
 #pragma once
 
-#include "../engine/algorithm.h"
+#include "../shared/algorithm.h"
 #include "loss.h"
 #include "rates.h"
 #include "task.h"
@@ -27,7 +27,8 @@ class MetaStep : Task {
     if (K > 0 && !OPTIONS.support_per_step) load_support(0);
     barrier();
   }
-  // What a thread does behind the last barrier concerns its own elements alone: so the next task may begin.
+  // What a thread does behind the last barrier concerns its own elements alone: so the next task
+  // may begin.
   FM_INLINE void write_loss() const {
     if (thread() != 0) return;
     if (args_.task_losses) args_.task_losses[t_] = S(value_);
@@ -36,11 +37,11 @@ class MetaStep : Task {
 
   static constexpr bool RATES_FROM_GRADIENT = OPTIONS.wants_rates && !KEEPS_UPDATES;
 
-  // ---- the inner loop -----------------------------------------------------------------------------------------
+  // ---- the inner loop
   FM_INLINE void support_gradient(const Pass& pass, const Slice& batch, const Sink& to) const {
     run_forward<X>(pass);
-    loss<false, false>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), nullptr, delta<OUTPUT, X>(pass), S(1),
-                       false);
+    loss<false, false>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), nullptr, delta<OUTPUT, X>(pass),
+                       S(1), false);
     barrier();
     run_backward<X, false>(pass, to);
   }
@@ -56,7 +57,7 @@ class MetaStep : Task {
     }
   }
 
-  // ---- the query --------------------------------------------------------------------------------------------------
+  // ---- the query
   FM_INLINE double task_weight() const {
     return (args_.task_weights ? double(args_.task_weights[t_]) : 1.0) / double(args_.tasks);
   }
@@ -71,7 +72,8 @@ class MetaStep : Task {
   FM_INLINE void query_gradient(int k) {
     if constexpr (OPTIONS.gradient) query(k);
   }
-  // The query at theta_k: its share of the loss; its gradients times c_t s_k added to lambda and the inputs'.
+  // The query at theta_k: its share of the loss; its gradients times c_t s_k added to lambda and
+  // the inputs'.
   FM_INLINE void query(int k) {
     if constexpr (OPTIONS.query > 0) {
       const double s = step_weight(k);
@@ -89,7 +91,8 @@ class MetaStep : Task {
         if (s != 0) {
           S* dz = nullptr;
           if constexpr (OPTIONS.gradient) dz = delta<OUTPUT, Q>(pass), has_gradient = true;
-          loss<true, false>(at_, batch, OPTIONS.query, z, nullptr, dz, S(s * task_weight()), OPTIONS.gradient);
+          loss<true, false>(at_, batch, OPTIONS.query, z, nullptr, dz, S(s * task_weight()),
+                            OPTIONS.gradient);
           barrier();
           value_ += s * sum_of_terms(at_, OPTIONS.query);
         }
@@ -126,7 +129,7 @@ class MetaStep : Task {
     for_elements<0>(pass, [&](int at, int r, int c) { to[r * VALUES[0].cols + c] += from[at]; });
   }
 
-  // ---- the sweep back ---------------------------------------------------------------------------------------------
+  // ---- the sweep back
   FM_INLINE void start_sweep() {
     for_params([&](auto index) {
       constexpr int P = decltype(index)::value;
@@ -173,7 +176,8 @@ class MetaStep : Task {
       for_params([&](auto index) {
         constexpr int P = decltype(index)::value;
         if constexpr (PARAMS[P].adapted)
-          for_param<P>([&](int, int at) { lambda<P>(at_)[at] += S(args_.weight_decay) * direction<P>(at_)[at]; });
+          for_param<P>(
+              [&](int, int at) { lambda<P>(at_)[at] += S(args_.weight_decay) * direction<P>(at_)[at]; });
       });
       barrier();
     }

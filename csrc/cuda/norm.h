@@ -1,12 +1,13 @@
-// What batch_norm, layer_norm and group_norm have in common; docs/norms.md has the formulas. A group of values that are
-// normalised together is one team's work. Each kind has a struct
+// What batch_norm, layer_norm and group_norm have in common; docs/norms.md has the formulas. A
+// group of values that are normalised together is one team's work. Each kind has a struct
 //
-//   Groups<L>::CHANNELS                    a group is a channel, and has one weight; else every value has its own
-//   Groups<L>::COUNT, SIZE                 of groups, and of values in each, as is usual
-//   Groups<L>::count(pass), size(pass)     likewise, in this pass
+//   Groups<L>::CHANNELS                    a group is a channel, and has one weight; else every
+// value has its own   Groups<L>::COUNT, SIZE                 of groups, and of values in each, as
+// is usual   Groups<L>::count(pass), size(pass)     likewise, in this pass
 //   Groups<L>::row(g, e), column(g, e)     where value e of group g stands
 //   Groups<L>::param(g, e)                 which element of weight and bias belongs to it
-//   Groups<L>::each_use(pass, p, body)     body(g, e) for every value that element p belongs to; not asked of channels
+//   Groups<L>::each_use(pass, p, body)     body(g, e) for every value that element p belongs to;
+// not asked of channels
 #pragma once
 
 #include "pass.h"
@@ -15,8 +16,9 @@
 
 namespace fm::cuda {
 
-// Of a group, kept beside the values: what it is normalised by, and the sums of dy and dy x^ (times w if every value
-// has its own). Beside the tangents: the means of rx and rx x^, and of a channel the sums that are its R(db) and R(dw).
+// Of a group, kept beside the values: what it is normalised by, and the sums of dy and dy x^ (times
+// w if every value has its own). Beside the tangents: the means of rx and rx x^, and of a channel
+// the sums that are its R(db) and R(dw).
 enum Statistic { MEAN, RSTD, DY, DY_X };
 enum TangentStatistic { RX, RX_X, RDY, RDY_X };
 constexpr int STATISTICS = 4;
@@ -109,7 +111,8 @@ struct Norm {
         at.rstd = S(1) / sqrt_(theta<LAYERS[L].var>(pass.workspace, pass.k)[g] + eps);
       } else {
         at.mean =
-            Crowd::template sum<1>(size, [&](int e) { return one(value<IN, X>(pass)[at.in(e)]); }).at[0] / S(size);
+            Crowd::template sum<1>(size, [&](int e) { return one(value<IN, X>(pass)[at.in(e)]); }).at[0] /
+            S(size);
         const auto square = [&](int e) { return one(at.hat(e) * at.hat(e)); };
         at.rstd = S(1) / sqrt_(Crowd::template sum<1>(size, square).at[0] / S(size) + eps);
       }
@@ -163,8 +166,8 @@ struct Norm {
       at.read();
       const int size = at.size();
       if constexpr (has_tangent<IN> && !FIXED) {
-        const Vec<2> sums =
-            Crowd::template sum<2>(size, [&](int e) { return Vec<2>{{at.moved(e), at.moved(e) * at.hat(e)}}; });
+        const Vec<2> sums = Crowd::template sum<2>(
+            size, [&](int e) { return Vec<2>{{at.moved(e), at.moved(e) * at.hat(e)}}; });
         at.rx = sums.at[0] / S(size), at.rx_x = sums.at[1] / S(size);
         if (Crowd::lane(0) == 0) {
           S* const to = tangent_statistics<L>(pass, g);
@@ -188,7 +191,9 @@ struct Norm {
       const int size = at.size();
       const auto dy = [&](int e) { return has_tangent<Y> ? at.dy(e) : S(0); };
       // Rg = w rdy + rw dy; of a channel w and rw follow behind the sums
-      const auto rg = [&](int e) { return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e); };
+      const auto rg = [&](int e) {
+        return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e);
+      };
       const Vec<2> sums = Crowd::template sum<2>(size, [&](int e) {
         const S moves = CHANNELS ? at.rdy(e) : rg(e), stands = CHANNELS ? dy(e) : at.w(e) * dy(e);
         return Vec<2>{{moves, moves * at.hat(e) + stands * at.moved_hat(e)}};
@@ -219,7 +224,8 @@ struct Norm {
     });
   }
 
-  // The gradients of weight and bias: of a channel what `channel` tells, else the sums of `term`, at element p of both.
+  // The gradients of weight and bias: of a channel what `channel` tells, else the sums of `term`,
+  // at element p of both.
   template <class Channel, class Term>
   static FM_INLINE int gradients(const Pass& pass, const Sink& sink, int first, const Channel& channel,
                                  const Term& term) {

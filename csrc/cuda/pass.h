@@ -1,14 +1,16 @@
-// One pass over the network for one task: where its buffers are, and how a layer hands on what it has computed.
+// One pass over the network for one task: where its buffers are, and how a layer hands on what it
+// has computed.
 #pragma once
 
 #include "tile.h"
 
 namespace fm::cuda {
 
-#include "../engine/functions.inl"
-#include "../engine/loss_example.inl"
+#include "../shared/functions.inl"
+#include "../shared/loss_example.inl"
 
-// Support and query passes differ in their numbers alone: the code of a pass is compiled once if their memory is alike.
+// Support and query passes differ in their numbers alone: the code of a pass is compiled once if
+// their memory is alike.
 struct Pass {
   S* workspace;
   int examples;
@@ -24,7 +26,7 @@ constexpr int usual_rows(int value) {
   return (OPTIONS.steps > 0 ? OPTIONS.support : OPTIONS.query) * VALUES[value].rows;
 }
 
-// ---- parameters ---------------------------------------------------------------------------------------------
+// ---- parameters
 // Offset of parameter P in theta_k.
 template <int P>
 FM_INLINE int theta_at(int k) {
@@ -42,20 +44,22 @@ FM_INLINE S* lambda(S* workspace) {
 // Of adapted parameters only, as all sets but theta_0 and lambda.
 template <int P>
 FM_INLINE S* direction(S* workspace) {
-  return memory<LAYOUT.direction.space>(workspace, PARAMS[P].rank, LAYOUT.direction.at + PARAMS[P].at - LAYOUT.frozen);
+  return memory<LAYOUT.direction.space>(workspace, PARAMS[P].rank,
+                                        LAYOUT.direction.at + PARAMS[P].at - LAYOUT.frozen);
 }
 // Where theta_k is kept while another one is read, 0 < k < K.
 template <int P>
 FM_INLINE S* checkpoint(S* workspace, int k) {
   constexpr Param p = PARAMS[P];
-  return memory<Space::global>(workspace, p.rank, LAYOUT.checkpoints + (k - 1) * LAYOUT.set + p.at - LAYOUT.frozen);
+  return memory<Space::global>(workspace, p.rank,
+                               LAYOUT.checkpoints + (k - 1) * LAYOUT.set + p.at - LAYOUT.frozen);
 }
 template <int P>
 constexpr Matrix<PARAMS[P].cols, PARAMS[P].ld, PARAMS[P].vector> weight_matrix(const S* data) {
   return {data};
 }
 
-// ---- values -------------------------------------------------------------------------------------------------
+// ---- values
 template <int V>
 using ValueMatrix = Matrix<VALUES[V].cols, VALUES[V].ld, VALUES[V].vector>;
 
@@ -87,7 +91,7 @@ FM_INLINE S* tangent_delta(const Pass& pass) {
   return memory<TANGENTS>(pass.workspace, VALUES[V].rank, pass.rd + pass.examples * VALUES[V].rd);
 }
 
-// ---- activations in epilogues ---------------------------------------------------------------------------------
+// ---- activations in epilogues
 template <Function F>
 constexpr auto function_object(double c0, double c1) {
   const S a = S(c0), b = S(c1);
@@ -122,8 +126,8 @@ constexpr int activation_of(int value) {
   return -1;
 }
 
-// f'(x) and f''(x) of the activation in layer L's epilogue at N elements. Where the value before it is not kept, the
-// one behind it tells them as well.
+// f'(x) and f''(x) of the activation in layer L's epilogue at N elements. Where the value before it
+// is not kept, the one behind it tells them as well.
 template <int L, Space X, int N>
 FM_INLINE void activation_derivatives(const Pass& pass, int at, Vec<N>& first, Vec<N>& second) {
   constexpr Layer layer = LAYERS[L];
@@ -147,7 +151,7 @@ constexpr bool wants_delta = VALUES[V].from_params || INPUT;
 template <int V>
 constexpr bool has_tangent = VALUES[V].from_params;
 
-// ---- handing on -----------------------------------------------------------------------------------------------
+// ---- handing on
 // Layer L has one element of its output, at offset `at`, before the activation in its epilogue.
 template <int L, Space X>
 FM_INLINE void put_value(const Pass& pass, int at, S z) {
@@ -172,8 +176,8 @@ FM_INLINE void put_tangent(const Pass& pass, int at, S rz) {
   tangent<layer.output>(pass)[at] = rz;
 }
 
-// A layer has N elements of the gradient of value V, at offset `at`; through the activation in front of it if it is the
-// last one to add.
+// A layer has N elements of the gradient of value V, at offset `at`; through the activation in
+// front of it if it is the last one to add.
 template <int V, bool ADD, bool LAST, Space X, int N>
 FM_INLINE void put_delta(const Pass& pass, int at, Vec<N> g) {
   constexpr int L = activation_of(V);
@@ -223,7 +227,8 @@ template <int V, class Body>
 FM_INLINE void for_elements(const Pass& pass, const Body& body) {
   constexpr Value v = VALUES[V];
   const int count = rows(pass, V) * v.cols;
-  for (int e = thread(); e < count; e += step_threads()) body(e / v.cols * v.ld + e % v.cols, e / v.cols, e % v.cols);
+  for (int e = thread(); e < count; e += step_threads())
+    body(e / v.cols * v.ld + e % v.cols, e / v.cols, e % v.cols);
 }
 
 FM_INLINE Vec<1> one(S x) { return {{x}}; }

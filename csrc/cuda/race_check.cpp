@@ -1,11 +1,12 @@
-// A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with a generated source,
-// which includes it. It prints the barriers that it came across, as "file:line", and does without the one that it is
-// told. The file, in words of 8 bytes, for each launch:
+// A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with
+// a generated source, which includes it. It prints the barriers that it came across, as
+// "file:line", and does without the one that it is told. The file, in words of 8 bytes, for each
+// launch:
 //
-//   which kernel (0: meta-step, 1: sum), blocks or clusters, blocks of a cluster, threads, bytes of shared memory of a
-//   block, bytes of a number, words of
-//   arguments, and for each of these: its value, and bytes of memory that it points to; then that memory, in whole
-//   words.
+//   which kernel (0: meta-step, 1: sum), blocks or clusters, blocks of a cluster, threads, bytes of
+// shared memory of a   block, bytes of a number, words of
+//   arguments, and for each of these: its value, and bytes of memory that it points to; then that
+// memory, in whole   words.
 //
 // Memory of an address that came before is the same memory.
 #include <cstdint>
@@ -25,7 +26,9 @@ std::string without;
 
 using Word = std::int64_t;
 
-bool read(std::FILE* file, Word* to, size_t count) { return std::fread(to, sizeof(Word), count, file) == count; }
+bool read(std::FILE* file, Word* to, size_t count) {
+  return std::fread(to, sizeof(Word), count, file) == count;
+}
 
 std::string name_of(const char* file, int line) {
   const char* const slash = std::strrchr(file, '/');

@@ -11,7 +11,8 @@ FM_INLINE void start_rates(S* workspace) {
     for (int slot = 0; slot < RATE_SLOTS; ++slot) rate_sum(workspace, slot, thread()) = 0;
 }
 
-// Calls body(parameter, sum of a thread) for every scalar rate whose gradient is complete at step k.
+// Calls body(parameter, sum of a thread) for every scalar rate whose gradient is complete at step
+// k.
 template <class Body>
 FM_INLINE void for_scalar_rates(const Sink& to, const Body& body) {
   for_params([&](auto index) {
@@ -27,8 +28,8 @@ FM_INLINE void rates_from_updates(const Sink& to) {
     constexpr int P = decltype(index)::value;
     constexpr Param p = PARAMS[P];
     if constexpr (p.adapted) {
-      const S* u =
-          memory<LAYOUT.updates.space>(to.workspace, p.rank, LAYOUT.updates.at + to.k * SET + p.at - LAYOUT.frozen);
+      const S* u = memory<LAYOUT.updates.space>(to.workspace, p.rank,
+                                                LAYOUT.updates.at + to.k * SET + p.at - LAYOUT.frozen);
       for (int e = thread(); e < p.numel(); e += step_threads()) {
         const int r = e / p.cols, c = e % p.cols, at = r * p.ld + c;
         to.rate_gradient<P>(r, c, one(lambda<P>(to.workspace)[at]), one(u[at]));
@@ -37,14 +38,15 @@ FM_INLINE void rates_from_updates(const Sink& to) {
   });
 }
 
-// Adds up the threads' sums where a scalar rate's gradient is complete: of one step, or of all. The order depends on
-// nothing but the number of threads.
+// Adds up the threads' sums where a scalar rate's gradient is complete: of one step, or of all. The
+// order depends on nothing but the number of threads.
 FM_INLINE void finish_rates(const Sink& to) {
   barrier();
   if (!RATE_PER_STEP && to.k > 0) return;
   for_scalar_rates(to, [&](auto index, const auto& sum) {
     constexpr int first = PARAMS[decltype(index)::value].rate_slot * 32;
-    for (int j = (thread() + step_threads() - first % step_threads()) % step_threads(); j < 32; j += step_threads()) {
+    for (int j = (thread() + step_threads() - first % step_threads()) % step_threads(); j < 32;
+         j += step_threads()) {
       double total = 0;
       for (int i = j; i < step_threads(); i += 32) total += sum(i);
       sum(j) = total;

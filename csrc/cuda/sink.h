@@ -6,8 +6,8 @@
 
 namespace fm::cuda {
 
-// update: theta_{k+1} = theta_k - alpha u;  lambda: added to lambda;  rates: -lambda u to the gradient of alpha;
-// with u = mu u_{k-1} + gradient + omega theta_k.
+// update: theta_{k+1} = theta_k - alpha u;  lambda: added to lambda;  rates: -lambda u to the
+// gradient of alpha; with u = mu u_{k-1} + gradient + omega theta_k.
 enum class Mode { none, update, lambda, rates };
 
 constexpr int SET = LAYOUT.set;
@@ -25,10 +25,12 @@ constexpr bool has_step_rate(const Param& p) { return p.adapted && !p.rate_eleme
 constexpr bool TIED = any_param(is_tied);
 constexpr bool RATE_PER_STEP = any_param(has_step_rate);
 constexpr bool PLAIN_RULE = !OPTIONS.momentum && !OPTIONS.weight_decay;
-// Whether v is written down; else it is -alpha lambda with one alpha for each parameter, multiplied in by the products.
+// Whether v is written down; else it is -alpha lambda with one alpha for each parameter, multiplied
+// in by the products.
 constexpr bool WRITES_DIRECTION = !PLAIN_RULE || TIED || any_param(has_element_rate);
 
-// Whether layer L is the last one in the program to use parameter P, hence the first one in a backward pass.
+// Whether layer L is the last one in the program to use parameter P, hence the first one in a
+// backward pass.
 constexpr bool first_use(int p, int layer) {
   for (int l = layer + 1; l < LAYER_COUNT; ++l)
     if (LAYERS[l].weight == p || LAYERS[l].bias == p) return false;
@@ -46,7 +48,8 @@ template <int P>
 FM_INLINE const S* rate(const Args& args, int k, i64 t) {
   constexpr Param p = PARAMS[P];
   const i64 step = p.rate_per_step ? k : 0, task = p.rate_per_task ? t : 0;
-  return args.params[P].rate + (step * (p.rate_per_task ? args.tasks : 1) + task) * (p.rate_element ? p.numel() : 1);
+  return args.params[P].rate +
+         (step * (p.rate_per_task ? args.tasks : 1) + task) * (p.rate_element ? p.numel() : 1);
 }
 // That of element (r, c), of a parameter that has one for each.
 template <int P>
@@ -54,7 +57,8 @@ FM_INLINE S element_rate(const Args& args, int k, i64 t, int r, int c) {
   return read_only(rate<P>(args, k, t) + r * PARAMS[P].cols + c);
 }
 
-// A thread's own sum of one scalar rate's gradient, in its own block's memory: of many terms, hence in double.
+// A thread's own sum of one scalar rate's gradient, in its own block's memory: of many terms, hence
+// in double.
 FM_INLINE double& rate_sum(S* workspace, int slot, int thread) {
   constexpr int each = int(sizeof(double) / sizeof(S));
   const int at = LAYOUT.sums.at + slot * LAYOUT.threads * each;
@@ -73,7 +77,8 @@ struct Along {
   FM_INLINE const S* vector() const {
     return WRITES_DIRECTION ? direction<P>(workspace) : lambda<P>(workspace);
   }
-  // What the vector is multiplied by. To be asked for before a product, not behind it: a load is long under way.
+  // What the vector is multiplied by. To be asked for before a product, not behind it: a load is
+  // long under way.
   template <int P>
   FM_INLINE S factor() const {
     return WRITES_DIRECTION ? S(1) : -read_only(rate<P>(args, k, t));
@@ -114,7 +119,8 @@ struct Sink {
     return is_adapted(LAYERS[L].weight) || is_adapted(LAYERS[L].bias) || mode == Mode::lambda;
   }
 
-  // The rate of parameter P where it has one alone and an update needs it. To be asked for before a product, not behind
+  // The rate of parameter P where it has one alone and an update needs it. To be asked for before a
+  // product, not behind
   // it: a load is long under way.
   template <int P>
   FM_INLINE S one_rate() const {
@@ -124,7 +130,8 @@ struct Sink {
     return S(0);
   }
 
-  // N elements of the gradient of parameter P from (r, c) on, by layer L; `alpha` is P's `one_rate`.
+  // N elements of the gradient of parameter P from (r, c) on, by layer L; `alpha` is P's
+  // `one_rate`.
   template <int P, int L, int N>
   FM_INLINE void put(int r, int c, Vec<N> g, S alpha) const {
     constexpr Param p = PARAMS[P];
@@ -137,7 +144,8 @@ struct Sink {
     }
   }
 
-  // What layers with the same parameter have summed up, once all of them have: to be said after a barrier.
+  // What layers with the same parameter have summed up, once all of them have: to be said after a
+  // barrier.
   FM_INLINE void take_tied() const {
     for_each<0, PARAM_COUNT>([&](auto index) {
       constexpr int P = decltype(index)::value;
@@ -184,7 +192,9 @@ struct Sink {
     }
     constexpr int place = PARAMS[P].at - LAYOUT.frozen;
     if constexpr (KEEPS_UPDATES)
-      store<N>(memory<LAYOUT.updates.space>(workspace, PARAMS[P].rank, LAYOUT.updates.at + k * SET + place + at), u);
+      store<N>(
+          memory<LAYOUT.updates.space>(workspace, PARAMS[P].rank, LAYOUT.updates.at + k * SET + place + at),
+          u);
     FM_UNROLL
     for (int j = 0; j < N; ++j)
       if constexpr (PARAMS[P].rate_element)
@@ -196,7 +206,8 @@ struct Sink {
       if (k + 1 < OPTIONS.steps) store<N>(checkpoint<P>(workspace, k + 1) + at, next);
   }
 
-  // -lambda u, summed over elements or each for itself. A scalar's sum is one for each thread until the end.
+  // -lambda u, summed over elements or each for itself. A scalar's sum is one for each thread until
+  // the end.
   template <int P, int N>
   FM_INLINE void rate_gradient(int r, int c, const Vec<N>& l, const Vec<N>& u) const {
     constexpr Param p = PARAMS[P];

@@ -1,28 +1,32 @@
-// What the host says of one specialisation: the generated source defines tables of these, and includes kernel.h after
-// them. Sizes and offsets count elements.
+// What the host says of one specialisation: the generated source defines tables of these, and
+// includes kernel.h after them. Sizes and offsets count elements.
 #pragma once
 
-#include "../engine/kernels.h"
+#include "../shared/loss_call.h"
+#include "../shared/types.h"
 
 namespace fm::cuda {
 
-// Where something lies: in the block's shared memory, in its own piece of global memory, or where the user has it.
+// Where something lies: in the block's shared memory, in its own piece of global memory, or where
+// the user has it.
 enum class Space : int { shared, global, user };
 
-// Of a cluster of blocks each has a rank. What consists of parts, parameters or values, has each part in the memory of
-// one rank. Areas begin at the same place in all ranks.
+// Of a cluster of blocks each has a rank. What consists of parts, parameters or values, has each
+// part in the memory of one rank. Areas begin at the same place in all ranks.
 struct Area {
   Space space;
   int at;
 };
 
-// How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded to TF32, to
-// bfloat16, or split into two numbers of TF32 each, which together are as good as a float32.
+// How a product is made: by multiply-adds of each thread, or on tensor cores from operands rounded
+// to TF32, to bfloat16, or split into two numbers of TF32 each, which together are as good as a
+// float32.
 enum class Multiply : int { fma, split, tf32, bf16 };
 
-// A value: `rows` rows of `cols` columns an example, `ld` apart, of which vectors of `vector` elements can be loaded.
-// x, d, rx, rd: where it stands, for every example, in blocks of values, of their gradients, and of the tangents of
-// both; -1: it is not kept there.
+// A value: `rows` rows of `cols` columns an example, `ld` apart, of which vectors of `vector`
+// elements can be loaded.
+// x, d, rx, rd: where it stands, for every example, in blocks of values, of their gradients, and of
+// the tangents of both; -1: it is not kept there.
 struct Value {
   int rows, cols, ld, vector;
   int x, d, rx, rd;
@@ -76,7 +80,8 @@ struct Options {
   LossSpec loss, query_loss;
 };
 
-// Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's and the tangents'.
+// Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's
+// and the tangents'.
 struct Layout {
   int threads;    // of a block
   Area theta;     // [frozen parameters][adapted ones of step 0][of step 1] ..., or of one step at a time

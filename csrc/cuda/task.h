@@ -15,7 +15,7 @@ class Task {
   static constexpr int K = OPTIONS.steps;
   static constexpr Space X = LAYOUT.values.space, Q = LAYOUT.query_values.space;
 
-  // ---- loading and writing -----------------------------------------------------------------------------------
+  // ---- loading and writing
   template <int P>
   FM_INLINE const S* given() const {
     return args_.params[P].data + (PARAMS[P].per_task ? t_ * PARAMS[P].numel() : 0);
@@ -61,18 +61,21 @@ class Task {
       constexpr int P = decltype(index)::value;
       constexpr Param p = PARAMS[P];
       if constexpr (p.buffer) return;
-      S* to = p.per_task ? args_.params[P].grad + t_ * p.numel() : args_.partial + t_ * LAYOUT.columns + p.column;
+      S* to =
+          p.per_task ? args_.params[P].grad + t_ * p.numel() : args_.partial + t_ * LAYOUT.columns + p.column;
       const S* from = lambda<P>(at_);
       for_param<P>([&](int e, int at) { to[e] = from[at]; });
     });
   }
 
-  // ---- batches and passes -----------------------------------------------------------------------------------
+  // ---- batches and passes
   FM_INLINE Slice support(int k) const {
     return slice(args_.support, OPTIONS.support_per_step ? t_ * K + k : t_, OPTIONS.support,
                  OPTIONS.loss.class_indices);
   }
-  FM_INLINE Slice queries() const { return slice(args_.query, t_, OPTIONS.query, OPTIONS.query_loss.class_indices); }
+  FM_INLINE Slice queries() const {
+    return slice(args_.query, t_, OPTIONS.query, OPTIONS.query_loss.class_indices);
+  }
   FM_INLINE Pass support_pass(int k, const Slice& batch) const {
     return {at_,
             OPTIONS.support,
@@ -85,7 +88,14 @@ class Task {
             k};
   }
   FM_INLINE Pass query_pass(int k, const Slice& batch) const {
-    return {at_, OPTIONS.query, batch.x, LAYOUT.query_input.at, LAYOUT.query_values.at, LAYOUT.query_deltas.at, 0, 0,
+    return {at_,
+            OPTIONS.query,
+            batch.x,
+            LAYOUT.query_input.at,
+            LAYOUT.query_values.at,
+            LAYOUT.query_deltas.at,
+            0,
+            0,
             k};
   }
   FM_INLINE Sink sink(Mode mode, int k) const { return {args_, at_, mode, k, t_, fresh_}; }

@@ -5,7 +5,8 @@
 
 namespace fm::cuda {
 
-// Lanes of a team where so many pieces of work, of so many elements each, are to keep all threads busy.
+// Lanes of a team where so many pieces of work, of so many elements each, are to keep all threads
+// busy.
 constexpr int team_lanes(int pieces, int elements) {
   int lanes = 1;
   while (lanes < 32 && 2 * lanes * pieces <= CREW && 2 * lanes <= elements) lanes *= 2;
@@ -27,7 +28,8 @@ struct Team {
     for (int own = 0; own < OWN; ++own)
       for (int e = lane(own); e < size; e += LANES) body(e);
   }
-  // The sums of N terms, term(e), over 0 <= e < size: for every lane, in an order that depends on LANES alone.
+  // The sums of N terms, term(e), over 0 <= e < size: for every lane, in an order that depends on
+  // LANES alone.
   template <int N, class Term>
   static FM_INLINE Vec<N> sum(int size, const Term& term) {
     S part[N][OWN];

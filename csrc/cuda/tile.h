@@ -1,11 +1,13 @@
-// Products of small matrices by all threads of a block: each thread computes tiles of the result in registers.
+// Products of small matrices by all threads of a block: each thread computes tiles of the result in
+// registers.
 //
 // Three forms, all of matrices whose rows are contiguous:
 //   by_rows      c[m, n] = sum_k a[m, k] b[n, k]       forward: x W^T
 //   by_columns   c[m, n] = sum_k a[m, k] b[k, n]       input gradient: dy W
 //   outer        c[m, n] = sum_r a[r, m] b[r, n]       weight gradient: dy^T x
-// A thread's columns come in chunks of contiguous ones, and the chunks of neighbouring threads are neighbours: so loads
-// of b are free of bank conflicts, where rows are an odd number of vectors apart.
+// A thread's columns come in chunks of contiguous ones, and the chunks of neighbouring threads are
+// neighbours: so loads of b are free of bank conflicts, where rows are an odd number of vectors
+// apart.
 #pragma once
 
 #include "memory.h"
@@ -18,11 +20,15 @@ struct Tile {
   int m, n, chunk;
 };
 
-// How long a warp's load takes, in passes over the banks: 32 neighbouring chunks, fewer if the rows are shorter.
-constexpr int load_cost(int across, int chunk) { return ceil_div(smaller(32, across) * chunk * int(sizeof(S)), 128); }
+// How long a warp's load takes, in passes over the banks: 32 neighbouring chunks, fewer if the rows
+// are shorter.
+constexpr int load_cost(int across, int chunk) {
+  return ceil_div(smaller(32, across) * chunk * int(sizeof(S)), 128);
+}
 
-// An estimate of the time of a product of [rows, cols] in tiles of m x n, per VECTOR steps of k: loads of all warps
-// share one pipe; each of four groups of warps issues its multiply-adds and loads one by one.
+// An estimate of the time of a product of [rows, cols] in tiles of m x n, per VECTOR steps of k:
+// loads of all warps share one pipe; each of four groups of warps issues its multiply-adds and
+// loads one by one.
 constexpr int tile_cost(Form form, int rows, int cols, Tile t, int block_threads) {
   const int chunks = ceil_div(t.n, t.chunk), across = ceil_div(ceil_div(cols, t.chunk), chunks);
   const int tiles = ceil_div(rows, t.m) * across;
@@ -60,7 +66,8 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
   int m[M];
   FM_UNROLL
   for (int i = 0; i < M; ++i) m[i] = row + i < rows ? row + i : rows - 1;
-  // larger tiles have work enough, and no registers to spare; a thread with one or two sums waits for its loads
+  // larger tiles have work enough, and no registers to spare; a thread with one or two sums waits
+  // for its loads
   FM_UNROLL_BY(M * N > 16 ? 1 : M * N > 2 ? 2 : 8)
   for (int k = 0; k + STEP <= K; k += STEP) {
     Vec<STEP> x[M], y[N];
@@ -89,7 +96,8 @@ FM_INLINE void add_by_rows(S (&acc)[M][N], const A& a, int row, int rows, const 
 
 // acc += a b
 template <int CHUNK, int M, int N, class A, class B>
-FM_INLINE void add_by_columns(S (&acc)[M][N], const A& a, int row, int rows, const B& b, const int (&n)[N / CHUNK]) {
+FM_INLINE void add_by_columns(S (&acc)[M][N], const A& a, int row, int rows, const B& b,
+                              const int (&n)[N / CHUNK]) {
   constexpr int K = A::COLS, STEP = A::WIDTH > 1 ? VECTOR : 1;
   int m[M];
   FM_UNROLL
@@ -128,7 +136,8 @@ FM_INLINE void add_by_columns(S (&acc)[M][N], const A& a, int row, int rows, con
 
 // acc += a^T b over `depth` rows of both; M columns of a from `row` on.
 template <int CHUNK, int M, int N, class A, class B>
-FM_INLINE void add_outer(S (&acc)[M][N], const A& a, int row, const B& b, const int (&n)[N / CHUNK], int depth) {
+FM_INLINE void add_outer(S (&acc)[M][N], const A& a, int row, const B& b, const int (&n)[N / CHUNK],
+                         int depth) {
   constexpr int PIECE = A::WIDTH > 1 ? smaller(M, VECTOR) : 1;
   FM_UNROLL_BY(2)
   for (int r = 0; r < depth; ++r) {
@@ -172,8 +181,8 @@ struct ThreadTile {
   }
 };
 
-// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result. Thread `first_thread` has
-// the first tile; returns the thread behind the one that has the last.
+// Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result. Thread
+// `first_thread` has the first tile; returns the thread behind the one that has the last.
 template <int COLS, int M, int N, int CHUNK, class Add, class Put>
 FM_INLINE int for_tiles(int first_thread, int rows, const Add& add, const Put& put) {
   constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);

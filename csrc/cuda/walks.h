@@ -1,5 +1,5 @@
-// The four walks over the layers, each by all threads of a block: what they hand on is there for every thread when they
-// return.
+// The four walks over the layers, each by all threads of a block: what they hand on is there for
+// every thread when they return.
 #pragma once
 
 #include "layers/add.h"
@@ -41,8 +41,8 @@ constexpr bool has_params() {
   return L < LAYER_COUNT && (LAYERS[L % LAYER_COUNT].weight >= 0 || LAYERS[L % LAYER_COUNT].bias >= 0);
 }
 
-// Whether layer L has anything to do in a backward pass before its parameters' gradients. A channel's are sums that its
-// input's gradient needs too, and are made there.
+// Whether layer L has anything to do in a backward pass before its parameters' gradients. A
+// channel's are sums that its input's gradient needs too, and are made there.
 template <int L, bool INPUT>
 constexpr bool goes_back() {
   if (LAYERS[L].kind == Kind::batch_norm && has_params<L>()) return true;
@@ -69,8 +69,10 @@ FM_PASS void run_forward(Pass pass) {
   });
 }
 
-// The parameters' gradients of a layer are taken together with the input gradient of the layer before it, which reads
-// nothing that they write: so they may go to where this layer reads its weights. Between two barriers the threads take
+// The parameters' gradients of a layer are taken together with the input gradient of the layer
+// before it, which reads
+// nothing that they write: so they may go to where this layer reads its weights. Between two
+// barriers the threads take
 // turns: whoever has nothing to do in one product begins with the next.
 template <Space X, bool INPUT>
 FM_PASS void run_backward(Pass pass, Sink sink) {

@@ -1,7 +1,7 @@
 // Products on tensor cores: each warp computes tiles of the result, M times 16 by N times 8.
 //
-// What has many rows or columns whatever the batch, the features, stands along the 16: forward and input gradient are
-// made as their transposes, [features, examples].
+// What has many rows or columns whatever the batch, the features, stands along the 16: forward and
+// input gradient are made as their transposes, [features, examples].
 #pragma once
 
 #include "fragments.h"
@@ -13,8 +13,8 @@ struct WarpShape {
   int m, n;
 };
 
-// An estimate of the time of a product in tiles of this shape for each step along its depth: loads of all warps share
-// one pipe; multiplying and rounding have one for each of four groups of warps.
+// An estimate of the time of a product in tiles of this shape for each step along its depth: loads
+// of all warps share one pipe; multiplying and rounding have one for each of four groups of warps.
 constexpr int warp_cost(Multiply how, int ms, int ns, WarpShape t, int warps) {
   const int tiles = ceil_div(ms, 16 * t.m) * ceil_div(ns, 8 * t.n), loads = 4 * t.m + 2 * t.n;
   const int terms = how == Multiply::split ? 3 : 1, roundings = how == Multiply::split ? 4 : 2;
@@ -49,15 +49,17 @@ struct Operand {
   FM_INLINE S at(int i, int k) const { return data[i * OUTER + k * DEPTH]; }
 };
 
-// The order in which a step of a sum is put into the registers is free, if it is the same in both operands. Rows are an
-// odd number of 16 bytes apart: a load of neighbouring columns from rows 0, 2, 4 and 6 falls into different banks.
+// The order in which a step of a sum is put into the registers is free, if it is the same in both
+// operands. Rows are an
+// odd number of 16 bytes apart: a load of neighbouring columns from rows 0, 2, 4 and 6 falls into
+// different banks.
 template <bool STRIDED, int PER>
 constexpr int depth_at(int k) {
   return STRIDED && PER == 1 ? k % 4 * 2 + k / 4 : k;
 }
 
-// N rows of an operand, STEP of depth, as registers of all lanes that a thread holds: the number rounded, and what is
-// left of it where it is split.
+// N rows of an operand, STEP of depth, as registers of all lanes that a thread holds: the number
+// rounded, and what is left of it where it is split.
 template <Multiply HOW, int COUNT>
 struct Fragment {
   static constexpr int PER = HOW == Multiply::bf16 ? 2 : 1;
@@ -171,7 +173,8 @@ struct WarpTile {
       tensor_multiply<PER>(to, LANES_ACC, a, M * 4, b, N * 2);
     } else {
       // tensor cores cut sums off rather than round them: what is large is summed outside
-      // (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022, section 3)
+      // (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022, section
+      // 3)
       float* const rest = &small[i][j * 4];
       tensor_multiply<PER>(rest, LANES_ACC, a, M * 4, &y.low[0][j * 2], N * 2);
       tensor_multiply<PER>(rest, LANES_ACC, &x.low[0][i * 4], M * 4, b, N * 2);
@@ -186,9 +189,9 @@ struct WarpTile {
   }
 };
 
-// Calls add(tile) and then put(row, column, elements) for every tile of a [rows, cols] result. The first whole warp
-// from `first_thread` on has the first tile; returns the thread behind the warp that has the last. TRANSPOSED: tiles
-// are of the result's transpose, and elements come one by one.
+// Calls add(tile) and then put(row, column, elements) for every tile of a [rows, cols] result. The
+// first whole warp from `first_thread` on has the first tile; returns the thread behind the warp
+// that has the last. TRANSPOSED: tiles are of the result's transpose, and elements come one by one.
 template <Multiply HOW, int M, int N, bool TRANSPOSED, class Add, class Put>
 FM_INLINE int for_warp_tiles(int first_thread, int rows, int cols, const Add& add, const Put& put) {
   WarpTile<HOW, M, N> tile;

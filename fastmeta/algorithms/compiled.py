@@ -1,6 +1,7 @@
 """An algorithm under torch.compile: one custom operator that the compiler does not look into.
 
-It costs several times what the autograd Function of `meta_loss` does, so it is used while compiling only.
+It costs several times what the autograd Function of `meta_loss` does, so it is used while compiling
+only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastmeta.algorithms.flat_parameters import views
 from fastmeta.algorithms.meta_loss import flat_gradient, found_in, leaves_of
 from fastmeta.backends._random_state import preserved
-from fastmeta.network.capture import captured
+from fastmeta.capture.capture import captured
 from fastmeta.network.functional import call
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
@@ -62,8 +63,8 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _next_site() -> int:
-    """A number for every call in a graph: a network with dropout draws anew, and of two calls that are alike the
-    compiler would make one, whatever their tag says."""
+    """A number for every call in a graph: a network with dropout draws anew, and of two calls that
+    are alike the compiler would make one, whatever their tag says."""
     return next(_sites)
 
 
@@ -81,13 +82,16 @@ def _operator(
     handle: int,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, task_losses, output, the gradients of all leaves in one vector; empty without gradients)."""
+    """(loss, task_losses, output, the gradients of all leaves in one vector; empty without
+    gradients)."""
     maml = _modules.get(handle)
     if maml is None:
         raise RuntimeError("MAML: compiled code was called after the module it was compiled for is gone")
     if maml.modules_replaced():
         maml.meta_parameters()  # which the next call will find
-        raise RuntimeError("MAML: modules of `net` were replaced after it was compiled; nothing was done, call again")
+        raise RuntimeError(
+            "MAML: modules of `net` were replaced after it was compiled; nothing was done, call again"
+        )
     tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
     params, rates = maml.meta_parameters()
     wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
@@ -98,8 +102,9 @@ def _operator(
     result = run(checked.solve)
     for read in reads(result.grads.captured, None):
         raise ValueError(
-            f"MAML: the network or a loss reads a tensor {tuple(read.tensor.shape)} that requires grad and is none of "
-            "its arguments; under torch.compile it would get no gradient: leave the call out of what is compiled"
+            f"MAML: the network or a loss reads a tensor {tuple(read.tensor.shape)} that requires grad and "
+            "is none of its arguments; under torch.compile it would get no gradient: leave the call out of "
+            "what is compiled"
         )
     found = settled(maml.who, maml.on_divergence, checked, result, run)
     loss, task_losses, output = found_in(found)
@@ -114,8 +119,8 @@ def _just_so(function: Callable[[], _T]) -> _T:
 
 
 def _outside(function: Callable[[], _T]) -> _T:
-    """`function()` on a thread of its own: inside an operator PyTorch has vmap and autograd switched off for this one,
-    and while it traces tensors have no values."""
+    """`function()` on a thread of its own: inside an operator PyTorch has vmap and autograd
+    switched off for this one, and while it traces tensors have no values."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function).result()
 
@@ -123,7 +128,8 @@ def _outside(function: Callable[[], _T]) -> _T:
 def _in_place_of(
     maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor], wrt: frozenset[str], leaves: list[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The meta-parameters with the values of `leaves`: compiled code may not have written them back yet."""
+    """The meta-parameters with the values of `leaves`: compiled code may not have written them back
+    yet."""
     flat = maml.flat
     if flat is not None:
         names, keys = flat.names, flat.keys
@@ -170,7 +176,8 @@ def _fake(
 def _output_shape(
     maml: MAML, examples: int, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, ...]:
-    """The shape of the network's output for one example: of its layer program, or else of one run on zeros."""
+    """The shape of the network's output for one example: of its layer program, or else of one run
+    on zeros."""
     if dtype.is_floating_point:
         program, _ = captured(maml.net, input_shape, dtype)
         if program is not None:

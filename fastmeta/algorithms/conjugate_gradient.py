@@ -13,19 +13,21 @@ def conjugate_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Solve A_t x_t = b_t for every task t, from x = 0.
 
-    A task that has converged, or whose search direction p has <p, A p> <= 0, which a positive definite A_t excludes,
-    stays where it is while the others go on.
+    A task that has converged, or whose search direction p has <p, A p> <= 0, which a positive
+    definite A_t excludes, stays where it is while the others go on.
 
     Args:
         product: [T, P] -> [T, P], A_t times the vector of task t; A_t symmetric.
         b: [T, P].
         steps: products at most.
-        tolerance: of ||b - A x|| / ||b||, by the recursion's residual, which rounding parts from the true one.
+        tolerance: of ||b - A x|| / ||b||, by the recursion's residual, which rounding parts from
+            the true one.
 
     Returns:
         (x [T, P], which tasks met a direction of no or negative curvature [T]).
 
-    Source: Hestenes, Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems" (1952), section 3.
+    Source: Hestenes, Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems" (1952),
+    section 3.
     """
     x, r, p = torch.zeros_like(b), b, b
     square = (r * r).sum(1)  # [T]

@@ -49,9 +49,9 @@ class FlatParameters:
         """
         if not self.holds(params, rates):
             raise RuntimeError(
-                "MAML: the parameters are no longer views of the vector that fastmeta.flatten made (deepcopy, pickle, "
-                ".double(), .to(), replaced layers and assignments to .data part them): call fastmeta.flatten(maml) "
-                "again and give the new vector to the optimiser"
+                "MAML: the parameters are no longer views of the vector that fastmeta.flatten made "
+                "(deepcopy, pickle, .double(), .to(), replaced layers and assignments to .data part them): "
+                "call fastmeta.flatten(maml) again and give the new vector to the optimiser"
             )
 
 

@@ -1,4 +1,5 @@
-"""iMAML: the exact meta-gradient of a regularised inner problem from its solution alone, not from the way there."""
+"""iMAML: the exact meta-gradient of a regularised inner problem from its solution alone, not from
+the way there."""
 
 from __future__ import annotations
 
@@ -37,22 +38,29 @@ class _Step(NamedTuple):
 
 
 class IMAMLLoss(NamedTuple):
-    """What an `IMAML` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
+    """What an `IMAML` returns. Only `loss` is differentiable: a loss built from the others raises
+    on backward."""
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
     output: Tensor  # [T, M, *out]
-    residuals: Tensor | None = None  # [T]: ||b - A u|| / ||b|| of every task's linear system; None without gradients
-    inner_residuals: Tensor | None = None  # [T]: ||grad L(theta_K) + lambda (theta_K - theta)||, zero if solved
+    residuals: Tensor | None = (
+        None  # [T]: ||b - A u|| / ||b|| of every task's linear system; None without gradients
+    )
+    inner_residuals: Tensor | None = (
+        None  # [T]: ||grad L(theta_K) + lambda (theta_K - theta)||, zero if solved
+    )
 
 
 class IMAML(InnerLoop):
-    """Implicit MAML: the inner loop solves min L(theta_t) + lambda/2 ||theta_t - theta||^2 for every task t.
+    """Implicit MAML: the inner loop solves min L(theta_t) + lambda/2 ||theta_t - theta||^2 for
+    every task t.
 
-    At the solution d theta_t / d theta = (I + H_t / lambda)^-1, H_t the Hessian of the support loss there, so that the
-    meta-gradient is mean_T(u_t) with (I + H_t / lambda) u_t = grad Q_t(theta_t), by conjugate gradients for all tasks
-    at once. Memory and cost do not grow with the inner steps. It is exact as far as both are solved, and
-    `residuals` and `inner_residuals` of what a call returns say how far that is.
+    At the solution d theta_t / d theta = (I + H_t / lambda)^-1, H_t the Hessian of the support loss
+    there, so that the meta-gradient is mean_T(u_t) with (I + H_t / lambda) u_t = grad Q_t(theta_t),
+    by conjugate gradients for all tasks at once. Memory and cost do not grow with the inner steps.
+    It is exact as far as both are solved, and `residuals` and `inner_residuals` of what a call
+    returns say how far that is.
 
         imaml = fm.IMAML(net, loss="mse", inner_lr=0.05, inner_steps=16, proximal=2.0)
         out = imaml(support_x, support_y, query_x, query_y)
@@ -61,20 +69,23 @@ class IMAML(InnerLoop):
     Args:
         net: the network; its parameters are the meta-parameters.
         loss, query_loss, weight_norm, batch_stats, backend: as in `fastmeta.MAML`.
-        inner_lr: alpha, a number: theta_t - alpha (grad L(theta_t) + lambda (theta_t - theta)) is an inner step.
+        inner_lr: alpha, a number: theta_t - alpha (grad L(theta_t) + lambda (theta_t - theta)) is
+            an inner step.
         inner_steps: K, at least 0.
-        proximal: lambda, greater than 0; where it does not exceed minus the least eigenvalue of H_t, the inner
-            problem has no minimum there and the system no solution to rely on.
+        proximal: lambda, greater than 0; where it does not exceed minus the least eigenvalue of
+            H_t, the inner problem has no minimum there and the system no solution to rely on.
         cg_steps: Hessian-vector products of the solver at most.
         cg_tolerance: a task's system is solved when its relative residual is at most this.
-        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters, query gradients or linear systems are
-            not finite, looked for on any device where gradients are on.
-        adapt: as in `fastmeta.MAML`; lambda holds the adapted parameters, the others are shared by all tasks.
+        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters, query gradients or
+            linear systems are not finite, looked for on any device where gradients are on.
+        adapt: as in `fastmeta.MAML`; lambda holds the adapted parameters, the others are shared by
+            all tasks.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
 
-    Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients" (2019), sections 3 and 4.
+    Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients" (2019),
+        sections 3 and 4.
     """
 
     who = "IMAML"
@@ -103,7 +114,9 @@ class IMAML(InnerLoop):
             if not (is_finite(value) and value > 0):
                 raise ValueError(f"IMAML: `{name}` must be finite and greater than 0, got {value}")
         if cg_tolerance > 1:
-            raise ValueError(f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}")
+            raise ValueError(
+                f"IMAML: `cg_tolerance` must be a relative residual of at most 1, got {cg_tolerance}"
+            )
         inner_lr, proximal, cg_tolerance = float(inner_lr), float(proximal), float(cg_tolerance)
         check_count("IMAML: `cg_steps`", cg_steps, 1)
         super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
@@ -128,24 +141,30 @@ class IMAML(InnerLoop):
         """Query losses at the solutions of the inner problems.
 
         Args:
-            support_x, support_y, query_x, query_y, task_weights, support_weights, query_weights: as in `fastmeta.MAML`.
+            support_x, support_y, query_x, query_y, task_weights, support_weights, query_weights: as
+                in `fastmeta.MAML`.
 
         Returns:
             `IMAMLLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters and in whatever requires grad that the network or
-            a loss reads besides; differentiating again raises. The gradients are computed here, wherever gradients are
-            on.
+        Derivatives: `loss` is once differentiable in the parameters and in whatever requires grad
+            that the network or a loss reads besides; differentiating again raises. The gradients
+            are computed here, wherever gradients are on.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
-            FloatingPointError: tasks diverged, where gradients are on; without them their losses are not finite.
+            TypeError, ValueError: an argument does not fit; the message names it. Nothing was
+                modified.
+            FloatingPointError: tasks diverged, where gradients are on; without them their losses
+                are not finite.
             BackendUnavailable: the backend named cannot run this call.
 
         Warns:
-            RuntimeWarning: systems that were not solved to `cg_tolerance`, with their tasks and residuals.
+            RuntimeWarning: systems that were not solved to `cg_tolerance`, with their tasks and
+                residuals.
         """
-        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        tensors = Tensors(
+            support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
+        )
         check_no_gradients(self.who, tensors)
         params = self.parameters_by_name()
         wanted = torch.is_grad_enabled()
@@ -164,7 +183,9 @@ class IMAML(InnerLoop):
         if not (direct or step.captured or any(value.requires_grad for value in params.values())):
             gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
             return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
-        query = cast("dict[str, Tensor]", result.grads.params)  # name -> [T, *shape], task weights and 1 / T in it
+        query = cast(
+            "dict[str, Tensor]", result.grads.params
+        )  # name -> [T, *shape], task weights and 1 / T in it
         found = [*solution.values(), *query.values()]
         if self.on_divergence == "raise":
             check_diverged(self.who, "adapted parameters or query gradients are", found, task_weights)
@@ -176,8 +197,9 @@ class IMAML(InnerLoop):
         if gone:
             if captured:
                 raise FloatingPointError(
-                    f"{self.who}: tasks diverged or have weight zero without being finite, and the network or a loss "
-                    "reads tensors that require grad, whose gradients are sums over all tasks: leave those tasks out"
+                    f"{self.who}: tasks diverged or have weight zero without being finite, and the network "
+                    "or a loss reads tensors that require grad, whose gradients are sums over all tasks: "
+                    "leave those tasks out"
                 )
             loss = gone.mean(task_losses, task_weights)
             scale = len(residuals) / gone.counted
@@ -202,7 +224,8 @@ class IMAML(InnerLoop):
     def adapted(
         self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False
     ) -> dict[str, Tensor]:  # name -> [T, *shape], detached
-        """The inner loop: weight decay lambda pulls to zero, and what is added after each step, to theta.
+        """The inner loop: weight decay lambda pulls to zero, and what is added after each step, to
+        theta.
 
         There is one inner problem, so that minibatches, `support_per_step`, do not come here.
         """
@@ -224,18 +247,22 @@ class IMAML(InnerLoop):
         start = {name: value.requires_grad_() for name, value in solution.items()}
         support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
         options = self._options(self.who)._replace(steps=1, adapt=self.names)
-        moved, captured = run_and_read(Operation(options, self.net, start, support, -1 / self.proximal, self.loss))
+        moved, captured = run_and_read(
+            Operation(options, self.net, start, support, -1 / self.proximal, self.loss)
+        )
         return _Step(start, dict(zip(start, moved, strict=True)), captured)
 
     def _implicit(
         self, params: dict[str, Tensor], step: _Step, query: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[Read], Tensor, Tensor, Tensor]:
-        """(every task's meta-gradient by name, that of what was captured, residuals [T], inner residuals [T], which
-        systems are indefinite [T]).
+        """(every task's meta-gradient by name, that of what was captured, residuals [T], inner
+        residuals [T], which systems are indefinite [T]).
 
-        One inner step of rate -1 / lambda from the solution, theta_K + grad L(theta_K) / lambda, has I + H / lambda
-        as its Jacobian: vector-Jacobian products of it are what conjugate gradients need. It also lands on theta if
-        the inner problem is solved. In what is not adapted the product is the mixed derivative.
+        One inner step of rate -1 / lambda from the solution, theta_K + grad L(theta_K) / lambda,
+        has I + H / lambda
+        as its Jacobian: vector-Jacobian products of it are what conjugate gradients need. It also
+        lands on theta if the inner problem is solved. In what is not adapted the product is the
+        mixed derivative.
         """
         start, moved, names = step.start, step.moved, self.names
         adapted = [moved[name] for name in names]
@@ -258,9 +285,13 @@ class IMAML(InnerLoop):
             products_captured = along(u, step.captured) if step.captured else ()
             size = b.norm(dim=1)
             residuals = _flat(left, names).norm(dim=1) / torch.where(size > 0, size, 1)
-            inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(dim=1)
+            inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(
+                dim=1
+            )
         own = [part.reshape(shape) for part, shape in zip(u.split(sizes, 1), shapes, strict=True)]
-        implicit = [Read(x, None, -product) for x, product in zip(step.captured, products_captured, strict=True)]
+        implicit = [
+            Read(x, None, -product) for x, product in zip(step.captured, products_captured, strict=True)
+        ]
         return {**left, **dict(zip(names, own, strict=True))}, implicit, residuals, inner, indefinite
 
     def _report(self, residuals: Tensor, indefinite: Tensor) -> None:
@@ -269,11 +300,16 @@ class IMAML(InnerLoop):
         if not tasks:
             return
         bent = indefinite.nonzero().flatten().tolist()
-        why = f"; I + H / lambda has negative curvature in {named(bent)}: `proximal` is too small there" if bent else ""
+        why = (
+            f"; I + H / lambda has negative curvature in {named(bent)}: `proximal` is too small there"
+            if bent
+            else ""
+        )
         warnings.warn(
-            f"IMAML: after {self.cg_steps} conjugate-gradient steps at most, {len(tasks)} of {len(residuals)} systems "
-            f"are not solved to `cg_tolerance` = {self.cg_tolerance:g}: {named(tasks)}, largest residual "
-            f"{float(residuals[tasks].max()):.1e}; the meta-gradient is approximate{why}",
+            f"IMAML: after {self.cg_steps} conjugate-gradient steps at most, {len(tasks)} of "
+            f"{len(residuals)} systems are not solved to `cg_tolerance` = {self.cg_tolerance:g}: "
+            f"{named(tasks)}, largest residual {float(residuals[tasks].max()):.1e}; "
+            f"the meta-gradient is approximate{why}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,4 +1,5 @@
-"""What algorithms that do not differentiate through their inner loop have in common: its options, adapt, predict."""
+"""What algorithms that do not differentiate through their inner loop have in common: its options,
+adapt, predict."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class InnerLoop(nn.Module):
     """A network, a loss and K inner steps; a base class, whose subclasses add `forward`.
 
     Args:
-        net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in
-            `fastmeta.MAML`.
+        net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as
+            in `fastmeta.MAML`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -64,7 +65,9 @@ class InnerLoop(nn.Module):
         check_options(self._options(self.who))
         params = self.parameters_by_name()
         now = adapted_now(self.who, net, self.adapts)
-        self.inner_lrs = InnerRates(self.who, inner_lr, None, False, inner_steps, now.names, params, now.frozen)
+        self.inner_lrs = InnerRates(
+            self.who, inner_lr, None, False, inner_steps, now.names, params, now.frozen
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +75,9 @@ class InnerLoop(nn.Module):
         return adapted_now(self.who, self.net, self.adapts).names
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def adapt(
+        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
@@ -103,7 +108,8 @@ class InnerLoop(nn.Module):
         return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
 
     def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
-        """Which backend runs the inner loop on these support sets, at what cost, and why others do not; print it.
+        """Which backend runs the inner loop on these support sets, at what cost, and why others do
+        not; print it.
 
         Args:
             x, y, weights: as in `adapt`.
@@ -147,4 +153,6 @@ def check_no_gradients(who: str, tensors: Tensors) -> None:
     """
     for field, tensor in tensors._asdict().items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise ValueError(f"{argument(who, field)} must not require grad: {who} has no gradients of its inputs")
+            raise ValueError(
+                f"{argument(who, field)} must not require grad: {who} has no gradients of its inputs"
+            )

@@ -1,4 +1,5 @@
-"""The inner learning rates of an algorithm: where they are kept, learned or not, and how learned ones start."""
+"""The inner learning rates of an algorithm: where they are kept, learned or not, and how learned
+ones start."""
 
 from __future__ import annotations
 
@@ -16,22 +17,26 @@ _SORTS = ("scalar", "tensor", "element")
 
 
 class InnerRates(nn.ParameterDict):
-    """Learning rates as a module: learned ones are parameters, given tensors buffers that no checkpoint holds.
+    """Learning rates as a module: learned ones are parameters, given tensors buffers that no
+    checkpoint holds.
 
     Args:
         who: the algorithm, for messages.
         lr: the rates, or the start of learned ones, in any form that an operator takes.
-        learn_lr: None; "scalar": one rate for everything, under the key "all", () or [K]; "tensor": one for each
-            parameter, "element": one for each scalar weight, both [K or 1, 1, *(S or 1s)] under the parameter's
-            name with `.` replaced by `__` (`nn.ParameterDict` refuses dots).
+        learn_lr: None; "scalar": one rate for everything, under the key "all", () or [K]; "tensor":
+            one for each parameter, "element": one for each scalar weight, both [K or 1, 1, *(S or
+            1s)] under the parameter's name with `.` replaced by `__` (`nn.ParameterDict` refuses
+            dots).
         per_step: each inner step has learned rates of its own.
         steps: K.
         names: the adapted parameters, as they are now: those unfrozen later have no learned rate.
         params: all parameters.
-        frozen: parameters that would be adapted if they required grad: a dict may have rates for them.
+        frozen: parameters that would be adapted if they required grad: a dict may have rates for
+            them.
 
     Raises:
-        TypeError, ValueError: an unknown `learn_lr`, rates that do not fit it, or two names that become one.
+        TypeError, ValueError: an unknown `learn_lr`, rates that do not fit it, or two names that
+            become one.
     """
 
     def __init__(
@@ -57,7 +62,9 @@ class InnerRates(nn.ParameterDict):
             lr = {name: given[key] for name, key in keys.items()}
         check_flag(who, "lr_per_step", per_step)
         if learn_lr is not None and (not isinstance(learn_lr, str) or learn_lr not in _SORTS):
-            raise ValueError(f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}")
+            raise ValueError(
+                f"{who}: `learn_lr` must be None, {', '.join(map(repr, _SORTS))}, got {learn_lr!r}"
+            )
         if learn_lr is None and per_step:
             raise ValueError(f"{who}: `lr_per_step` is for learned rates, but `learn_lr` is None")
         self.learned = learn_lr
@@ -86,7 +93,8 @@ class InnerRates(nn.ParameterDict):
         """The rates as an operator takes them.
 
         Args:
-            learned: key -> learned rate: the parameters of this module, or something in their place.
+            learned: key -> learned rate: the parameters of this module, or something in their
+                place.
         """
         if self.learned is not None:
             if self.learned == "scalar":
@@ -100,7 +108,8 @@ class InnerRates(nn.ParameterDict):
         return {name: self._numbers[name] if rate is None else rate for name, rate in given.items()}
 
     def by_key(self, grads: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the rates, in the structure that `as_given` returns, by the keys of this module."""
+        """Gradients of the rates, in the structure that `as_given` returns, by the keys of this
+        module."""
         if isinstance(grads, Tensor):
             return {"all": grads}
         return {key: grads[name] for name, key in self._keys_of.items()}
@@ -111,7 +120,9 @@ class InnerRates(nn.ParameterDict):
             if not isinstance(rate, Tensor):
                 continue
             if rate.requires_grad:
-                raise ValueError(f"{what} requires grad, but MAML learns rates of its own only: use `learn_lr`")
+                raise ValueError(
+                    f"{what} requires grad, but MAML learns rates of its own only: use `learn_lr`"
+                )
             self.register_buffer(self._keys_of.get(name, name), rate.detach().clone(), persistent=False)
         if isinstance(lr, Mapping):
             self._numbers = {name: float(rate) for name, rate in lr.items() if not isinstance(rate, Tensor)}
@@ -157,8 +168,12 @@ def of_tasks(lr: Rates, tasks: Tensor) -> Rates:
     """
     if not isinstance(lr, Mapping):
         return lr
-    own = {name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1}
-    return {name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()}
+    own = {
+        name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1
+    }
+    return {
+        name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()
+    }
 
 
 def _row(rate: Tensor, k: int) -> Tensor:
@@ -175,7 +190,9 @@ def _rows(rate: Tensor, steps: int) -> Tensor:
 
 def _not_empty(rate: Tensor) -> Tensor:
     if rate.shape[0] == 0:
-        raise ValueError(f"`inner_lr` has a rate for each of 0 inner steps, got {tuple(rate.shape)}: none to repeat")
+        raise ValueError(
+            f"`inner_lr` has a rate for each of 0 inner steps, got {tuple(rate.shape)}: none to repeat"
+        )
     return rate
 
 
@@ -183,7 +200,9 @@ def _tasks(lr: Rates) -> int:
     """T, as far as rates of their own for every task tell it."""
     if not isinstance(lr, Mapping):
         return 1
-    return max((rate.shape[1] for rate in lr.values() if isinstance(rate, Tensor) and rate.dim() > 1), default=1)
+    return max(
+        (rate.shape[1] for rate in lr.values() if isinstance(rate, Tensor) and rate.dim() > 1), default=1
+    )
 
 
 def _expanded(what: str, start: Tensor, shape: tuple[int, ...], given: object) -> Tensor:

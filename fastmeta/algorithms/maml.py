@@ -38,7 +38,8 @@ _OWN = ("_params", "_rates", "_extra", "_number", "handle")
 
 
 class MetaLoss(NamedTuple):
-    """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
+    """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on
+    backward."""
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
@@ -46,7 +47,8 @@ class MetaLoss(NamedTuple):
 
 
 class MAML(nn.Module):
-    """Model-agnostic meta-learning: an initialisation from which a few inner steps adapt to any task.
+    """Model-agnostic meta-learning: an initialisation from which a few inner steps adapt to any
+    task.
 
         maml = fm.MAML(net, loss="mse", inner_lr=0.01, inner_steps=5)
         out = maml(support_x, support_y, query_x, query_y)
@@ -54,43 +56,52 @@ class MAML(nn.Module):
 
     Args:
         net: the network; its parameters are the meta-parameters.
-        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar; see
-            `fastmeta.losses.resolve`. A module of `torch.nn` is read once, here. Parameters of a loss network get their
-            gradients, but are none of this module's `parameters()`.
+        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) ->
+            scalar; see `fastmeta.losses.resolve`. A module of `torch.nn` is read once, here.
+            Parameters of a loss network get their gradients, but are none of this module's
+            `parameters()`.
         query_loss: the same for the query sets; None: `loss`.
-        inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers and tensors () or
-            [K or 1, T or 1, ...] that end in any shape that broadcasts to the parameter's: the rates, or where
-            `learn_lr` says so their start. A name goes before a pattern, and the first pattern that matches before
-            later ones.
+        inner_lr: a number, a tensor () or [K], or a dict by parameter name or glob pattern of
+            numbers and tensors () or [K or 1, T or 1, ...] that end in any shape that broadcasts to
+            the parameter's: the rates, or where `learn_lr` says so their start. A name goes before
+            a pattern, and the first pattern that matches before later ones.
         inner_steps: K, at least 0.
         order: "second", exact, or "first" (FOMAML).
-        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters that
-            require grad when a call is made; names of parameters, glob patterns of names ("blocks.*.weight") or a
-            predicate (name, parameter) -> bool, which is asked here and now: frozen ones too, if they are asked for.
-        learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor", one for each
-            adapted parameter tensor; "element", one for each of their scalar weights (Meta-SGD). What is frozen now has
-            none, and what is frozen later has the gradient zero for its rates.
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these
+            the parameters that require grad when a call is made; names of parameters, glob patterns
+            of names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which is asked
+            here and now: frozen ones too, if they are asked for.
+        learn_lr: None, or which rates become parameters in `inner_lrs`: "scalar", one; "tensor",
+            one for each adapted parameter tensor; "element", one for each of their scalar weights
+            (Meta-SGD). What is frozen now has none, and what is frozen later has the gradient zero
+            for its rates.
         lr_per_step: learned rates differ from step to step.
-        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
-            which is zero, without any gradient, where all weights of a task are zero.
+        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last
+            one only.
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w
+            * l) / sum(w), which is zero, without any gradient, where all weights of a task are
+              zero.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
-        memory: "auto", "store" (activations of every inner step) or "recompute" (only the parameters of every step).
+        memory: "auto", "store" (activations of every inner step) or "recompute" (only the
+            parameters of every step).
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
-        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
-            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
-            statistics are never moved, unlike by the module itself.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or
+            "module": each norm as the module itself does it, by its batch after .train(), by its
+            running statistics after .eval(). Running statistics are never moved, unlike by the
+            module itself.
         backend: "auto", or the name of one; only "torch" honours autocast.
-        on_divergence: what becomes of a call in which a task's query loss, or with "skip" a gradient, is not finite.
-            "raise": FloatingPointError. "skip": the loss and its gradient are those of the other tasks alone, computed
-            again, the mean over as many as they are, and a RuntimeWarning counts and names the tasks that are left out.
-            "keep": NaN, as it comes. A task of weight zero contributes nothing in any case. On an accelerator only
+        on_divergence: what becomes of a call in which a task's query loss, or with "skip" a
+            gradient, is not finite. "raise": FloatingPointError. "skip": the loss and its gradient
+            are those of the other tasks alone, computed again, the mean over as many as they are,
+            and a RuntimeWarning counts and names the tasks that are left out. "keep": NaN, as it
+            comes. A task of weight zero contributes nothing in any case. On an accelerator only
             "skip" looks, since reading a loss waits for it. `task_losses` has every task.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
 
-    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017); Li et al., "Meta-SGD" (2017).
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017); Li et al., "Meta-SGD"
+        (2017).
     """
 
     #: The algorithm, as messages name it.
@@ -161,39 +172,49 @@ class MAML(nn.Module):
             support_y: as the loss wants it.
             query_x: [T, M, *in].
             query_y: as the query loss wants it.
-            task_weights: [T]; the loss is sum(task_weights * task_losses) / T, T less the tasks that are skipped.
-            support_weights: [T, N] or [T, K, N]; of booleans: a mask, for tasks of different sizes. The mean is over
-                the examples that it keeps; the others may hold anything finite, and any class.
+            task_weights: [T]; the loss is sum(task_weights * task_losses) / T, T less the tasks
+                that are skipped.
+            support_weights: [T, N] or [T, K, N]; of booleans: a mask, for tasks of different sizes.
+                The mean is over the examples that it keeps; the others may hold anything finite,
+                and any class.
             query_weights: [T, M]; of booleans: a mask.
             support_per_step: there is a support set of its own for every inner step.
 
         Returns:
             `MetaLoss`.
 
-        Derivatives: `loss` is differentiable in the parameters, the learned rates, every input that requires grad and
-            everything else that requires grad and that the network or a loss reads. The gradients are computed here,
-            together with the loss, wherever gradients are on. With `create_graph=True`, for Hessian-vector products of
-            the outer loss, the backward pass computes them again by plain autograd, which takes the time and the memory
-            of a loop over all inner steps in PyTorch; with order="first" inner gradients are constants there too.
+        Derivatives: `loss` is differentiable in the parameters, the learned rates, every input that
+            requires grad and everything else that requires grad and that the network or a loss
+            reads. The gradients are computed here, together with the loss, wherever gradients are
+            on. With `create_graph=True`, for Hessian-vector products of the outer loss, the
+            backward pass computes them again by plain autograd, which takes the time and the memory
+            of a loop over all inner steps in PyTorch; with order="first" inner gradients are
+            constants there too.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
-            FloatingPointError: tasks diverged: their query losses are not finite. Without gradients, on an accelerator,
-                where reading a loss would wait for it, and under torch.compile this is not looked for. With
-                on_divergence="skip": no task is left.
+            TypeError, ValueError: an argument does not fit; the message names it. Nothing was
+                modified.
+            FloatingPointError: tasks diverged: their query losses are not finite. Without
+                gradients, on an accelerator, where reading a loss would wait for it, and under
+                torch.compile this is not looked for. With on_divergence="skip": no task is left.
             BackendUnavailable: the backend named cannot run this call.
-            RuntimeError: in the backward pass: something that the loss was computed from was modified since.
+            RuntimeError: in the backward pass: something that the loss was computed from was
+                modified since.
 
         Warns:
             RuntimeWarning: tasks are skipped, see `on_divergence`.
         """
-        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        tensors = Tensors(
+            support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
+        )
         if torch.compiler.is_compiling():
             return MetaLoss(*compiled.meta_loss(self, tensors, support_per_step))
         return self.checked(MetaLoss(*meta_loss(self, tensors, support_per_step)), task_weights)
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def adapt(
+        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
@@ -244,15 +265,18 @@ class MAML(nn.Module):
         query_weights: Tensor | None = None,
         support_per_step: bool = False,
     ) -> Explanation:
-        """Which backend runs a training step on this episode, at what cost, and why others do not; print it.
+        """Which backend runs a training step on this episode, at what cost, and why others do not;
+        print it.
 
         Args:
-            support_x, support_y, query_x, query_y, task_weights, support_weights, query_weights, support_per_step: as
-                in a call.
+            support_x, support_y, query_x, query_y, task_weights, support_weights, query_weights,
+                support_per_step: as in a call.
         """
         from fastmeta.explain import explain
 
-        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
+        tensors = Tensors(
+            support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
+        )
         params, rates = self.meta_parameters()
         wrt = leaves_of(self, params, rates).wrt
         return explain(self.prepare(params, rates, tensors, support_per_step, wrt))
@@ -263,7 +287,8 @@ class MAML(nn.Module):
         Raises:
             FloatingPointError: as `forward` says.
         """
-        # one loss that is not finite leaves no finite mean: reading that alone costs a quarter of a microsecond
+        # one loss that is not finite leaves no finite mean: reading that alone costs a quarter of a
+        # microsecond
         watched = out.loss.is_cpu and self.on_divergence == "raise" and torch.is_grad_enabled()
         if watched and not isfinite(out.loss.item()):
             check_diverged(self.who, "query losses are", [out.task_losses], task_weights)
@@ -289,7 +314,8 @@ class MAML(nn.Module):
         return self._params.without_modules() if self._params.recurrent else dict(self.net.named_parameters())
 
     def modules_replaced(self) -> bool:
-        """Whether compiled code that was traced by `traced_parameters` may run with parameters that are gone."""
+        """Whether compiled code that was traced by `traced_parameters` may run with parameters that
+        are gone."""
         return self._params.recurrent and self._params.modules_replaced()
 
     def prepare(
@@ -312,13 +338,15 @@ class MAML(nn.Module):
         return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures)
 
     def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
-        """The rates as an operator takes them, from the learned ones by their keys; with `tasks`, of those alone."""
+        """The rates as an operator takes them, from the learned ones by their keys; with `tasks`,
+        of those alone."""
         number = self._number
         lr = self.inner_lrs.as_given(rates) if number is None else number
         return lr if tasks is None else of_tasks(lr, tasks)
 
     def aliases(self) -> Aliases | None:
-        """What a loss may read of a flattened module: the parameters, which autograd knows as pieces of its vector."""
+        """What a loss may read of a flattened module: the parameters, which autograd knows as
+        pieces of its vector."""
         flat = self.flat
         if flat is None:
             return None

@@ -1,4 +1,5 @@
-"""MAML++: MAML with learned rates per layer and step, step losses, annealing and norms of their own for every step."""
+"""MAML++: MAML with learned rates per layer and step, step losses, annealing and norms of their own
+for every step."""
 
 from __future__ import annotations
 
@@ -28,29 +29,34 @@ class MAMLPlusPlus(Stepwise):
     """MAML++, "how to train your MAML".
 
         maml = fm.MAMLPlusPlus(
-            net, loss="cross_entropy", inner_lr=0.1, inner_steps=5, multi_step_epochs=10, first_order_epochs=50
+            net, loss="cross_entropy", inner_lr=0.1, inner_steps=5,
+            multi_step_epochs=10, first_order_epochs=50
         )
         opt = torch.optim.Adam(maml.parameters(), lr=1e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=epochs, eta_min=1e-5)  # the outer schedule
+        # the outer schedule
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=epochs, eta_min=1e-5)
         for epoch in range(epochs):
             maml.set_epoch(epoch)
             ...  # maml(*episode).loss.backward(), opt.step() as with MAML
             schedule.step()
 
     - Learned rates for every parameter tensor and inner step (`learn_lr`, `lr_per_step`).
-    - Multi-step loss: in the first epochs the query loss after every inner step counts, `step_weights` says how much;
-      the last one's share grows from epoch to epoch.
+    - Multi-step loss: in the first epochs the query loss after every inner step counts,
+      `step_weights` says how much; the last one's share grows from epoch to epoch.
     - Derivative-order annealing: the first epochs are first order.
-    - Weights and biases of norms are of their own for every inner step, and no inner step adapts them. Those of the
-      network belong to the first step, those of steps 2 .. K are in `extra`, [K - 1, *shape]; query losses after k
-      steps use those of step k. Steps are then engine calls chained by autograd; without norms, or without
-      `per_step_norms`, the whole meta-step is one engine call, as in MAML.
+    - Weights and biases of norms are of their own for every inner step, and no inner step adapts
+      them. Those of the network belong to the first step, those of steps 2 .. K are in `extra`, [K
+      - 1, *shape]; query losses after k steps use those of step k. Steps are then engine calls
+      chained by autograd; without norms, or without `per_step_norms`, the whole meta-step is one
+      engine call, as in MAML.
 
-    Running statistics for every step are left out: with batch_stats="task", as in the authors' code, every batch is
-    normalised by itself and they are never read; batch_stats="running" reads the network's own at every step.
+    Running statistics for every step are left out: with batch_stats="task", as in the authors'
+    code, every batch is normalised by itself and they are never read; batch_stats="running" reads
+    the network's own at every step.
 
     Args:
-        net, loss, query_loss, weight_norm, memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
+        net, loss, query_loss, weight_norm, memory, batch_stats, backend, on_divergence: as in
+            `fastmeta.MAML`.
         inner_lr: where the rates start.
         inner_steps: K, at least 1.
         multi_step_epochs: epochs with a multi-step loss; 0: none.
@@ -91,7 +97,10 @@ class MAMLPlusPlus(Stepwise):
             if name in options:
                 raise TypeError(f"{self.who}: `{name}` is no argument, `set_epoch` sets it")
         check_flag(self.who, "per_step_norms", per_step_norms)
-        for name, count in {"multi_step_epochs": multi_step_epochs, "first_order_epochs": first_order_epochs}.items():
+        for name, count in {
+            "multi_step_epochs": multi_step_epochs,
+            "first_order_epochs": first_order_epochs,
+        }.items():
             check_count(f"{self.who}: `{name}`", count, 0)
         check_count(argument(self.who, "steps"), inner_steps, 1)
         norms = _norm_parameters(net) if per_step_norms and isinstance(net, nn.Module) else {}
@@ -123,7 +132,9 @@ class MAMLPlusPlus(Stepwise):
         """As `Stepwise.names`, without the norms."""
         if not self._norms:
             return super().names
-        return tuple(name for name in adapted_names(self.who, self.net, self._asked) if name not in self._norms)
+        return tuple(
+            name for name in adapted_names(self.who, self.net, self._asked) if name not in self._norms
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Set `order` and `step_weights` to those of an epoch; to be called at its start.
@@ -141,7 +152,8 @@ class MAMLPlusPlus(Stepwise):
             self.step_weights = step_weights(self.inner_steps, epoch, self.multi_step_epochs)
 
     def forward(self, *args: Any, **kwargs: Any) -> MetaLoss:
-        """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`."""
+        """Query losses after the inner loop; arguments, result and derivatives are those of
+        `MAML.forward`."""
         return super().forward(*args, **kwargs) if len(self.extra) else MAML.forward(self, *args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -180,15 +192,16 @@ class MAMLPlusPlus(Stepwise):
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
     """The annealed weights of the query losses after 0 .. K steps, which sum to 1.
 
-    From 1 / K each the first K - 1 fall linearly, to zero in `epochs` epochs but never below 0.03 / K; the last one
-    takes what they lose.
+    From 1 / K each the first K - 1 fall linearly, to zero in `epochs` epochs but never below 0.03 /
+    K; the last one takes what they lose.
 
     Args:
         steps: K, at least 1.
         epoch: this one, from 0.
         epochs: of the annealing.
 
-    Source: the authors' code of MAML++, https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch,
+    Source: the authors' code of MAML++,
+    https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch,
     `get_per_step_loss_importance_vector`.
     """
     early = max((1 - epoch / epochs) / steps, 0.03 / steps)
@@ -197,5 +210,10 @@ def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
 
 def _norm_parameters(net: nn.Module) -> dict[str, Tensor]:
     """The weights and biases of norms by name."""
-    own = {id(value) for module in net.modules() if isinstance(module, _NORMS) for value in module.parameters(False)}
+    own = {
+        id(value)
+        for module in net.modules()
+        if isinstance(module, _NORMS)
+        for value in module.parameters(False)
+    }
     return {name: value for name, value in net.named_parameters() if id(value) in own}

@@ -1,4 +1,5 @@
-"""Meta-Curvature: inner gradients are transformed by learned matrices along each of their dimensions."""
+"""Meta-Curvature: inner gradients are transformed by learned matrices along each of their
+dimensions."""
 
 from __future__ import annotations
 
@@ -26,16 +27,18 @@ class MetaCurvature(Stepwise):
         maml = fm.MetaCurvature(net, loss="cross_entropy", inner_lr=0.1, inner_steps=5)
         maml(support_x, support_y, query_x, query_y).loss.backward()
 
-    The gradient G of a parameter, as a tensor of outputs, inputs and taps [O, I, D], goes to G x_3 M_f x_2 M_i x_1 M_o:
-    of a linear layer's weight M_o G M_i^T, of a bias M_o g. The matrices are the same for all tasks and inner steps
-    and start as the identity, from where Meta-Curvature is MAML. They are in `extra`, under the parameter's name with
-    `.` replaced by `__` and `__out`, `__in` or `__taps` after it.
+    The gradient G of a parameter, as a tensor of outputs, inputs and taps [O, I, D], goes to G x_3
+    M_f x_2 M_i x_1 M_o: of a linear layer's weight M_o G M_i^T, of a bias M_o g. The matrices are
+    the same for all tasks and inner steps and start as the identity, from where Meta-Curvature is
+    MAML. They are in `extra`, under the parameter's name with `.` replaced by `__` and `__out`,
+    `__in` or `__taps` after it.
 
-    Each inner step is a gradient of the engine, and a Hessian-vector product of it on the way back; the matrices are
-    applied in PyTorch.
+    Each inner step is a gradient of the engine, and a Hessian-vector product of it on the way back;
+    the matrices are applied in PyTorch.
 
     Args:
-        net, loss, query_loss, inner_lr, inner_steps, order, adapt, learn_lr, lr_per_step, step_weights, weight_norm,
+        net, loss, query_loss, inner_lr, inner_steps, order, adapt, learn_lr, lr_per_step,
+        step_weights, weight_norm,
             memory, batch_stats, backend, on_divergence: as in `fastmeta.MAML`.
 
     Raises:
@@ -47,7 +50,9 @@ class MetaCurvature(Stepwise):
     who = "MetaCurvature"
 
     @locked
-    def __init__(self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any) -> None:
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
         super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
         if self.update_rule.weight_decay:
             raise ValueError(f"{argument(self.who, 'update_rule')} must be plain SGD, got {self.update_rule}")
@@ -65,11 +70,15 @@ class MetaCurvature(Stepwise):
         lr = self.lr_of(rates, tasks)
         late = [name for name in self.names if f"extra.{_keys(name)[0]}" not in rates]
         if late:
-            raise ValueError(f"{self.who}: {late[0]!r} was frozen when this was made, there are no matrices for it")
+            raise ValueError(
+                f"{self.who}: {late[0]!r} was frozen when this was made, there are no matrices for it"
+            )
         theta = {**params}
         yield theta
         for k in range(steps):
-            g = gradient(options, self.net, theta, support_of(support, k, per_step), self.loss, self.aliases())
+            g = gradient(
+                options, self.net, theta, support_of(support, k, per_step), self.loss, self.aliases()
+            )
             alpha = at_step(lr, k)
             moved = {}
             for name, value in g.items():

@@ -1,4 +1,5 @@
-"""The autograd of an algorithm: gradients are computed together with the loss, and backward only scales them."""
+"""The autograd of an algorithm: gradients are computed together with the loss, and backward only
+scales them."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Leaves(NamedTuple):
 
 
 def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and wanted."""
+    """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and
+    wanted."""
     params, rates = maml.meta_parameters()
     if not torch.is_grad_enabled():
         call = maml.prepare(params, rates, tensors, support_per_step)
@@ -75,7 +77,8 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
 
 
 def again_of(call: Call) -> tuple[Replay, torch.dtype | None] | None:
-    """The random state and autocast, where the call may depend on them: only a module that is run as it is does."""
+    """The random state and autocast, where the call may depend on them: only a module that is run
+    as it is does."""
     if call.plan.program is not None:
         return None
     return Replay(RandomState.of(call.problem)), autocast_dtype(call.plan.shapes.device)
@@ -139,13 +142,16 @@ def attached(
     Derivatives: once; differentiating again raises.
     """
     leaves = [*params.values()]
-    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [read.gradient for read in captured]
+    known = [torch.cat([gradients[name].reshape(-1) for name in params])] + [
+        read.gradient for read in captured
+    ]
     inputs = [*leaves, *[read.tensor for read in captured]]
     return cast(Tensor, _Attach.apply((loss, known, None, ()), len(leaves), *inputs))
 
 
 def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """A loss as a function of leaves and inputs that its gradients are known for, in their order."""
+    """A loss as a function of leaves and inputs that its gradients are known for, in their
+    order."""
     if not gradients:
         return loss
     at = len(leaves)
@@ -174,8 +180,8 @@ def input_gradient(field: str, result: Result) -> Tensor:
 class Recipe(NamedTuple):
     """How a loss was computed, so that its gradients can be computed with a graph.
 
-    It holds no tensors but the module's own: the others go through `save_for_backward`, which frees them in time and
-    notices when one of them was modified.
+    It holds no tensors but the module's own: the others go through `save_for_backward`, which frees
+    them in time and notices when one of them was modified.
     """
 
     options: Options
@@ -184,14 +190,20 @@ class Recipe(NamedTuple):
     query_loss: Loss | None
     lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
     wrt: frozenset[str]
-    rerun: tuple[Replay, torch.dtype | None] | None  # of the random state before the call; the dtype of autocast
+    rerun: (
+        tuple[Replay, torch.dtype | None] | None
+    )  # of the random state before the call; the dtype of autocast
     flat: FlatParameters | None
     names: tuple[str, ...]  # of the parameters
     keys: tuple[str, ...]  # of the learned rates
     inputs: list[str]  # those that a gradient is wanted of
     parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
-    own: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None  # parameters and rates of a flattened module
-    whole: bool = True  # no task was left out: else the gradients are those of others, and refuse to be differentiated
+    own: (
+        tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    )  # parameters and rates of a flattened module
+    whole: bool = (
+        True  # no task was left out: else the gradients are those of others, and refuse to be differentiated
+    )
 
     def attach(
         self,
@@ -208,7 +220,8 @@ class Recipe(NamedTuple):
         Args:
             loss: ().
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
-            leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector of a flat module.
+            leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector
+                of a flat module.
             params, rates, tensors: everything that the loss was computed from.
             captured: what was read besides.
         """
@@ -228,7 +241,8 @@ class Recipe(NamedTuple):
     def gradients(
         self, given: Sequence[Tensor], rest: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
     ) -> list[Tensor | None]:
-        """The gradients by what was given, times `grad`, with their graph: by one loop of autograd over everything.
+        """The gradients by what was given, times `grad`, with their graph: by one loop of autograd
+        over everything.
 
         Args:
             given, rest: as `attach` saved them.
@@ -279,8 +293,8 @@ class _Attach(torch.autograd.Function):
         *given: Tensor,
     ) -> Tensor:
         loss, gradients, ctx.recipe, rest = known
-        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own error; it also
-        # notices when what the loss was computed from was modified
+        # not kept on ctx: saved tensors are freed by backward, and a second one gets PyTorch's own
+        # error; it also notices when what the loss was computed from was modified
         ctx.save_for_backward(*gradients, *savable(given), *savable(rest))
         ctx.counts = len(gradients), len(given), leaves
         return loss
@@ -299,6 +313,7 @@ class _Attach(torch.autograd.Function):
 
 def _scaled(gradients: Sequence[Tensor], grad: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """`gradients` times `grad`, the first of them in the shapes of `leaves`."""
-    # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was saved
+    # fresh memory on every call: autograd may make these the .grad of the leaves, unlike what was
+    # saved
     scaled = [gradient * grad for gradient in gradients]
     return [*_unflatten_dense_tensors(scaled[0], leaves), *scaled[1:]] if leaves else scaled

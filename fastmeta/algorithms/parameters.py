@@ -1,4 +1,5 @@
-"""The parameters of a module, found again at every call for much less than `named_parameters()` costs."""
+"""The parameters of a module, found again at every call for much less than `named_parameters()`
+costs."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from fastmeta.network.swap import LOCK
 
 
 class ParameterTable:
-    """`dict(module.named_parameters())`, kept until a parameter or a submodule is replaced, added or removed.
+    """`dict(module.named_parameters())`, kept until a parameter or a submodule is replaced, added
+    or removed.
 
-    `recurrent` says whether there is a recurrent layer in it: torch.compile does not walk over modules that have one.
+    `recurrent` says whether there is a recurrent layer in it: torch.compile does not walk over
+    modules that have one.
     """
 
     __slots__ = (
@@ -39,7 +42,11 @@ class ParameterTable:
 
     def _current(self) -> dict[str, Tensor]:
         entries = [entry for own in self._parameter_dicts for entry in own.values()]
-        if self.modules_replaced() or len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+        if (
+            self.modules_replaced()
+            or len(entries) != len(self._entries)
+            or not all(map(is_, entries, self._entries))
+        ):
             self._read()
         return self.named
 
@@ -49,7 +56,8 @@ class ParameterTable:
         return len(children) != len(self._children) or not all(map(is_, children, self._children))
 
     def without_modules(self) -> dict[str, Tensor]:
-        """The same as torch.compile can trace it: parameters are what they are now, modules what they were."""
+        """The same as torch.compile can trace it: parameters are what they are now, modules what
+        they were."""
         return {name: own[key] for name, own, key in self._places}
 
     def _read(self) -> None:

@@ -15,11 +15,17 @@ class _Relative(MAML):
 
     fixed: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any) -> None:
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
         for name, value in self.fixed.items():
             if name in options:
-                raise TypeError(f"{self.who}: `{name}` is no argument, {self.who} is MAML with {name}={value!r}")
-        super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **{**options, **self.fixed})
+                raise TypeError(
+                    f"{self.who}: `{name}` is no argument, {self.who} is MAML with {name}={value!r}"
+                )
+        super().__init__(
+            net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **{**options, **self.fixed}
+        )
 
 
 class FOMAML(_Relative):
@@ -38,8 +44,8 @@ class FOMAML(_Relative):
 class ANIL(_Relative):
     """Almost no inner loop: the inner loop adapts the head only, the last layer with parameters.
 
-    The gradient of the body is exact through the adaptation of the head. For a head of several layers use `MAML` with
-    `adapt=` their names.
+    The gradient of the body is exact through the adaptation of the head. For a head of several
+    layers use `MAML` with `adapt=` their names.
 
     Args:
         net, loss, inner_lr, inner_steps, ...: as in `fastmeta.MAML`, but `adapt`.
@@ -52,14 +58,16 @@ class ANIL(_Relative):
 
 
 class BOIL(_Relative):
-    """Body only update in inner loop: everything adapts but the head, which the outer loop alone moves.
+    """Body only update in inner loop: everything adapts but the head, which the outer loop alone
+    moves.
 
     For a head of several layers use `MAML` with `adapt=` the names of the others.
 
     Args:
         net, loss, inner_lr, inner_steps, ...: as in `fastmeta.MAML`, but `adapt`.
 
-    Source: Oh, Yoo, Kim, Yun, "BOIL: Towards Representation Change for Few-shot Learning" (2021), section 3.
+    Source: Oh, Yoo, Kim, Yun, "BOIL: Towards Representation Change for Few-shot Learning" (2021),
+        section 3.
     """
 
     who = "BOIL"
@@ -73,7 +81,8 @@ class MetaSGD(_Relative):
         net, loss, inner_steps, ...: as in `fastmeta.MAML`, but `learn_lr`.
         inner_lr: where the rates start.
 
-    Source: Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning" (2017), section 3.
+    Source: Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning" (2017),
+        section 3.
     """
 
     who = "MetaSGD"

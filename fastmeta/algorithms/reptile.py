@@ -1,4 +1,5 @@
-"""Reptile: a first-order algorithm without query sets, whose gradient is how far the inner loop went."""
+"""Reptile: a first-order algorithm without query sets, whose gradient is how far the inner loop
+went."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fastmeta.update_rules import SGD
 
 
 class ReptileLoss(NamedTuple):
-    """What a `Reptile` returns. Only `loss` is differentiable: a loss built from the others raises on backward."""
+    """What a `Reptile` returns. Only `loss` is differentiable: a loss built from the others raises
+    on backward."""
 
     loss: Tensor  # (): half the squared distance to the adapted parameters, mean over tasks
     task_losses: Tensor  # [T]
@@ -26,7 +28,8 @@ class ReptileLoss(NamedTuple):
 
 
 class Reptile(InnerLoop):
-    """Reptile: moves the initialisation towards the parameters that an inner loop finds for each task.
+    """Reptile: moves the initialisation towards the parameters that an inner loop finds for each
+    task.
 
         reptile = fm.Reptile(net, loss="mse", inner_lr=0.02, inner_steps=5)
         opt = torch.optim.SGD(reptile.parameters(), lr=0.1)
@@ -35,16 +38,19 @@ class Reptile(InnerLoop):
 
     Args:
         net: the network; its parameters are the meta-parameters.
-        loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in `fastmeta.MAML`.
-        normalise: divide the gradient by inner_lr * inner_steps, which gives it the size of a loss's gradient; with
-            inner_steps=1 it is that of the mean support loss. `inner_lr` must then be a number other than zero.
-        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters are not finite, looked for on any device
-            where gradients are on.
+        loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend: as in
+            `fastmeta.MAML`.
+        normalise: divide the gradient by inner_lr * inner_steps, which gives it the size of a
+            loss's gradient; with inner_steps=1 it is that of the mean support loss. `inner_lr` must
+            then be a number other than zero.
+        on_divergence: as in `fastmeta.MAML`, of tasks whose adapted parameters are not finite,
+            looked for on any device where gradients are on.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
 
-    Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms" (2018), algorithms 1 and 2; the loss
+    Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms" (2018), algorithms 1
+        and 2; the loss
     whose gradient this is: section 5.2.
     """
 
@@ -67,7 +73,9 @@ class Reptile(InnerLoop):
     ) -> None:
         check_flag(self.who, "normalise", normalise)
         check_choice(self.who, on_divergence)
-        super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend)
+        super().__init__(
+            net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend
+        )
         self.normalise = normalise
         self.on_divergence = on_divergence
         self._scale()
@@ -93,12 +101,15 @@ class Reptile(InnerLoop):
         Returns:
             `ReptileLoss`.
 
-        Derivatives: `loss` is once differentiable in the parameters, at constant adapted parameters: `backward` puts
-            mean_T(theta - theta_K) into `.grad`. What a loss reads gets none, and differentiating again raises.
+        Derivatives: `loss` is once differentiable in the parameters, at constant adapted
+            parameters: `backward` puts mean_T(theta - theta_K) into `.grad`. What a loss reads gets
+            none, and differentiating again raises.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
-            FloatingPointError: tasks diverged, where gradients are on; without them their losses are not finite.
+            TypeError, ValueError: an argument does not fit; the message names it. Nothing was
+                modified.
+            FloatingPointError: tasks diverged, where gradients are on; without them their losses
+                are not finite.
             BackendUnavailable: the backend named cannot run this call.
         """
         tensors = Tensors(support_x, support_y, support_weights, task_weights=task_weights)

@@ -1,4 +1,5 @@
-"""Inner loops that are a chain of engine calls, one for each step, because something happens between two steps."""
+"""Inner loops that are a chain of engine calls, one for each step, because something happens
+between two steps."""
 
 from __future__ import annotations
 
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 class Stepwise(MAML):
     """A base class: `MAML` whose subclass says in `path` how theta_0 becomes theta_K.
 
-    Autograd links the steps. It keeps every theta_k, not what is inside a step, which its backward pass runs again.
+    Autograd links the steps. It keeps every theta_k, not what is inside a step, which its backward
+    pass runs again.
 
     Meta-parameters besides those of the network and the rates are in `extra`.
 
     Args:
-        net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one call to the next.
+        net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one
+            call to the next.
     """
 
     @locked
@@ -43,7 +46,9 @@ class Stepwise(MAML):
         self.extra = nn.ParameterDict()
         self._extra = ParameterTable(self.extra)
         if self.update_rule.momentum:
-            raise ValueError(f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}")
+            raise ValueError(
+                f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,15 +81,22 @@ class Stepwise(MAML):
         query_weights: Tensor | None = None,
         support_per_step: bool = False,
     ) -> MetaLoss:
-        """Query losses after the inner loop; arguments, result and derivatives are those of `MAML.forward`."""
-        tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
-        self.prepare(*self.meta_parameters(), tensors, support_per_step)  # checks everything before the first step
+        """Query losses after the inner loop; arguments, result and derivatives are those of
+        `MAML.forward`."""
+        tensors = Tensors(
+            support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
+        )
+        self.prepare(
+            *self.meta_parameters(), tensors, support_per_step
+        )  # checks everything before the first step
         if looked_for(self.on_divergence, support_x.is_cpu, task_weights):
             return self.checked(self._settled(tensors, support_per_step), task_weights)
         return self.checked(self._chain(tensors, support_per_step), task_weights)
 
     @eager
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def adapt(
+        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop; as `MAML.adapt`."""
         who = f"{self.who}.adapt"
         steps = self.inner_steps if steps is None else steps
@@ -104,7 +116,8 @@ class Stepwise(MAML):
         return in_steps(super().explain(*args, **kwargs), sum(weight != 0 for weight in weights[:-1]) + 1)
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As `MAML.meta_parameters`; the extra ones are among the rates, under keys that no rate has."""
+        """As `MAML.meta_parameters`; the extra ones are among the rates, under keys that no rate
+        has."""
         rates = {} if self._rates is None else self._rates.current()
         extra = {f"extra.{key}": value for key, value in self._extra.current().items()}
         params, rates = self._params.current(), {**rates, **extra}
@@ -128,7 +141,8 @@ class Stepwise(MAML):
         return MetaLoss(loss, task_losses, parts[-1][1].output)
 
     def _settled(self, tensors: Tensors, per_step: bool) -> MetaLoss:
-        """As `_chain`, without tasks that diverged: the gradients have to be there to be looked at."""
+        """As `_chain`, without tasks that diverged: the gradients have to be there to be looked
+        at."""
         leaves, inputs = [], []
         captured: list[Tensor] = []
         if torch.is_grad_enabled():

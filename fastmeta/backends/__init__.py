@@ -10,8 +10,9 @@ and, where it does not run on the CPU, a fourth:
 
     device() -> str                       where it runs, as PyTorch calls it
 
-`wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted. `adapted` says whether
-`Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only, never values.
+`wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted.
+`adapted` says whether `Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only,
+never values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The caller's autocast. Kernels know nothing of it; the `torch` backend runs forward passes and losses under it."""
+"""The caller's autocast. Kernels know nothing of it; the `torch` backend runs forward passes and
+losses under it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast as `autocast_dtype` found it.
 
-    Its cache is off: it would keep the copies of every inner step's parameters until the caller's own block ends.
+    Its cache is off: it would keep the copies of every inner step's parameters until the caller's
+    own block ends.
     """
     if dtype == autocast_dtype(device) and (dtype is None or not torch.is_autocast_cache_enabled()):
         return nullcontext()
@@ -35,7 +37,7 @@ def said(chosen: str, device: torch.device) -> str:
     name = str(dtype).removeprefix("torch.")
     if chosen == "torch":
         return (
-            f"autocast: forward passes and losses compute in {name} where PyTorch's autocast does; parameters, inner "
-            "steps and the outputs that are returned keep their dtype"
+            f"autocast: forward passes and losses compute in {name} where PyTorch's autocast does; "
+            "parameters, inner steps and the outputs that are returned keep their dtype"
         )
     return f"autocast ({name}) is off inside the {chosen} backend; backend='torch' honours it"

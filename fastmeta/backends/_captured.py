@@ -1,9 +1,11 @@
-"""Tensors that require grad and that a network or a loss reads past its arguments, and the gradients by them.
+"""Tensors that require grad and that a network or a loss reads past its arguments, and the
+gradients by them.
 
-A learned weight in a closure, a loss network behind a lambda, a vector that another network has made: `Watch` sees
-them as PyTorch's functions are called, and what it cannot see there it finds in the autograd graph of what came out.
-Each gets a stand-in, a view of it, by which the gradient is taken: nothing of the user's own graph is run, freed or
-told to a hook before the user's backward pass is.
+A learned weight in a closure, a loss network behind a lambda, a vector that another network has
+made: `Watch` sees them as PyTorch's functions are called, and what it cannot see there it finds in
+the autograd graph of what came out. Each gets a stand-in, a view of it, by which the gradient is
+taken: nothing of the user's own graph is run, freed or told to a hook before the user's backward
+pass is.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ _PLAIN = (Tensor, nn.Parameter)
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 # They are about a tensor, not about its values.
 _ABOUT = frozenset(
-    {"grad", "backward", "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
+    {
+        "grad",
+        "backward",
+        "requires_grad_",
+        "retain_grad",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+    }
 )
 # They make a leaf of what was none.
 _SWITCHES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
@@ -55,9 +64,11 @@ class CapturedError(Exception):
 
 
 def rerun(problem: Problem, run: Callable[[Problem], R], start: RandomState | None = None) -> R:
-    """`run(problem)`; if the network or a loss reads something past its arguments, from the start again and watched.
+    """`run(problem)`; if the network or a loss reads something past its arguments, from the start
+    again and watched.
 
-    Most read nothing, as the graphs of their losses show. Where one did, the next call watches at once.
+    Most read nothing, as the graphs of their losses show. Where one did, the next call watches at
+    once.
 
     Args:
         problem: its `captures` say what is wanted.
@@ -187,9 +198,11 @@ class Watch(TorchFunctionMode):
 
     Args:
         ours: what the network and the loss are given.
-        start: nodes of the graph with lower numbers, which are those of one thread, are the user's own.
+        start: nodes of the graph with lower numbers, which are those of one thread, are the user's
+            own.
         also: ids of tensors to be noted although they require no grad.
-        known: what is the user's own whatever number it has: autograd may evaluate backward on another thread. Grows.
+        known: what is the user's own whatever number it has: autograd may evaluate backward on
+            another thread. Grows.
     """
 
     def __init__(self, ours: Sequence[Tensor], start: int, also: frozenset[int], known: set[Key]) -> None:
@@ -226,13 +239,14 @@ class Watch(TorchFunctionMode):
         return bool(self._leaves([stand_in.grad_fn for stand_in in self.inputs]))
 
     def follow(self, outputs: Iterable[Tensor]) -> None:
-        """Find what reached `outputs` unseen, in the graph; to be called once, after the evaluation."""
+        """Find what reached `outputs` unseen, in the graph; to be called once, after the
+        evaluation."""
         if self.reaches(outputs):
             self.by_leaves()
 
     def by_leaves(self) -> None:
-        """Take gradients by leaves of the user's graph: where some path to one was not seen, those that were seen, or
-        what was made of it, would count twice."""
+        """Take gradients by leaves of the user's graph: where some path to one was not seen, those
+        that were seen, or what was made of it, would count twice."""
         if self.through:
             return
         detached = [pair for pair in zip(self.tensors, self.inputs, strict=True) if not pair[0].requires_grad]
@@ -292,7 +306,8 @@ class Watch(TorchFunctionMode):
         return stand_in
 
     def _is_ours(self, node: Node) -> bool:
-        """Whether a node was made here: by its number, or, since threads count apart, by where it leads."""
+        """Whether a node was made here: by its number, or, since threads count apart, by where it
+        leads."""
         if node._sequence_nr() >= self._start:
             return True
         nodes = {tensor.grad_fn for tensor in (*self._ours, *self.inputs)}

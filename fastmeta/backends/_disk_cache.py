@@ -1,4 +1,5 @@
-"""What takes long to make and is kept on disk: in FASTMETA_CACHE, else in the user's cache folder."""
+"""What takes long to make and is kept on disk: in FASTMETA_CACHE, else in the user's cache
+folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What is found out about a module before it is run with parameters of a task's own, by a few runs of one task.
+"""What is found out about a module before it is run with parameters of a task's own, by a few runs
+of one task.
 
-Three things that a forward pass can do are seen by nothing else: it can reach a parameter of the module otherwise than
-by the module's attribute, read parameters in the backward pass, when the module has its own again, and depend on what
-an earlier pass left behind.
+Three things that a forward pass can do are seen by nothing else: it can reach a parameter of the
+module otherwise than by the module's attribute, read parameters in the backward pass, when the
+module has its own again, and depend on what an earlier pass left behind.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _known: Known[int, str] = Known(_MOST_SORTS)
 def carries_state(problem: Problem) -> str:
     """What the network carries from one forward pass to the next, e.g. "net.hidden"; "" if nothing.
 
-    Decided once per network, its plain attributes, and shapes, and remembered. Draws nothing from the random state. To
-    be called inside `isolated`, with the tensors of `problem` detached.
+    Decided once per network, its plain attributes, and shapes, and remembered. Draws nothing from
+    the random state. To be called inside `isolated`, with the tensors of `problem` detached.
 
     Raises:
         ValueError: the network cannot be evaluated with parameters of a task's own; says why.
@@ -56,11 +57,14 @@ def _key(problem: Problem) -> int:
         for key, value in vars(module).items()
         if type(value) in _NUMBERS
     ]
-    return hash((*attributes, batch.x.shape[1:], batch.x.dtype, batch.x.device, problem.order, problem.batch_stats))
+    return hash(
+        (*attributes, batch.x.shape[1:], batch.x.dtype, batch.x.device, problem.order, problem.batch_stats)
+    )
 
 
 def _examined(problem: Problem) -> str | None:
-    """What the network carries; None if nothing can be said, since it raises: the backend's own run then does."""
+    """What the network carries; None if nothing can be said, since it raises: the backend's own run
+    then does."""
     exchange = problem.exchange or Exchange(problem.net)
     params = {
         name: own(value[0] if name in problem.per_task else value, requires_grad=True)
@@ -115,9 +119,9 @@ def _check_reached(output: Tensor, exchange: Exchange) -> None:
         name = names.get(id(getattr(node, "variable", None)))
         if name is not None:
             raise _Unsuitable(
-                f"the network reaches its parameter {name!r} otherwise than by the attribute of its module (a closure, "
-                "a bound method or an object holds it), so that no task can have its own: read it from the module in "
-                "the forward pass"
+                f"the network reaches its parameter {name!r} otherwise than by the attribute of its module "
+                "(a closure, a bound method or an object holds it), so that no task can have its own: read "
+                "it from the module in the forward pass"
             )
         pending += [child for child, _ in node.next_functions]
 
@@ -137,12 +141,14 @@ def _check_backward(output: Tensor, params: Mapping[str, Tensor], exchange: Exch
     right = exchange.run(params, gradients)
     off = exchange.run({name: value + 1 for name, value in params.items()}, gradients)
     if any(leaf.grad is not None for leaf in leaves):
-        raise _Unsuitable("the network's backward pass calls .backward() itself, by which no gradient reaches a task")
+        raise _Unsuitable(
+            "the network's backward pass calls .backward() itself, by which no gradient reaches a task"
+        )
     if not all(_close(a, b) for a, b in zip(right, off, strict=True)):
         raise _Unsuitable(
-            "the network reads its parameters in the backward pass, when they are not the task's any more (a custom "
-            "autograd.Function, or saved-tensor hooks that compute anew): hand them to the function as arguments and "
-            "save them with ctx.save_for_backward"
+            "the network reads its parameters in the backward pass, when they are not the task's any more (a "
+            "custom autograd.Function, or saved-tensor hooks that compute anew): hand them to the function "
+            "as arguments and save them with ctx.save_for_backward"
         )
 
 

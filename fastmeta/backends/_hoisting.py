@@ -1,7 +1,8 @@
-"""What depends on no adapted parameter, computed once: the captured network's body apart from the inner loop.
+"""What depends on no adapted parameter, computed once: the captured network's body apart from the
+inner loop.
 
-The body runs on support and query sets, the K steps on what it returns, and the body once more with the gradients of
-that, J being the inner loop's as a function of features F = body(x):
+The body runs on support and query sets, the K steps on what it returns, and the body once more with
+the gradients of that, J being the inner loop's as a function of features F = body(x):
 
     dJ / d phi = <dJ / dF_support, dF_support / d phi> + <dJ / dF_query, dF_query / d phi>
 
@@ -18,15 +19,16 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._pieces import add
-from fastmeta.network.program import Program
-from fastmeta.network.split import Halves, split
+from fastmeta.graph.program import Program
+from fastmeta.graph.split import Halves, split
 from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
-#: Multiply-adds that have to be saved before three to five calls are worth more than one, by kind of device: on
-#: the CPU as bench/hoisting.py measures it, on a GPU an estimate, some 100 microseconds of launches.
+#: Multiply-adds that have to be saved before three to five calls are worth more than one, by kind
+#: of device: on the CPU as bench/hoisting.py measures it, on a GPU an estimate, some 100
+#: microseconds of launches.
 WORTH = {"cpu": 10_000_000, "cuda": 1_000_000_000}
-#: A multiply-add of a pass of the body alone takes as long as so many of the meta-step: it writes down what the other
-#: has in caches.
+#: A multiply-add of a pass of the body alone takes as long as so many of the meta-step: it writes
+#: down what the other has in caches.
 ALONE = 1.2
 
 Solve = Callable[[Problem, frozenset[str], bool], Result]
@@ -105,7 +107,8 @@ def solve(one: Solve, refuses: Refuses, problem: Problem, wrt: frozenset[str], a
 
 
 def hoisted(refuses: Refuses, problem: Problem, wrt: frozenset[str]) -> Hoisted | None:
-    """How to take `problem` apart; None: it had better run in one piece. Reads shapes and options only."""
+    """How to take `problem` apart; None: it had better run in one piece. Reads shapes and options
+    only."""
     program, support = problem.program, problem.support
     if program is None or support is None or support.per_step or problem.steps < 1:
         return None  # every example is seen once, however that is done
@@ -119,8 +122,8 @@ def hoisted(refuses: Refuses, problem: Problem, wrt: frozenset[str]) -> Hoisted 
 
 
 def parts(problem: Problem, plan: Hoisted) -> Iterator[tuple[str, Problem, frozenset[str]]]:
-    """What `problem` is taken apart into, each with a word for it and the gradients wanted; nobody has run the ones
-    before, so that features and their gradients hold no numbers."""
+    """What `problem` is taken apart into, each with a word for it and the gradients wanted; nobody
+    has run the ones before, so that features and their gradients hold no numbers."""
     features = {role: _like(problem, role, plan.halves.body) for role in _roles(problem)}
     for run in plan.passes:
         yield "body", plan.body(problem, run), frozenset()
@@ -131,7 +134,8 @@ def parts(problem: Problem, plan: Hoisted) -> Iterator[tuple[str, Problem, froze
 
 
 def _saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
-    """About how many multiply-adds of the meta-step, of all tasks, are saved by taking `problem` apart."""
+    """About how many multiply-adds of the meta-step, of all tasks, are saved by taking `problem`
+    apart."""
     each = sum(_repeated(problem, wrt, plan.halves.body).values()) - ALONE * _once(problem, plan)
     return problem.tasks * each
 
@@ -164,16 +168,20 @@ def _repeated(problem: Problem, wrt: frozenset[str], body: Program) -> dict[str,
 
 
 def describe(
-    one: Callable[[Problem, frozenset[str]], list[str]], refuses: Refuses, problem: Problem, wrt: frozenset[str]
+    one: Callable[[Problem, frozenset[str]], list[str]],
+    refuses: Refuses,
+    problem: Problem,
+    wrt: frozenset[str],
 ) -> list[str]:
-    """What runs, for `explain()`: what `one` says of a single problem, for each part where there are several."""
+    """What runs, for `explain()`: what `one` says of a single problem, for each part where there
+    are several."""
     plan = hoisted(refuses, problem, wrt)
     if plan is None:
         return one(problem, wrt)
     body, rest = len(plan.halves.body.layers), len(plan.halves.rest.layers)
     lines = [
-        f"computed once per call: the first {body} of {body + rest} layers, which depend on no adapted parameter; "
-        "the inner steps begin at their output"
+        f"computed once per call: the first {body} of {body + rest} layers, which depend on no adapted "
+        "parameter; the inner steps begin at their output"
     ]
     for what, part, of in parts(problem, plan):
         lines += [f"{what}: {line}" for line in one(part, of)]
@@ -187,7 +195,8 @@ def _plan(problem: Problem, wrt: frozenset[str], halves: Halves) -> Hoisted:
 
 
 def _wanted(problem: Problem, role: str, wrt: frozenset[str], body: Program) -> frozenset[str]:
-    """What the body's way back from a set is wanted for: "params", and "query_x" for the set's inputs."""
+    """What the body's way back from a set is wanted for: "params", and "query_x" for the set's
+    inputs."""
     if role == "support" and problem.order == "first":
         return frozenset()  # the inner gradients are constants
     params = "params" in wrt and any(name not in problem.frozen for name, _ in body.params)

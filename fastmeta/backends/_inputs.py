@@ -1,4 +1,5 @@
-"""What the two PyTorch backends share: detached leaves, gradients without None, the check of class indices."""
+"""What the two PyTorch backends share: detached leaves, gradients without None, the check of class
+indices."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fastmeta.update_rules import SGD
 
 
 def any_batch(problem: Problem) -> Batch:
-    """The set that is run first: the support set if inner steps read it, else the query set if there is one."""
+    """The set that is run first: the support set if inner steps read it, else the query set if
+    there is one."""
     batch = (problem.steps and problem.support) or problem.query or problem.support
     if batch is None:
         raise ValueError("a problem needs a support or a query set")
@@ -34,13 +36,15 @@ def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
     """What inner steps need: a problem with steps has it."""
     support, loss, rule = problem.support, problem.loss, problem.rule
     if support is None or loss is None or rule is None:
-        raise ValueError(f"a problem with {problem.steps} inner steps needs a support set, a loss and an update rule")
+        raise ValueError(
+            f"a problem with {problem.steps} inner steps needs a support set, a loss and an update rule"
+        )
     return support, loss, rule
 
 
 def detached(problem: Problem, requires_grad: bool = False) -> Problem:
-    """The same problem: its tensors fresh leaves, its step weights written out, its network ready to run. For inside
-    `isolated`."""
+    """The same problem: its tensors fresh leaves, its step weights written out, its network ready
+    to run. For inside `isolated`."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else own(tensor, requires_grad)
@@ -78,7 +82,8 @@ def _decomposed(loss: Loss | None) -> Loss | None:
     function = loss.function
 
     def decomposed(output: Tensor, target: Tensor) -> Tensor:
-        # each norm of a loss by its own flag; third derivatives of PyTorch's fused ones are silently wrong
+        # each norm of a loss by its own flag; third derivatives of PyTorch's fused ones are
+        # silently wrong
         with Conventions("module", decompose=True):
             return function(output, target)
 
@@ -86,7 +91,8 @@ def _decomposed(loss: Loss | None) -> Loss | None:
 
 
 def varied(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`theta`, in which everything can be differentiated by: what requires no grad is a leaf of its own."""
+    """`theta`, in which everything can be differentiated by: what requires no grad is a leaf of its
+    own."""
     return {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in theta.items()}
 
 
@@ -121,12 +127,15 @@ def gradients(
 
 
 def output_shape(problem: Problem) -> tuple[int, ...]:
-    """Shape of the network's output for one example: runs task 0 once, draws nothing from the random state."""
+    """Shape of the network's output for one example: runs task 0 once, draws nothing from the
+    random state."""
     batch = any_batch(problem)
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
     with torch.no_grad(), preserved_for(problem):
-        return tuple(call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats).shape[1:])
+        return tuple(
+            call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats).shape[1:]
+        )
 
 
 def check_rates(problem: Problem) -> None:
@@ -136,19 +145,28 @@ def check_rates(problem: Problem) -> None:
         ValueError: one is not.
     """
     rates = problem.rates.values() if problem.steps else ()
-    distinct = {(rate.data_ptr(), rate.shape, rate.stride()): rate for rate in rates if rate.device.type == "cpu"}
-    single = {rate.data_ptr(): rate for rate in distinct.values() if rate.numel() == 1}  # a number is one for all
+    distinct = {
+        (rate.data_ptr(), rate.shape, rate.stride()): rate for rate in rates if rate.device.type == "cpu"
+    }
+    single = {
+        rate.data_ptr(): rate for rate in distinct.values() if rate.numel() == 1
+    }  # a number is one for all
     several = [rate for rate in distinct.values() if rate.numel() != 1]
-    if not (all(isfinite(rate.item()) for rate in single.values()) and all(rate.isfinite().all() for rate in several)):
+    if not (
+        all(isfinite(rate.item()) for rate in single.values())
+        and all(rate.isfinite().all() for rate in several)
+    ):
         raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
 
 
 def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, ...]] = output_shape) -> None:
-    """Check the range of class indices, where there are any: on an accelerator they would end in a device assertion.
+    """Check the range of class indices, where there are any: on an accelerator they would end in a
+    device assertion.
 
     Args:
         problem: its tensors detached.
-        shape: gives the network's output for one example; called only where there are class indices.
+        shape: gives the network's output for one example; called only where there are class
+            indices.
 
     Raises:
         ValueError: one is out of range.
@@ -159,5 +177,10 @@ def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, 
     ):
         if batch is problem.support and not runs(problem):
             continue  # nothing runs, and the network need not take a set that is not used
-        if loss is not None and batch is not None and batch.y is not None and loss.needs_class_indices(batch.y):
+        if (
+            loss is not None
+            and batch is not None
+            and batch.y is not None
+            and loss.needs_class_indices(batch.y)
+        ):
             loss.check_values(what, batch.y, shape(problem)[0])

@@ -1,23 +1,28 @@
-"""Where the engine keeps an image channels-last and where rows as torch has them, and the copies between the two."""
+"""Where the engine keeps an image channels-last and where rows as torch has them, and the copies
+between the two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from fastmeta.network.program import Layer, Program
+from fastmeta.graph.program import Layer, Program
 
-#: Kinds that read images [C, ...], channels-last in the engine, and kinds that read rows of the last dimension.
+#: Kinds that read images [C, ...], channels-last in the engine, and kinds that read rows of the
+#: last dimension.
 CHANNELS = frozenset({"conv2d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d"})
 ROWS = frozenset({"linear", "layer_norm"})
 
 
 @dataclass(slots=True)
 class EngineProgram:
-    """A program with every value's layout, as lists of what `_C.Plan` takes; parameters still by name."""
+    """A program with every value's layout, as lists of what `_C.Plan` takes; parameters still by
+    name."""
 
     program: Program
-    values: list[tuple[int, int, int, int, bool]] = field(default_factory=list)  # rows, cols, height, width, channels
+    values: list[tuple[int, int, int, int, bool]] = field(
+        default_factory=list
+    )  # rows, cols, height, width, channels
     layers: list[tuple[Layer, tuple[int, ...], int]] = field(default_factory=list)  # layer, inputs, output
     output: int = 0
 
@@ -38,11 +43,13 @@ def layout(shape: tuple[int, ...], channels: bool) -> tuple[int, int, int, int, 
 
 
 def lay_out(program: Program, output_channels: bool = False) -> EngineProgram:
-    """Choose every value's layout, and convert by a reshape where a layer reads another one than was written.
+    """Choose every value's layout, and convert by a reshape where a layer reads another one than
+    was written.
 
     Args:
         program: the captured network.
-        output_channels: whether its output [C, d...] is wanted channels-last, else in torch's order.
+        output_channels: whether its output [C, d...] is wanted channels-last, else in torch's
+            order.
     """
     engine = EngineProgram(program)
     # of each value of the program: layout -> its number in the engine
@@ -82,8 +89,8 @@ def lay_out(program: Program, output_channels: bool = False) -> EngineProgram:
 
 
 def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
-    """Which layout a concat reads, and with the constant that the engine takes: 0 where columns lie side by side, else
-    the number of times that its blocks of rows alternate."""
+    """Which layout a concat reads, and with the constant that the engine takes: 0 where columns lie
+    side by side, else the number of times that its blocks of rows alternate."""
     at = int(layer.constants[0])
     channels = channels and at == 0 and len(layer.shape) > 1
     side_by_side = channels or at == len(layer.shape) - 1
@@ -91,7 +98,8 @@ def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
 
 
 def _wanted(program: Program, value: int, output_channels: bool) -> bool:
-    """Whether the first layer that cares, or else whoever reads the output, reads this value as an image."""
+    """Whether the first layer that cares, or else whoever reads the output, reads this value as an
+    image."""
     same = {value}
     for output, layer in enumerate(program.layers, start=1):
         if same.isdisjoint(layer.inputs):

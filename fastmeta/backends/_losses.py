@@ -10,14 +10,17 @@ from fastmeta.problem import Problem
 
 
 def reads_channels(problem: Problem) -> bool:
-    """Whether a loss of the problem's is over the channels of an output [C, d...]: one row of C for each position."""
+    """Whether a loss of the problem's is over the channels of an output [C, d...]: one row of C for
+    each position."""
     if problem.program is None or len(problem.program.output_shape) < 2:
         return False
-    return any(loss is not None and loss.kind == "cross_entropy" for loss in (problem.loss, problem.query_loss))
+    return any(
+        loss is not None and loss.kind == "cross_entropy" for loss in (problem.loss, problem.query_loss)
+    )
 
 
 def refuses_loss(loss: Loss) -> str:
-    """Why `csrc/engine/loss_example.inl` has no such loss, "" if it has."""
+    """Why `csrc/shared/loss_example.inl` has no such loss, "" if it has."""
     if loss.kind == "custom":
         return f"the loss {loss.function!r} is a function of its own"
     if loss.kind == "bce_with_logits":
@@ -31,8 +34,8 @@ def refuses_loss(loss: Loss) -> str:
 def class_weights(
     loss: Loss, out: tuple[int, ...], channels: bool, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor | None:
-    """Class weights [C], or pos_weight spread over the last dimension of an output [N, *out], over all positions of one
-    that is read by channels; often a copy, which the caller has to hold."""
+    """Class weights [C], or pos_weight spread over the last dimension of an output [N, *out], over
+    all positions of one that is read by channels; often a copy, which the caller has to hold."""
     if loss.kind == "bce_with_logits" and loss.pos_weight is not None:
         along = loss.pos_weight.to(device, dtype).reshape(-1)
         return along.expand(out[1:]).reshape(-1) if channels else along.expand(out[-1] if out else 1)

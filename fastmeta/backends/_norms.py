@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from fastmeta.network.program import Program, normalises
+from fastmeta.graph.program import Program, normalises
 from fastmeta.problem import Batch, Problem
 
 NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})

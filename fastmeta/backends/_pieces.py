@@ -1,4 +1,5 @@
-"""PyTorch operators in pieces that it runs on one thread: awake, its threads fight with the engine's for the cores."""
+"""PyTorch operators in pieces that it runs on one thread: awake, its threads fight with the
+engine's for the cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a GPU multiplies float32 numbers: what the user asked PyTorch for, and a way to do without it for a while."""
+"""How a GPU multiplies float32 numbers: what the user asked PyTorch for, and a way to do without it
+for a while."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def asked_for() -> str:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """PyTorch and the GPU backends multiply float32 numbers as they are, whatever the user asked for."""
+    """PyTorch and the GPU backends multiply float32 numbers as they are, whatever the user asked
+    for."""
     before = [(place, name, getattr(place, name)) for place, name in _settings()]
     _EXACT.on = True
     try:
@@ -39,7 +41,8 @@ def exact() -> Iterator[None]:
 
 
 def _settings() -> list[tuple[Any, str]]:
-    """Where PyTorch keeps what it may round: by its newer names where it has them, since a mixture raises."""
+    """Where PyTorch keeps what it may round: by its newer names where it has them, since a mixture
+    raises."""
     if not torch.cuda.is_available():
         return []
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

@@ -1,7 +1,8 @@
 """The state of everything that a network on one device can draw random numbers from.
 
-That is torch's generators, the global ones of Python and NumPy, and the generator objects that its code holds. The
-clock, the operating system's entropy and iterators have no state to be replayed: `fingerprint.py` notices those.
+That is torch's generators, the global ones of Python and NumPy, and the generator objects that its
+code holds. The clock, the operating system's entropy and iterators have no state to be replayed:
+`fingerprint.py` notices those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fastmeta.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """A snapshot of the generators of the CPU, of one device, of Python and NumPy, and of the user's own objects."""
+    """A snapshot of the generators of the CPU, of one device, of Python and NumPy, and of the
+    user's own objects."""
 
     device: torch.device
     generators: tuple[Any, ...]  # the user's own
@@ -75,7 +77,9 @@ class RandomState:
         """Whether nothing was drawn between the two."""
         if not torch.equal(self.cpu, other.cpu) or self.drawn_outside_torch(other):
             return False
-        if any(not torch.equal(a, b) for a, b in zip(self.own, other.own, strict=True) if isinstance(a, Tensor)):
+        if any(
+            not torch.equal(a, b) for a, b in zip(self.own, other.own, strict=True) if isinstance(a, Tensor)
+        ):
             return False
         if self.accelerator is None or other.accelerator is None:
             return True
@@ -95,7 +99,8 @@ class RandomState:
 
 @contextmanager
 def preserved(device: torch.device, net: nn.Module | None = None) -> Iterator[RandomState]:
-    """Whatever is drawn inside, the state afterwards is the one before; arguments as of `RandomState.now`."""
+    """Whatever is drawn inside, the state afterwards is the one before; arguments as of
+    `RandomState.now`."""
     with _kept(RandomState.now(device, net)) as before:
         yield before
 
@@ -144,7 +149,9 @@ def _state(generator: Any) -> Any:
         return generator.getstate()
     if hasattr(generator, "get_state"):  # numpy.random.RandomState
         return generator.get_state(legacy=False)
-    return getattr(generator, "bit_generator", generator).state  # a numpy.random.Generator, or what it draws from
+    return getattr(
+        generator, "bit_generator", generator
+    ).state  # a numpy.random.Generator, or what it draws from
 
 
 def _set_state(generator: Any, state: Any) -> None:

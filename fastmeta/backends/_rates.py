@@ -18,7 +18,8 @@ class RateForm(NamedTuple):
 def rate_form(problem: Problem, name: str, shape: tuple[int, ...]) -> RateForm | None:
     """How the rates of a parameter are laid out; None where it is not adapted.
 
-    A kernel reads, and for the gradient writes, as many numbers as this says: a shape in between is never let through.
+    A kernel reads, and for the gradient writes, as many numbers as this says: a shape in between is
+    never let through.
 
     Args:
         problem: holds the rates.

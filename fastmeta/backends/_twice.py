@@ -1,7 +1,9 @@
 """Operators without a second derivative, said in one sentence with the way out.
 
-Most raise when the second derivative is taken. A `torch.autograd.Function` that is marked `once_differentiable` does
-not: its gradient ends in a node that nothing leads on from, and what it should have passed on would be missing.
+Most raise when the second derivative is taken. A `torch.autograd.Function` that is marked
+`once_differentiable` does
+not: its gradient ends in a node that nothing leads on from, and what it should have passed on would
+be missing.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class NotTwiceDifferentiableError(NotImplementedError):
 
     def __init__(self, operator: str) -> None:
         super().__init__(
-            f"{operator} has no second derivative in PyTorch, and exact second order needs one: use order='first', or "
-            "another operator"
+            f"{operator} has no second derivative in PyTorch, and exact second order needs one: use "
+            "order='first', or another operator"
         )
 
 
@@ -49,7 +51,9 @@ def named_in(problem: Problem) -> Iterator[None]:
             raise
         found = _NO_DERIVATIVE.search(str(error))
         if found and found[1].endswith("_backward"):
-            raise NotTwiceDifferentiableError(f"`{found[1].removesuffix('_backward').lstrip('_')}`") from error
+            raise NotTwiceDifferentiableError(
+                f"`{found[1].removesuffix('_backward').lstrip('_')}`"
+            ) from error
         if not found and _ONCE.search(str(error)):
             operator = f"an operator of the network or the loss ({str(error).splitlines()[0]})"
             raise NotTwiceDifferentiableError(operator) from error

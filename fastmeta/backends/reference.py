@@ -1,4 +1,5 @@
-"""The ground truth: one task after the other, the inner loop written out, autograd through all of it.
+"""The ground truth: one task after the other, the inner loop written out, autograd through all of
+it.
 
 Nothing here is clever, on purpose. Every other backend is compared with this one.
 """
@@ -63,12 +64,15 @@ def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         if p.query_loss is not None:
             result.task_losses = torch.stack([loss for loss, _, _ in answers]).detach().to(result.output)
         if adapted:
-            result.adapted = {name: torch.stack([theta[name] for _, _, theta in answers]).detach() for name in p.params}
+            result.adapted = {
+                name: torch.stack([theta[name] for _, _, theta in answers]).detach() for name in p.params
+            }
         return result
 
 
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
-    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on;
+    draws as `solve`."""
 
     def unrolled(p: Problem) -> tuple[Tensor, Captured]:
         captured = Captured(p, keep=True)
@@ -79,7 +83,8 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
 
 
 def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not asked for."""
+    """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not
+    asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
     state = Carried()
@@ -128,7 +133,9 @@ def _inner_step(
     """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
     theta = {**theta, **varied({name: theta[name] for name in p.rates})}
-    value, _ = _evaluated(p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured, state)
+    value, _ = _evaluated(
+        p, theta, _examples(support, (t, k) if support.per_step else (t,)), loss, captured, state
+    )
     adapted = [theta[name] for name in p.rates]
     # what the module keeps may lead back into this graph
     gradient = gradients([value], adapted, create_graph=p.order == "second", retain_graph=True)
@@ -170,9 +177,13 @@ def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:
     """The gradients of J asked for."""
     grads = Gradients()
     if "params" in wrt:
-        grads.params = dict(zip(p.params, gradients([objective], [*p.params.values()], retain_graph=True), strict=True))
+        grads.params = dict(
+            zip(p.params, gradients([objective], [*p.params.values()], retain_graph=True), strict=True)
+        )
     if "lr" in wrt:
-        grads.lr = dict(zip(p.rates, gradients([objective], [*p.rates.values()], retain_graph=True), strict=True))
+        grads.lr = dict(
+            zip(p.rates, gradients([objective], [*p.rates.values()], retain_graph=True), strict=True)
+        )
     for role, batch in (("support", p.support), ("query", p.query)):
         for part in ("x", "y", "weights"):
             tensor = getattr(batch, part, None)

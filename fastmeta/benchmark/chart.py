@@ -10,7 +10,8 @@ from fastmeta.benchmark.rows import Row
 
 
 def write_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Horizontal bars, one panel a case, the fastest on top, each with its median and its ratio to fastmeta.
+    """Horizontal bars, one panel a case, the fastest on top, each with its median and its ratio to
+    fastmeta.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -44,7 +45,8 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
         axis.set_xlabel("milliseconds a meta-gradient (median; bars p20 to p80)", fontsize=8)
         axis.tick_params(labelsize=8)
     first = timed[0]
-    about = f"{first.facts.get('device', '')}, {first.threads} threads, float32, torch {first.facts.get('torch', '')}"
+    device, torch_version = (first.facts.get(name, "") for name in ("device", "torch"))
+    about = f"{device}, {first.threads} threads, float32, torch {torch_version}"
     figure.suptitle(about, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

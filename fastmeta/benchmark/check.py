@@ -30,16 +30,17 @@ class Verdict:
 
 
 def seeds(case: Case) -> range:
-    """The seeds a case is judged on. With kinks the median of several counts; many tasks average by themselves, and
-    the reference takes a second for every hundred of them. Images have so many pixels that every third seed of any
-    float32 run falls on the other side of some kink."""
+    """The seeds a case is judged on. With kinks the median of several counts; many tasks average by
+    themselves, and the reference takes a second for every hundred of them. Images have so many
+    pixels that every third seed of any float32 run falls on the other side of some kink."""
     if not case.kinks or case.tasks > 32:
         return range(1)
     return range(20 if len(case.input_shape) == 3 else 3)
 
 
 def judge(case: Case, prepared: dict[int, Prepared], outs: dict[int, object]) -> Verdict:
-    """Compare what a peer's first steps returned with the reference, under the rule of verification.
+    """Compare what a peer's first steps returned with the reference, under the rule of
+    verification.
 
     Args:
         case: what was run.
@@ -49,7 +50,8 @@ def judge(case: Case, prepared: dict[int, Prepared], outs: dict[int, object]) ->
     for seed, peer in prepared.items():
         ref = {key: value for key, value in runs.truth(case, seed).tensors.items() if key[0] == _GROUP}
         out: dict[tuple[str, str], Tensor] = {
-            (_GROUP, name): value.detach().to(torch.float64) for name, value in peer.gradient(outs[seed]).items()
+            (_GROUP, name): value.detach().to(torch.float64)
+            for name, value in peer.gradient(outs[seed]).items()
         }
         errors.append(relative_error(out, ref, list(ref)))
         own.append(runs.own_errors(case, seed)[_GROUP])

@@ -1,4 +1,5 @@
-"""What a case costs on paper: multiply-adds, and the bytes of weights that its inner steps stream."""
+"""What a case costs on paper: multiply-adds, and the bytes of weights that its inner steps
+stream."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import math
 import torch
 from torch import nn
 
+from fastmeta.capture.capture import captured
 from fastmeta.cases import Case
-from fastmeta.network.capture import captured
 
-#: Sets of parameters that one inner step of second order reads or writes when nothing stays in registers. Gradient
-#: step: forward and backward read theta, the update reads it and writes the next (4). Hessian-vector product:
-#: tangent forward and tangent backward each read theta and the direction, the update of lambda reads and writes (6).
+#: Sets of parameters that one inner step of second order reads or writes when nothing stays in
+#: registers. Gradient
+#: step: forward and backward read theta, the update reads it and writes the next (4).
+#: Hessian-vector product: tangent forward and tangent backward each read theta and the direction,
+#: the update of lambda reads and writes (6).
 STREAMED = 10
 
 
@@ -37,12 +40,15 @@ def parameter_bytes(net: nn.Module) -> int:
 
 
 def streamed_bytes(case: Case) -> float:
-    """Bytes of parameters that one inner step of all tasks streams; nan for networks other than MLPs.
+    """Bytes of parameters that one inner step of all tasks streams; nan for networks other than
+    MLPs.
 
-    The first layer's weights are left out: the engine keeps how a wide one changes as factors, and small ones do not
-    count.
+    The first layer's weights are left out: the engine keeps how a wide one changes as factors, and
+    small ones do not count.
     """
-    layers = [layer for layer in case.make().modules() if next(layer.parameters(recurse=False), None) is not None]
+    layers = [
+        layer for layer in case.make().modules() if next(layer.parameters(recurse=False), None) is not None
+    ]
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         return float("nan")
     return case.tasks * STREAMED * float(sum(map(parameter_bytes, layers[1:])))

@@ -1,4 +1,5 @@
-"""`fastmeta bench`: every peer on every case of a workload, checked first, then timed side by side."""
+"""`fastmeta bench`: every peer on every case of a workload, checked first, then timed side by
+side."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def run(
 
     Args:
         workload: a name in `fastmeta.cases.WORKLOADS`.
-        tasks, shots, steps: only cases with these numbers of tasks, support examples and inner steps; empty: all.
+        tasks, shots, steps: only cases with these numbers of tasks, support examples and inner
+            steps; empty: all.
         threads: cores that this process keeps to, from now on; set it before JAX is imported.
         peers: names in `PEERS`.
         protocol: of the clock; None: the usual one.
@@ -74,7 +76,9 @@ def run(
                 ready[name] = _Ready(prepared, row)
         say(f"{case.id}: timing")
         with machine.OtherWork() as others:
-            measured = measure({name: entry.prepared for name, entry in ready.items()}, protocol or Protocol())
+            measured = measure(
+                {name: entry.prepared for name, entry in ready.items()}, protocol or Protocol()
+            )
         # The machine may be slower now than before: the better of two measurements is the peak.
         peak = max(peak, machine.fma_peak("float32", threads))
         for name, entry in ready.items():
@@ -94,10 +98,13 @@ def select(
         ValueError: there are none.
     """
     cases = [case for case in WORKLOADS[workload] if not tasks or case.tasks in tasks]
-    cases = [case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)]
+    cases = [
+        case for case in cases if (not shots or case.shots in shots) and (not steps or case.steps in steps)
+    ]
     if not cases:
         raise ValueError(
-            f"bench: {workload} has no case with tasks {list(tasks)}, shots {list(shots)} and steps {list(steps)}"
+            f"bench: {workload} has no case with tasks {list(tasks)}, shots {list(shots)} and steps "
+            f"{list(steps)}"
         )
     return cases
 
@@ -126,13 +133,18 @@ def _check(workload: str, case: Case, name: str, threads: int) -> tuple[Row, Pre
             row.error, row.allowed = verdict.error, verdict.allowed
             if not verdict.right:
                 row.status = "wrong"
-                row.reason = f"error {verdict.error:.1e} against the float64 reference, allowed {verdict.allowed:.1e}"
+                row.reason = (
+                    f"error {verdict.error:.1e} against the float64 reference, allowed {verdict.allowed:.1e}"
+                )
                 return row, None
     except BackendUnavailable as error:
         row.status, row.reason = "missing", str(error)
         return row, None
     except Exception as error:  # a peer that breaks is reported; the others still count
-        row.status, row.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        row.status, row.reason = (
+            "broken",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
         return row, None
     return row, prepared[0]
 
@@ -154,9 +166,11 @@ def _fill(row: Row, case: Case, measured: dict[str, Times], name: str, peak: flo
             row.beyond_noop_us = row.beyond_us - 1e6 * measured[NOOP].median
 
 
-def _fill_bandwidth(rows: list[Row], cases: list[Case], times: dict[str, dict[str, Times]], threads: int) -> None:
-    """The share of the cache bandwidth that the inner steps reach: bytes and seconds of the steps that one case has
-    more than another."""
+def _fill_bandwidth(
+    rows: list[Row], cases: list[Case], times: dict[str, dict[str, Times]], threads: int
+) -> None:
+    """The share of the cache bandwidth that the inner steps reach: bytes and seconds of the steps
+    that one case has more than another."""
     for case in cases:
         fewer = [c for c in cases if c.tasks == case.tasks and c.steps < case.steps]
         if not fewer or OURS not in times[case.id] or OURS not in times[fewer[0].id]:

@@ -1,7 +1,9 @@
-"""Peak memory over the number of inner steps: the `torch` backend beside the loop that keeps one graph of everything.
+"""Peak memory over the number of inner steps: the `torch` backend beside the loop that keeps one
+graph of everything.
 
-Each cell is measured in a process of its own, `python -m fastmeta.benchmark.inner_memory <steps> <way>`: what another
-cell left in the allocator would hide what this one needs.
+Each cell is measured in a process of its own,
+`python -m fastmeta.benchmark.inner_memory <steps> <way>`: what another cell left in the allocator
+would hide what this one needs.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class MemoryRow:
 
 
 def run(
-    ways: Sequence[str] = tuple(WAYS), steps: Sequence[int] = STEPS, say: Callable[[str], None] = lambda _: None
+    ways: Sequence[str] = tuple(WAYS),
+    steps: Sequence[int] = STEPS,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[MemoryRow]:
     """A row for each way and number of inner steps; a way whose gradient is wrong is not measured.
 
@@ -71,7 +75,9 @@ def run(
             row = MemoryRow(case.id, way, count, math.nan, checkpoints / 2**20, facts=facts)
             rows.append(row)
             command = [sys.executable, "-m", "fastmeta.benchmark.inner_memory", str(count), way]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR})
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR}
+            )
             if done.returncode:
                 row.reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 continue

@@ -44,7 +44,11 @@ def check_threads(threads: int) -> None:
 
 def usable_cores() -> list[int]:
     """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def twice_differentiable() -> None:
@@ -81,7 +85,8 @@ def fma_peak(dtype: str, threads: int) -> float:
 
 
 def cache_bandwidth(size: int, threads: int) -> float:
-    """Reading `size` bytes a thread again and again, in GB/s, measured now; nan without the C++ engine."""
+    """Reading `size` bytes a thread again and again, in GB/s, measured now; nan without the C++
+    engine."""
     if backends.get("cpu").missing():
         return float("nan")
     from fastmeta import _C
@@ -103,12 +108,15 @@ def facts() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the source tree that the package lies in, with a `+` if files differ; "" outside of one."""
+    """The commit of the source tree that the package lies in, with a `+` if files differ; ""
+    outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     with suppress(OSError, subprocess.CalledProcessError):
-        return _git(root, "rev-parse", "--short", "HEAD") + ("+" if _git(root, "status", "--porcelain", "-uno") else "")
+        return _git(root, "rev-parse", "--short", "HEAD") + (
+            "+" if _git(root, "status", "--porcelain", "-uno") else ""
+        )
     return ""
 
 
@@ -118,7 +126,8 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 class PeakMemory:
-    """Context: the high water of the resident set above its level before, in bytes; nan where the system tells not.
+    """Context: the high water of the resident set above its level before, in bytes; nan where the
+    system tells not.
 
     Memory that the process already holds and only uses again is not seen.
     """
@@ -139,10 +148,11 @@ class PeakMemory:
 
 
 class OtherWork:
-    """Context: how many cores other programs kept busy meanwhile, on average; nan where the system tells not.
+    """Context: how many cores other programs kept busy meanwhile, on average; nan where the system
+    tells not.
 
-    A library whose threads spin for each other loses a time slice whenever one of them is not running: with a core
-    taken away, times of PyTorch's CPU operators grow a hundredfold.
+    A library whose threads spin for each other loses a time slice whenever one of them is not
+    running: with a core taken away, times of PyTorch's CPU operators grow a hundredfold.
     """
 
     cores = float("nan")

@@ -1,4 +1,5 @@
-"""Peak memory of a peer's first meta-step, each in a fresh process: one that has worked before hides what it reuses."""
+"""Peak memory of a peer's first meta-step, each in a fresh process: one that has worked before
+hides what it reuses."""
 
 from __future__ import annotations
 
@@ -12,18 +13,21 @@ from fastmeta.benchmark import machine
 from fastmeta.benchmark.peers import PEERS
 from fastmeta.cases import WORKLOADS
 
-#: glibc gives memory back to the system as soon as it is free, so that the high water is that of what is in use.
+#: glibc gives memory back to the system as soon as it is free, so that the high water is that of
+#: what is in use.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 def peak_bytes(workload: str, case: str, peer: str, threads: int) -> float:
-    """By how much the first meta-steps raise the process's high water of resident memory, inputs and parameters not
-    counted, what the peer compiles counted; nan where the system does not tell.
+    """By how much the first meta-steps raise the process's high water of resident memory, inputs
+    and parameters not counted, what the peer compiles counted; nan where the system does not tell.
 
     Raises:
         RuntimeError: the peer broke.
     """
-    command = f"from fastmeta.benchmark.memory import report; report({workload!r}, {case!r}, {peer!r}, {threads})"
+    command = (
+        f"from fastmeta.benchmark.memory import report; report({workload!r}, {case!r}, {peer!r}, {threads})"
+    )
     environment = {**os.environ, **ALLOCATOR}
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -1,4 +1,5 @@
-"""What second order costs on the `cpu` backend: its time over that of first order, in both memory modes."""
+"""What second order costs on the `cpu` backend: its time over that of first order, in both memory
+modes."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def run(
     protocol: Protocol | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[OrderRow]:
-    """Two rows for every case of some workloads with at most `most_tasks` tasks: "store" and "recompute".
+    """Two rows for every case of some workloads with at most `most_tasks` tasks: "store" and
+    "recompute".
 
     Args:
         workloads: names in `fastmeta.cases.WORKLOADS` that the cpu backend runs.
@@ -75,7 +77,9 @@ def run(
     return rows
 
 
-def _rows(workload: str, case: Case, threads: int, protocol: Protocol, facts: dict[str, str]) -> list[OrderRow]:
+def _rows(
+    workload: str, case: Case, threads: int, protocol: Protocol, facts: dict[str, str]
+) -> list[OrderRow]:
     cases = {way: replace(case, order=order, memory=memory) for way, (order, memory) in _WAYS.items()}
     ready: dict[str, Prepared] = {}
     wrong: dict[str, str] = {}
@@ -87,9 +91,13 @@ def _rows(workload: str, case: Case, threads: int, protocol: Protocol, facts: di
         ready[way] = prepared[0]
         if not verdict.right:
             wrong[way] = (
-                f"{way}: error {verdict.error:.1e} against the float64 reference, allowed {verdict.allowed:.1e}"
+                f"{way}: error {verdict.error:.1e} against the float64 reference, allowed "
+                f"{verdict.allowed:.1e}"
             )
-    rows = [OrderRow(workload, case.id, memory, threads, limit=limit, facts=facts) for memory, limit in LIMITS.items()]
+    rows = [
+        OrderRow(workload, case.id, memory, threads, limit=limit, facts=facts)
+        for memory, limit in LIMITS.items()
+    ]
     for row in rows:
         row.by_flops = flops(cases["store"]) / flops(cases["first"])
         row.reason = wrong.get("first", "") or wrong.get(row.memory, "")

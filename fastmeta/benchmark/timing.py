@@ -1,7 +1,8 @@
-"""The protocol of the clock: blocks of calls, the first calls of a block dropped, blocks of the peers in turn.
+"""The protocol of the clock: blocks of calls, the first calls of a block dropped, blocks of the
+peers in turn.
 
-Taking turns call by call would make the thread pools of two libraries fight; one long run each would give one peer the
-cold machine and another the warm one.
+Taking turns call by call would make the thread pools of two libraries fight; one long run each
+would give one peer the cold machine and another the warm one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from fastmeta.benchmark.peers import Prepared
 
-#: Calls at the head of a block that are not counted; one where a call takes longer than a block should.
+#: Calls at the head of a block that are not counted; one where a call takes longer than a block
+#: should.
 DROPPED = 3
 
 

@@ -18,7 +18,8 @@ RATES = ("scalar", "per_step", "tensor", "rows", "columns", "element", "element_
 
 @dataclass(slots=True)
 class Instance:
-    """The tensors of one case, drawn from one seed, in one dtype; what a field means, `fastmeta.problem` says."""
+    """The tensors of one case, drawn from one seed, in one dtype; what a field means,
+    `fastmeta.problem` says."""
 
     net: nn.Module
     params: dict[str, Tensor]
@@ -38,7 +39,8 @@ class Instance:
     output_grad: Tensor | None = None
 
     def to(self, what: torch.dtype | str) -> Instance:
-        """Itself, its floating-point tensors converted to a dtype or all of its tensors moved to a device."""
+        """Itself, its floating-point tensors converted to a dtype or all of its tensors moved to a
+        device."""
         for entry in fields(self):
             setattr(self, entry.name, _converted(getattr(self, entry.name), what))
         return self
@@ -67,7 +69,9 @@ class Case:
     momentum: float = 0.0
     weight_decay: float = 0.0
     step_weights: bool = False  # a weight on the query loss of every step
-    weighted: str = ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
+    weighted: str = (
+        ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
+    )
     per_task: str = ""  # "": shared parameters; "all" or "some" have one value a task
     per_step: bool = False  # a support set for each inner step
     memory: str = "auto"
@@ -80,7 +84,9 @@ class Case:
         """Readable and unique: shapes, label, loss and the options that are not the usual ones."""
         shapes = f"T{self.tasks}-N{self.shots}-M{self.queries}-K{self.steps}"
         options = [
-            self.loss + (f"+{self.query_loss}" if self.query_loss else "") if self.operator != "task_forward" else "",
+            self.loss + (f"+{self.query_loss}" if self.query_loss else "")
+            if self.operator != "task_forward"
+            else "",
             self.operator if self.operator != "meta_gradient" else "",
             "first" if self.order == "first" else "",
             f"lr_{self.rates}" if self.rates != "scalar" else "",
@@ -123,7 +129,11 @@ class Case:
         with torch.no_grad():
             output_shape = tuple(net(normal(1, *self.input_shape).expand(2, *self.input_shape)).shape[1:])
         params = {name: value.detach().clone() for name, value in net.named_parameters()}
-        own = [name for i, name in enumerate(params) if self.per_task == "all" or (self.per_task == "some" and i % 2)]
+        own = [
+            name
+            for i, name in enumerate(params)
+            if self.per_task == "all" or (self.per_task == "some" and i % 2)
+        ]
         for name in own:
             params[name] = params[name] * (1 + 0.1 * normal(tasks, *params[name].shape))
         shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}

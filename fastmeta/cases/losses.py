@@ -15,7 +15,8 @@ IGNORED = -100  # PyTorch's default ignore_index
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss as a user gives it, and its target: "float", "binary", "probabilities", "classes" or "masked"."""
+    """A loss as a user gives it, and its target: "float", "binary", "probabilities", "classes" or
+    "masked"."""
 
     make: Callable[[], nn.Module | Loss | str]
     target: str
@@ -39,7 +40,8 @@ LOSSES: dict[str, LossCase] = {
     "ce_weighted": LossCase(lambda: nn.CrossEntropyLoss(weight=_class_weights(5)), "classes"),
     "ce_ignored": LossCase(lambda: nn.CrossEntropyLoss(), "masked"),
     "ce_everything": LossCase(
-        lambda: nn.CrossEntropyLoss(weight=_class_weights(5), label_smoothing=0.2, ignore_index=IGNORED), "masked"
+        lambda: nn.CrossEntropyLoss(weight=_class_weights(5), label_smoothing=0.2, ignore_index=IGNORED),
+        "masked",
     ),
     "ce_probabilities": LossCase(lambda: nn.CrossEntropyLoss(), "probabilities"),
     "ce_probabilities_everything": LossCase(
@@ -55,9 +57,11 @@ LOSSES: dict[str, LossCase] = {
 }
 
 
-def draw_target(kind: str, lead: tuple[int, ...], output: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Targets of one kind for examples [*lead] with outputs [*output]: [*lead, *output], or [*lead, *output[1:]] for
-    classes, which an output [C, d...] has one of at each position."""
+def draw_target(
+    kind: str, lead: tuple[int, ...], output: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    """Targets of one kind for examples [*lead] with outputs [*output]: [*lead, *output], or [*lead,
+    *output[1:]] for classes, which an output [C, d...] has one of at each position."""
     if kind == "float":
         return torch.randn(*lead, *output, generator=generator)
     if kind == "binary":
@@ -66,6 +70,7 @@ def draw_target(kind: str, lead: tuple[int, ...], output: tuple[int, ...], gener
         return torch.randn(*lead, *output, generator=generator).softmax(len(lead))
     classes = torch.randint(output[0], (*lead, *output[1:]), generator=generator)
     if kind == "masked":
-        # Every third example or position, never the first: a task with nothing left has the loss nan, as in PyTorch.
+        # Every third example or position, never the first: a task with nothing left has the loss
+        # nan, as in PyTorch.
         classes[..., 1::3] = IGNORED
     return classes

@@ -1,4 +1,5 @@
-"""The networks of the case list: small ones that reach every layer kind, and those of the workloads."""
+"""The networks of the case list: small ones that reach every layer kind, and those of the
+workloads."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sin": lambda: Sine(2.0),
 }
 
-#: Those whose first or second derivative jumps at zero: two correct float32 runs may fall on two sides of it.
+#: Those whose first or second derivative jumps at zero: two correct float32 runs may fall on two
+#: sides of it.
 KINKED = frozenset({"relu", "leaky_relu", "elu"})
 
 
@@ -59,7 +61,8 @@ class Residual(nn.Module):
 
 
 class Tied(nn.Module):
-    """The same weights in two places: one module called twice, and one parameter held by two modules."""
+    """The same weights in two places: one module called twice, and one parameter held by two
+    modules."""
 
     def __init__(self, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
@@ -77,11 +80,14 @@ class Tied(nn.Module):
 
 
 def half_frozen_norms() -> nn.Module:
-    """Batch norms of two feature maps and of two vectors, the first of each in eval mode with statistics of its own."""
+    """Batch norms of two feature maps and of two vectors, the first of each in eval mode with
+    statistics of its own."""
     norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm1d(9), nn.BatchNorm1d(9)]
     _freeze(norms[::2])
     images = [nn.Conv2d(2, 4, 3), norms[0], nn.Tanh(), nn.Conv2d(4, 6, 2), norms[1], nn.Tanh(), nn.Flatten()]
-    return nn.Sequential(*images, nn.Linear(12, 9), norms[2], nn.Tanh(), nn.Linear(9, 9), norms[3], nn.Linear(9, 3))
+    return nn.Sequential(
+        *images, nn.Linear(12, 9), norms[2], nn.Tanh(), nn.Linear(9, 9), norms[3], nn.Linear(9, 3)
+    )
 
 
 def _freeze(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
@@ -103,15 +109,25 @@ def half_frozen_norms_mlp() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Tokens [N, L, I] embedded, with learned positions, through encoder layers, averaged, to a linear head."""
+    """Tokens [N, L, I] embedded, with learned positions, through encoder layers, averaged, to a
+    linear head."""
 
     def __init__(
-        self, inputs: int, tokens: int, width: int, outputs: int, layers: int = 2, heads: int = 2, dropout: float = 0.0
+        self,
+        inputs: int,
+        tokens: int,
+        width: int,
+        outputs: int,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(inputs, width)
         self.position = nn.Parameter(0.1 * torch.randn(tokens, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, nn.functional.gelu, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout, nn.functional.gelu, batch_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, outputs)
 
@@ -131,7 +147,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def mlp(
     widths: Sequence[int], activation: str = "relu", bias: bool = True, flatten: bool = False, norm: str = ""
 ) -> nn.Sequential:
-    """Linear layers of these widths (inputs first, outputs last) with a norm, if wanted, and an activation between."""
+    """Linear layers of these widths (inputs first, outputs last) with a norm, if wanted, and an
+    activation between."""
     layers: list[nn.Module] = [nn.Flatten()] if flatten else []
     for inputs, outputs in pairwise(widths[:-1]):
         layers.append(nn.Linear(inputs, outputs, bias=bias))
@@ -144,7 +161,12 @@ def mlp(
 def normed_rows() -> nn.Sequential:
     """Every norm on an input [N, 6, 4], whose channels are its first dimension or its last."""
     return nn.Sequential(
-        nn.BatchNorm1d(6), nn.Linear(4, 9), nn.GroupNorm(2, 6), nn.Tanh(), nn.LayerNorm((6, 9)), nn.Linear(9, 2)
+        nn.BatchNorm1d(6),
+        nn.Linear(4, 9),
+        nn.GroupNorm(2, 6),
+        nn.Tanh(),
+        nn.LayerNorm((6, 9)),
+        nn.Linear(9, 2),
     )
 
 
@@ -160,11 +182,14 @@ def sequence() -> nn.Sequential:
 
 def segments() -> nn.Sequential:
     """[N, 2, H, W] -> [N, 5, H, W], five numbers a pixel."""
-    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 3, padding=1)
+    )
 
 
 class HalfNorms(nn.Module):
-    """Norms with a bias alone, with a weight alone, with one parameter for both, and with neither; on the input too."""
+    """Norms with a bias alone, with a weight alone, with one parameter for both, and with neither;
+    on the input too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +197,9 @@ class HalfNorms(nn.Module):
         self.body, self.tail, self.head = nn.Linear(13, 26), nn.Linear(26, 26), nn.Linear(26, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.sigmoid(F.batch_norm(x, None, None, None, self.bias, training=True)) + F.layer_norm(x, (13,))
+        y = torch.sigmoid(F.batch_norm(x, None, None, None, self.bias, training=True)) + F.layer_norm(
+            x, (13,)
+        )
         y = torch.tanh(F.layer_norm(self.body(y), (26,), self.weight))
         y = torch.tanh(F.layer_norm(self.tail(y), (26,), self.both, self.both))
         return self.head(F.group_norm(y, 2, None, self.weight))

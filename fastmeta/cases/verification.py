@@ -1,4 +1,5 @@
-"""The cases that every backend is verified on: small, not round, and together through every layer and option."""
+"""The cases that every backend is verified on: small, not round, and together through every layer
+and option."""
 
 from __future__ import annotations
 
@@ -141,7 +142,9 @@ def _options() -> Iterator[Case]:
     for own in ("all", "some"):
         yield _SMOOTH(per_task=own)
         yield _SMOOTH(per_task=own, rates="element", order="first")
-    yield _mlp((3, 13, 13, 5), "relu", weighted="sqt", rates="element", momentum=0.5, step_weights=True, loss="ce")
+    yield _mlp(
+        (3, 13, 13, 5), "relu", weighted="sqt", rates="element", momentum=0.5, step_weights=True, loss="ce"
+    )
 
 
 def _operators() -> Iterator[Case]:
@@ -150,7 +153,9 @@ def _operators() -> Iterator[Case]:
             yield _SMOOTH(operator=operator, per_task=own, steps=2 if operator == "inner_sgd" else 0)
     yield _SMOOTH(operator="inner_sgd", order="first", momentum=0.9)
     yield _SMOOTH(operator="inner_sgd", rates="head", weighted="s", loss="ce", memory="recompute")
-    yield _SMOOTH(operator="inner_sgd", rates="element_step_task", momentum=0.9, weight_decay=0.1, per_step=True)
+    yield _SMOOTH(
+        operator="inner_sgd", rates="element_step_task", momentum=0.9, weight_decay=0.1, per_step=True
+    )
     yield _SMOOTH(operator="inner_sgd", steps=0)
 
 

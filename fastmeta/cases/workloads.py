@@ -1,4 +1,5 @@
-"""The workloads that are timed: the table of docs/architecture.md, "Benchmarks". To add one, add an entry."""
+"""The workloads that are timed: the table of docs/architecture.md, "Benchmarks". To add one, add an
+entry."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def _workload(
 ) -> tuple[Case, ...]:
     make = partial(mlp, widths, "relu", norm=norm)
     return tuple(
-        Case(label, make, (widths[0],), count, shots, queries, inner, loss, lr=lr, kinks=True, wrt_inputs=False)
+        Case(
+            label, make, (widths[0],), count, shots, queries, inner, loss, lr=lr, kinks=True, wrt_inputs=False
+        )
         for count in tasks
         for inner in steps
     )
@@ -56,7 +59,9 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
     "mlp-bn": _workload("mlp-bn", (784, 256, 128, 64, 64, 5), (16, 32), 5, 75, (1, 5), "ce", 0.01, "bn"),
     "recommender": _workload("recommender", (128, 64, 64, 1), (32,), 20, 10, (1, 5), "mse", 0.01),
     "omniglot": _images("conv4", _conv4, (1, 28, 28), (4, 32), _OMNIGLOT),
-    "omniglot-strided": _images("conv4-strided", partial(_conv4, form="strided"), (1, 28, 28), (4, 32), _OMNIGLOT),
+    "omniglot-strided": _images(
+        "conv4-strided", partial(_conv4, form="strided"), (1, 28, 28), (4, 32), _OMNIGLOT
+    ),
     "miniimagenet": _images(
         "conv4-84",
         partial(_conv4, in_channels=3, width=32, image_size=84),

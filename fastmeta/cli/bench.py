@@ -22,13 +22,19 @@ BUSY = 0.15
 
 
 @click.command()
-@click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="Repeatable.")
+@click.option(
+    "--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="Repeatable."
+)
 @click.option("--tasks", type=int, multiple=True, help="Only cases with this many tasks; repeatable.")
-@click.option("--shots", type=int, multiple=True, help="Only cases with this many support examples; repeatable.")
+@click.option(
+    "--shots", type=int, multiple=True, help="Only cases with this many support examples; repeatable."
+)
 @click.option("--steps", type=int, multiple=True, help="Only cases with this many inner steps; repeatable.")
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
 @click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
-@click.option("--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise.")
+@click.option(
+    "--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise."
+)
 @click.option("--out", type=folder.Folder(), default=Path("runs/bench"))
 def bench(
     workloads: tuple[str, ...],
@@ -42,8 +48,8 @@ def bench(
 ) -> None:
     """Time the meta-gradient of fastmeta and of other libraries in one process on the same tensors.
 
-    Every peer's result is compared with the float64 reference first; one that is wrong is not timed. Writes
-    bench.csv and bench.png. Exit code 1 if fastmeta itself was wrong or broke.
+    Every peer's result is compared with the float64 reference first; one that is wrong is not
+    timed. Writes bench.csv and bench.png. Exit code 1 if fastmeta itself was wrong or broke.
     """
     console = Console()
     if not console.is_terminal:
@@ -51,7 +57,9 @@ def bench(
     names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise click.UsageError(f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        raise click.UsageError(
+            f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(PEERS)}"
+        )
     chosen: dict[str, tuple[int, ...]] = {}
     for workload in workloads or tuple(WORKLOADS):
         few = tuple({case.tasks for case in WORKLOADS[workload] if case.tasks <= 32})
@@ -134,9 +142,13 @@ def _table(case: str, rows: list[Row]) -> Table:
     notes += [f"{row.peer}: {row.status}, {row.reason}" for row in rows if row.status != "timed"]
     for row in timed:
         if not math.isnan(row.beyond_noop_us):
-            notes.append(f"{row.peer}: {row.beyond_noop_us:+.0f} us beyond kernel and no-op autograd Function")
+            notes.append(
+                f"{row.peer}: {row.beyond_noop_us:+.0f} us beyond kernel and no-op autograd Function"
+            )
         if not math.isnan(row.bandwidth_share):
-            notes.append(f"{row.peer}: inner steps stream weights at {row.bandwidth_share:.0%} of the cache bandwidth")
+            notes.append(
+                f"{row.peer}: inner steps stream weights at {row.bandwidth_share:.0%} of the cache bandwidth"
+            )
     table.caption = "\n".join(notes)
     return table
 

@@ -20,20 +20,31 @@ _CAPTURED = [name for name in WORKLOADS if name != inner_memory.WORKLOAD]
 
 @click.command()
 @click.option(
-    "--workload", "workloads", type=click.Choice(_CAPTURED), multiple=True, help="Of the first table; repeatable."
+    "--workload",
+    "workloads",
+    type=click.Choice(_CAPTURED),
+    multiple=True,
+    help="Of the first table; repeatable.",
 )
 @click.option(
-    "--steps", type=click.IntRange(1, 2**31 - 1), multiple=True, help="Inner steps of the second table; repeatable."
+    "--steps",
+    type=click.IntRange(1, 2**31 - 1),
+    multiple=True,
+    help="Inner steps of the second table; repeatable.",
 )
 @click.option("--threads", default=1, help="Cores of the first table.")
-@click.option("--quick", is_flag=True, help="A shorter clock, and no more than 4 tasks or the fewest there are.")
+@click.option(
+    "--quick", is_flag=True, help="A shorter clock, and no more than 4 tasks or the fewest there are."
+)
 @click.option("--out", type=folder.Folder(), default=Path("runs/cost"))
 def cost(workloads: tuple[str, ...], steps: tuple[int, ...], threads: int, quick: bool, out: Path) -> None:
-    """Time of second order over first order on the cpu backend, and peak memory over the number of inner steps.
+    """Time of second order over first order on the cpu backend, and peak memory over the number of
+    inner steps.
 
-    The memory is that of the torch backend on a small transformer, beside the loop over tasks that keeps one autograd
-    graph; each figure from a process of its own. Results are compared with the float64 reference before they count.
-    Writes orders.csv and memory.csv. Exit code 1 if a result is wrong.
+    The memory is that of the torch backend on a small transformer, beside the loop over tasks that
+    keeps one autograd graph; each figure from a process of its own. Results are compared with the
+    float64 reference before they count. Writes orders.csv and memory.csv. Exit code 1 if a result
+    is wrong.
     """
     console = Console()
     if not console.is_terminal:
@@ -78,7 +89,9 @@ def _times(rows: list[orders.OrderRow]) -> Table:
     for row in rows:
         figures = [f"{row.first_ms:.3f}", f"{row.second_ms:.3f}", f"{row.ratio:.2f}"]
         last = f"{row.by_flops:.2f}" if row.memory == "store" else ""
-        table.add_row(row.case, row.memory, *(["", "", ""] if row.reason else figures), f"{row.limit:g}", last)
+        table.add_row(
+            row.case, row.memory, *(["", "", ""] if row.reason else figures), f"{row.limit:g}", last
+        )
     busy = max(row.others_busy for row in rows)
     notes = [f"other programs kept {busy:.1f} cores busy: do not trust these times"] if busy > 0.15 else []
     table.caption = "\n".join([*notes, *(f"{row.case}: {row.reason}" for row in rows if row.reason)])
@@ -95,6 +108,8 @@ def _peaks(rows: list[inner_memory.MemoryRow]) -> Table:
     for way in dict.fromkeys(row.way for row in rows):
         table.add_row(way, *(f"{row.peak_mib:.1f}" for row in rows if row.way == way))
     first = rows[0].way
-    table.add_row("theta_0 .. theta_K alone", *(f"{row.checkpoints_mib:.1f}" for row in rows if row.way == first))
+    table.add_row(
+        "theta_0 .. theta_K alone", *(f"{row.checkpoints_mib:.1f}" for row in rows if row.way == first)
+    )
     table.caption = "\n".join(f"{row.way}, K = {row.steps}: {row.reason}" for row in rows if row.reason)
     return table

@@ -34,8 +34,9 @@ def told(path: Path, doing: str) -> Iterator[None]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that there is either the old one or the new one after a crash at any moment.
 
-    The content goes to a temporary file in the same folder, to the disk, and only then to its name. A temporary file
-    left by a process that was killed is replaced. Only one process at a time may write this `path`.
+    The content goes to a temporary file in the same folder, to the disk, and only then to its name.
+    A temporary file left by a process that was killed is replaced. Only one process at a time may
+    write this `path`.
 
     Raises:
         click.ClickException: it cannot be written; the old file is as it was.
@@ -60,7 +61,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def keep(path: Path, other: Path) -> None:
-    """Make the content of `path` that of `other` too, which is the old or the new one at any moment.
+    """Make the content of `path` that of `other` too, which is the old or the new one at any
+    moment.
 
     Raises:
         click.ClickException: it cannot be done; both are as they were.

@@ -44,7 +44,8 @@ def make(out: Path, files: Sequence[str] = ()) -> None:
         files: names of what will be written into it.
 
     Raises:
-        click.ClickException: nothing can be written there, or something stands there that is no file.
+        click.ClickException: nothing can be written there, or something stands there that is no
+        file.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,8 @@ def locked(out: Path) -> Iterator[None]:
         _lock(descriptor, out)
         yield
     finally:
-        # Closing unlocks. The file stays: removing it would let two processes lock two files of one name.
+        # Closing unlocks. The file stays: removing it would let two processes lock two files of one
+        # name.
         os.close(descriptor)
 
 

@@ -18,7 +18,8 @@ def total() -> int:
 
 
 def need(size: int, options: str) -> None:
-    """Refuse what cannot fit: a system that promises more memory than it has ends the process without a word.
+    """Refuse what cannot fit: a system that promises more memory than it has ends the process
+    without a word.
 
     Args:
         size: bytes that are needed at least.
@@ -29,7 +30,9 @@ def need(size: int, options: str) -> None:
     """
     there = total()
     if there and size > there:
-        raise click.UsageError(f"{options}: they need {_shown(size)} of memory, this machine has {_shown(there)}")
+        raise click.UsageError(
+            f"{options}: they need {_shown(size)} of memory, this machine has {_shown(there)}"
+        )
 
 
 @contextmanager

@@ -19,16 +19,22 @@ from fastmeta.verify import verify_case as run_case
 
 
 @click.command()
-@click.option("--backend", "names", type=click.Choice(backends.NAMES), multiple=True, help="Only this one; repeatable.")
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable.")
+@click.option(
+    "--backend", "names", type=click.Choice(backends.NAMES), multiple=True, help="Only this one; repeatable."
+)
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable."
+)
 @click.option("--case", "pattern", default="", help="Only cases whose name contains this.")
 @click.option("--all", "every", is_flag=True, help="A line for every comparison too.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and stop.")
-def verify(names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every: bool, only_list: bool) -> None:
+def verify(
+    names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every: bool, only_list: bool
+) -> None:
     """Compare every backend present, in value and in every gradient, with the float64 reference.
 
-    In float64 the relative error may be 1e-9; in float32 twice the error that PyTorch itself makes, plus 4 eps
-    (4.8e-7). Exit code 1 if anything fails.
+    In float64 the relative error may be 1e-9; in float32 twice the error that PyTorch itself makes,
+    plus 4 eps (4.8e-7). Exit code 1 if anything fails.
     """
     console = Console()
     cases = [case for case in VERIFICATION if pattern in case.id]
@@ -42,7 +48,9 @@ def verify(names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every:
         reason = backends.get(name).missing()
         if reason:
             raise click.ClickException(f"backend {name!r} cannot run here: {reason}")
-    jobs = [(case, name, dtype) for case in cases for name in names or present() for dtype in dtypes or DTYPES]
+    jobs = [
+        (case, name, dtype) for case in cases for name in names or present() for dtype in dtypes or DTYPES
+    ]
     rows: list[Row] = []
     for case, name, dtype in track(jobs, "verifying", console=console):
         rows += run_case(case, name, dtype)
@@ -93,7 +101,9 @@ def _refusals(rows: list[Row]) -> dict[str, dict[str, int]]:
 def _table(rows: list[Row]) -> Table:
     """The worst of each quantity."""
     table = Table(
-        title="relative error against the float64 reference, the worst of all cases", box=SIMPLE_HEAD, pad_edge=False
+        title="relative error against the float64 reference, the worst of all cases",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for heading in ("backend", "dtype", "quantity"):
         table.add_column(heading)
@@ -103,5 +113,7 @@ def _table(rows: list[Row]) -> Table:
     for (backend, dtype, quantity), row in _worst(rows).items():
         own = "" if math.isnan(row.own) else f"{row.own:.1e}"
         verdict = "[green]passed" if row.passed else "[red]FAILED"
-        table.add_row(backend, dtype, escape(quantity), f"{row.error:.1e}", own, f"{row.allowed:.1e}", verdict)
+        table.add_row(
+            backend, dtype, escape(quantity), f"{row.error:.1e}", own, f"{row.allowed:.1e}", verdict
+        )
     return table

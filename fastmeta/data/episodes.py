@@ -16,16 +16,18 @@ _Indices = NDArray[np.int64]
 class Episodes(MetaBatches):
     """Meta-batches of N-way K-shot classification tasks, a map-style data set.
 
-    Every task draws `ways` classes without replacement and, of each, `shots` support and `query` query
-    examples without replacement. The classes come in random order and are labelled 0 .. ways - 1 in it;
-    within a task the examples stand label by label. Item i depends on `seed`, i, the sizes and the data alone.
+    Every task draws `ways` classes without replacement and, of each, `shots` support and `query`
+    query examples without replacement. The classes come in random order and are labelled 0 .. ways
+    - 1 in it; within a task the examples stand label by label. Item i depends on `seed`, i, the
+      sizes and the data alone.
 
     Args:
         data: the labelled examples, one of
             - images [classes, examples, ...], or an `Omniglot`;
             - a pair (x [E, ...], y [E] integer labels, any integers);
-            - a torch `Dataset` of (x, label) pairs with tensors x, of one shape. Its labels are taken from
-              `targets` if it has that, and else read once, here; its examples are read when sampled.
+            - a torch `Dataset` of (x, label) pairs with tensors x, of one shape. Its labels are
+              taken from `targets` if it has that, and else read once, here; its examples are read
+              when sampled.
         ways: classes of a task.
         shots: support examples of a class; N = ways * shots.
         query: query examples of a class; M = ways * query.
@@ -34,12 +36,13 @@ class Episodes(MetaBatches):
         seed: of all random numbers, 0 .. 2**64 - 1.
 
     Returns:
-        Item i is an `Episode` of support_x [T, N, ...], query_x [T, M, ...], of the data's dtype and device, and
-        support_y [T, N], query_y [T, M], int64.
+        Item i is an `Episode` of support_x [T, N, ...], query_x [T, M, ...], of the data's dtype
+        and device, and support_y [T, N], query_y [T, M], int64.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the data has too few classes or examples of a class.
+        ValueError: an argument is out of range, or the data has too few classes or examples of a
+            class.
 
     Source: Vinyals et al. 2016, Matching Networks for One Shot Learning, section 4.1.
     """
@@ -62,7 +65,9 @@ class Episodes(MetaBatches):
         self.examples = gather(data)
         counts = self.examples.counts
         if len(counts) < self.ways:
-            raise ValueError(f"Episodes: `ways` must be at most {len(counts)}, the classes of `data`, got {self.ways}")
+            raise ValueError(
+                f"Episodes: `ways` must be at most {len(counts)}, the classes of `data`, got {self.ways}"
+            )
         needed = self.shots + self.query
         fewest = int(counts.argmin())
         if counts[fewest] < needed:
@@ -101,12 +106,15 @@ class Episodes(MetaBatches):
 
 
 def _distinct(random: np.random.Generator, limits: _Indices, number: int) -> _Indices:
-    """`number` distinct integers below limits[r] for every row r, all ordered choices equally likely: [R, number].
+    """`number` distinct integers below limits[r] for every row r, all ordered choices equally
+    likely: [R, number].
 
-    Source: Bentley and Floyd 1987, A sample of brilliance (Floyd's algorithm), here for all rows at once.
+    Source: Bentley and Floyd 1987, A sample of brilliance (Floyd's algorithm), here for all rows at
+    once.
     """
     tops = limits[:, None] - number + np.arange(number)  # [R, number]
-    # A fraction below 1 times an integer below 2**53 rounds down to less than it; one draw for all columns is fast.
+    # A fraction below 1 times an integer below 2**53 rounds down to less than it; one draw for all
+    # columns is fast.
     picks = (random.random(tops.shape) * (tops + 1)).astype(np.int64)  # in 0 .. tops
     chosen = np.empty_like(picks)
     for column in range(number):

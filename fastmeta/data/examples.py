@@ -19,7 +19,8 @@ Data: TypeAlias = "Tensor | Omniglot | tuple[Tensor, Tensor] | Dataset[Any]"
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """E examples of C classes: those of class c are number order[starts[c] : starts[c] + counts[c]]."""
+    """E examples of C classes: those of class c are number order[starts[c] : starts[c] +
+    counts[c]]."""
 
     x: Tensor | Dataset[Any]  # [E, ...], or (x, label) pairs
     labels: NDArray[np.int64]  # [C] as the user has them, ascending
@@ -40,11 +41,14 @@ class Examples:
         rows = [_pair(self.x, int(number))[0] for number in indices.reshape(-1)]
         for number, row in zip(indices.reshape(-1), rows, strict=True):
             if not isinstance(row, Tensor):
-                raise TypeError(f"Episodes: example {number} of `data` must be a tensor, got {type(row).__name__}")
+                raise TypeError(
+                    f"Episodes: example {number} of `data` must be a tensor, got {type(row).__name__}"
+                )
             if row.shape != rows[0].shape or row.dtype != rows[0].dtype:
                 raise ValueError(
-                    f"Episodes: the examples of `data` must have one shape and dtype, number {indices.reshape(-1)[0]} "
-                    f"is {tuple(rows[0].shape)} {rows[0].dtype}, number {number} is {tuple(row.shape)} {row.dtype}"
+                    f"Episodes: the examples of `data` must have one shape and dtype, number "
+                    f"{indices.reshape(-1)[0]} is {tuple(rows[0].shape)} {rows[0].dtype}, number {number} is "
+                    f"{tuple(row.shape)} {row.dtype}"
                 )
         return torch.stack(rows).reshape(*indices.shape, *rows[0].shape)
 
@@ -75,15 +79,17 @@ def gather(data: Data) -> Examples:
             targets = [_pair(data, number)[1] for number in range(len(data))]
         return _by_class(data, _integers(targets))
     raise TypeError(
-        "Episodes: `data` must be a tensor [classes, examples, ...], an Omniglot, a pair of tensors (x, y) or a "
-        f"map-style torch Dataset of (x, label) pairs, got {type(data).__name__}"
+        "Episodes: `data` must be a tensor [classes, examples, ...], an Omniglot, a pair of tensors (x, y) "
+        f"or a map-style torch Dataset of (x, label) pairs, got {type(data).__name__}"
     )
 
 
 def _by_class(x: Tensor | Dataset[Any], labels: NDArray[np.int64]) -> Examples:
     number = len(x)  # type: ignore[arg-type]  # a Dataset with __len__, checked above
     if labels.shape != (number,):
-        raise ValueError(f"Episodes: `data` must have one label for each of its {number} examples, got {labels.shape}")
+        raise ValueError(
+            f"Episodes: `data` must have one label for each of its {number} examples, got {labels.shape}"
+        )
     if not number:
         raise ValueError("Episodes: `data` must have examples, got none")
     values, counts = np.unique(labels, return_counts=True)
@@ -102,5 +108,7 @@ def _integers(labels: Any) -> NDArray[np.int64]:
 def _pair(data: Dataset[Any], number: int) -> tuple[Any, Any]:
     item = data[number]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise TypeError(f"Episodes: item {number} of `data` must be a pair (x, label), got {type(item).__name__}")
+        raise TypeError(
+            f"Episodes: item {number} of `data` must be a pair (x, label), got {type(item).__name__}"
+        )
     return item[0], item[1]

@@ -30,13 +30,15 @@ def data_root(caller: str, root: str | os.PathLike[str] | None) -> Path:
     folder = os.environ.get("FASTMETA_DATA", "") if root is None else os.fspath(root)
     if not folder:
         raise FileNotFoundError(
-            f"{caller}: no data folder; pass `root=` or set the environment variable FASTMETA_DATA to a folder"
+            f"{caller}: no data folder; pass `root=` or set the environment variable FASTMETA_DATA to a "
+            "folder"
         )
     return Path(folder).expanduser()
 
 
 def find(caller: str, root: Path, folder: str, remote: RemoteFile, download: bool) -> Path:
-    """The local copy of `remote`: in `root`, in root/folder, or downloaded into root/folder if `download`.
+    """The local copy of `remote`: in `root`, in root/folder, or downloaded into root/folder if
+    `download`.
 
     Raises:
         FileNotFoundError: it is in neither place and `download` is false.
@@ -64,7 +66,8 @@ def fetch(caller: str, remote: RemoteFile, path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     checksum = hashlib.new(remote.algorithm, usedforsecurity=False)
-    # In the same folder, so that the rename at the end is atomic; a name of its own, so that downloads may race.
+    # In the same folder, so that the rename at the end is atomic; a name of its own, so that
+    # downloads may race.
     partial = path.with_name(f"{path.name}.{uuid4().hex}.part")
     try:
         with urlopen(remote.url, timeout=_TIMEOUT) as answer, open(partial, "xb") as file:

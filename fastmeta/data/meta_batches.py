@@ -15,7 +15,8 @@ from fastmeta.models.check import MOST
 
 
 class Episode(NamedTuple):
-    """The support and query sets of T tasks: one meta-batch, in the order `maml(*episode)` takes it.
+    """The support and query sets of T tasks: one meta-batch, in the order `maml(*episode)` takes
+    it.
 
     Args:
         support_x: [T, N, *in].
@@ -35,14 +36,16 @@ class Episode(NamedTuple):
 
 
 class MetaBatches(Dataset[Episode]):
-    """A map-style data set of `iterations` meta-batches; a subclass makes the i-th from (seed, i) alone.
+    """A map-style data set of `iterations` meta-batches; a subclass makes the i-th from (seed, i)
+    alone.
 
-    Loop over it, index it, or give it to `DataLoader(data, batch_size=None, num_workers=...)`: the episodes
-    are the same, in any order and in any process, and each owns its memory.
+    Loop over it, index it, or give it to `DataLoader(data, batch_size=None, num_workers=...)`: the
+    episodes are the same, in any order and in any process, and each owns its memory.
 
     Raises:
         TypeError: an integer argument is none.
-        ValueError: `tasks` or `iterations` is not in 1 .. 2**31 - 1, or `seed` is not in 0 .. 2**64 - 1.
+        ValueError: `tasks` or `iterations` is not in 1 .. 2**31 - 1, or `seed` is not in 0 .. 2**64
+            - 1.
     """
 
     def __init__(self, tasks: int, iterations: int, seed: int) -> None:
@@ -61,12 +64,15 @@ class MetaBatches(Dataset[Episode]):
             yield self[index]
 
     def _position(self, index: int) -> int:
-        """`index` as a number in 0 .. iterations - 1; negative ones count from the end, as in a list."""
+        """`index` as a number in 0 .. iterations - 1; negative ones count from the end, as in a
+        list."""
         name = type(self).__name__
         try:
             position = as_index(index)
         except TypeError:
-            raise TypeError(f"{name}: `index` must be an integer, the number of a meta-batch, got {index!r}") from None
+            raise TypeError(
+                f"{name}: `index` must be an integer, the number of a meta-batch, got {index!r}"
+            ) from None
         if position < 0:
             position += self.iterations
         if not 0 <= position < self.iterations:
@@ -75,8 +81,8 @@ class MetaBatches(Dataset[Episode]):
 
     def _generator(self, stream: int) -> np.random.Generator:
         """Random stream number `stream` of this seed."""
-        # Philox is counter-based: a stream is a place in the counter, reached without drawing what is before it.
-        # Word 0 of the counter is left to the draws, 2**64 blocks of them.
+        # Philox is counter-based: a stream is a place in the counter, reached without drawing what
+        # is before it. Word 0 of the counter is left to the draws, 2**64 blocks of them.
         key = np.array([self.seed, 0], dtype=np.uint64)
         counter = np.array([0, stream, 0, 0], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,4 +1,5 @@
-"""mini-ImageNet, 100 classes of ImageNet with 600 images each, in the layouts that it is passed around in."""
+"""mini-ImageNet, 100 classes of ImageNet with 600 images each, in the layouts that it is passed
+around in."""
 
 from __future__ import annotations
 
@@ -29,15 +30,19 @@ class MiniImageNet(Dataset[tuple[Tensor, int]]):
     """One split of mini-ImageNet from files that the user has; `Episodes` samples tasks from it.
 
     Three layouts are known, looked for in this order:
-        mini-imagenet-cache-<split>.pkl     a dict of image_data [images, H, W, 3] uint8 and class_dict {name: numbers}
+        mini-imagenet-cache-<split>.pkl     a dict of image_data [images, H, W, 3] uint8 and
+                                            class_dict {name: numbers}
         <split>/<class>/*.jpg               a folder for each class; .jpeg and .png too
         <split>.csv and images/             columns filename and label
 
     Args:
-        root: the folder, or one that holds it as `mini-imagenet`; None means the environment variable FASTMETA_DATA.
+        root: the folder, or one that holds it as `mini-imagenet`; None means the environment
+            variable FASTMETA_DATA.
         split: "train" (64 classes), "val" (16) or "test" (20).
-        size: height and width of the images; others are resized with Pillow's antialiasing LANCZOS filter.
-        normalise: subtract ImageNet's mean and divide by its standard deviation; else values are in 0 .. 1.
+        size: height and width of the images; others are resized with Pillow's antialiasing LANCZOS
+            filter.
+        normalise: subtract ImageNet's mean and divide by its standard deviation; else values are in
+            0 .. 1.
 
     Attributes:
         classes: names of the classes, sorted; a label is a place in it.
@@ -51,7 +56,8 @@ class MiniImageNet(Dataset[tuple[Tensor, int]]):
         FileNotFoundError: there is no data folder, or none of the layouts in it.
         ValueError: an argument is out of range, or a file does not hold what its layout says.
 
-    Source: Vinyals et al. 2016, Matching Networks, section 4.1.2; split: Ravi and Larochelle 2017, section 5.1.
+    Source: Vinyals et al. 2016, Matching Networks, section 4.1.2; split: Ravi and Larochelle 2017,
+        section 5.1.
     """
 
     classes: list[str]
@@ -66,7 +72,9 @@ class MiniImageNet(Dataset[tuple[Tensor, int]]):
         normalise: bool = True,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"MiniImageNet: `split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+            raise ValueError(
+                f"MiniImageNet: `split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}"
+            )
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"MiniImageNet: `size` must be a positive int, got {size!r}")
         try:
@@ -119,15 +127,24 @@ def _from_pickle(path: Path) -> list[tuple[Any, str]]:
     try:
         images = _plain(held["image_data"])
         numbered = [
-            (int(number), str(name)) for name, numbers in held["class_dict"].items() for number in _plain(numbers)
+            (int(number), str(name))
+            for name, numbers in held["class_dict"].items()
+            for number in _plain(numbers)
         ]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"MiniImageNet: {path} must hold image_data and class_dict") from error
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if (
+        not isinstance(images, np.ndarray)
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+    ):
         raise ValueError(f"MiniImageNet: image_data of {path} must be [images, H, W, 3] uint8")
     for number, name in numbered:
         if not 0 <= number < len(images):
-            raise ValueError(f"MiniImageNet: {path} gives {name} image {number}, and has {len(images)} images")
+            raise ValueError(
+                f"MiniImageNet: {path} gives {name} image {number}, and has {len(images)} images"
+            )
     return [(images[number], name) for number, name in numbered]
 
 
@@ -185,9 +202,11 @@ class _Array:
 
 
 class _NumbersOnly(pickle.Unpickler):
-    """Reads strings, numbers, lists, dicts and arrays of numbers; anything else could run code, and is refused.
+    """Reads strings, numbers, lists, dicts and arrays of numbers; anything else could run code, and
+    is refused.
 
-    NumPy's own constructors are not called: they make arrays of pointers out of the bytes of a file.
+    NumPy's own constructors are not called: they make arrays of pointers out of the bytes of a
+    file.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -198,7 +217,9 @@ class _NumbersOnly(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         known = {"_reconstruct": self._reconstruct, "_frombuffer": self._frombuffer, "scalar": self._scalar}
-        if name in known and module in (f"numpy.{core}.{of}" for core in ("core", "_core") for of in _MODULES):
+        if name in known and module in (
+            f"numpy.{core}.{of}" for core in ("core", "_core") for of in _MODULES
+        ):
             return known[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 

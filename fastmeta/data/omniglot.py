@@ -31,33 +31,37 @@ _Files = dict[str, list[str]]  # "alphabet/characterNN" -> names in the zip file
 class Omniglot:
     """Drawings of characters in memory, class by class; `Episodes` samples tasks from it.
 
-    A drawing becomes grey, is resized with Pillow's antialiasing LANCZOS filter, and is inverted as in the
-    literature: 1 is ink, 0 is paper. A rotation by 90, 180 or 270 degrees, counter-clockwise, makes a class of
-    its own. Classes are in the order of the rotations, then of the parts, then of their names.
+    A drawing becomes grey, is resized with Pillow's antialiasing LANCZOS filter, and is inverted as
+    in the
+    literature: 1 is ink, 0 is paper. A rotation by 90, 180 or 270 degrees, counter-clockwise, makes
+    a class of its own. Classes are in the order of the rotations, then of the parts, then of their
+    names.
 
     Args:
-        root: folder that holds the zip files, or holds a folder `omniglot` that does; None means the
-            environment variable FASTMETA_DATA.
-        parts: which zip files, one name or several: "background" (30 alphabets, 964 characters), "evaluation"
-            (20, 659), "background_small1" (5, 136), "background_small2" (5, 156).
+        root: folder that holds the zip files, or holds a folder `omniglot` that does; None means
+            the environment variable FASTMETA_DATA.
+        parts: which zip files, one name or several: "background" (30 alphabets, 964 characters),
+            "evaluation" (20, 659), "background_small1" (5, 136), "background_small2" (5, 156).
         alphabets: names of the alphabets to take; None means all of `parts`.
         size: height and width of the images, in pixels; the originals have 105.
         rotations: in degrees, from 0, 90, 180, 270.
-        download: fetch missing files from the author's repository into root/omniglot, checksum verified.
+        download: fetch missing files from the author's repository into root/omniglot, checksum
+            verified.
 
     Attributes:
         images: [classes, 20, 1, size, size] float32 in 0 .. 1.
-        classes: a name for each class: "alphabet/characterNN", with "@degrees" after it where rotated.
+        classes: a name for each class: "alphabet/characterNN", with "@degrees" after it where
+            rotated.
 
     Raises:
         ImportError: Pillow is missing.
         FileNotFoundError: there is no data folder, or a file is missing and `download` is false.
         OSError: a download failed.
-        ValueError: an argument is out of range, an alphabet is unknown or in two of the `parts`, a download has
-            a wrong checksum, or a zip file cannot be read.
+        ValueError: an argument is out of range, an alphabet is unknown or in two of the `parts`, a
+            download has a wrong checksum, or a zip file cannot be read.
 
-    Source: Lake, Salakhutdinov, Tenenbaum 2015, Human-level concept learning through probabilistic program
-        induction; rotations as classes: Santoro et al. 2016, section 4.
+    Source: Lake, Salakhutdinov, Tenenbaum 2015, Human-level concept learning through probabilistic
+        program induction; rotations as classes: Santoro et al. 2016, section 4.
     """
 
     images: Tensor
@@ -91,7 +95,9 @@ class Omniglot:
                         drawings.append([_image(pillow, archive, name, size) for name in files[character]])
         _check_counts(self.classes, drawings)
 
-        upright = 1.0 - torch.from_numpy(np.array(drawings)).unsqueeze(2).float() / 255.0  # [C, 20, 1, size, size]
+        upright = (
+            1.0 - torch.from_numpy(np.array(drawings)).unsqueeze(2).float() / 255.0
+        )  # [C, 20, 1, size, size]
         self.images = torch.cat([torch.rot90(upright, angle // 90, (-2, -1)) for angle in rotations])
         self.classes = [f"{name}@{angle}" if angle else name for angle in rotations for name in self.classes]
 
@@ -99,18 +105,24 @@ class Omniglot:
     def small_split(
         cls, root: str | os.PathLike[str] | None = None, *, size: int = 28, download: bool = False
     ) -> tuple[Omniglot, Omniglot]:
-        """The split of the two small background sets that has no alphabet on both sides: (train, test).
+        """The split of the two small background sets that has no alphabet on both sides: (train,
+        test).
 
-        Meta-training: all of small2 in four rotations, 624 classes. Meta-testing: Balinese, Early_Aramaic and
-        Korean of small1, upright, 86 classes. Arguments and errors are those of `Omniglot`.
+        Meta-training: all of small2 in four rotations, 624 classes. Meta-testing: Balinese,
+        Early_Aramaic and Korean of small1, upright, 86 classes. Arguments and errors are those of
+        `Omniglot`.
         """
-        train = cls(root, parts="background_small2", size=size, rotations=(0, 90, 180, 270), download=download)
+        train = cls(
+            root, parts="background_small2", size=size, rotations=(0, 90, 180, 270), download=download
+        )
         held_out = ("Balinese", "Early_Aramaic", "Korean")
         test = cls(root, parts="background_small1", alphabets=held_out, size=size, download=download)
         return train, test
 
 
-def _check(parts: Sequence[str], size: int, rotations: Sequence[int], alphabets: Iterable[str] | None) -> None:
+def _check(
+    parts: Sequence[str], size: int, rotations: Sequence[int], alphabets: Iterable[str] | None
+) -> None:
     if not parts or len(set(parts)) < len(parts) or not set(parts) <= CHECKSUMS.keys():
         known = ", ".join(CHECKSUMS)
         raise ValueError(f"Omniglot: `parts` must be one or several, each once, of {known}, got {parts!r}")
@@ -118,7 +130,9 @@ def _check(parts: Sequence[str], size: int, rotations: Sequence[int], alphabets:
         raise ValueError(f"Omniglot: `size` must be an integer, at least 1, got {size!r}")
     angles = list(rotations)
     if not angles or len(set(angles)) < len(angles) or not set(angles) <= {0, 90, 180, 270}:
-        raise ValueError(f"Omniglot: `rotations` must be some, each once, of 0, 90, 180, 270, got {rotations!r}")
+        raise ValueError(
+            f"Omniglot: `rotations` must be some, each once, of 0, 90, 180, 270, got {rotations!r}"
+        )
     if isinstance(alphabets, str):
         raise ValueError(f"Omniglot: `alphabets` must be a list of names, got the string {alphabets!r}")
 
@@ -159,7 +173,8 @@ def _alphabet(character: str) -> str:
 
 
 def _choose(parts: Sequence[str], held: Sequence[_Files], alphabets: Iterable[str] | None) -> set[str]:
-    """The alphabets to take: known, and each in one part only, for the same drawings are no second class."""
+    """The alphabets to take: known, and each in one part only, for the same drawings are no second
+    class."""
     owner: dict[str, str] = {}
     wanted = None if alphabets is None else set(alphabets)
     for part, files in zip(parts, held, strict=True):
@@ -180,13 +195,15 @@ def _image(pillow: Any, archive: ZipFile, name: str, size: int) -> np.ndarray[An
     """One drawing as grey levels [size, size], uint8, 255 is paper."""
     try:
         with archive.open(name) as file, pillow.open(file) as image:
-            # Grey first: Pillow resizes one-bit images by nearest neighbour, whatever the filter asked for.
+            # Grey first: Pillow resizes one-bit images by nearest neighbour, whatever the filter
+            # asked for.
             grey = image.convert("L")
             return np.asarray(grey.resize((size, size), pillow.Resampling.LANCZOS))
     except MemoryError:
         raise
     except Exception as error:  # whatever damage does to zipfile, zlib and Pillow
-        message = f"Omniglot: {name} in {archive.filename} cannot be read ({error}); delete the file, then download it"
+        where = f"{name} in {archive.filename}"
+        message = f"Omniglot: {where} cannot be read ({error}); delete the file, then download it"
         raise ValueError(message) from error
 
 

@@ -1,4 +1,5 @@
-"""The checks that all heads share. They read values too: a head is asked once a meta-batch, not once an inner step."""
+"""The checks that all heads share. They read values too: a head is asked once a meta-batch, not
+once an inner step."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def check_classes(
     if tuple(support_y.shape) != lead:
         raise ValueError(f"{what} must be [T, N] = {lead}, got {tuple(support_y.shape)}")
     if support_y.device != support_features.device:
-        raise ValueError(f"{what} must be on {support_features.device}, as the features, got {support_y.device}")
+        raise ValueError(
+            f"{what} must be on {support_features.device}, as the features, got {support_y.device}"
+        )
     above = "" if ways is None else f" below {positive(who, 'ways', ways)}"
     count = int(support_y.max()) + 1 if ways is None else ways
     wrong = (support_y < 0) | (support_y >= count)
@@ -84,7 +87,8 @@ def check_classes(
         return F.one_hot(support_y, count).to(support_features.dtype)
     except RuntimeError as error:
         raise ValueError(
-            f"{what} must hold classes 0 .. C - 1 with [T, N, C] numbers in memory, got class {count - 1}: {error}"
+            f"{what} must hold classes 0 .. C - 1 with [T, N, C] numbers in memory, got class {count - 1}: "
+            f"{error}"
         ) from error
 
 
@@ -96,8 +100,8 @@ def check_weights(
     """The example weights, [T, N, 1]; ones if there are none.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what came; a weight is negative or not finite,
-            or a task has none that is positive.
+        TypeError, ValueError: names the argument, what was expected and what came; a weight is
+            negative or not finite, or a task has none that is positive.
     """
     what, lead = argument(who, "support_weights"), tuple(support_features.shape[:2])
     if support_weights is None:
@@ -111,10 +115,14 @@ def check_weights(
     check_finite(what, support_weights)
     if (support_weights < 0).any():
         place = (support_weights < 0).nonzero()[0].tolist()
-        raise ValueError(f"{what} must not be negative, got {support_weights[tuple(place)].item()} at {place}")
+        raise ValueError(
+            f"{what} must not be negative, got {support_weights[tuple(place)].item()} at {place}"
+        )
     without = tasks_where(~(support_weights > 0).any(1))
     if without:
-        raise ValueError(f"{what} must leave every task an example, tasks {without} have weights of zero only")
+        raise ValueError(
+            f"{what} must leave every task an example, tasks {without} have weights of zero only"
+        )
     return support_weights[..., None]
 
 
@@ -187,7 +195,8 @@ def check_logits(
     """`logits`, if they are finite.
 
     Raises:
-        RuntimeError: they are not, although the input was: the arithmetic overflowed; names the tasks.
+        RuntimeError: they are not, although the input was: the arithmetic overflowed; names the
+            tasks.
     """
     wrong = tasks_where(~logits.isfinite().flatten(1).all(1))
     if wrong:

@@ -32,9 +32,10 @@ def logistic(
 ) -> Tensor:
     """Multinomial logistic regression of the classes on the features, for all tasks at once.
 
-    Per task W = argmin sum_n w_n cross_entropy(x_n W, y_n) + penalty / 2 ||W||^2, and the logits are query W. Newton's
-    method with damped steps, on C times the smaller of N and D unknowns. W has no bias: append a feature of ones to
-    have one.
+    Per task W = argmin sum_n w_n cross_entropy(x_n W, y_n) + penalty / 2 ||W||^2, and the logits
+    are query W. Newton's
+    method with damped steps, on C times the smaller of N and D unknowns. W has no bias: append a
+    feature of ones to have one.
 
     Args:
         support_features: [T, N, D], float32 or float64.
@@ -44,22 +45,23 @@ def logistic(
         ways: C; None: the largest class plus one.
         support_weights: [T, N], not negative; 0 leaves an example out.
         max_iterations: of Newton's method, for the slowest task.
-        tolerance: a task has converged when Newton's step changes its support logits by no more than this, relative to
-            the largest one if that is above 1; None: the square root of the dtype's epsilon. That step and two more are
-            still taken, so the solution is better.
+        tolerance: a task has converged when Newton's step changes its support logits by no more
+            than this, relative to the largest one if that is above 1; None: the square root of the
+            dtype's epsilon. That step and two more are still taken, so the solution is better.
 
     Returns:
         Logits, [T, M, C].
 
-    Derivatives: first and second, in everything that is float, by the implicit function theorem at the solution; they
-    do not depend on the iterations. Third ones are wrong.
+    Derivatives: first and second, in everything that is float, by the implicit function theorem at
+    the solution; they do not depend on the iterations. Third ones are wrong.
 
     Raises:
         TypeError, ValueError: bad input.
         RuntimeError: tasks that have not converged are named; the logits overflow.
 
-    Source: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form solvers" (2019),
-    section 3.3 (there two classes, and unrolled). Damping and derivatives: docs/heads.md.
+    Source: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form
+    solvers" (2019), section 3.3 (there two classes, and unrolled). Damping and derivatives:
+    docs/heads.md.
     """
     who = "logistic"
     check_features(who, support_features, query_features)
@@ -74,7 +76,9 @@ def logistic(
             equation = _Equation(support_features, support_features, targets, weights, penalty)
             return check_logits(who, query_features @ _solve(who, equation, max_iterations, tolerance))
         # W = X^T V: as many unknowns as examples
-        identity = torch.eye(examples, dtype=targets.dtype, device=targets.device).expand(len(targets), -1, -1)
+        identity = torch.eye(examples, dtype=targets.dtype, device=targets.device).expand(
+            len(targets), -1, -1
+        )
         equation = _Equation(support_features @ support_features.mT, identity, targets, weights, penalty)
         solution = support_features.mT @ _solve(who, equation, max_iterations, tolerance)
         return check_logits(who, query_features @ solution)
@@ -95,10 +99,14 @@ class Logistic(nn.Module):
     Source: as `logistic`.
     """
 
-    def __init__(self, *, penalty: float = 1.0, max_iterations: int = 50, tolerance: float | None = None) -> None:
+    def __init__(
+        self, *, penalty: float = 1.0, max_iterations: int = 50, tolerance: float | None = None
+    ) -> None:
         super().__init__()
         _check_newton("Logistic", max_iterations, tolerance)
-        self.log_penalty = nn.Parameter(torch.tensor(math.log(positive_number("Logistic", "penalty", penalty))))
+        self.log_penalty = nn.Parameter(
+            torch.tensor(math.log(positive_number("Logistic", "penalty", penalty)))
+        )
         self.max_iterations = max_iterations
         self.tolerance = tolerance
 
@@ -138,7 +146,8 @@ def _check_newton(who: str, max_iterations: int, tolerance: float | None) -> Non
 class _Equation(NamedTuple):
     """penalty V = basis^T (weights (targets - softmax(design V))), solved by V [T, R, C].
 
-    Logits are design V. W = V is the case design = basis = X; W = X^T V is design = X X^T, basis = 1.
+    Logits are design V. W = V is the case design = basis = X; W = X^T V is design = X X^T, basis =
+    1.
     """
 
     design: Tensor  # [T, N, R]
@@ -171,7 +180,8 @@ def _solve(who: str, equation: _Equation, max_iterations: int, tolerance: float)
     with torch.no_grad():
         solution = _newton(who, equation, max_iterations, tolerance)
         factors = equation.factors(solution)
-    # Every step with the constant Jacobian makes one more order of derivatives right: docs/heads.md.
+    # Every step with the constant Jacobian makes one more order of derivatives right:
+    # docs/heads.md.
     for _ in range(2):
         solution = solution - _step(factors, equation.residual(solution))
     return solution
@@ -189,7 +199,8 @@ def _newton(who: str, equation: _Equation, max_iterations: int, tolerance: float
     for _ in range(max_iterations):
         factors = equation.factors(solution)
         step = _step(factors, residual)
-        # The step, not the residual: in an ill-conditioned task the residual is small long before the error is.
+        # The step, not the residual: in an ill-conditioned task the residual is small long before
+        # the error is.
         change = _largest(equation.design @ step)
         relative = change / _largest(equation.design @ solution).clamp(min=1)
         done = relative <= tolerance
@@ -197,16 +208,17 @@ def _newton(who: str, equation: _Equation, max_iterations: int, tolerance: float
             return solution - step
         candidate = solution - length * step
         candidate_residual = equation.residual(candidate)
-        # The step must shrink, judged with the same Jacobian. A task that is done stays, whatever the others need.
+        # The step must shrink, judged with the same Jacobian. A task that is done stays, whatever
+        # the others need.
         better = (_largest(equation.design @ _step(factors, candidate_residual)) < change) & ~done
         solution = torch.where(better, candidate, solution)
         residual = torch.where(better, candidate_residual, residual)
         length = torch.where(better, (2 * length).clamp(max=1), length / 2)
     missed = tasks_where(~done.flatten())
     raise RuntimeError(
-        f"{who}: tasks {missed} have not converged in {max_iterations} iterations: their logits still change by "
-        f"{', '.join(f'{relative[task].item():.1e}' for task in missed)}, `tolerance` is {tolerance:.1e}; raise "
-        "`penalty`, `max_iterations` or `tolerance`, or scale the features down"
+        f"{who}: tasks {missed} have not converged in {max_iterations} iterations: their logits still change "
+        f"by {', '.join(f'{relative[task].item():.1e}' for task in missed)}, `tolerance` is {tolerance:.1e}; "
+        "raise `penalty`, `max_iterations` or `tolerance`, or scale the features down"
     )
 
 

@@ -28,7 +28,8 @@ def prototypes(
         support_features: [T, N, D], float32 or float64.
         support_y: [T, N], int64: classes in [0, C).
         query_features: [T, M, D].
-        metric: "squared_euclidean": logits are -scale * ||query - mean||^2; "cosine": scale * cos(query, mean).
+        metric: "squared_euclidean": logits are -scale * ||query - mean||^2; "cosine": scale *
+            cos(query, mean).
         scale: the inverse temperature; a number, () or [T].
         ways: C; None: the largest class plus one.
         support_weights: [T, N], not negative: the means are weighted ones; 0 leaves an example out.
@@ -42,8 +43,10 @@ def prototypes(
         TypeError, ValueError: bad input; a class without a support example, with task and class.
         RuntimeError: the logits overflow.
 
-    Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning" (2017), sections 2.2 and 2.3; the
-    scaled cosine: Gidaris, Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting" (2018), section 3.2.
+    Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning" (2017), sections
+        2.2 and 2.3; the
+    scaled cosine: Gidaris, Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting" (2018),
+        section 3.2.
     """
     who = "prototypes"
     check_metric(metric)
@@ -55,7 +58,9 @@ def prototypes(
     empty = (totals[..., 0] <= 0).nonzero().tolist()
     if empty:
         task, label = empty[0]
-        raise ValueError(f"{who}: every class must have a support example, task {task} has none of class {label}")
+        raise ValueError(
+            f"{who}: every class must have a support example, task {task} has none of class {label}"
+        )
     with torch.autocast(support_features.device.type, enabled=False):
         means = weights.mT @ support_features / totals  # [T, C, D]
         similarity = _cosine if metric == "cosine" else _minus_squared_distance
@@ -109,14 +114,17 @@ def check_metric(metric: str) -> None:
         ValueError: there is none of that name.
     """
     if metric not in METRICS:
-        raise ValueError(f"prototypes: `metric` must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+        raise ValueError(
+            f"prototypes: `metric` must be one of {', '.join(map(repr, METRICS))}, got {metric!r}"
+        )
 
 
 def _minus_squared_distance(
     query: Tensor,  # [T, M, D]
     means: Tensor,  # [T, C, D]
 ) -> Tensor:
-    # |q|^2 - 2 qm + |m|^2 cancels least amid the means; distances do not depend on the origin, so it needs no gradient.
+    # |q|^2 - 2 qm + |m|^2 cancels least amid the means; distances do not depend on the origin, so
+    # it needs no gradient.
     origin = means.detach().mean(1, keepdim=True)
     query, means = query - origin, means - origin
     return 2 * query @ means.mT - query.square().sum(2)[..., None] - means.square().sum(2)[:, None]

@@ -34,15 +34,19 @@ def ridge(
 ) -> Tensor:
     """Ridge regression of the targets on the features, for all tasks at once.
 
-    Per task W = argmin sum_n w_n ||x_n W - y_n||^2 + penalty ||W||^2, and the output is scale * query W + shift. The
-    system solved has the smaller of N and D unknowns. W has no bias: append a feature of ones to have one.
+    Per task W = argmin sum_n w_n ||x_n W - y_n||^2 + penalty ||W||^2, and the output is scale *
+    query W + shift. The
+    system solved has the smaller of N and D unknowns. W has no bias: append a feature of ones to
+    have one.
 
     Args:
         support_features: [T, N, D], float32 or float64.
-        support_y: classes [T, N], int64, which stand for one-hot rows; or targets [T, N, O] of the features' dtype.
+        support_y: classes [T, N], int64, which stand for one-hot rows; or targets [T, N, O] of the
+            features' dtype.
         query_features: [T, M, D].
         penalty: lambda > 0; a number, () or [T].
-        scale, shift: alpha and beta, which turn a regression on 0 and 1 into logits; numbers, () or [T].
+        scale, shift: alpha and beta, which turn a regression on 0 and 1 into logits; numbers, () or
+            [T].
         ways: C; None: the largest class plus one. For classes only.
         support_weights: [T, N], not negative; 0 leaves an example out.
 
@@ -53,10 +57,11 @@ def ridge(
 
     Raises:
         TypeError, ValueError: bad input.
-        RuntimeError: the system of a task is singular in the features' dtype, or the output overflows; names the tasks.
+        RuntimeError: the system of a task is singular in the features' dtype, or the output
+            overflows; names the tasks.
 
-    Source: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form solvers" (2019),
-    section 3.2.
+    Source: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form
+    solvers" (2019), section 3.2.
     """
     who = "ridge"
     check_features(who, support_features, query_features)
@@ -120,7 +125,9 @@ def _check_targets(who: str, support_y: Tensor, support_features: Tensor, ways: 
     if support_y.dim() != 3 or tuple(support_y.shape[:2]) != lead or support_y.shape[2] == 0:
         raise ValueError(f"{what} must be [T, N, O] with {lead} in front, got {tuple(support_y.shape)}")
     if ways is not None:
-        raise ValueError(f"{argument(who, 'ways')} is for classes, but `support_y` holds {support_y.dtype} targets")
+        raise ValueError(
+            f"{argument(who, 'ways')} is for classes, but `support_y` holds {support_y.dtype} targets"
+        )
     check_like(what, support_y, support_features, "the features")
     check_finite(what, support_y)
     return support_y
@@ -151,13 +158,14 @@ def _check_regular(
     who: str,
     system: Tensor,  # [T, R, R], symmetric, positive definite but for rounding
 ) -> None:
-    """Refuse systems with a pivot that is no larger than the rounding errors of the elimination which left it."""
+    """Refuse systems with a pivot that is no larger than the rounding errors of the elimination
+    which left it."""
     factor, info = torch.linalg.cholesky_ex(system)
     pivots, diagonal = factor.diagonal(dim1=1, dim2=2).square(), system.diagonal(dim1=1, dim2=2)  # [T, R]
     noise = system.shape[1] * torch.finfo(system.dtype).eps * diagonal
     singular = tasks_where((info != 0) | ~(pivots > noise).all(1))
     if singular:
         raise RuntimeError(
-            f"{who}: the systems of tasks {singular} are singular in {system.dtype}; raise `penalty`, or scale the "
-            "features down"
+            f"{who}: the systems of tasks {singular} are singular in {system.dtype}; raise `penalty`, or "
+            "scale the features down"
         )

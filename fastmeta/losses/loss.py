@@ -31,17 +31,17 @@ class Loss:
         beta: threshold of smooth_l1 (its `beta`) and huber (its `delta`), greater than zero.
         label_smoothing: of cross_entropy, from 0 to 1.
         ignore_index: of cross_entropy: the class index of positions that do not count.
-        weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's output [*out], so it
-            cannot tell examples apart (example weights do).
+        weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's
+            output [*out], so it cannot tell examples apart (example weights do).
         pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
-        weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N, or "sum",
-            sum(w * l) / sum(w), which is zero where all weights are. Where torch's own denominator is not N
-            (cross_entropy of class indices counts class weights of the positions that are not ignored), it takes the
-            place of N, and w multiplies its terms.
+        weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N,
+            or "sum", sum(w * l) / sum(w), which is zero where all weights are. Where torch's own
+            denominator is not N (cross_entropy of class indices counts class weights of the
+            positions that are not ignored), it takes the place of N, and w multiplies its terms.
 
-    A weight that requires grad gets its gradient as anything that a custom loss reads, on the backends that run the
-    module itself.
+    A weight that requires grad gets its gradient as anything that a custom loss reads, on the
+    backends that run the module itself.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -69,7 +69,14 @@ class Loss:
             object.__setattr__(self, name, plain(getattr(self, name)))
         self.check_tensors()
         shapes = tuple(None if t is None else tuple(t.shape) for t in (self.weight, self.pos_weight))
-        options = (self.kind, self.reduction, self.beta, self.label_smoothing, self.ignore_index, self.weight_norm)
+        options = (
+            self.kind,
+            self.reduction,
+            self.beta,
+            self.label_smoothing,
+            self.ignore_index,
+            self.weight_norm,
+        )
         object.__setattr__(self, "key", (*options, *shapes, self.function))
         object.__setattr__(self, "plain", shapes == (None, None))
 
@@ -92,10 +99,11 @@ class Loss:
             weights: [N], of output's dtype: one weight an example. None: all ones.
 
         Returns:
-            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"` and weights that
-            are all zero it is zero, and so are its derivatives.
+            A scalar; as in PyTorch, NaN where a mean has nothing to count. With `weight_norm="sum"`
+            and weights that are all zero it is zero, and so are its derivatives.
 
-        Derivatives: twice differentiable in output, target (where it is floating point) and weights.
+        Derivatives: twice differentiable in output, target (where it is floating point) and
+        weights.
 
         Raises:
             ValueError, TypeError: the target does not fit; weights with a custom loss.
@@ -107,7 +115,9 @@ class Loss:
         if weights is None:
             return self._reduce(values, shares)
         if weights.shape != output.shape[:1]:
-            raise ValueError(f"{self.kind}: `weights` must be {tuple(output.shape[:1])}, got {tuple(weights.shape)}")
+            raise ValueError(
+                f"{self.kind}: `weights` must be {tuple(output.shape[:1])}, got {tuple(weights.shape)}"
+            )
         weights = weights.reshape(-1, *[1] * (values.dim() - 1))  # [N, 1...]
         if self.weight_norm != "sum" or self.reduction == "sum":
             return self._reduce(weights * values, shares)
@@ -120,10 +130,13 @@ class Loss:
     def learned(self) -> str:
         """The weight that requires grad, or ""."""
         weights = {"weight": self.weight, "pos_weight": self.pos_weight}
-        return next((name for name, value in weights.items() if value is not None and value.requires_grad), "")
+        return next(
+            (name for name, value in weights.items() if value is not None and value.requires_grad), ""
+        )
 
     def needs_class_indices(self, target: Tensor) -> bool:
-        """Whether `target` is read as class indices, whose range is worth checking (`check_values`)."""
+        """Whether `target` is read as class indices, whose range is worth checking
+        (`check_values`)."""
         return self.kind == "cross_entropy" and not target.is_floating_point()
 
     def check_target(
@@ -133,8 +146,9 @@ class Loss:
 
         Args:
             what: its name in messages, such as "MAML: `support_y`".
-            target: element-wise losses: [*lead, *out_shape] in `dtype`. cross_entropy: class indices
-                [*lead, *out_shape[1:]] in int64 or probabilities [*lead, *out_shape] in `dtype`. custom: [*lead, ...].
+            target: element-wise losses: [*lead, *out_shape] in `dtype`. cross_entropy: class
+                indices [*lead, *out_shape[1:]] in int64 or probabilities [*lead, *out_shape] in
+                `dtype`. custom: [*lead, ...].
             lead: leading dimensions, such as (T, N).
             out_shape: shape of the network's output for one example.
             dtype: of the network's output.
@@ -152,11 +166,13 @@ class Loss:
             return
         if target.shape != lead + out_shape:
             raise ValueError(
-                f"{what} must be {lead + out_shape}, the shape of the network's output ({self.kind} broadcasts no "
-                f"target), got {tuple(target.shape)}"
+                f"{what} must be {lead + out_shape}, the shape of the network's output ({self.kind} "
+                f"broadcasts no target), got {tuple(target.shape)}"
             )
         if target.dtype != dtype:
-            raise TypeError(f"{what} must be {dtype}, as the network's output ({self.kind}), got {target.dtype}")
+            raise TypeError(
+                f"{what} must be {dtype}, as the network's output ({self.kind}), got {target.dtype}"
+            )
         for name, tensor in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if tensor is not None and not _broadcasts(tuple(tensor.shape), out_shape):
                 raise ValueError(
@@ -173,7 +189,8 @@ class Loss:
             classes: C.
 
         Raises:
-            ValueError: an index is neither in [0, C) nor `ignore_index`; names the first one and its place.
+            ValueError: an index is neither in [0, C) nor `ignore_index`; names the first one and
+                its place.
         """
         if not self.needs_class_indices(target):
             return
@@ -189,9 +206,13 @@ class Loss:
         self, what: str, target: Tensor, lead: tuple[int, ...], out_shape: tuple[int, ...], dtype: Dtype
     ) -> None:
         if not out_shape:
-            raise ValueError("cross_entropy: the network's output must be [C, ...] for one example, got a scalar")
+            raise ValueError(
+                "cross_entropy: the network's output must be [C, ...] for one example, got a scalar"
+            )
         if self.weight is not None and self.weight.shape != out_shape[:1]:
-            raise ValueError(f"cross_entropy: `weight` must be {out_shape[:1]}, got {tuple(self.weight.shape)}")
+            raise ValueError(
+                f"cross_entropy: `weight` must be {out_shape[:1]}, got {tuple(self.weight.shape)}"
+            )
         if target.is_floating_point():
             sort, shape = "probabilities", lead + out_shape
             if self.ignore_index >= 0:
@@ -207,7 +228,9 @@ class Loss:
 
     def _custom(self, output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None:
-            raise ValueError("custom loss: example weights need a loss with a name; weigh inside the function instead")
+            raise ValueError(
+                "custom loss: example weights need a loss with a name; weigh inside the function instead"
+            )
         function = cast("Callable[[Tensor, Tensor], Tensor]", self.function)
         try:
             value = function(output, target)
@@ -224,7 +247,9 @@ class Loss:
         weight, pos_weight = (None if t is None else t.to(output) for t in (self.weight, self.pos_weight))
         if self.kind == "cross_entropy":
             if self.needs_class_indices(target):
-                return cross_entropy.of_indices(output, target, weight, self.label_smoothing, self.ignore_index)
+                return cross_entropy.of_indices(
+                    output, target, weight, self.label_smoothing, self.ignore_index
+                )
             return cross_entropy.of_probabilities(output, target, weight, self.label_smoothing)
         if self.kind == "bce_with_logits":
             return elementwise.bce_with_logits(output, target, weight, pos_weight), None
@@ -274,7 +299,8 @@ def _check_options(loss: Loss) -> None:
 
 
 def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: Exception) -> None:
-    """Check that a loss can be called with an output and a target; an error of its own making passes.
+    """Check that a loss can be called with an output and a target; an error of its own making
+    passes.
 
     Raises:
         TypeError: it cannot; `error` is what its call raised.

@@ -39,15 +39,17 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
     """The `Loss` that `loss` means.
 
     Args:
-        loss: a name ("mse", "l1", "smooth_l1", "huber", "cross_entropy", "bce_with_logits"); the function of
-            `torch.nn.functional` or the module of `torch.nn` of that loss; any other callable
-            f(output [N, *out], target) -> scalar, called for one task at a time, possibly under `torch.func.vmap`;
-            or a `Loss`, which is returned as it is, with a `weight_norm` of its own. A loss module that was
-            subclassed or carries hooks is just a callable. A loss module of PyTorch's is read once, here. A callable
-            may read tensors that require grad, its own parameters or any others: they get their gradients. In the
-            network it finds what the forward pass has just left in attributes and buffers (a penalty, features), but
-            as parameters the meta-parameters, where the inner loop starts, and not the adapted ones: weight decay of
-            those is `fastmeta.SGD(weight_decay=)`.
+        loss: a name ("mse", "l1", "smooth_l1", "huber", "cross_entropy", "bce_with_logits"); the
+            function of `torch.nn.functional` or the module of `torch.nn` of that loss; any other
+            callable f(output [N, *out], target) -> scalar, called for one task at a time, possibly
+            under `torch.func.vmap`; or a `Loss`, which is returned as it is, with a `weight_norm`
+            of its own. A loss module that was subclassed or carries hooks is just a callable. A
+            loss module of PyTorch's is read once, here. A callable
+            may read tensors that require grad, its own parameters or any others: they get their
+            gradients. In the network it finds what the forward pass has just left in attributes and
+            buffers (a penalty, features), but as parameters the meta-parameters, where the inner
+            loop starts, and not the adapted ones: weight decay of those is
+                `fastmeta.SGD(weight_decay=)`.
         weight_norm: "count" or "sum", see `Loss`.
 
     Raises:

@@ -1,4 +1,5 @@
-"""Networks that the few-shot literature uses, with its usual initialisations; ordinary modules that are captured."""
+"""Networks that the few-shot literature uses, with its usual initialisations; ordinary modules that
+are captured."""
 
 from fastmeta.models.conv4 import Conv4
 from fastmeta.models.mlp import MLP

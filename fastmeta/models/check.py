@@ -24,7 +24,8 @@ def check_count(what: str, value: object, least: int, sort: str = "an int") -> i
     """`value`, if it is an int from `least` to `MOST`.
 
     Raises:
-        TypeError, ValueError: otherwise; the message begins with `what`, and says that it must be `sort`.
+        TypeError, ValueError: otherwise; the message begins with `what`, and says that it must be
+            `sort`.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be {sort}, got {value!r}")

@@ -18,8 +18,9 @@ class Conv4(nn.Module):
         in_channels: C of the images: 1 for Omniglot, 3 for mini-ImageNet.
         width: filters of every block: 64 for Omniglot, 32 for mini-ImageNet's MAML.
         image_size: H = W of the images, at least 16.
-        form: "max_pool" halves by a 2x2 max-pool behind each block and flattens what is left; "strided" by convolutions
-            of stride 2, and takes the mean over what is left, as MAML does on Omniglot (whose code pads as TensorFlow
+        form: "max_pool" halves by a 2x2 max-pool behind each block and flattens what is left;
+            "strided" by convolutions of stride 2, and takes the mean over what is left, as MAML
+            does on Omniglot (whose code pads as TensorFlow
             does: images of even size on the right and below only, here on all sides).
 
     Shapes: [N, C, H, W] -> [N, ways].
@@ -27,14 +28,21 @@ class Conv4(nn.Module):
     Initialisation: Glorot's uniform convolutions, zero biases, batch norm as the identity.
 
     Raises:
-        TypeError, ValueError: an argument is not a positive int, the image is too small, or the form is unknown.
+        TypeError, ValueError: an argument is not a positive int, the image is too small, or the
+            form is unknown.
 
-    Source: Vinyals et al., "Matching Networks" (2016), section 4.1; Finn, Abbeel, Levine, "Model-Agnostic
-    Meta-Learning" (2017), section 5.2 and its code (strided form).
+    Source: Vinyals et al., "Matching Networks" (2016), section 4.1; Finn, Abbeel, Levine,
+    "Model-Agnostic Meta-Learning" (2017), section 5.2 and its code (strided form).
     """
 
     def __init__(
-        self, ways: int, *, in_channels: int = 1, width: int = 64, image_size: int = 28, form: str = "max_pool"
+        self,
+        ways: int,
+        *,
+        in_channels: int = 1,
+        width: int = 64,
+        image_size: int = 28,
+        form: str = "max_pool",
     ) -> None:
         super().__init__()
         for argument, value in (

@@ -20,13 +20,15 @@ class MLP(nn.Module):
 
     Shapes: [N, widths[0]] -> [N, widths[-1]].
 
-    Initialisation: He's normal weights and zero biases, so that a network without batch norm keeps its signal's size.
+    Initialisation: He's normal weights and zero biases, so that a network without batch norm keeps
+        its signal's size.
 
     Raises:
         TypeError, ValueError: fewer than two widths, or one that is not a positive int.
 
-    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 5.2: (784, 256, 128, 64, 64, ways) with
-    batch norm for Omniglot; He et al., "Delving Deep into Rectifiers" (2015), section 2.2.
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 5.2: (784, 256,
+    128, 64, 64, ways) with batch norm for Omniglot; He et al., "Delving Deep into Rectifiers"
+    (2015), section 2.2.
     """
 
     def __init__(self, widths: Sequence[int], *, batch_norm: bool = False, flatten: bool = False) -> None:

@@ -50,11 +50,13 @@ class ResNet12(nn.Module):
     Raises:
         TypeError, ValueError: an argument is not a positive int, or there are not four widths.
 
-    Source: Oreshkin et al., "TADAM" (2018), section 4.1; Lee et al., "Meta-Learning with Differentiable Convex
-    Optimization" (2019), section 4.1, without DropBlock.
+    Source: Oreshkin et al., "TADAM" (2018), section 4.1; Lee et al., "Meta-Learning with
+    Differentiable Convex Optimization" (2019), section 4.1, without DropBlock.
     """
 
-    def __init__(self, ways: int, *, in_channels: int = 3, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
+    def __init__(
+        self, ways: int, *, in_channels: int = 3, widths: Sequence[int] = (64, 128, 256, 512)
+    ) -> None:
         super().__init__()
         positive("ResNet12", "ways", ways)
         positive("ResNet12", "in_channels", in_channels)

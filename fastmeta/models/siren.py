@@ -36,13 +36,15 @@ class Siren(nn.Module):
 
     Shapes: [N, widths[0]] -> [N, widths[-1]]; coordinates in [-1, 1].
 
-    Initialisation: weights uniform in +-1 / inputs in the first layer and +-sqrt(6 / inputs) / omega_0 in the others.
+    Initialisation: weights uniform in +-1 / inputs in the first layer and +-sqrt(6 / inputs) /
+        omega_0 in the others.
 
     Raises:
-        TypeError, ValueError: fewer than three widths, one that is not a positive int, or a frequency that is not
-            finite and positive.
+        TypeError, ValueError: fewer than three widths, one that is not a positive int, or a
+            frequency that is not finite and positive.
 
-    Source: Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions" (2020), section 3.2.
+    Source: Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions"
+        (2020), section 3.2.
     """
 
     def __init__(self, widths: Sequence[int], *, omega_0: float = 30.0) -> None:

@@ -1,8 +1,10 @@
 """`torch.utils.checkpoint` inside a network, which runs parts of it again in the backward pass.
 
-By then the module has its own parameters back, and the gradients would be those of another network. So a checkpointed
-part is run like any other while fastmeta evaluates a module, and memory is saved by `memory="recompute"` instead.
-torch.utils.checkpoint looks up what it is made of at every call: that is how it is reached however it was imported.
+By then the module has its own parameters back, and the gradients would be those of another network.
+So a checkpointed part is run like any other while fastmeta evaluates a module, and memory is saved
+by `memory="recompute"` instead.
+torch.utils.checkpoint looks up what it is made of at every call: that is how it is reached however
+it was imported.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _generator: Any = _checkpoint._checkpoint_without_reentrant_generator
 
 
 class Plain(TorchFunctionMode):
-    """While one of these modes is active, in its own thread, checkpointed functions are run like any others."""
+    """While one of these modes is active, in its own thread, checkpointed functions are run like
+    any others."""
 
     def __exit__(self, *raised: Any) -> None:
         # who took it off the stack for a while may have been interrupted before it was put back
@@ -41,7 +44,9 @@ def _apply(cls: Any, run_function: Any, preserve_rng_state: bool, *args: Any) ->
 
 
 @wraps(_generator)
-def _around(function: Any, preserve_rng_state: bool, context_fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+def _around(
+    function: Any, preserve_rng_state: bool, context_fn: Any, *args: Any, **kwargs: Any
+) -> Iterator[None]:
     """torch.utils.checkpoint runs `function` where this yields."""
     if not _active():
         yield from _generator(function, preserve_rng_state, context_fn, *args, **kwargs)

@@ -1,4 +1,5 @@
-"""Norms, attention and embeddings out of elementary operators, where vmap and double backward are right together.
+"""Norms, attention and embeddings out of elementary operators, where vmap and double backward are
+right together.
 
 Signatures are those of `torch.nn.functional`; variances are biased and two-pass.
 """
@@ -38,7 +39,9 @@ def _normalise(
 ) -> Tensor:
     if mean is None or var is None:
         return _scale_channels(_standardise(x, dims, eps), weight, bias)
-    return _scale_channels(_scale_channels(_scale_channels(x, None, -mean), torch.rsqrt(var + eps), None), weight, bias)
+    return _scale_channels(
+        _scale_channels(_scale_channels(x, None, -mean), torch.rsqrt(var + eps), None), weight, bias
+    )
 
 
 def batch_norm(
@@ -64,7 +67,9 @@ def instance_norm(
     """Instance norm by the given statistics or by those of every instance of x."""
     # Refused as PyTorch refuses it: the result would be the bias alone.
     if mean is None and math.prod(x.shape[2:]) == 1:
-        raise ValueError(f"instance norm needs more than one value per channel, got an input of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"instance norm needs more than one value per channel, got an input of shape {tuple(x.shape)}"
+        )
     return _normalise(x, [*range(2, x.dim())], mean, var, weight, bias, eps)
 
 
@@ -110,7 +115,8 @@ def scaled_dot_product_attention(
     query: Tensor,  # [..., L, E]
     key: Tensor,  # [..., S, E]
     value: Tensor,  # [..., S, V]
-    attn_mask: Tensor | None = None,  # [..., L, S]: bool, True where attended to, or float, added to the scores
+    attn_mask: Tensor
+    | None = None,  # [..., L, S]: bool, True where attended to, or float, added to the scores
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -132,7 +138,8 @@ def scaled_dot_product_attention(
     if hidden is None:
         attention = torch.softmax(scores, -1)
     else:
-        # The lowest finite number instead of -inf: a row that is hidden as a whole must not turn into NaN.
+        # The lowest finite number instead of -inf: a row that is hidden as a whole must not turn
+        # into NaN.
         lowest = torch.finfo(scores.dtype).min
         attention = torch.softmax(scores.masked_fill(hidden, lowest), -1).masked_fill(hidden, 0.0)
     return F.dropout(attention, dropout_p) @ value
@@ -147,10 +154,11 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row of another task.
+    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row
+    of another task.
 
-    Rows whose norm is above `max_norm` are renormalised; as PyTorch, which does so in place beforehand, this has the
-    derivative one. The gradient is never sparse.
+    Rows whose norm is above `max_norm` are renormalised; as PyTorch, which does so in place
+    beforehand, this has the derivative one. The gradient is never sparse.
     """
     index = input.long().reshape(-1, 1).expand(-1, weight.shape[1])
     rows = weight.gather(0, index)
@@ -160,7 +168,11 @@ def embedding(
         rows = rows + (rows * scale - rows).detach()
     if scale_grad_by_freq:
         places = index[:, 0]
-        counts = torch.zeros_like(weight[:, 0]).detach().scatter_add(0, places, torch.ones_like(rows[:, 0]).detach())
+        counts = (
+            torch.zeros_like(weight[:, 0])
+            .detach()
+            .scatter_add(0, places, torch.ones_like(rows[:, 0]).detach())
+        )
         share = rows / counts.gather(0, places).unsqueeze(1)
         rows = share + (rows - share).detach()
     rows = rows.reshape(*input.shape, weight.shape[1])

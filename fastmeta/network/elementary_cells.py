@@ -1,4 +1,5 @@
-"""Recurrent cells out of elementary operators: PyTorch's own have no vmap. Signatures are those of `torch.*_cell`."""
+"""Recurrent cells out of elementary operators: PyTorch's own have no vmap. Signatures are those of
+`torch.*_cell`."""
 
 from __future__ import annotations
 

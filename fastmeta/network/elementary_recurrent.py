@@ -1,4 +1,5 @@
-"""Recurrent layers as loops over elementary cells: PyTorch's own have no vmap. Signatures are those of `torch.lstm`."""
+"""Recurrent layers as loops over elementary cells: PyTorch's own have no vmap. Signatures are those
+of `torch.lstm`."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from torch.nn import functional as F
 
 from fastmeta.network.elementary_cells import elman_step, gru_step, lstm_step
 
-#: One step: (W_ih x + b_ih [N, G H], state, w_hh, b_hh, ...) -> state; the first tensor of a state is the output.
+#: One step: (W_ih x + b_ih [N, G H], state, w_hh, b_hh, ...) -> state; the first tensor of a state
+#: is the output.
 Step = Callable[..., "tuple[Tensor, ...]"]
 
 
 def _layer(native: Any, step: Step) -> Callable[..., tuple[Tensor, ...]]:
-    """The layer whose step is `step`, in place of PyTorch's `native`, which keeps packed sequences."""
+    """The layer whose step is `step`, in place of PyTorch's `native`, which keeps packed
+    sequences."""
 
     def layer(
         input: Tensor,  # [L, N, I], or [N, L, I] with batch_first

@@ -1,6 +1,7 @@
 """The module as a function of one task's parameters, under fastmeta's own conventions.
 
-This is what the `reference` and `torch` backends evaluate, and what a captured layer program is compared with.
+This is what the `reference` and `torch` backends evaluate, and what a captured layer program is
+compared with.
 """
 
 from __future__ import annotations
@@ -47,18 +48,20 @@ def call(
     """The network's output for one task.
 
     Args:
-        net: the module; its parameters, buffers and attributes are the same objects afterwards. Whoever calls it often
-            gives an `Exchange` of it.
-        params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep the module's own.
+        net: the module; its parameters, buffers and attributes are the same objects afterwards.
+            Whoever calls it often gives an `Exchange` of it.
+        params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep
+            the module's own.
         x: inputs [N, *in]; the network may write into its input, it gets a copy.
-        batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in eval mode, and
-            leave the running ones alone. "running": norms that track running statistics use those. "module": each
-            norm as its module, or the code that calls it, says by `training`; the running ones are left alone too.
-        decompose: compute norms, attention, embeddings and recurrent networks from elementary operators, so that vmap
-            and double backward are right together however they nest (autograd over `vmap(grad)` of fused norms is
-            silently wrong, pytorch/functorch#534).
-        carried: the state, in buffers and attributes, that the task's last forward pass left the module in, to start
-            from and to be replaced; None: the module's own state.
+        batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in
+            eval mode, and leave the running ones alone. "running": norms that track running
+            statistics use those. "module": each norm as its module, or the code that calls it, says
+            by `training`; the running ones are left alone too.
+        decompose: compute norms, attention, embeddings and recurrent networks from elementary
+            operators, so that vmap and double backward are right together however they nest
+            (autograd over `vmap(grad)` of fused norms is silently wrong, pytorch/functorch#534).
+        carried: the state, in buffers and attributes, that the task's last forward pass left the
+            module in, to start from and to be replaced; None: the module's own state.
         forwards: name of a submodule -> what it runs in the place of its own forward.
 
     Returns:
@@ -89,8 +92,8 @@ def call_then(
 
     Args:
         net, params, x, batch_stats, decompose, carried, forwards: as in `call`.
-        then: finds in buffers and attributes of the module what the forward pass has left there (a penalty, features),
-            but the module's own parameters.
+        then: finds in buffers and attributes of the module what the forward pass has left there (a
+            penalty, features), but the module's own parameters.
     """
     exchange = net if isinstance(net, Exchange) else Exchange(net)
     found: list[Tensor] = []
@@ -123,7 +126,8 @@ def _run(
                 # cuDNN's recurrent networks have no double backward, the others have.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if "torch._dynamo" in sys.modules and any(map(_compiled, exchange.net.modules())):
-                # compiled code would be compiled again for every task's own parameters, or has failed to be
+                # compiled code would be compiled again for every task's own parameters, or has
+                # failed to be
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(conventions)
             return _output(exchange.net, x.clone(), forwards or {})
@@ -132,7 +136,8 @@ def _run(
 
 
 def _output(net: nn.Module, x: Tensor, forwards: Mapping[str, Callable[..., Any]]) -> Any:
-    """What the module returns; to be called inside of an exchange, which puts the forwards back if this does not."""
+    """What the module returns; to be called inside of an exchange, which puts the forwards back if
+    this does not."""
     replaced = [(vars(net.get_submodule(name)), function) for name, function in forwards.items()]
     try:
         for attributes, function in replaced:
@@ -158,7 +163,8 @@ def by_own_batch(batch_stats: str, training: bool) -> bool:
 
 
 def norms_by_batch(net: nn.Module, batch_stats: str) -> list[str]:
-    """The batch norms of a network that take the statistics of their own batch, as messages name them."""
+    """The batch norms of a network that take the statistics of their own batch, as messages name
+    them."""
     return [
         f"{name or 'the network itself'} ({type(module).__name__})"
         for name, module in net.named_modules()
@@ -167,8 +173,11 @@ def norms_by_batch(net: nn.Module, batch_stats: str) -> list[str]:
     ]
 
 
-def normalises_by_batch(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str = "task") -> bool:
-    """Whether the network's code calls batch norm over its own batch, by a module or not: it is run once.
+def normalises_by_batch(
+    net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str = "task"
+) -> bool:
+    """Whether the network's code calls batch norm over its own batch, by a module or not: it is run
+    once.
 
     Arguments as in `call`.
     """
@@ -197,14 +206,18 @@ def check_batch_stats(net: nn.Module, batch_stats: str) -> None:
         batch_stats: "task" | "running" | "module".
 
     Raises:
-        ValueError: an unknown value, or a norm is to use running statistics that it has not yet (or never will): it
-            would silently normalise with mean 0 and variance 1.
+        ValueError: an unknown value, or a norm is to use running statistics that it has not yet (or
+            never will): it would silently normalise with mean 0 and variance 1.
     """
     if batch_stats not in _BATCH_STATS:
         raise ValueError(f"`batch_stats` must be 'task', 'running' or 'module', got {batch_stats!r}")
     if batch_stats == "task":
         return
-    needs = "`batch_stats='running'` needs" if batch_stats == "running" else "`batch_stats='module'` in eval mode needs"
+    needs = (
+        "`batch_stats='running'` needs"
+        if batch_stats == "running"
+        else "`batch_stats='module'` in eval mode needs"
+    )
     for name, module in net.named_modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             continue
@@ -234,15 +247,18 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 
 def own(tensor: Tensor, requires_grad: bool = False) -> Tensor:
-    """A leaf with the values of `tensor` and no ties to the caller's graph; to be called inside `isolated`."""
+    """A leaf with the values of `tensor` and no ties to the caller's graph; to be called inside
+    `isolated`."""
     leaf = tensor.clone() if tensor.is_inference() else tensor
     return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point())
 
 
 class Conventions(Plain):
-    """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls them.
+    """Replaces norms, attention and recurrent networks wherever a module, or its own code, calls
+    them.
 
-    While it is active no native fast path is taken: the attention modules look for it with has_torch_function.
+    While it is active no native fast path is taken: the attention modules look for it with
+    has_torch_function.
     """
 
     def __init__(self, batch_stats: str, decompose: bool) -> None:
@@ -274,8 +290,8 @@ def _batch_norm(
     own_batch = by_own_batch(batch_stats, training)
     if own_batch and x.numel() == x.shape[1]:
         raise ValueError(
-            "batch norm over the task's own batch needs more than one value per channel, got an input of shape "
-            f"{tuple(x.shape)}; `batch_stats='running'` can take it"
+            "batch norm over the task's own batch needs more than one value per channel, got an input of "
+            f"shape {tuple(x.shape)}; `batch_stats='running'` can take it"
         )
     if not own_batch and (running_mean is None or running_var is None):
         why = "batch_stats='running'" if batch_stats == "running" else "training=False"
@@ -313,12 +329,14 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _bias_alone(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether PyTorch's fused norms have no right second derivative: batch norm's are off by 1e-3, the others raise."""
+    """Whether PyTorch's fused norms have no right second derivative: batch norm's are off by 1e-3,
+    the others raise."""
     return weight is None and bias is not None
 
 
 def _fused_where_right(fused: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """PyTorch's norm, or the same formula out of elementary operators where its second derivative is not right."""
+    """PyTorch's norm, or the same formula out of elementary operators where its second derivative
+    is not right."""
     signature = inspect.signature(fused)
     places = [*signature.parameters]
     at_weight, at_bias = places.index("weight"), places.index("bias")
@@ -337,7 +355,8 @@ def _fused_where_right(fused: Callable[..., Tensor], formula: Callable[..., Tens
 
 
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
-    """`func` with PyTorch's own formula for attention: the fused kernels have no double backward."""
+    """`func` with PyTorch's own formula for attention: the fused kernels have no double
+    backward."""
 
     def twice_differentiable(*args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
@@ -347,7 +366,8 @@ def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's, by the branch that returns the attention weights: it is made of elementary operators."""
+    """PyTorch's, by the branch that returns the attention weights: it is made of elementary
+    operators."""
     wanted = kwargs.get("need_weights", True)
     output, weights = F.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
     return output, weights if wanted else None
@@ -375,4 +395,7 @@ _TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     **REPLACED,
     F.layer_norm: _fused_where_right(F.layer_norm, elementary.layer_norm),
     F.group_norm: _fused_where_right(F.group_norm, elementary.group_norm),
-} | {func: _with_math_attention(func) for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)}
+} | {
+    func: _with_math_attention(func)
+    for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+}

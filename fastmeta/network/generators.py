@@ -1,7 +1,8 @@
-"""Random generators of the user's own that a forward pass can draw from, beside those that are global.
+"""Random generators of the user's own that a forward pass can draw from, beside those that are
+global.
 
-They are looked for where a forward finds them: attributes of modules and of the objects in these, bound methods,
-closures, default arguments, and the globals that its byte code reads.
+They are looked for where a forward finds them: attributes of modules and of the objects in these,
+bound methods, closures, default arguments, and the globals that its byte code reads.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from fastmeta.network.outside import Read, reads_of
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_modules"}
 #: Looked at in one search, so that huge containers cost little.
 _MOST_OBJECTS = 2000
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, torch.Size, range})
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, torch.Size, range}
+)
 
-#: What a network's own functions read from outside, as far as generators were there, and the types it was found for.
+#: What a network's own functions read from outside, as far as generators were there, and the types
+#: it was found for.
 _READS: WeakKeyDictionary[nn.Module, tuple[tuple[type, ...], list[Read]]] = WeakKeyDictionary()
 
 
-def generators_of(net: nn.Module | None, functions: Iterable[Callable[..., Any] | None] = ()) -> tuple[Any, ...]:
+def generators_of(
+    net: nn.Module | None, functions: Iterable[Callable[..., Any] | None] = ()
+) -> tuple[Any, ...]:
     """The generator objects that a network and functions such as its losses may draw from.
 
     Args:
@@ -37,8 +43,9 @@ def generators_of(net: nn.Module | None, functions: Iterable[Callable[..., Any] 
         functions: losses; None is passed over.
 
     Returns:
-        Objects of `torch.Generator`, `random.Random` and NumPy's `Generator`, `RandomState` and bit generators, each
-        once. A read of a global that held none when the network was first seen is not looked at again.
+        Objects of `torch.Generator`, `random.Random` and NumPy's `Generator`, `RandomState` and bit
+        generators, each once. A read of a global that held none when the network was first seen is
+        not looked at again.
     """
     given = [function for function in functions if function is not None]
     starts: list[Any] = list(given)
@@ -50,14 +57,18 @@ def generators_of(net: nn.Module | None, functions: Iterable[Callable[..., Any] 
 
 
 def _read(net: nn.Module) -> list[Any]:
-    """What stands now in the globals and closures where the network's functions found generators."""
+    """What stands now in the globals and closures where the network's functions found
+    generators."""
     types = tuple(map(type, net.modules()))
     known = _READS.get(net)
     if known is None or known[0] != types:
         classes = list(dict.fromkeys(cls for kind in types for cls in kind.__mro__ if not _of_torch(cls)))
-        held = [v for module in net.modules() for name, v in vars(module).items() if name not in _OF_EVERY_MODULE]
+        held = [
+            v for module in net.modules() for name, v in vars(module).items() if name not in _OF_EVERY_MODULE
+        ]
         reads = reads_of([*(getattr(cls, "forward", None) for cls in classes), *held], classes)
-        # a read that is kept must not keep the network alive: only those whose value is, or holds, a generator
+        # a read that is kept must not keep the network alive: only those whose value is, or holds,
+        # a generator
         known = _READS[net] = types, [read for read in reads if any(True for _ in _search(_values([read])))]
     return _values(known[1])
 
@@ -97,7 +108,9 @@ def _inside(value: Any) -> Iterable[Any]:
     """What an object holds where a forward can find it."""
     kind = type(value)
     if issubclass(kind, nn.Module):
-        return [v for name, v in vars(value).items() if name not in _OF_EVERY_MODULE and type(v) not in _PLAIN]
+        return [
+            v for name, v in vars(value).items() if name not in _OF_EVERY_MODULE and type(v) not in _PLAIN
+        ]
     if kind is dict:
         return list(islice(value.values(), _MOST_OBJECTS))
     if kind in (list, tuple):

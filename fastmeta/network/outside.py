@@ -1,6 +1,8 @@
-"""What a forward reads from beyond its modules: globals, closures, and names in modules and classes it imports.
+"""What a forward reads from beyond its modules: globals, closures, and names in modules and classes
+it imports.
 
-Byte code says which names a function loads; functions that it can reach by them are looked into as well.
+Byte code says which names a function loads; functions that it can reach by them are looked into as
+well.
 """
 
 from __future__ import annotations
@@ -11,12 +13,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import SystemRandom
-from types import BuiltinFunctionType, BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "fastmeta"}
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
-#: Modules whose functions answer otherwise at every call, though nothing that can be watched changes; of some all do.
+#: Modules whose functions answer otherwise at every call, though nothing that can be watched
+#: changes; of some all do.
 _ENTROPY: dict[str, frozenset[str] | None] = {
     "time": None,
     "secrets": None,
@@ -136,7 +147,8 @@ def _loaded(code: CodeType) -> Iterator[tuple[bool, str]]:
 
 
 def _reads_entropy(value: Any, names: frozenset[str]) -> bool:
-    """Whether code that loads `value`, and as attributes `names`, may read the clock or the system's entropy."""
+    """Whether code that loads `value`, and as attributes `names`, may read the clock or the
+    system's entropy."""
     kind = type(value)
     if kind is ModuleType:
         return value.__name__ in _ENTROPY and _meant(value.__name__, names)

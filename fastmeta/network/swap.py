@@ -1,9 +1,11 @@
-"""A module with other tensors in the place of its own for the time of a forward pass, and nothing left behind.
+"""A module with other tensors in the place of its own for the time of a forward pass, and nothing
+left behind.
 
-Everything that a forward pass can set is noted before it runs and put back after it, by identity: parameters, buffers,
-submodules and plain attributes of every module, and what lists, dicts, sets and objects among the attributes hold.
-Tensors that it could write into it gets as copies. What undoes a change is built before the change is made, and all
-old values come back in one call of C code, which no signal and no other thread cuts in two.
+Everything that a forward pass can set is noted before it runs and put back after it, by identity:
+parameters, buffers, submodules and plain attributes of every module, and what lists, dicts, sets
+and objects among the attributes hold. Tensors that it could write into it gets as copies. What
+undoes a change is built before the change is made, and all old values come back in one call of C
+code, which no signal and no other thread cuts in two.
 """
 
 from __future__ import annotations
@@ -25,7 +27,20 @@ from fastmeta.network.outside import is_library
 
 #: What every module has: hooks, and what is held in a way of its own.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
+_ATOMS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _ATOM_TYPES = frozenset(_ATOMS)
 _NO_STATE = (*_ATOMS, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum)
 _ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
@@ -37,15 +52,18 @@ T = TypeVar("T")
 P = ParamSpec("P")
 _run_through = deque[Any](maxlen=0).extend
 
-#: The exchanged tensors are there for every thread to see: whoever reads a module's parameters takes this lock.
+#: The exchanged tensors are there for every thread to see: whoever reads a module's parameters
+#: takes this lock.
 LOCK = threading.RLock()
-# A process forks while no thread holds it: the child has none of the threads that could give it back.
+# A process forks while no thread holds it: the child has none of the threads that could give it
+# back.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def locked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, holding `LOCK`: it reads the parameters of a network that another thread may be running."""
+    """`function`, holding `LOCK`: it reads the parameters of a network that another thread may be
+    running."""
 
     @wraps(function)
     def holding(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -59,9 +77,11 @@ class Carried:
     """What a module's state has become for one task, handed from one forward pass to the next."""
 
     def __init__(self) -> None:
-        #: Of every container of an `Exchange`, with the module's own tensors where others stand; None before the first.
+        #: Of every container of an `Exchange`, with the module's own tensors where others stand;
+        #: None before the first.
         self.contents: list[Any] | None = None
-        #: The task's own tensors in the place of those that can be written into: by the ids of those.
+        #: The task's own tensors in the place of those that can be written into: by the ids of
+        #: those.
         self.copies: dict[int, Tensor] = {}
 
 
@@ -81,7 +101,8 @@ class Exchange:
         self.containers: list[Any] = []
         self.places: list[str] = []
         self.old: list[Any] = []
-        #: Tensors that could be written into, and tuples that hold something exchanged, by their ids.
+        #: Tensors that could be written into, and tuples that hold something exchanged, by their
+        #: ids.
         self._copied: dict[int, Tensor] = {}
         self._tuples: dict[int, Any] = {}
         #: Where a container holds something exchanged: (container, what it holds, [key]).
@@ -97,10 +118,16 @@ class Exchange:
             self._parameters = {id(value): value for value in net.parameters()}
             for place, module in self._modules:  # grows
                 self._hold_module(place, module)
-        plain = [at for at, c in enumerate(self.containers) if isinstance(c, dict) and not isinstance(c, OrderedDict)]
+        plain = [
+            at
+            for at, c in enumerate(self.containers)
+            if isinstance(c, dict) and not isinstance(c, OrderedDict)
+        ]
         self._dicts, self._old_dicts = [self.containers[at] for at in plain], [self.old[at] for at in plain]
         self._old_keys = [*map(list, self._old_dicts)]
-        self._others = [pair for at, pair in enumerate(zip(self.containers, self.old, strict=True)) if at not in plain]
+        self._others = [
+            pair for at, pair in enumerate(zip(self.containers, self.old, strict=True)) if at not in plain
+        ]
 
     def run(
         self,
@@ -112,19 +139,24 @@ class Exchange:
         """`function()` with `params` in the place of the module's parameters.
 
         Args:
-            params: name, as in `net.named_parameters()`, -> tensor. Wherever the module keeps the parameter of that
-                name, in several modules or in a list of its own, this tensor is found.
+            params: name, as in `net.named_parameters()`, -> tensor. Wherever the module keeps the
+                parameter of that name, in several modules or in a list of its own, this tensor is
+                found.
             function: runs the module, or something else that may look at it.
-            carried: the state that an earlier pass left, which this one starts from and leaves its own in; None: the
-                module's own state.
-            then: called with the answer when the module has its own parameters again, but still what the function has
-                left in buffers and attributes.
+            carried: the state that an earlier pass left, which this one starts from and leaves its
+                own in; None: the module's own state.
+            then: called with the answer when the module has its own parameters again, but still
+                what the function has left in buffers and attributes.
         """
         with LOCK:
             return self._run(self._stand_ins(params, carried), function, carried, then)
 
     def _run(
-        self, new: dict[int, Any], function: Callable[[], T], carried: Carried | None, then: Callable[[T], None] | None
+        self,
+        new: dict[int, Any],
+        function: Callable[[], T],
+        carried: Carried | None,
+        then: Callable[[T], None] | None,
     ) -> T:
         try:
             try:
@@ -185,7 +217,8 @@ class Exchange:
                     container[key] = new[at]
 
     def _contents(self, new: dict[int, Any]) -> list[Any]:
-        """What all containers hold, with the module's own objects in the place of those that stand in for them."""
+        """What all containers hold, with the module's own objects in the place of those that stand
+        in for them."""
         originals = {id(value): at for at, value in new.items()}
         objects = {**self._tuples, **self._copied, **self._parameters}
         contents = []
@@ -195,8 +228,12 @@ class Exchange:
                 for key, value in _items(content):
                     if id(value) in originals:
                         # two parameters may have been given one tensor
-                        before = old.get(key) if isinstance(old, dict) else old[key] if key < len(old) else None
-                        content[key] = before if new.get(id(before)) is value else objects[originals[id(value)]]
+                        before = (
+                            old.get(key) if isinstance(old, dict) else old[key] if key < len(old) else None
+                        )
+                        content[key] = (
+                            before if new.get(id(before)) is value else objects[originals[id(value)]]
+                        )
             contents.append(content)
         return contents
 
@@ -211,11 +248,13 @@ class Exchange:
     def _hold_module(self, place: str, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
-                f"{place} is a TorchScript module, whose parameters cannot be exchanged for those of a task: give the "
-                "nn.Module that it was made from"
+                f"{place} is a TorchScript module, whose parameters cannot be exchanged for those of a task: "
+                "give the nn.Module that it was made from"
             )
         if isinstance(module, _WRAPPERS):
-            raise TypeError(f"{place} is wrapped in {type(module).__name__}: give the network itself, its `.module`")
+            raise TypeError(
+                f"{place} is wrapped in {type(module).__name__}: give the network itself, its `.module`"
+            )
         attributes = vars(module)
         keys = [
             key
@@ -226,9 +265,15 @@ class Exchange:
         ]
         self._hold(place, attributes, keys)
         parameters = module._parameters
-        self._hold(f"{place}'s parameters", parameters, [k for k, p in parameters.items() if id(p) in self._parameters])
+        self._hold(
+            f"{place}'s parameters",
+            parameters,
+            [k for k, p in parameters.items() if id(p) in self._parameters],
+        )
         buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
-        self._copied.update({id(buffer): buffer for buffer in buffers.values() if id(buffer) not in self._parameters})
+        self._copied.update(
+            {id(buffer): buffer for buffer in buffers.values() if id(buffer) not in self._parameters}
+        )
         self._hold(f"{place}'s buffers", module._buffers, [*buffers])
         self.buffers[id(module._buffers)] = isinstance(module, nn.modules.batchnorm._NormBase)
         self._hold(f"{place}'s modules", module._modules, [])
@@ -242,7 +287,8 @@ class Exchange:
             self._modules.append((place, module))
 
     def _visit(self, place: str, value: Any, objects: bool) -> bool:
-        """Whether something else is to stand where `value` stands; holds what can be changed in place."""
+        """Whether something else is to stand where `value` stands; holds what can be changed in
+        place."""
         kind = type(value)  # what `__class__` says may be anything, or raise
         if kind in _ATOM_TYPES:
             return False
@@ -282,12 +328,15 @@ class Exchange:
         if isinstance(container, set) or _ATOM_TYPES.issuperset(map(type, values)):
             self._hold(place, container, [])
         else:
-            keys = [key for key, value in _items(container) if self._visit(f"{place}[{key!r}]", value, objects)]
+            keys = [
+                key for key, value in _items(container) if self._visit(f"{place}[{key!r}]", value, objects)
+            ]
             self._hold(place, container, keys)
 
 
 def _state(value: Any) -> dict[str, Any] | None:
-    """The attributes that a forward pass may set of an attribute that is an object of the user's; None: of no such."""
+    """The attributes that a forward pass may set of an attribute that is an object of the user's;
+    None: of no such."""
     kind = type(value)
     if not issubclass(kind, SimpleNamespace) and (issubclass(kind, _NO_STATE) or is_library(kind.__module__)):
         return None

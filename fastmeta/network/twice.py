@@ -1,6 +1,8 @@
-"""Functions of PyTorch whose second derivative is missing, or fails on some inputs, and what is called in their place.
+"""Functions of PyTorch whose second derivative is missing, or fails on some inputs, and what is
+called in their place.
 
-Values and first derivatives are PyTorch's own; these stand wherever fastmeta calls a module, under vmap and outside.
+Values and first derivatives are PyTorch's own; these stand wherever fastmeta calls a module, under
+vmap and outside.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def embedding_bag(
         raise NotImplementedError(f"embedding_bag: `per_sample_weights` needs mode='sum', got {mode!r}")
     if per_sample_weights is not None and per_sample_weights.shape != input.shape:
         raise ValueError(
-            f"embedding_bag: `per_sample_weights` must be {tuple(input.shape)}, got {tuple(per_sample_weights.shape)}"
+            f"embedding_bag: `per_sample_weights` must be {tuple(input.shape)}, got "
+            f"{tuple(per_sample_weights.shape)}"
         )
     rows = elementary.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
     used = torch.ones_like(input, dtype=torch.bool)
@@ -92,7 +95,8 @@ def cdist(
     p: float = 2.0,
     compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
 ) -> Tensor:
-    """Distances between all pairs of rows, [..., P, R]; where one is zero so is its gradient, as in PyTorch."""
+    """Distances between all pairs of rows, [..., P, R]; where one is zero so is its gradient, as in
+    PyTorch."""
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 0:
         return torch.cdist(x1, x2, p)
@@ -109,9 +113,12 @@ def cdist(
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`; its weight lies as it was made: the gradient of one that is strided otherwise may be refused."""
+    """`function`; its weight lies as it was made: the gradient of one that is strided otherwise may
+    be refused."""
 
-    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def convolution(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         return function(input, weight.contiguous(), bias, *args, **kwargs)
 
     return convolution

@@ -1,4 +1,5 @@
-"""The operators that everything else is made of: contract, checks, autograd and the choice of a backend."""
+"""The operators that everything else is made of: contract, checks, autograd and the choice of a
+backend."""
 
 from fastmeta.ops.inner_sgd import inner_sgd
 from fastmeta.ops.meta_gradient import MetaGradient, meta_gradient

@@ -30,12 +30,15 @@ def adapted_now(who: str, net: nn.Module, adapt: str | tuple[str, ...]) -> Adapt
 
     Args:
         who: the operator, for messages.
-        net: the network: its own parameters are asked whether they require grad, whatever tensors a call is about.
-        adapt: "all"; "head": the parameters of the last leaf module that has any; "body": all the others; these three
-            without those that require no grad. Or names and glob patterns of names, frozen or not.
+        net: the network: its own parameters are asked whether they require grad, whatever tensors a
+            call is about.
+        adapt: "all"; "head": the parameters of the last leaf module that has any; "body": all the
+            others; these three without those that require no grad. Or names and glob patterns of
+            names, frozen or not.
 
     Raises:
-        ValueError: a name or a pattern that no parameter of the network has, or nothing at all to adapt.
+        ValueError: a name or a pattern that no parameter of the network has, or nothing at all to
+            adapt.
     """
     parameters = dict(net.named_parameters())
     if adapt in BY_GRAD:
@@ -44,21 +47,24 @@ def adapted_now(who: str, net: nn.Module, adapt: str | tuple[str, ...]) -> Adapt
         if meant and not names:
             which = f"all of {', '.join(meant[:8])}{', ...' * (len(meant) > 8)}"
             raise ValueError(
-                f"{argument(who, 'adapt')}={adapt!r} means parameters that require grad, and {which} are frozen "
-                f"(requires_grad=False); unfreeze what shall adapt, or name it: adapt='*' takes frozen parameters too"
+                f"{argument(who, 'adapt')}={adapt!r} means parameters that require grad, and {which} are "
+                f"frozen (requires_grad=False); unfreeze what shall adapt, or name it: adapt='*' takes "
+                "frozen parameters too"
             )
         found = Adapted(names, tuple(name for name in meant if name not in names))
     else:
         found = Adapted(_by_name(who, adapt, parameters))
     if not found.names:
         raise ValueError(
-            f"{argument(who, 'adapt')} leaves nothing to adapt, got {adapt!r}; the network has {', '.join(parameters)}"
+            f"{argument(who, 'adapt')} leaves nothing to adapt, got {adapt!r}; "
+            f"the network has {', '.join(parameters)}"
         )
     return found
 
 
 def mark_as_trained(parameter: Tensor) -> None:
-    """Count a parameter as one that requires grad though it does not: a vector that it is a view of does."""
+    """Count a parameter as one that requires grad though it does not: a vector that it is a view of
+    does."""
     parameter.fastmeta_trains = True  # type: ignore[attr-defined]
 
 

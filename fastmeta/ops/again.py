@@ -1,4 +1,5 @@
-"""Gradients that can be differentiated again: the whole call once more by plain autograd, with its graph."""
+"""Gradients that can be differentiated again: the whole call once more by plain autograd, with its
+graph."""
 
 from __future__ import annotations
 
@@ -62,23 +63,26 @@ def matched(tensors: Iterable[Tensor], pairs: Iterable[tuple[Tensor, Tensor]]) -
     """The gradients of `tensors` out of (tensor, gradient).
 
     Raises:
-        RuntimeError: the network or a loss, which was evaluated again for this, no longer read one of them.
+        RuntimeError: the network or a loss, which was evaluated again for this, no longer read one
+            of them.
     """
     found = {key_of(tensor): gradient for tensor, gradient in pairs}
     tensors = list(tensors)
     for tensor in tensors:
         if key_of(tensor) not in found:
             raise RuntimeError(
-                f"fastmeta: the backward pass evaluates the network and the losses again, and they did not read the "
-                f"tensor {tuple(tensor.shape)} that requires grad and that they read in the forward pass; bind such a "
-                "tensor in a default argument or in functools.partial, not in a variable that changes in between"
+                f"fastmeta: the backward pass evaluates the network and the losses again, and they did not "
+                f"read the tensor {tuple(tensor.shape)} that requires grad and that they read in the forward "
+                "pass; bind such a tensor in a default argument or in functools.partial, not in a variable "
+                "that changes in between"
             )
     return [found[key_of(tensor)] for tensor in tensors]
 
 
 @dataclass(frozen=True, slots=True)
 class Aliases:
-    """Tensors that require no grad and that autograd knows as others: parameters of a flattened module.
+    """Tensors that require no grad and that autograd knows as others: parameters of a flattened
+    module.
 
     Args:
         parts: gives the tensors.
@@ -105,7 +109,8 @@ def captures_of(gradients: bool, aliases: Aliases | None) -> Captures:
 
 
 def reads(pairs: list[tuple[Tensor, Tensor]] | None, aliases: Aliases | None) -> list[Read]:
-    """What a problem has found, but for what a forward pass made for itself. Empties `pairs`, (tensor, gradient)."""
+    """What a problem has found, but for what a forward pass made for itself. Empties `pairs`,
+    (tensor, gradient)."""
     if not pairs:
         return []
     kept = [(weakref.ref(tensor), gradient) for tensor, gradient in pairs]

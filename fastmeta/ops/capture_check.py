@@ -1,4 +1,5 @@
-"""Whether a captured program computes what its module computes: asked once for each program and shapes."""
+"""Whether a captured program computes what its module computes: asked once for each program and
+shapes."""
 
 from __future__ import annotations
 
@@ -31,10 +32,14 @@ def check_capture(backend: ModuleType, problem: Problem) -> None:
         want = reference.solve(one, frozenset(), False).output
         got = backend.solve(one, frozenset(), False).output
     if want is None or got is None or want.shape != got.shape:
-        raise CaptureError(f"the captured network returns {_shape(got)} for one task, the module {_shape(want)}")
+        raise CaptureError(
+            f"the captured network returns {_shape(got)} for one task, the module {_shape(want)}"
+        )
     finite = want.isfinite()
     got_finite, want_finite = got[finite].double(), want[finite].double()
-    scale = max(float(want_finite.abs().max()), 1.0) if finite.any() else 1.0  # squares of enormous numbers overflow
+    scale = (
+        max(float(want_finite.abs().max()), 1.0) if finite.any() else 1.0
+    )  # squares of enormous numbers overflow
     size = (want_finite / scale).norm().clamp_min(torch.finfo(want.dtype).eps / scale)
     error = ((got_finite - want_finite) / scale).norm() / size
     if not error <= _TOLERANCE[want.dtype] or not torch.equal(got.isfinite(), finite):

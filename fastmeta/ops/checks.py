@@ -16,7 +16,8 @@ from fastmeta.problem import DIFFERENTIABLE
 
 
 class Tensors(NamedTuple):
-    """The tensors of one call, as the user gave them; fields are those of `Problem`, None where there is none."""
+    """The tensors of one call, as the user gave them; fields are those of `Problem`, None where
+    there is none."""
 
     support_x: Tensor | None = None
     support_y: Tensor | None = None
@@ -79,7 +80,9 @@ def check_net(who: str, net: nn.Module) -> None:
         raise ValueError(f"{what} must have parameters, {type(net).__name__} has none")
     lazy = [name for name, value in parameters.items() if is_lazy(value)]
     if lazy:
-        raise ValueError(f"{what} must be initialised, {lazy[0]!r} has no shape yet: call the network once before")
+        raise ValueError(
+            f"{what} must be initialised, {lazy[0]!r} has no shape yet: call the network once before"
+        )
 
 
 def check_wrt(who: str, wrt: frozenset[str], tensors: Tensors) -> None:
@@ -123,9 +126,13 @@ def _check_params(who: str, net: nn.Module, params: Mapping[str, Tensor]) -> tup
             raise TypeError(f"{what}[{name!r}] must be floating point, got {value.dtype}")
         first = value if first is None else first
         if value.dtype != first.dtype:
-            raise TypeError(f"{what}[{name!r}] must be {first.dtype}, as the other parameters, got {value.dtype}")
+            raise TypeError(
+                f"{what}[{name!r}] must be {first.dtype}, as the other parameters, got {value.dtype}"
+            )
         if value.device != first.device:
-            raise ValueError(f"{what}[{name!r}] must be on {first.device}, as the other parameters, got {value.device}")
+            raise ValueError(
+                f"{what}[{name!r}] must be on {first.device}, as the other parameters, got {value.device}"
+            )
     first = next(iter(params.values()))
     return first.device, first.dtype
 
@@ -134,13 +141,18 @@ def _check_buffers(who: str, net: nn.Module) -> None:
     """Those that are dense; what else a network keeps is its own concern."""
     for name, buffer in net.named_buffers():
         dense = (
-            type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta
+            type(buffer) is Tensor
+            and buffer.layout == torch.strided
+            and not buffer.is_nested
+            and not buffer.is_meta
         )
         if dense and not has_memory(buffer):
             check_ordinary(f"{argument(who, 'net')}: the buffer {name!r}", buffer)
 
 
-def _per_task(who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int) -> frozenset[str]:
+def _per_task(
+    who: str, params: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], tasks: int
+) -> frozenset[str]:
     own = set()
     for name, shape in shapes.items():
         got = tuple(params[name].shape)
@@ -213,7 +225,9 @@ def _check_not_empty(what: str, x: Tensor, lead: tuple[int, ...]) -> None:
 def _check_lead(who: str, field: str, target: Tensor | None, dims: str, lead: tuple[int, ...]) -> None:
     """The leading dimensions of a target; the rest is the loss's to check."""
     if target is not None and target.shape[: len(lead)] != lead:
-        raise ValueError(f"{argument(who, field)} must be {dims} with {lead} in front, got {tuple(target.shape)}")
+        raise ValueError(
+            f"{argument(who, field)} must be {dims} with {lead} in front, got {tuple(target.shape)}"
+        )
 
 
 def _check_shape(who: str, field: str, weights: Tensor | None, dims: str, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,5 @@
-"""Autograd for `task_forward` and `inner_sgd`: the backward pass is one more problem, solved from the inputs alone."""
+"""Autograd for `task_forward` and `inner_sgd`: the backward pass is one more problem, solved from
+the inputs alone."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Operation:
         return prepare(*given, adapted_grad, output_grad, captures=captures)
 
     def answer(self, call: Call) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]] | None]:
-        """(the output, or else the adapted parameters in the order of `self.params`; what else was read)."""
+        """(the output, or else the adapted parameters in the order of `self.params`; what else was
+        read)."""
         if self.tensors.query_x is not None:
             result = call.solve()
             return (cast(Tensor, result.output),), result.grads.captured
@@ -83,11 +85,13 @@ def run(operation: Operation) -> tuple[Tensor, ...]:
 
 
 def run_and_read(operation: Operation) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """(the answer, the tensors among what it depends on that the network or the loss reads past its arguments)."""
+    """(the answer, the tensors among what it depends on that the network or the loss reads past its
+    arguments)."""
     if not torch.is_grad_enabled():
         return operation.answer(operation.call())[0], []
     call = operation.call(captures=captures_of(False, operation.aliases))
-    # only a module that is run as it is may draw random numbers; the backward pass has to draw the same ones
+    # only a module that is run as it is may draw random numbers; the backward pass has to draw the
+    # same ones
     replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
     answer, found = operation.answer(call)
     if replay is not None:
@@ -99,7 +103,9 @@ def run_and_read(operation: Operation) -> tuple[tuple[Tensor, ...], list[Tensor]
     # the tensors go through save_for_backward alone: it notices when one of them was modified
     bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
     tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
-    return cast("tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors)), tensors
+    return cast(
+        "tuple[Tensor, ...]", _Solve.apply(answer, bare, replay, slots, parts, *leaves, *tensors)
+    ), tensors
 
 
 class _Solve(torch.autograd.Function):
@@ -169,7 +175,9 @@ def _solved_again(replay: Replay, operation: Operation, call: Call) -> Result:
     try:
         replay.check(marks_of(answer))
     except NotReplayedError as error:
-        raise NotReplayedError(f"{operation.options.who}: {error}; `meta_gradient` runs every forward once") from None
+        raise NotReplayedError(
+            f"{operation.options.who}: {error}; `meta_gradient` runs every forward once"
+        ) from None
     return result
 
 

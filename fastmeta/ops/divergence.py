@@ -1,12 +1,14 @@
 """Tasks that diverged: counted, named, and left out where that is asked for.
 
-A shared gradient is a sum over tasks, so that one task of NaN makes all of it NaN, and a weight of zero does not help:
-zero times NaN is NaN. Nothing is done about that beforehand. Where a loss or a gradient turns out not to be finite, it
+A shared gradient is a sum over tasks, so that one task of NaN makes all of it NaN, and a weight of
+zero does not help: zero times NaN is NaN. Nothing is done about that beforehand. Where a loss or a
+gradient turns out not to be finite, it
 is computed again without the tasks at fault: that costs only then.
 
-Which tasks are left out: those of weight zero, which contribute nothing whatever they hold, and count in the mean as
-always. With "skip" also those of any other weight that diverged, and the mean is over the others: of T tasks S of which
-are skipped, sum(task_weights * task_losses) / (T - S) over the rest.
+Which tasks are left out: those of weight zero, which contribute nothing whatever they hold, and
+count in the mean as always. With "skip" also those of any other weight that diverged, and the mean
+is over the others: of T tasks S of which are skipped, sum(task_weights * task_losses) / (T - S)
+over the rest.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def check_choice(who: str, on_divergence: object) -> None:
 
 
 def looked_for(on_divergence: str, on_cpu: bool, weights: Tensor | None) -> bool:
-    """Whether gradients are to be looked at: "skip" says so, and so do weights of zero, which are read.
+    """Whether gradients are to be looked at: "skip" says so, and so do weights of zero, which are
+    read.
 
     On an accelerator, where reading anything would wait for it, only "skip" does.
     """
@@ -91,7 +94,8 @@ def leave_out(
 
     Args:
         who: the algorithm, for messages.
-        on_divergence: with "skip" tasks that diverged are left out; without it those of weight zero alone.
+        on_divergence: with "skip" tasks that diverged are left out; without it those of weight zero
+            alone.
         first: the answer for all tasks.
         weights: [T] or None.
         again: the answer for the tasks with these numbers.
@@ -150,7 +154,8 @@ class Gone:
 
 
 def left_out(who: str, on_divergence: str, values: Iterable[Tensor], weights: Tensor | None) -> Gone | None:
-    """The tasks that contribute nothing, as `leave_out` says, where nothing has to be computed again; reads values.
+    """The tasks that contribute nothing, as `leave_out` says, where nothing has to be computed
+    again; reads values.
 
     Args:
         who, on_divergence, weights: as of `leave_out`.
@@ -231,7 +236,11 @@ def _just_so(solve: Callable[[], Result]) -> Result:
 
 
 def settled(
-    who: str, on_divergence: str, call: Call, result: Result, run: Callable[[Callable[[], Result]], Result] = _just_so
+    who: str,
+    on_divergence: str,
+    call: Call,
+    result: Result,
+    run: Callable[[Callable[[], Result]], Result] = _just_so,
 ) -> Settled:
     """The answer to a call with its loss, without the tasks that are to be left out.
 

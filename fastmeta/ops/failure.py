@@ -1,4 +1,5 @@
-"""What the user did wrong, worked out after something has failed: it costs nothing while all is well."""
+"""What the user did wrong, worked out after something has failed: it costs nothing while all is
+well."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def check_examples(
         options, net, params, tensors, shapes: of the call.
 
     Raises:
-        TypeError, ValueError: names the set that the network cannot take, or the query set if that does not tell.
+        TypeError, ValueError: names the set that the network cannot take, or the query set if that
+            does not tell.
     """
     support, query = tensors.support_x, tensors.query_x
     if support is None or query is None:
@@ -42,7 +44,9 @@ def check_examples(
     _forward(options, net, params, tensors, shapes, "query")
     what, other = argument(options.who, "query_x"), argument(options.who, "support_x")
     if shape != shapes.input:
-        raise ValueError(f"{what} must hold examples of shape {shapes.input}, as {other}, got {tuple(query.shape)}")
+        raise ValueError(
+            f"{what} must hold examples of shape {shapes.input}, as {other}, got {tuple(query.shape)}"
+        )
     raise TypeError(f"{what} must be {support.dtype}, as {other}, got {query.dtype}")
 
 
@@ -63,9 +67,11 @@ def diagnose(
         lr: as given.
 
     Raises:
-        ValueError, TypeError: names the argument. Returns if nothing is found: the backend's own error then stands.
+        ValueError, TypeError: names the argument. Returns if nothing is found: the backend's own
+            error then stands.
     """
-    # a plan is found by classes, shapes, dtypes and devices alone; nothing is read before all have memory
+    # a plan is found by classes, shapes, dtypes and devices alone; nothing is read before all have
+    # memory
     for name, value in params.items():
         check_ordinary(f"{argument(options.who, 'params')}[{name!r}]", value)
     for field, tensor in zip(tensors._fields, tensors, strict=True):
@@ -93,7 +99,12 @@ def diagnose(
 
 
 def _forward(
-    options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, shapes: Shapes, part: str
+    options: Options,
+    net: nn.Module,
+    params: Mapping[str, Tensor],
+    tensors: Tensors,
+    shapes: Shapes,
+    part: str,
 ) -> Tensor | None:
     """The output of the first task, [N, *out]; None for a set that is not there or holds nothing.
 
@@ -114,7 +125,9 @@ def _forward(
             raise
         _check_call(options.who, net, example, error)
         what, got = argument(options.who, f"{part}_x"), tuple(x.shape)
-        dims = "[" + ", ".join(("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N"))
+        dims = "[" + ", ".join(
+            ("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N")
+        )
         linear, flattened = _first_layer(net)
         # another layer may have raised, or the user's own code
         if linear is not None and any(
@@ -123,13 +136,16 @@ def _forward(
             width = linear.in_features
             if flattened and prod(got[len(lead) :]) != width:
                 raise ValueError(
-                    f"{what} must be {dims}, ...] with {width} numbers an example (network input {width}), got {got}"
+                    f"{what} must be {dims}, ...] with {width} numbers an example (network input {width}), "
+                    f"got {got}"
                 ) from error
             if not flattened and got[-1] != width:
-                raise ValueError(f"{what} must be {dims}, {width}] (network input {width}), got {got}") from error
+                raise ValueError(
+                    f"{what} must be {dims}, {width}] (network input {width}), got {got}"
+                ) from error
         raise ValueError(
-            f"{what}: the network raised {type(error).__name__}: {error}; given were {got} {x.dtype}, examples of "
-            f"shape {got[len(lead) :]}"
+            f"{what}: the network raised {type(error).__name__}: {error}; given were {got} {x.dtype}, "
+            f"examples of shape {got[len(lead) :]}"
         ) from error
 
 
@@ -141,11 +157,15 @@ def _check_call(who: str, net: nn.Module, x: Tensor, error: Exception) -> None:
     """
     what, wrap = argument(who, "net"), "wrap it in a module that does"
     if isinstance(error, NotOneTensorError):
-        raise TypeError(f"{what} must return one tensor, {type(net).__name__} returned {error.got}: {wrap}") from error
+        raise TypeError(
+            f"{what} must return one tensor, {type(net).__name__} returned {error.got}: {wrap}"
+        ) from error
     try:
         signature(net.forward).bind(x)
     except TypeError as unfit:
-        raise TypeError(f"{what} must take one tensor, {type(net).__name__}.forward {unfit}: {wrap}") from error
+        raise TypeError(
+            f"{what} must take one tensor, {type(net).__name__}.forward {unfit}: {wrap}"
+        ) from error
     except ValueError:  # no signature
         return
 

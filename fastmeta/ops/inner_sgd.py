@@ -41,26 +41,29 @@ def inner_sgd(
 
     Args:
         net: the network; its parameters are not used, `params` are.
-        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
-            [T, *shape], one for each task.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
+            tasks, or [T, *shape], one for each task.
         x: support inputs [T, N, *in]; [T, K, N, *in] with `support_per_step`.
         y: support targets, as the loss wants them.
-        loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory, task_chunk, batch_stats,
+        loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory,
+        task_chunk, batch_stats,
             backend: as in `fastmeta.meta_gradient`.
         weights: of the support examples, [T, N] or [T, K, N]; of booleans: a mask.
 
     Returns:
         name -> [T, *shape], every parameter, also those that are not adapted.
 
-    Derivatives: differentiable in `params`, `lr`, `x`, `y` and `weights` where they are floating-point tensors, and in
-        whatever requires grad that the network or the loss reads besides; the backward pass runs the inner loop, and
-        so the loss, again. With order="first" only the identity part of each step remains. With `create_graph=True` the
-        backward pass is a loop of plain autograd, whose results can be differentiated again.
+    Derivatives: differentiable in `params`, `lr`, `x`, `y` and `weights` where they are
+        floating-point tensors, and in whatever requires grad that the network or the loss reads
+        besides; the backward pass runs the inner loop, and so the loss, again. With order="first"
+        only the identity part of each step remains. With `create_graph=True` the backward pass is a
+        loop of plain autograd, whose results can be differentiated again.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: the backend named cannot run this call.
-        RuntimeError: in the backward pass: a tensor was modified since, or the loss reads others than it did.
+        RuntimeError: in the backward pass: a tensor was modified since, or the loss reads others
+            than it did.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 2.2.
     """
@@ -77,7 +80,9 @@ def inner_sgd(
         backend,
         task_chunk,
     )
-    return inner_loop(options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm))
+    return inner_loop(
+        options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm)
+    )
 
 
 def inner_loop(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends._random_state import preserved
+from fastmeta.graph.program import normalises
 from fastmeta.losses import Loss
 from fastmeta.network.functional import normalises_by_batch, norms_by_batch
-from fastmeta.network.program import normalises
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
 from fastmeta.ordinary import check_ordinary
@@ -36,7 +36,8 @@ def without_masks(
     """The same call with weights of 0 and 1, and the mean over those of 1.
 
     Raises:
-        ValueError: a layer would normalise by masked examples too, or a mask leaves nothing of a task; reads the masks.
+        ValueError: a layer would normalise by masked examples too, or a mask leaves nothing of a
+            task; reads the masks.
     """
     for field in masked(tensors):
         mask, target = getattr(tensors, field), f"{field.partition('_')[0]}_y"
@@ -48,8 +49,8 @@ def without_masks(
         if mask.dim() and not (some := mask.any(-1)).all():
             tasks = sorted({place[0] for place in (~some).nonzero().tolist()}) if some.dim() else []
             raise ValueError(
-                f"{argument(options.who, field)} leaves no example of tasks {tasks}; floating-point weights of zero "
-                "with weight_norm='sum' may"
+                f"{argument(options.who, field)} leaves no example of tasks {tasks}; floating-point weights "
+                "of zero with weight_norm='sum' may"
             )
         first = next(iter(params.values()), mask) if isinstance(params, Mapping) else mask
         if isinstance(first, Tensor) and first.is_floating_point():
@@ -73,7 +74,8 @@ def _in_range(loss: Loss, target: Tensor | None, mask: Tensor) -> Tensor | None:
 
 
 def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> None:
-    """Refuse masks where a network normalises by the batch without a module for it; one that is not captured is run.
+    """Refuse masks where a network normalises by the batch without a module for it; one that is not
+    captured is run.
 
     Raises:
         ValueError: it does.
@@ -86,7 +88,9 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
         batch = problem.support if problem.steps else problem.query
         if batch is None:
             return
-        params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
+        params = {
+            name: value[0] if name in problem.per_task else value for name, value in problem.params.items()
+        }
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
         with preserved(x.device, problem.net):
             refused = normalises_by_batch(problem.net, params, x, options.batch_stats)
@@ -96,6 +100,6 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
 
 def _refuse(who: str, field: str, layer: str) -> None:
     raise ValueError(
-        f"{argument(who, field)} is a mask, but {layer} normalises by the whole batch, masked examples included; use "
-        "another norm, batch_stats='running', or batch_stats='module' and .eval() on it"
+        f"{argument(who, field)} is a mask, but {layer} normalises by the whole batch, masked examples "
+        "included; use another norm, batch_stats='running', or batch_stats='module' and .eval() on it"
     )

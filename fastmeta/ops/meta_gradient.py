@@ -1,4 +1,5 @@
-"""Query losses after the inner loop and their gradients, in one pass and without an autograd graph."""
+"""Query losses after the inner loop and their gradients, in one pass and without an autograd
+graph."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class MetaGradient(NamedTuple):
     query_x: Tensor | None = None
     query_y: Tensor | None = None
     query_weights: Tensor | None = None
-    # (tensor, gradient) of every tensor that requires grad and that the network or a loss read past its arguments
+    # (tensor, gradient) of every tensor that requires grad and that the network or a loss read past
+    # its arguments
     captured: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
@@ -66,47 +68,55 @@ def meta_gradient(
 
     Args:
         net: the network; its parameters are not used, `params` are.
-        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
-            [T, *shape], one for each task.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
+            tasks, or [T, *shape], one for each task.
         support: x [T, N, *in] and y as the loss wants it; [T, K, N, ...] with `support_per_step`.
         query: x [T, M, *in] and y.
-        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) -> scalar;
-            see `fastmeta.losses.resolve`.
+        loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) ->
+            scalar; see `fastmeta.losses.resolve`.
         query_loss: the same for the query sets; None: `loss`.
-        lr: inner learning rates: a number, a tensor () or [K], or a dict of numbers and tensors () or
-            [K or 1, T or 1, ...] by parameter name or glob pattern: a name goes before a pattern, and the first pattern
-            that matches before later ones. The rest of a shape is any that broadcasts to the parameter's: [O, 1] is a
-            rate for each row of a weight [O, I]. A rate for a parameter that `adapt` leaves out because it is frozen is
-            not used.
+        lr: inner learning rates: a number, a tensor () or [K], or a dict of numbers and tensors ()
+            or [K or 1, T or 1, ...] by parameter name or glob pattern: a name goes before a
+            pattern, and the first pattern that matches before later ones. The rest of a shape is
+            any that broadcasts to the parameter's: [O, 1] is a rate for each row of a weight [O,
+            I]. A rate for a parameter that `adapt` leaves out because it is frozen is not used.
         steps: K, at least 0.
-        order: "second", exact, or "first", which drops every derivative of the inner gradients (FOMAML).
-        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these the parameters of
-            `net` that require grad, whatever tensors `params` has for them; or names of parameters, glob patterns of
-            names ("blocks.*.weight") or a predicate (name, parameter) -> bool, which may ask for frozen ones too.
-        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last one only.
-        task_weights: [T]; the loss is sum(task_weights * task_losses) / T. A task of weight zero contributes nothing,
-            even if it diverged, except on an accelerator, where that would have to be looked for.
-        support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of booleans: masks,
-            for tasks of different sizes. The mean is over the examples that they keep; the others may hold anything
-            finite, and any class.
-        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w * l) / sum(w),
-            which is zero, without any gradient, where all weights of a task are zero.
+        order: "second", exact, or "first", which drops every derivative of the inner gradients
+            (FOMAML).
+        adapt: "all", "head" (the last layer with parameters) or "body" (all the others), of these
+            the parameters of `net` that require grad, whatever tensors `params` has for them; or
+            names of parameters, glob patterns of names ("blocks.*.weight") or a predicate (name,
+            parameter) -> bool, which may ask for frozen ones too.
+        step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last
+            one only.
+        task_weights: [T]; the loss is sum(task_weights * task_losses) / T. A task of weight zero
+            contributes nothing, even if it diverged, except on an accelerator, where that would
+            have to be looked for.
+        support_weights, query_weights: [T, N] ([T, K, N] with `support_per_step`) and [T, M]; of
+            booleans: masks, for tasks of different sizes. The mean is over the examples that they
+            keep; the others may hold anything finite, and any class.
+        weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w
+            * l) / sum(w), which is zero, without any gradient, where all weights of a task are
+              zero.
         support_per_step: there is a support set of its own for every inner step.
         update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
-        memory: "store" keeps the activations of every inner step, "recompute" only the parameters of every step; "auto"
-            stores while that takes less than 256 MiB.
-        task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all of them side by
-            side; None: all. Results are the same but for rounding and random draws. On other backends it has no use.
-        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
-            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
-            statistics are never moved, unlike by the module itself.
+        memory: "store" keeps the activations of every inner step, "recompute" only the parameters
+            of every step; "auto" stores while that takes less than 256 MiB.
+        task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all
+            of them side by side; None: all. Results are the same but for rounding and random draws.
+            On other backends it has no use.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or
+            "module": each norm as the module itself does it, by its batch after .train(), by its
+            running statistics after .eval(). Running statistics are never moved, unlike by the
+            module itself.
         wrt: what to differentiate by, out of `fastmeta.problem.DIFFERENTIABLE`.
         backend: "auto", or the name of one.
 
     Returns:
-        `MetaGradient`; its gradients are detached. What the network or a loss reads past its arguments and requires
-            grad, such as a learned weight in a closure or the parameters of a loss network, is in `captured`, whatever
-            `wrt` says.
+        `MetaGradient`; its gradients are detached. What the network or a loss reads past its
+        arguments and requires
+            grad, such as a learned weight in a closure or the parameters of a loss network, is in
+            `captured`, whatever `wrt` says.
 
     Derivatives: of `loss`, exact, computed here; what is returned has none.
 
@@ -114,7 +124,8 @@ def meta_gradient(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was modified.
         BackendUnavailable: the backend named cannot run this call.
 
-    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 3; docs/architecture.md.
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 3;
+        docs/architecture.md.
     """
     support_x, support_y = _pair("support", support)
     query_x, query_y = _pair("query", query)

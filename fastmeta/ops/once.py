@@ -14,8 +14,9 @@ def refused(gradients: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         gradients: without a graph.
-        by: what they are the gradients by. They are put in front of what refuses: without them `torch.autograd.grad`
-            would find no way there, and answer with None or zeros instead of asking.
+        by: what they are the gradients by. They are put in front of what refuses: without them
+            `torch.autograd.grad` would find no way there, and answer with None or zeros instead of
+            asking.
     """
     return list(_Refuse.apply(len(by), *by, *[gradient.detach().requires_grad_() for gradient in gradients]))
 

@@ -1,4 +1,5 @@
-"""The options of an operator: everything it takes that is neither the network nor a tensor nor a loss."""
+"""The options of an operator: everything it takes that is neither the network nor a tensor nor a
+loss."""
 
 from __future__ import annotations
 
@@ -87,13 +88,17 @@ def check_options(options: Options) -> None:
     for name, allowed in _CHOICES.items():
         value = getattr(options, name)
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{argument(who, name)} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(
+                f"{argument(who, name)} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            )
     chunk = options.task_chunk
     if chunk is not None:
         check_count(argument(who, "task_chunk"), chunk, 1, "an int or None")
     check_flag(who, "support_per_step", options.support_per_step)
     if not isinstance(options.rule, SGD):
-        raise TypeError(f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}")
+        raise TypeError(
+            f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}"
+        )
     if options.step_weights is not None and len(options.step_weights) != steps + 1:
         raise ValueError(
             f"{argument(who, 'step_weights')} must hold steps + 1 = {steps + 1} numbers, "
@@ -107,7 +112,8 @@ def rule_of(update_rule: SGD | None) -> SGD:
 
 
 def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
-    """`adapt=` in a form that can be a key; a predicate is asked here, about every parameter of `net`.
+    """`adapt=` in a form that can be a key; a predicate is asked here, about every parameter of
+    `net`.
 
     Raises:
         TypeError: neither a string nor names nor a function.
@@ -120,20 +126,21 @@ def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
             return tuple(name for name, value in own if adapt(name, value))
         except Exception as error:
             raise TypeError(
-                f"{argument(who, 'adapt')} must be a predicate (name, parameter) -> bool where it is a function, "
-                f"{adapt!r} raised {type(error).__name__}: {error}"
+                f"{argument(who, 'adapt')} must be a predicate (name, parameter) -> bool where it is a "
+                f"function, {adapt!r} raised {type(error).__name__}: {error}"
             ) from error
     names = _strings(adapt)
     if names is None:
         raise TypeError(
-            f"{argument(who, 'adapt')} must be 'all', 'head', 'body', names or glob patterns of parameters or a "
-            f"predicate (name, parameter) -> bool, got {adapt!r}"
+            f"{argument(who, 'adapt')} must be 'all', 'head', 'body', names or glob patterns of parameters "
+            f"or a predicate (name, parameter) -> bool, got {adapt!r}"
         )
     return names
 
 
 def _strings(given: object) -> tuple[str, ...] | None:
-    """`given` as a tuple, None if it holds anything but strings; stops at the first that is none."""
+    """`given` as a tuple, None if it holds anything but strings; stops at the first that is
+    none."""
     names: list[str] = []
     if not isinstance(given, Iterable) or isinstance(given, (bytes, Tensor)):
         return None
@@ -145,7 +152,8 @@ def _strings(given: object) -> tuple[str, ...] | None:
 
 
 def _members(given: Iterable[object]) -> Iterable[object]:
-    """An iterator over `given`; over None where it has a way to iterate that does not work, as script modules do."""
+    """An iterator over `given`; over None where it has a way to iterate that does not work, as
+    script modules do."""
     try:
         return iter(given)
     except Exception:

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 
 def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The names that are `pattern`, or else match it as a glob: `*`, which dots do not stop, `?`, `[abc]`, `[!abc]`."""
+    """The names that are `pattern`, or else match it as a glob: `*`, which dots do not stop, `?`,
+    `[abc]`, `[!abc]`."""
     names = tuple(names)
     return (pattern,) if pattern in names else tuple(name for name in names if fnmatchcase(name, pattern))
 
@@ -15,7 +16,8 @@ def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
 def keys_by_name(
     what: str, given: Mapping[str, object], names: tuple[str, ...], unused: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """name -> the key of `given` that it comes under: the name itself, or else the first pattern that matches it.
+    """name -> the key of `given` that it comes under: the name itself, or else the first pattern
+    that matches it.
 
     Args:
         what: the argument, for messages.
@@ -34,7 +36,9 @@ def keys_by_name(
                 keys.setdefault(name, key)
             continue
         if not found:
-            raise ValueError(f"{what} has a rate for {key!r}, which is not adapted; adapted: {', '.join(names)}")
+            raise ValueError(
+                f"{what} has a rate for {key!r}, which is not adapted; adapted: {', '.join(names)}"
+            )
         free = [name for name in found if keys.setdefault(name, key) == key]
         if not free:
             raise ValueError(f"{what} has a rate for {key!r}, but keys before it name all that it matches")

@@ -1,4 +1,5 @@
-"""From an operator's arguments to a checked problem. What depends on no tensor's values is checked once and cached."""
+"""From an operator's arguments to a checked problem. What depends on no tensor's values is checked
+once and cached."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from torch.autograd import forward_ad
 
 from fastmeta import backends
 from fastmeta.bounded import Bounded
+from fastmeta.capture.capture import captured, frozen_flags
 from fastmeta.errors import BackendUnavailable
+from fastmeta.graph.program import Program
 from fastmeta.losses import Loss
-from fastmeta.network.capture import captured, frozen_flags
 from fastmeta.network.functional import check_batch_stats
-from fastmeta.network.program import Program
 from fastmeta.network.renormalised import check_renormalised
 from fastmeta.network.swap import LOCK
 from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
@@ -37,7 +38,8 @@ from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 _FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
 _sort = attrgetter("shape", "dtype", "device", "layout")
-# A learning rate that changes at every step makes a new plan each time: keep the last few of a network.
+# A learning rate that changes at every step makes a new plan each time: keep the last few of a
+# network.
 _MOST_PLANS = 256
 # It looks at the memory of all tensors itself, at every call.
 _engine = backends.get("cpu")
@@ -55,7 +57,9 @@ class Plan:
     refused: str  # why there is no program
     shapes: Shapes
     rates: RatePlan
-    order: tuple[str, ...] | None  # of the parameters, where it is not the network's own in what the user gave
+    order: (
+        tuple[str, ...] | None
+    )  # of the parameters, where it is not the network's own in what the user gave
     scratch: Scratch
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
     native: bool = False  # the backend calls into nothing that has a global state to leave behind
@@ -79,7 +83,8 @@ class Call:
             adapted: whether the adapted parameters are wanted.
 
         Raises:
-            ValueError, TypeError: the network or the loss cannot take a tensor; the message names it.
+            ValueError, TypeError: the network or the loss cannot take a tensor; the message names
+                it.
         """
         if self.plan.native:
             return self._solve(adapted)
@@ -154,7 +159,8 @@ def prepare(
     """Check one call and choose its backend.
 
     Args:
-        options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where there is no target.
+        options, net, params, tensors, loss, query_loss, lr: as the user gave them; no loss where
+            there is no target.
         wrt: the gradients wanted.
         prefer_flat, frozen, captures: as in `Problem`.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
@@ -171,19 +177,30 @@ def prepare(
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
             cotangents = adapted_grad, output_grad
             given = _Given(
-                options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
+                options,
+                net,
+                params,
+                tensors,
+                loss,
+                query_loss,
+                lr,
+                wrt,
+                *cotangents,
+                prefer_flat,
+                frozen,
+                captures,
             )
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
         raise RuntimeError(
-            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave it for "
-            "this call"
+            f"{options.who}: a FakeTensorMode is active, whose tensors have no values to compute with; leave "
+            "it for this call"
         )
     if forward_ad._current_level >= 0:
         raise RuntimeError(
-            f"{options.who}: forward-mode differentiation is active (torch.autograd.forward_ad, torch.func.jvp), which "
-            "does not reach into fastmeta: leave it for this call, and differentiate by .backward() or "
-            "torch.autograd.grad"
+            f"{options.who}: forward-mode differentiation is active (torch.autograd.forward_ad, "
+            "torch.func.jvp), which does not reach into fastmeta: leave it for this call, and differentiate "
+            "by .backward() or torch.autograd.grad"
         )
     with LOCK:
         masks = masked(tensors)
@@ -191,13 +208,38 @@ def prepare(
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
         cotangents = adapted_grad, output_grad
         given = _Given(
-            options, net, params, tensors, loss, query_loss, lr, wrt, *cotangents, prefer_flat, frozen, captures
+            options,
+            net,
+            params,
+            tensors,
+            loss,
+            query_loss,
+            lr,
+            wrt,
+            *cotangents,
+            prefer_flat,
+            frozen,
+            captures,
         )
         return _prepared(given, masks)
 
 
 def _prepared(given: _Given, masks: list[str]) -> Call:
-    options, net, params, tensors, loss, query_loss, lr, wrt, adapted_grad, output_grad, prefer_flat, frozen, _ = given
+    (
+        options,
+        net,
+        params,
+        tensors,
+        loss,
+        query_loss,
+        lr,
+        wrt,
+        adapted_grad,
+        output_grad,
+        prefer_flat,
+        frozen,
+        _,
+    ) = given
     try:
         key = (
             options,
@@ -223,7 +265,9 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
         )
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
-    except Exception as error:  # an argument of any type was hashed or compared here: the full check will name it
+    except (
+        Exception
+    ) as error:  # an argument of any type was hashed or compared here: the full check will name it
         if asynchronous(error):
             raise
         return undisturbed(_first_call, given, masks)
@@ -254,7 +298,8 @@ def _lost_memory(problem: Problem, tensors: Tensors) -> bool:
 
 
 def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) -> Call:
-    """The full check. The plan is kept under `key`, where there is one and the network is captured."""
+    """The full check. The plan is kept under `key`, where there is one and the network is
+    captured."""
     options, net, tensors, wrt = given.options, given.net, given.tensors, given.wrt
     check_options(options)
     _check_given(given)
@@ -272,7 +317,9 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     if options.steps:
         check_renormalised(options.who, net, names)
     sort = shapes.device, shapes.dtype
-    rates = plan_rates(options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen)
+    rates = plan_rates(
+        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen
+    )
     program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
@@ -310,7 +357,9 @@ def _check_given(given: _Given) -> None:
 
 
 def _problem(plan: Plan, given: _Given) -> Problem:
-    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given[:11]
+    options, net, params, tensors, loss, query_loss, lr, _, adapted_grad, output_grad, prefer_flat = given[
+        :11
+    ]
     support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights = tensors
     shapes = plan.shapes
     if plan.order is not None:

@@ -1,4 +1,5 @@
-"""Inner learning rates: from what the user writes to one tensor a parameter, and the gradients back."""
+"""Inner learning rates: from what the user writes to one tensor a parameter, and the gradients
+back."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class RatePlan:
     """How the learning rates of one call are laid out.
 
     Args:
-        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S], or *1s in place of *S.
+        shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S], or
+            *1s in place of *S.
         constants: the rates given as numbers; they cost nothing per call.
         keys: adapted parameter -> the key of its rate, where the rates are a dict.
         device, dtype: of the parameters.
@@ -46,9 +48,11 @@ class RatePlan:
     dtype: torch.dtype
 
     def spread(self, lr: Rates, graph: bool = False) -> dict[str, Tensor]:
-        """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views, no copies.
+        """`lr` as a `Problem` holds it: one tensor for each adapted parameter; numbers and views,
+        no copies.
 
-        What is given for the rows of a parameter, or for its columns, becomes a view with a number for each element.
+        What is given for the rows of a parameter, or for its columns, becomes a view with a number
+        for each element.
 
         Args:
             lr: as given.
@@ -70,14 +74,17 @@ class RatePlan:
         return {name: views[shape] for name, shape in self.shapes.items()}
 
     def fold(self, grads: dict[str, Tensor], lr: Rates) -> Tensor | dict[str, Tensor]:
-        """The gradient in the structure of `lr`: a number gets a tensor of shape (), an unused rate zeros."""
+        """The gradient in the structure of `lr`: a number gets a tensor of shape (), an unused rate
+        zeros."""
         if isinstance(lr, Mapping):
             totals: dict[str, Tensor] = {}
             for name, grad in grads.items():
                 key = self.keys[name]
                 grad = _summed(grad, _shape(lr[key]))
                 totals[key] = totals[key] + grad if key in totals else grad
-            return {key: totals[key] if key in totals else self._zeros(_shape(rate)) for key, rate in lr.items()}
+            return {
+                key: totals[key] if key in totals else self._zeros(_shape(rate)) for key, rate in lr.items()
+            }
         steps = lr.numel() if isinstance(lr, Tensor) and lr.dim() else 1
         if steps == 0:
             return self._zeros((0,))
@@ -103,9 +110,9 @@ def plan_rates(
 
     Args:
         who: the operator, for messages.
-        lr: a finite number, a tensor () or [K], or a dict by parameter name or glob pattern of numbers, tensors ()
-            and tensors [K or 1, T or 1, ...] that end in any shape that broadcasts to S. Values of tensors are not
-            read.
+        lr: a finite number, a tensor () or [K], or a dict by parameter name or glob pattern of
+            numbers, tensors () and tensors [K or 1, T or 1, ...] that end in any shape that
+            broadcasts to S. Values of tensors are not read.
         names: the adapted parameters.
         shapes: name -> S, the shape of one task's parameter.
         steps, tasks: K and T.
@@ -126,7 +133,9 @@ def plan_rates(
             if isinstance(rate, Tensor):
                 _check_sort(label, rate, device, dtype)
             else:
-                constants[name] = torch.full(layout[name], _number(label, rate, dtype), dtype=dtype, device=device)
+                constants[name] = torch.full(
+                    layout[name], _number(label, rate, dtype), dtype=dtype, device=device
+                )
         return RatePlan(layout, constants, keys, device, dtype)
     if isinstance(lr, Tensor):
         _check_sort(what, lr, device, dtype)
@@ -165,12 +174,16 @@ def check_finite(who: str, lr: Rates) -> None:
             raise ValueError(f"{label} must hold finite numbers, got {rate[~rate.isfinite()][0].item()}")
 
 
-def _shape_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> tuple[int, ...]:
+def _shape_of_entry(
+    label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int
+) -> tuple[int, ...]:
     ones = (1,) * len(shape)
     if not isinstance(rate, Tensor) or rate.dim() == 0:
         return (1, 1, *ones)
     full = (steps, tasks, *shape)
-    if rate.dim() != len(full) or any(have not in (1, want) for have, want in zip(rate.shape, full, strict=True)):
+    if rate.dim() != len(full) or any(
+        have not in (1, want) for have, want in zip(rate.shape, full, strict=True)
+    ):
         raise ValueError(
             f"{label} must be a number, () or [K or 1, T or 1, *(S or 1s)] with K, T, *S = {full}, "
             f"got {tuple(rate.shape)}"

@@ -1,4 +1,5 @@
-"""A problem of some of its tasks, and their answer as one to all of them: the others have the gradient zero."""
+"""A problem of some of its tasks, and their answer as one to all of them: the others have the
+gradient zero."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def select(problem: Problem, tasks: Tensor) -> Problem:
     def sets(batch: Batch | None) -> Batch | None:
         if batch is None:
             return None
-        return replace(batch, x=batch.x.detach().index_select(0, tasks), y=part(batch.y), weights=part(batch.weights))
+        return replace(
+            batch, x=batch.x.detach().index_select(0, tasks), y=part(batch.y), weights=part(batch.weights)
+        )
 
     def shares(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -40,11 +43,15 @@ def select(problem: Problem, tasks: Tensor) -> Problem:
         problem,
         tasks=len(tasks),
         params=shares(problem.params),
-        rates={name: rate.index_select(1, tasks) if rate.shape[1] > 1 else rate for name, rate in rates.items()},
+        rates={
+            name: rate.index_select(1, tasks) if rate.shape[1] > 1 else rate for name, rate in rates.items()
+        },
         support=sets(problem.support),
         query=sets(problem.query),
         task_weights=part(problem.task_weights),
-        adapted_grad=None if cotangents is None else {name: v.index_select(0, tasks) for name, v in cotangents.items()},
+        adapted_grad=None
+        if cotangents is None
+        else {name: v.index_select(0, tasks) for name, v in cotangents.items()},
         output_grad=part(problem.output_grad),
         prefer_flat=False,
         scratch=Scratch(),

@@ -26,20 +26,21 @@ def task_forward(
 
     Args:
         net: the network; its parameters are not used, `params` are.
-        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
-            [T, *shape], one for each task.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
+            tasks, or [T, *shape], one for each task.
         x: inputs [T, N, *in].
-        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or "module": each norm as
-            the module itself does it, by its batch after .train(), by its running statistics after .eval(). Running
-            statistics are never moved, unlike by the module itself.
+        batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or
+            "module": each norm as the module itself does it, by its batch after .train(), by its
+            running statistics after .eval(). Running statistics are never moved, unlike by the
+            module itself.
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         backend: "auto", or the name of one.
 
     Returns:
         The output [T, N, *out].
 
-    Derivatives: differentiable in `params`, `x` and whatever requires grad that the network reads besides; more than
-        once by plain autograd, where `create_graph=True` asks for it.
+    Derivatives: differentiable in `params`, `x` and whatever requires grad that the network reads
+        besides; more than once by plain autograd, where `create_graph=True` asks for it.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

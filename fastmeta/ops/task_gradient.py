@@ -33,7 +33,8 @@ def task_gradient(
     batch_stats: str = "task",
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """The gradient of every task's loss by its own parameters, which autograd can differentiate once more.
+    """The gradient of every task's loss by its own parameters, which autograd can differentiate
+    once more.
 
         theta = dict(net.named_parameters())
         for _ in range(5):  # an inner loop of one's own, exact second order
@@ -42,8 +43,8 @@ def task_gradient(
 
     Args:
         net: the network; its parameters are not used, `params` are.
-        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all tasks, or
-            [T, *shape], one for each task.
+        params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
+            tasks, or [T, *shape], one for each task.
         x: inputs [T, N, *in].
         y: targets, as the loss wants them.
         loss, weight_norm, batch_stats, backend: as in `fastmeta.meta_gradient`.
@@ -53,9 +54,10 @@ def task_gradient(
     Returns:
         name -> [T, *shape], the parameters in `adapt`.
 
-    Derivatives: differentiable in `params`, `x`, `y` and `weights` where they are floating-point tensors, and in
-        whatever requires grad that the network or the loss reads besides: one Hessian-vector product of every task.
-        With `create_graph=True` more than once, by plain autograd.
+    Derivatives: differentiable in `params`, `x`, `y` and `weights` where they are floating-point
+    tensors, and in
+        whatever requires grad that the network or the loss reads besides: one Hessian-vector
+        product of every task. With `create_graph=True` more than once, by plain autograd.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -64,7 +66,11 @@ def task_gradient(
     Source: docs/architecture.md, "Other algorithms".
     """
     options = Options(
-        "task_gradient", 1, adapt=names_of("task_gradient", net, adapt), batch_stats=batch_stats, backend=backend
+        "task_gradient",
+        1,
+        adapt=names_of("task_gradient", net, adapt),
+        batch_stats=batch_stats,
+        backend=backend,
     )
     return gradient(options, net, params, Tensors(x, y, weights), resolve(loss, weight_norm=weight_norm))
 
@@ -79,12 +85,15 @@ def gradient(
 ) -> dict[str, Tensor]:
     """`task_gradient` with its options, of one inner step, in one piece.
 
-    One step of rate -c leads to theta + c g, whose vector-Jacobian products are v + c H v. Theta and v are subtracted
-    again, and with c = 2^32 all they leave behind is a rounding error of eps / c relative to them.
+    One step of rate -c leads to theta + c g, whose vector-Jacobian products are v + c H v. Theta
+    and v are subtracted again, and with c = 2^32 all they leave behind is a rounding error of eps /
+    c relative to them.
     """
     first = next(iter(params.values()), None) if isinstance(params, Mapping) else None
     if isinstance(first, Tensor) and first.dtype == torch.float16:
-        raise TypeError(f"{argument(options.who, 'params')} must have the range of float32, got {first.dtype}")
+        raise TypeError(
+            f"{argument(options.who, 'params')} must have the range of float32, got {first.dtype}"
+        )
     moved = inner_loop(options, net, params, tensors, -_SCALE, loss, aliases)
     names = adapted_names(options.who, net, options.adapt)
     return {name: (moved[name] - params[name]) / _SCALE for name in names}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-_SCRIPT = "a TorchScript module, whose parameters cannot be exchanged: pass the Python module it was made from"
+_SCRIPT = (
+    "a TorchScript module, whose parameters cannot be exchanged: pass the Python module it was made from"
+)
 _PARALLEL = (
-    "replicas of its own: pass what it wraps, and wrap the algorithm, DistributedDataParallel(fastmeta.MAML(net))"
+    "replicas of its own: pass what it wraps, "
+    "and wrap the algorithm, DistributedDataParallel(fastmeta.MAML(net))"
 )
 
 

@@ -1,4 +1,5 @@
-"""Update rules of the inner loop: one file a rule, each with its update and the adjoint of its update."""
+"""Update rules of the inner loop: one file a rule, each with its update and the adjoint of its
+update."""
 
 from fastmeta.update_rules.sgd import SGD
 

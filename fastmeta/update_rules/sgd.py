@@ -18,16 +18,16 @@ class SGD:
         m'     = mu m + g + omega theta          m = 0 before the first step
         theta' = theta - alpha m'
 
-    The adjoint takes lambda = dJ/dtheta' and mbar = dJ/dm', what later steps have added to it (0 after the last one),
-    to the same of the step before; H is the Hessian of L at theta:
+    The adjoint takes lambda = dJ/dtheta' and mbar = dJ/dm', what later steps have added to it (0
+    after the last one), to the same of the step before; H is the Hessian of L at theta:
 
         v           = mbar - alpha lambda
         dJ/dalpha   = -lambda m'                 with the lambda of this line, before the next
         dJ/dtheta   = lambda + H v + omega v
         dJ/dm       = mu v
 
-    Any other input x of g (support inputs, float targets, example weights) gets d<g, v>/dx: v carries the minus sign.
-    First order leaves out H v and d<g, v>/dx, nothing else.
+    Any other input x of g (support inputs, float targets, example weights) gets d<g, v>/dx: v
+    carries the minus sign. First order leaves out H v and d<g, v>/dx, nothing else.
 
     Args:
         momentum: mu, finite, at least 0.
@@ -51,11 +51,14 @@ class SGD:
             # equal rules have equal fields: 1 and 1.0 are one cache key
             object.__setattr__(self, name, float(value))
 
-    def update(self, theta: Tensor, g: Tensor, m: Tensor | None, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
+    def update(
+        self, theta: Tensor, g: Tensor, m: Tensor | None, alpha: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
         """One step of one parameter.
 
         Args:
-            theta, g, m: [*shape], or [T, *shape] for all tasks at once; m is None before the first step.
+            theta, g, m: [*shape], or [T, *shape] for all tasks at once; m is None before the first
+                step.
             alpha: the learning rate, broadcasts to theta.
 
         Returns:
@@ -68,7 +71,8 @@ class SGD:
         return theta - alpha * g, g
 
     def direction(self, lam: Tensor, mbar: Tensor | None, alpha: Tensor | float) -> Tensor:
-        """The direction v = mbar - alpha lambda of the Hessian-vector product; mbar None means zero."""
+        """The direction v = mbar - alpha lambda of the Hessian-vector product; mbar None means
+        zero."""
         v = -alpha * lam
         return v if mbar is None else mbar + v
 

@@ -44,8 +44,8 @@ def verify(
         seeds: per case with kinks, in float32; 20 at least for a verdict that counts.
 
     Returns:
-        Rows as they come, one a quantity, case, backend and dtype. A case that a backend refuses gives one row
-        that is `skipped` and says why.
+        Rows as they come, one a quantity, case, backend and dtype. A case that a backend refuses
+        gives one row that is `skipped` and says why.
     """
     names = tuple(present() if names is None else names)
     dtypes = tuple(dtypes)
@@ -64,11 +64,15 @@ def verify_case(case: Case, backend: str, dtype: str, seeds: int = SEEDS) -> lis
     try:
         if dtype == "float64":
             out = runs.run(case, backend, torch.float64, 0)
-            return rule.float64_rows(case.id, backend, rule.errors(out, runs.truth(case, 0).tensors, torch.float64))
+            return rule.float64_rows(
+                case.id, backend, rule.errors(out, runs.truth(case, 0).tensors, torch.float64)
+            )
         samples = [_sample(case, backend, seed) for seed in range(seeds if case.kinks else 1)]
         return rule.float32_rows(case.id, backend, samples)
     except Exception as error:  # a backend that breaks has failed this case; the others still count
-        return [Row(case.id, backend, dtype, "", math.nan, math.nan, math.nan, f"{type(error).__name__}: {error}")]
+        return [
+            Row(case.id, backend, dtype, "", math.nan, math.nan, math.nan, f"{type(error).__name__}: {error}")
+        ]
 
 
 def _sample(case: Case, backend: str, seed: int) -> rule.Sample:

@@ -19,11 +19,12 @@ _AT_ZERO = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_
 
 
 class KinkDistance(TorchFunctionMode):
-    """Records, while active, the smallest distance of any argument of a kinked function from its kink.
+    """Records, while active, the smallest distance of any argument of a kinked function from its
+    kink.
 
-    For ReLU and its relatives that is the smallest |pre-activation|, for max-pooling the smallest distance between the
-    two largest values of a window. The losses l1, huber and smooth_l1 are known by their `abs` (of output - target),
-    which no network of the case list uses.
+    For ReLU and its relatives that is the smallest |pre-activation|, for max-pooling the smallest
+    distance between the two largest values of a window. The losses l1, huber and smooth_l1 are
+    known by their `abs` (of output - target), which no network of the case list uses.
 
     Args:
         losses: those of the problem.
@@ -32,7 +33,9 @@ class KinkDistance(TorchFunctionMode):
     def __init__(self, *losses: Loss | None) -> None:
         super().__init__()
         self.smallest = math.inf
-        self._kinks = {0.0 if loss.kind == "l1" else loss.beta for loss in losses if loss and loss.kind in _KINKED}
+        self._kinks = {
+            0.0 if loss.kind == "l1" else loss.beta for loss in losses if loss and loss.kind in _KINKED
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -54,7 +57,8 @@ class KinkDistance(TorchFunctionMode):
 
 
 def _gaps(x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Tensor:
-    """The distance of the two largest values of every window of a max-pool that rounds the number of windows down."""
+    """The distance of the two largest values of every window of a max-pool that rounds the number
+    of windows down."""
     dimensions = x.dim() - 2
     kernel, step, pad = (
         tuple(size) if isinstance(size, (tuple, list)) else (size,) * dimensions

@@ -1,6 +1,8 @@
-"""The same problem in another order: examples shuffled, hidden units shuffled, and the result put back.
+"""The same problem in another order: examples shuffled, hidden units shuffled, and the result put
+back.
 
-A permuted run rounds differently and is equally right, so it is one of the samples of PyTorch's own float32 error.
+A permuted run rounds differently and is equally right, so it is one of the samples of PyTorch's own
+float32 error.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ Orders = dict[str, list[tuple[int, Tensor]]]
 class Permutation:
     """One random order of the examples and of the hidden units of a problem.
 
-    Hidden units are shuffled only where that is simple: between two neighbouring linear layers of an `nn.Sequential` on
-    rows, with element-wise layers, batch norms and layer norms alone between them and no parameter used twice.
+    Hidden units are shuffled only where that is simple: between two neighbouring linear layers of
+    an `nn.Sequential` on rows, with element-wise layers, batch norms and layer norms alone between
+    them and no parameter used twice.
     """
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
@@ -44,7 +47,9 @@ class Permutation:
 
     def undo(self, problem: Problem, result: Result) -> Result:
         """The result of the permuted problem in the order of the problem itself."""
-        units = {name: [(axis, order.argsort()) for axis, order in axes] for name, axes in self._units.items()}
+        units = {
+            name: [(axis, order.argsort()) for axis, order in axes] for name, axes in self._units.items()
+        }
         support = None if self._support is None else self._support.argsort()
         query = None if self._query is None else self._query.argsort()
         axis = 2 if problem.support is not None and problem.support.per_step else 1
@@ -77,7 +82,9 @@ def _unit_orders(problem: Problem, generator: torch.Generator) -> Orders:
     used = [id(value) for layer in net for value in layer.parameters()]
     if len(set(used)) < len(used):
         return orders
-    rows = all(batch is None or batch.x.ndim == 3 + batch.per_step for batch in (problem.support, problem.query))
+    rows = all(
+        batch is None or batch.x.ndim == 3 + batch.per_step for batch in (problem.support, problem.query)
+    )
     for (i, _), (j, following) in pairwise(linears):
         units = following.in_features
         if not all(_any_order(layer, units, rows) for layer in list(net)[i + 1 : j]):
@@ -91,7 +98,8 @@ def _unit_orders(problem: Problem, generator: torch.Generator) -> Orders:
 
 
 def _any_order(layer: nn.Module, units: int, rows: bool) -> bool:
-    """Whether a layer does the same in any order of its units, if its parameters are in that order too."""
+    """Whether a layer does the same in any order of its units, if its parameters are in that order
+    too."""
     if isinstance(layer, nn.BatchNorm1d):
         return rows
     if isinstance(layer, nn.LayerNorm):

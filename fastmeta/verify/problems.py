@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastmeta.capture.capture import captured
 from fastmeta.cases import Case
 from fastmeta.losses import resolve
-from fastmeta.network.capture import captured
 from fastmeta.ops.rates import plan_rates
 from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
 from fastmeta.update_rules import SGD

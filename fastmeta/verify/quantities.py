@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fastmeta.problem import DIFFERENTIABLE, Result
 
-#: A reference of this norm is nothing but the rounding of terms of order one that cancel, such as the derivative of
+#: A reference of this norm is nothing but the rounding of terms of order one that cancel, such as
+#: the derivative of
 #: w l / w by the only weight w of a mean: it counts as zero.
 ZERO = 1e-14
 
-#: A tensor of a result: (group, member), as ("d_params", "0.weight"); the member is "" for a group of one.
+#: A tensor of a result: (group, member), as ("d_params", "0.weight"); the member is "" for a group
+#: of one.
 Key = tuple[str, str]
 
 
@@ -44,8 +46,8 @@ def relative_error(out: dict[Key, Tensor], ref: dict[Key, Tensor], keys: list[Ke
     """||out - ref|| / ||ref|| in float64 over the tensors called `keys` taken as one vector.
 
     Returns:
-        The error; ||out - ref|| where ref is `ZERO` or less; inf where a tensor is missing, has another shape, or where
-        anything is not finite, so that it passes nowhere.
+        The error; ||out - ref|| where ref is `ZERO` or less; inf where a tensor is missing, has
+        another shape, or where anything is not finite, so that it passes nowhere.
     """
     difference = norm = 0.0
     for key in keys:

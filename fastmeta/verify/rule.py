@@ -17,16 +17,20 @@ FLOAT64 = 1e-9
 #: In float32 an error may be this many times PyTorch's own...
 FACTOR = 2.0
 
-#: ...plus this much. PyTorch's own error is the largest of three samples of a rounding error, and for a sum of a
-#: few numbers all three may happen to be exactly rounded, or alike. Two more roundings of the result and of one
-#: operand, half an eps each, on either side: 4 eps are two units in the last place of any order of summation.
+#: ...plus this much. PyTorch's own error is the largest of three samples of a rounding error, and
+#: for a sum of a few numbers all three may happen to be exactly rounded, or alike. Two more
+#: roundings of the result and of one
+#: operand, half an eps each, on either side: 4 eps are two units in the last place of any order of
+#: summation.
 FLOOR = 4 * torch.finfo(torch.float32).eps
 
-#: In float32 a tensor of fewer numbers is judged together with the others of its group (all parameters, all rates):
-#: three samples of the rounding error of one number do not bound a fourth. In float64 every tensor stands alone.
+#: In float32 a tensor of fewer numbers is judged together with the others of its group (all
+#: parameters, all rates): three samples of the rounding error of one number do not bound a fourth.
+#: In float64 every tensor stands alone.
 FEW = 16
 
-#: A case with kinks is judged by itself only if its float64 run stays this far away from all of them.
+#: A case with kinks is judged by itself only if its float64 run stays this far away from all of
+#: them.
 CLEAR = 1e-4
 
 
@@ -75,7 +79,8 @@ def judged(ref: dict[Key, Tensor], dtype: torch.dtype) -> dict[str, list[Key]]:
 
 
 def errors(out: dict[Key, Tensor], ref: dict[Key, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """The error of everything that is judged. A tensor that the reference does not have is an error too."""
+    """The error of everything that is judged. A tensor that the reference does not have is an error
+    too."""
     found = {name: relative_error(out, ref, keys) for name, keys in judged(ref, dtype).items()}
     found.update({f"{_name(key)} (not in the reference)": math.inf for key in out if key not in ref})
     return found
@@ -87,7 +92,8 @@ def float64_rows(case: str, backend: str, found: dict[str, float]) -> list[Row]:
 
 
 def float32_rows(case: str, backend: str, samples: list[Sample]) -> list[Row]:
-    """One row a quantity: the first sample if no kink is near, and the median of all if there are several."""
+    """One row a quantity: the first sample if no kink is near, and the median of all if there are
+    several."""
     rows = []
     for name in samples[0].errors:
         if samples[0].clear:

@@ -1,4 +1,5 @@
-"""The runs behind a verdict: the float64 truth, PyTorch's own float32 error, and the backend itself."""
+"""The runs behind a verdict: the float64 truth, PyTorch's own float32 error, and the backend
+itself."""
 
 from __future__ import annotations
 
@@ -50,20 +51,25 @@ def _own_errors(case: Case, seed: int) -> dict[str, float]:
             plain = _reference(problem, case)
     permutation = Permutation(problem, seed)
     permuted = permutation.undo(problem, _reference(permutation.apply(problem), case))
-    runs = [rule.errors(quantities(r), ref, torch.float32) for r in (_reference(problem, case), plain, permuted)]
+    runs = [
+        rule.errors(quantities(r), ref, torch.float32) for r in (_reference(problem, case), plain, permuted)
+    ]
     return {name: max(run[name] for run in runs) for name in runs[0]}
 
 
 def own_errors(case: Case, seed: int) -> dict[str, float]:
-    """PyTorch's own float32 error of every quantity: the largest of three float32 runs of the reference.
+    """PyTorch's own float32 error of every quantity: the largest of three float32 runs of the
+    reference.
 
-    They are the default one, one without oneDNN, and one with examples and hidden units in another order.
+    They are the default one, one without oneDNN, and one with examples and hidden units in another
+    order.
     """
     return dict(_own_errors(case, seed))
 
 
 def run(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[Key, Tensor]:
-    """The case on a backend whose workspace and outputs are full of NaN before the call, where it can do that."""
+    """The case on a backend whose workspace and outputs are full of NaN before the call, where it
+    can do that."""
     module = backends.get(backend)
     problem = problem_of(case, dtype, seed, backends.device(backend))
     with _poisoned(module):
@@ -72,7 +78,9 @@ def run(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[Key, Te
 
 
 def _reference(problem: Problem, case: Case) -> Result:
-    result: Result = backends.get("reference").solve(problem, wanted(case, problem), case.operator == "inner_sgd")
+    result: Result = backends.get("reference").solve(
+        problem, wanted(case, problem), case.operator == "inner_sgd"
+    )
     return result
 
 

@@ -1,10 +1,11 @@
-"""Fuzzer of arguments: every public function with hostile values in the places of one or two arguments.
+"""Fuzzer of arguments: every public function with hostile values in the places of one or two
+arguments.
 
     python tests/fuzz/arguments.py --calls 200000 --seed 0
 
-A call may answer, or refuse with an error of the usual sorts whose message names an argument. It is a fault if the
-process dies or hangs, if another error comes out, if the network or PyTorch's global state has changed, or if the same
-function is not right afterwards.
+A call may answer, or refuse with an error of the usual sorts whose message names an argument. It is
+a fault if the process dies or hangs, if another error comes out, if the network or PyTorch's global
+state has changed, or if the same function is not right afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 
-#: Errors that a call may end with. PyTorch's RuntimeError is none of them, unless there is not the memory asked for.
+#: Errors that a call may end with. PyTorch's RuntimeError is none of them, unless there is not the
+#: memory asked for.
 REFUSALS = (TypeError, ValueError, fm.BackendUnavailable, FloatingPointError, MemoryError)
 MEMORY = 12 << 30
 
@@ -272,7 +274,9 @@ TARGETS: dict[str, Target] = {
     "logistic": _head(fm.heads.logistic, penalty=1.0, ways=None),
     "prototypes": _head(fm.heads.prototypes, ways=None),
     "SGD": _maker(fm.SGD, momentum=0.9, weight_decay=0.1),
-    "Sinusoid": _maker(fm.data.Sinusoid, tasks=2, shots=2, query=2, iterations=3, seed=0, dtype=torch.float32),
+    "Sinusoid": _maker(
+        fm.data.Sinusoid, tasks=2, shots=2, query=2, iterations=3, seed=0, dtype=torch.float32
+    ),
     "Episodes": Target(
         lambda network: {
             "data": torch.zeros(4, 5, 2),

@@ -1,10 +1,12 @@
-"""Fuzzer of the extension: `fastmeta._C` with plans and tensors of which one or two fields are junk.
+"""Fuzzer of the extension: `fastmeta._C` with plans and tensors of which one or two fields are
+junk.
 
     python tests/fuzz/binding.py --calls 200000 --seed 0
 
-It begins with valid calls of all layer kinds, as the library itself makes them. A call may answer, or refuse with an
-error that names what was wrong. It is a fault if the process dies or hangs, if another error comes out, if memory
-beside an output or an input was written to, or if a valid call is not right afterwards.
+It begins with valid calls of all layer kinds, as the library itself makes them. A call may answer,
+or refuse with an error that names what was wrong. It is a fault if the process dies or hangs, if
+another error comes out, if memory beside an output or an input was written to, or if a valid call
+is not right afterwards.
 """
 
 from __future__ import annotations
@@ -43,11 +45,70 @@ OUTPUTS = {
     **dict.fromkeys(("support", "query"), (4, 5, 6)),
     "others": (2, 3, 4),
 }
-NUMBERS = (-(2**63), -(2**31), -5, -1, 0, 1, 2, 3, 7, 16, 64, 1000, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 2**200)
-OTHERS = (None, True, False, "", "relu", "conv2d", b"x", 0.0, 0.5, -1.5, 1e300, float("nan"), float("inf"), [], (), {})
+NUMBERS = (
+    -(2**63),
+    -(2**31),
+    -5,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    16,
+    64,
+    1000,
+    2**31 - 1,
+    2**31,
+    2**40,
+    2**62,
+    2**63,
+    2**200,
+)
+OTHERS = (
+    None,
+    True,
+    False,
+    "",
+    "relu",
+    "conv2d",
+    b"x",
+    0.0,
+    0.5,
+    -1.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    [],
+    (),
+    {},
+)
 #: What may become of an entry, besides another value.
-CHANGES = ("add", "subtract", "double", "drop", "repeat", "swap", "short", "long", "strided", "half", "integers")
-CHANGES = (*CHANGES, "freed", "freed view", "shrunk", "zero", "meta", "sparse", "subclass", "expanded", "negated")
+CHANGES = (
+    "add",
+    "subtract",
+    "double",
+    "drop",
+    "repeat",
+    "swap",
+    "short",
+    "long",
+    "strided",
+    "half",
+    "integers",
+)
+CHANGES = (
+    *CHANGES,
+    "freed",
+    "freed view",
+    "shrunk",
+    "zero",
+    "meta",
+    "sparse",
+    "subclass",
+    "expanded",
+    "negated",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +175,9 @@ def bases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
 def draw(numbers: random.Random) -> Spec:
     """A call of random numbers."""
     if numbers.random() < 0.005:
-        return Spec(raw=numbers.choice(("peak", "bandwidth", "new", "copy", "arguments")), first=(_value(numbers),))
+        return Spec(
+            raw=numbers.choice(("peak", "bandwidth", "new", "copy", "arguments")), first=(_value(numbers),)
+        )
     base = numbers.randrange(len(bases()))
     changes = [_change(numbers, bases()[base]) for _ in range(1 if numbers.random() < 0.7 else 2)]
     return Spec(base, *changes)
@@ -164,7 +227,9 @@ def _become(at: Any, what: str) -> Any:
     if isinstance(at, (int, float)) and not isinstance(at, bool):
         return {"add": at + 1, "subtract": at - 1, "double": 2 * at}.get(what, at)
     if isinstance(at, list):
-        return {"add": [*at, None], "subtract": at[:-1], "double": at * 2, "drop": [], "swap": at[::-1]}.get(what, at)
+        return {"add": [*at, None], "subtract": at[:-1], "double": at * 2, "drop": [], "swap": at[::-1]}.get(
+            what, at
+        )
     return at
 
 
@@ -192,8 +257,8 @@ def _spoiled(t: Tensor, what: str) -> Any:
 
 
 class Template:
-    """A call's tensors one behind the other in one memory of each dtype, with numbers between them that nobody may
-    touch."""
+    """A call's tensors one behind the other in one memory of each dtype, with numbers between them
+    that nobody may touch."""
 
     def __init__(self, call: dict[str, Any]) -> None:
         self.call = call
@@ -206,7 +271,9 @@ class Template:
                     self.places[field, i] = (tensor.dtype, begin, tensor)
                     sizes[tensor.dtype] = begin + tensor.numel()
         self.memory = {dtype: torch.full((size + GUARD,), 77, dtype=dtype) for dtype, size in sizes.items()}
-        self.guards = {dtype: torch.ones(memory.shape, dtype=torch.bool) for dtype, memory in self.memory.items()}
+        self.guards = {
+            dtype: torch.ones(memory.shape, dtype=torch.bool) for dtype, memory in self.memory.items()
+        }
         for (field, i), (dtype, begin, tensor) in self.places.items():
             part = slice(begin, begin + tensor.numel())
             self.memory[dtype][part] = tensor.flatten()
@@ -220,7 +287,9 @@ class Guarded:
     def __init__(self, template: Template) -> None:
         self.template = template
         self.memory = {dtype: memory.clone() for dtype, memory in template.memory.items()}
-        self.call = {field: list(value) if isinstance(value, list) else value for field, value in template.call.items()}
+        self.call = {
+            field: list(value) if isinstance(value, list) else value for field, value in template.call.items()
+        }
         self.outputs: list[Tensor] = []
         for (field, i), (dtype, begin, tensor) in template.places.items():
             own = self.memory[dtype][begin : begin + tensor.numel()].view(tensor.shape)
@@ -295,7 +364,9 @@ def _junk(spec: Spec) -> str:
     call = guarded.call
     for (which, *path), what in changes:
         call = changed(call, tuple(path), what) if which == 1 else call
-    moved = any(what in ("swap", "repeat", "add", "double", "drop") for _, what in changes)  # inputs may be outputs now
+    moved = any(
+        what in ("swap", "repeat", "add", "double", "drop") for _, what in changes
+    )  # inputs may be outputs now
     try:
         plan.run(**call)
     except REFUSALS as error:
@@ -338,7 +409,11 @@ def _raw(what: str, value: Any) -> str:
 
 def _unclear(error: Exception) -> str:
     known = ("Plan", "fma_peak", "cache_bandwidth", "std::bad_alloc", "the plan needs")
-    return "" if str(error).startswith(known) else f"an error that names nothing: {type(error).__name__}: {error}"
+    return (
+        ""
+        if str(error).startswith(known)
+        else f"an error that names nothing: {type(error).__name__}: {error}"
+    )
 
 
 if __name__ == "__main__":

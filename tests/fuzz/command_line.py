@@ -1,11 +1,14 @@
-"""Fuzzer of the command line: random, hostile and contradictory arguments and files, many calls a process.
+"""Fuzzer of the command line: random, hostile and contradictory arguments and files, many calls a
+process.
 
     python tests/fuzz/command_line.py --calls 20000 --seed 0
 
-Every call must end with exit code 0, or with one sentence on stderr and exit code 1 or 2: no traceback, no hang, no
-signal handler, open file or temporary file left behind. What would run long is replaced: peers are not timed, and
-training behaves as if Ctrl-C came after three iterations. A call that hangs ends its process, which first prints where
-all threads are. Prints every fault with the fewest arguments that show it. Exit code 1 on any fault.
+Every call must end with exit code 0, or with one sentence on stderr and exit code 1 or 2: no
+traceback, no hang, no
+signal handler, open file or temporary file left behind. What would run long is replaced: peers are
+not timed, and training behaves as if Ctrl-C came after three iterations. A call that hangs ends its
+process, which first prints where all threads are. Prints every fault with the fewest arguments that
+show it. Exit code 1 on any fault.
 """
 
 from __future__ import annotations
@@ -45,8 +48,11 @@ LIMIT = 20
 INTERRUPTED = 130
 
 NUMBERS = (
-    "0", "1", "2", "3", "-1", "-0", "1.5", "nan", "inf", "-inf", "1e308", "1e-400", "1e30", "2147483647", "2147483648",
-    "4294967295", "4294967296", "9223372036854775807", "9223372036854775808", "1" + "0" * 30, "9" * 5000, "0x10", "1_0",
+    "0", "1", "2", "3", "-1", "-0", "1.5", "nan", "inf", "-inf", "1e308", "1e-400", "1e30", "2147483647",
+    "2147483648",
+    "4294967295", "4294967296", "9223372036854775807", "9223372036854775808", "1" + "0" * 30, "9" * 5000,
+    "0x10",
+    "1_0",
     "٣", "½", "", " ", " 2 ", "two", "1,2", "\n", "--", "-", "0.01", "1e-3", "True",
 )  # fmt: skip
 WORDS = (
@@ -67,8 +73,10 @@ WORDS = (
 )
 #: Names of what stands in the folder of the fuzzer, and of what does not.
 PATHS = (
-    "new", "new/deep/er", "file", "file/below", "folder", "run", "damaged", "torn", "foreign", "dangling", "loop",
-    "/dev/null", "/dev/full", "/dev/null/x", "/proc/version", "/proc/self/mem", "/proc/nowhere", "pipe", "ünï",
+    "new", "new/deep/er", "file", "file/below", "folder", "run", "damaged", "torn", "foreign", "dangling",
+    "loop",
+    "/dev/null", "/dev/full", "/dev/null/x", "/proc/version", "/proc/self/mem", "/proc/nowhere", "pipe",
+    "ünï",
     "\udcff", "[bold]", "[/red]", "a\nb", " ", "", ".", "..", "-", "--out", "~", "x" * 300, "x/" * 3000, "\0",
     "new\0er", "$HOME", "full-of-folders", "locked", "omniglot", "no-zips", "broken-zips",
 )  # fmt: skip
@@ -92,15 +100,15 @@ FLAGS = (
     "-V",
 )
 COMMANDS = (
-    ("info",), ("verify",), ("bench",), ("cost",), ("train",), ("train", "sinusoid"), ("train", "omniglot"), (),
-    ("nonsense",),
+    ("info",), ("verify",), ("bench",), ("cost",), ("train",), ("train", "sinusoid"), ("train", "omniglot"),
+    (), ("nonsense",),
 )  # fmt: skip
 WEIGHTS = (1, 2, 2, 2, 1, 12, 6, 1, 1)
 #: Small enough to run.
 TINY_SINUSOID = "--tasks 2 --shots 2 --eval-tasks 2 --eval-steps 1 --iterations 2 --log-every 1".split()
 TINY_OMNIGLOT = (
-    "--ways 2 --query 1 --tasks 1 --eval-episodes 2 --eval-query 1 --eval-steps 1 --iterations 2 --model conv4-strided "
-    "--width 2 --inner-steps 1 --data omniglot"
+    "--ways 2 --query 1 --tasks 1 --eval-episodes 2 --eval-query 1 --eval-steps 1 --iterations 2 --model "
+    "conv4-strided --width 2 --inner-steps 1 --data omniglot"
 ).split()
 
 
@@ -229,7 +237,9 @@ def furnish(root: Path) -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo(root / "pipe")
     for name in ("run", "damaged", "torn", "foreign"):
-        done = call(["train", "sinusoid", *TINY_SINUSOID, "--checkpoint-every", "1", "--out", str(root / name)])
+        done = call(
+            ["train", "sinusoid", *TINY_SINUSOID, "--checkpoint-every", "1", "--out", str(root / name)]
+        )
         if done.exit_code:
             raise RuntimeError(f"the run that the fuzzer begins with failed: {done.output}")
     (root / "damaged" / "checkpoint.pt").write_bytes(b"PK\x05\x06" * 100)
@@ -271,7 +281,9 @@ def furnished() -> Iterator[None]:
     """The fuzzer's folder while it runs; everything light."""
     global _root
     before, threads = Path.cwd(), torch.get_num_threads()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a busy disk takes seconds for every fsync
+    memory = (
+        "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    )  # a busy disk takes seconds for every fsync
     _root = Path(tempfile.mkdtemp(prefix="command-line-", dir=memory))
     torch.set_num_threads(1)
     _codes[:] = bytes(len(_codes))
@@ -290,7 +302,8 @@ def furnished() -> Iterator[None]:
 #: The folder that is furnished, and the process that has last worked in it.
 _root = Path()
 _worker = 0
-#: How often a call has ended with each exit code, eight bytes each; shared by the fuzzer's processes.
+#: How often a call has ended with each exit code, eight bytes each; shared by the fuzzer's
+#: processes.
 _codes = mmap.mmap(-1, 8 * 256)
 
 
@@ -322,7 +335,8 @@ def fault(arguments: list[str], work: Path) -> str:
     before = _names()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     descriptors = _descriptors()
-    # by a thread of its own in C: a handler of Python's does not run while C++ waits, and what it raises can be lost
+    # by a thread of its own in C: a handler of Python's does not run while C++ waits, and what it
+    # raises can be lost
     faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     try:
         done = call(arguments)
@@ -340,7 +354,8 @@ def fault(arguments: list[str], work: Path) -> str:
     _codes[at : at + 8] = struct.pack("Q", struct.unpack("Q", _codes[at : at + 8])[0] + 1)
     if left := list(work.rglob("*.new")):
         return f"left behind {left[0].name}"
-    # What was refused as it was asked for has changed nothing, and the next call may have the same folder.
+    # What was refused as it was asked for has changed nothing, and the next call may have the same
+    # folder.
     if done.exit_code != 2:
         shutil.rmtree(work)
     elif before != after and not after - before <= {"lock"}:

@@ -1,10 +1,12 @@
-"""`kill -9` of `fastmeta train sinusoid` at random moments, resumed, compared with an uninterrupted run.
+"""`kill -9` of `fastmeta train sinusoid` at random moments, resumed, compared with an uninterrupted
+run.
 
     python tests/fuzz/kill_train.py --trials 100 --seed 0
 
-A trial begins a run in an empty folder and kills it, once or twice, at a random moment after it was started,
-importing included; then it lets the run come to its end. Metrics, weights, the optimiser's state and the
-result must be those of a run that was left alone, bit for bit. Exit code 1 on any fault.
+A trial begins a run in an empty folder and kills it, once or twice, at a random moment after it was
+started, importing included; then it lets the run come to its end. Metrics, weights, the optimiser's
+state and the result must be those of a run that was left alone, bit for bit. Exit code 1 on any
+fault.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from pathlib import Path
 
 import torch
 
-#: Iterations, a row of metrics every 7 and a checkpoint every 10: most moments fall into one or the other.
+#: Iterations, a row of metrics every 7 and a checkpoint every 10: most moments fall into one or the
+#: other.
 ARGUMENTS = (
-    "--tasks 3 --shots 4 --eval-tasks 6 --eval-steps 2 --threads 1 --iterations 400 --log-every 7 --checkpoint-every 10"
+    "--tasks 3 --shots 4 --eval-tasks 6 --eval-steps 2 --threads 1 --iterations 400 --log-every 7 "
+    "--checkpoint-every 10"
 ).split()
 
 #: Starts the command in a folder with more arguments; returns the process's id.
@@ -112,8 +116,11 @@ def between(out: Path) -> str:
     return f"after a kill at iteration {done} the rows {', '.join(lost)} are lost" if lost else ""
 
 
-def trial(number: int, seed: int, whole: Path, times: tuple[float, float], start: Start, tally: Tally) -> None:
-    """Kill once or twice, then let it end; `times` are when a run begins to train, and when it ends."""
+def trial(
+    number: int, seed: int, whole: Path, times: tuple[float, float], start: Start, tally: Tally
+) -> None:
+    """Kill once or twice, then let it end; `times` are when a run begins to train, and when it
+    ends."""
     choice = random.Random(f"{seed}-{number}")
     out = whole.with_name(f"trial-{number}")
     out.mkdir()
@@ -134,7 +141,9 @@ def trial(number: int, seed: int, whole: Path, times: tuple[float, float], start
         there = (out / "checkpoint.pt").exists()
         _, status = os.waitpid(start(out, ["--resume"] if there else []), 0)
         code = os.waitstatus_to_exitcode(status)
-        fault = compare(whole, out) if code == 0 else f"exit code {code}: {_last_line(out.with_suffix('.log'))}"
+        fault = (
+            compare(whole, out) if code == 0 else f"exit code {code}: {_last_line(out.with_suffix('.log'))}"
+        )
     tally.trials += 1
     if fault:
         shown = ", ".join(f"{moment:.3f}" for moment in moments)
@@ -177,7 +186,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fork", action="store_true", help="Fork this process instead of starting Python: faster.")
+    parser.add_argument(
+        "--fork", action="store_true", help="Fork this process instead of starting Python: faster."
+    )
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     torch.set_num_threads(1)

@@ -90,12 +90,16 @@ def residual(width: int, activation: str, norm: str, bias: bool, depth: int) -> 
         nn.Sequential(nn.Linear(width, width, bias=bias), NORMS[norm](width), ACTIVATIONS[activation]())
         for _ in range(depth)
     ]
-    return Wrapped(forward, first=nn.Linear(4, width), blocks=nn.ModuleList(blocks), head=nn.Linear(width, CLASSES))
+    return Wrapped(
+        forward, first=nn.Linear(4, width), blocks=nn.ModuleList(blocks), head=nn.Linear(width, CLASSES)
+    )
 
 
 def shared(width: int, activation: str, norm: str, bias: bool, depth: int) -> nn.Module:
     layer, act = nn.Linear(width, width, bias=bias), ACTIVATIONS[activation]()
-    return nn.Sequential(nn.Linear(4, width), act, *[layer, act] * depth, NORMS[norm](width), nn.Linear(width, CLASSES))
+    return nn.Sequential(
+        nn.Linear(4, width), act, *[layer, act] * depth, NORMS[norm](width), nn.Linear(width, CLASSES)
+    )
 
 
 def tied(width: int, activation: str, norm: str, bias: bool, depth: int) -> nn.Module:

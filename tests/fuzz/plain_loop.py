@@ -1,6 +1,8 @@
-"""The meta-objective as a loop over tasks in plain PyTorch, which calls the module itself with tensors assigned to it.
+"""The meta-objective as a loop over tasks in plain PyTorch, which calls the module itself with
+tensors assigned to it.
 
-It shares nothing with the library: no functional_call, no loss of fastmeta's, no update rule of fastmeta's.
+It shares nothing with the library: no functional_call, no loss of fastmeta's, no update rule of
+fastmeta's.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Shell:
                 module.__dict__[key] = theta[name]
         for module in self.net.modules():
             if isinstance(module, nn.RNNBase):
-                module.__dict__["_flat_weights"] = [module.__dict__[key] for key in module._flat_weights_names]
+                module.__dict__["_flat_weights"] = [
+                    module.__dict__[key] for key in module._flat_weights_names
+                ]
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             return self.net(x)
 
@@ -89,7 +93,10 @@ class PlainLoss:
             "cross_entropy": F.cross_entropy,
             "bce_with_logits": F.binary_cross_entropy_with_logits,
         }
-        options = {key: value.to(output) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        options = {
+            key: value.to(output) if isinstance(value, Tensor) else value
+            for key, value in self.options.items()
+        }
         values = functions[self.kind](output, y, reduction="none", **options)  # [N, ...]
         share = torch.ones_like(values)
         if self.kind == "cross_entropy" and not y.is_floating_point():

@@ -1,4 +1,5 @@
-"""Fuzzer of the public interface: random networks and options in float64 against a plain autograd loop.
+"""Fuzzer of the public interface: random networks and options in float64 against a plain autograd
+loop.
 
     python tests/fuzz/public_api.py --calls 100000 --seed 0
 
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 
-# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for rounding. Where
-# nothing else is left, rounding is that of data of size one.
+# Relative to the value itself, and to the largest of its sort: what a norm cancels is zero but for
+# rounding. Where nothing else is left, rounding is that of data of size one.
 RELATIVE, OF_LARGEST, ROUNDING = 1e-9, 1e-10, 1e-14
-# Of float32: PyTorch's own error by the same loop, times this, plus a floor of some hundred roundings.
+# Of float32: PyTorch's own error by the same loop, times this, plus a floor of some hundred
+# roundings.
 SINGLE_FACTOR, SINGLE_FLOOR = 10, 5e-5
 # What cancels in float32 leaves some hundred roundings of its summands.
 SINGLE_OF_LARGEST = 2e-5
@@ -93,7 +95,8 @@ class Spec:
 
 
 def draw(rng: random.Random) -> Spec:
-    """A random input; half of the options are at their defaults, so that combinations stay readable."""
+    """A random input; half of the options are at their defaults, so that combinations stay
+    readable."""
 
     def rarely(values: Any, default: Any, share: float = 0.3) -> Any:
         return rng.choice(values) if rng.random() < share else default
@@ -105,7 +108,9 @@ def draw(rng: random.Random) -> Spec:
         seed=rng.randrange(1 << 30),
         net=net,
         width=rng.choice((1, 2, 3, 5, 7, 8)) if rng.random() < 0.9 else rng.choice((16, 17, 33)),
-        activation=rng.choice(smooth if dtype == "float32" else (*smooth, "relu", "leaky_relu", "elu", "prelu")),
+        activation=rng.choice(
+            smooth if dtype == "float32" else (*smooth, "relu", "leaky_relu", "elu", "prelu")
+        ),
         norm=rarely(("batch", "batch_plain", "layer", "group"), "none", 0.4),
         bias=rng.random() < 0.8,
         depth=rng.choice((1, 1, 2)),
@@ -189,7 +194,9 @@ def data_of(spec: Spec) -> Drawn:
     if spec.net == "attention" and spec.adapt == "head":
         raise Refused("the last leaf that has parameters is not what the shell calls head")
     shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
-    per_task = frozenset(n for i, n in enumerate(names) if spec.per_task == "all" or (spec.per_task and i % 2 == 0))
+    per_task = frozenset(
+        n for i, n in enumerate(names) if spec.per_task == "all" or (spec.per_task and i % 2 == 0)
+    )
     params = {}
     for name, value in net.named_parameters():
         own = value.detach().clone()
@@ -236,10 +243,16 @@ def data_of(spec: Spec) -> Drawn:
         weights(spec.query_weights, spec.tasks, spec.queries),
     )
     lr, rates = _rates(spec, adapted, shapes, g)
-    task_weights = torch.rand(spec.tasks, generator=g, dtype=torch.float64) + 0.5 if spec.task_weights else None
-    step_weights = tuple(0.0 if k == 1 else 0.3 + k for k in range(spec.steps + 1)) if spec.step_weights else None
+    task_weights = (
+        torch.rand(spec.tasks, generator=g, dtype=torch.float64) + 0.5 if spec.task_weights else None
+    )
+    step_weights = (
+        tuple(0.0 if k == 1 else 0.3 + k for k in range(spec.steps + 1)) if spec.step_weights else None
+    )
     _check_meaning(spec, net, (support, query))
-    drawn = Drawn(net, params, per_task, adapted, adapt, lr, rates, support, query, task_weights, step_weights)
+    drawn = Drawn(
+        net, params, per_task, adapted, adapt, lr, rates, support, query, task_weights, step_weights
+    )
     return cast(drawn, dtype)
 
 
@@ -300,7 +313,9 @@ def _adapted(spec: Spec, net: nn.Module, names: list[str], free: list[str]) -> t
         leaves = [module for module in net.modules() if not [*module.children()]]
         last = [leaf for leaf in leaves if [*leaf.parameters()]][-1]
         inside = {id(value) for value in last.parameters()}
-        found = [n for n, v in net.named_parameters() if n in free and (id(v) in inside) == (spec.adapt == "head")]
+        found = [
+            n for n, v in net.named_parameters() if n in free and (id(v) in inside) == (spec.adapt == "head")
+        ]
     elif spec.adapt == "weights":
         found = [name for name in names if name.endswith("weight")]
         if not found:
@@ -330,11 +345,14 @@ def _rates(spec: Spec, adapted: list[str], shapes: dict[str, tuple[int, ...]], g
         return positive(), lambda lr: {name: full(lr, name) for name in adapted}
     if spec.rates == "step":
         return positive(spec.steps), lambda lr: {
-            name: (lr if len(lr) else lr.new_zeros(1)).reshape(-1, 1, *[1] * len(shapes[name])) for name in adapted
+            name: (lr if len(lr) else lr.new_zeros(1)).reshape(-1, 1, *[1] * len(shapes[name]))
+            for name in adapted
         }
     if spec.rates == "pattern":
         others = {"*": 0.03} if len(adapted) > 1 else {}
-        return {adapted[0]: positive(), **others}, lambda lr: {name: full(lr.get(name, 0.03), name) for name in adapted}
+        return {adapted[0]: positive(), **others}, lambda lr: {
+            name: full(lr.get(name, 0.03), name) for name in adapted
+        }
     forms = {
         "dict": lambda s: (1, 1, *[1] * len(s)),
         "task": lambda s: (1, t, *[1] * len(s)),
@@ -409,7 +427,10 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     params, lr, support, query = leaf(d.params), leaf(d.lr), leaf(d.support), leaf(d.query)
     plain = losses_of(spec, spec.loss, dtype)[1]
     query_plain = losses_of(spec, spec.query_loss or spec.loss, dtype)[1]
-    (support_w, plain), (query_w, query_plain) = _mask(support[2], plain, dtype), _mask(query[2], query_plain, dtype)
+    (support_w, plain), (query_w, query_plain) = (
+        _mask(support[2], plain, dtype),
+        _mask(query[2], query_plain, dtype),
+    )
     api = spec.api
     gradient = api == "task_gradient"
     if api in ("MAML", "adapt"):
@@ -420,7 +441,9 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     rates = (
         (
             {
-                name: torch.full((), -1.0, dtype=dtype).reshape((1, 1, *[1] * d.net.get_parameter(name).dim()))
+                name: torch.full((), -1.0, dtype=dtype).reshape(
+                    (1, 1, *[1] * d.net.get_parameter(name).dim())
+                )
                 for name in d.adapted
             }
             if gradient
@@ -498,10 +521,15 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
     """The same by the library."""
     d = drawn
     dtype = getattr(torch, spec.dtype)
-    loss, query_loss = losses_of(spec, spec.loss, dtype)[0], losses_of(spec, spec.query_loss or spec.loss, dtype)[0]
+    loss, query_loss = (
+        losses_of(spec, spec.loss, dtype)[0],
+        losses_of(spec, spec.query_loss or spec.loss, dtype)[0],
+    )
     params, lr, support, query = leaf(d.params), leaf(d.lr), leaf(d.support), leaf(d.query)
     if spec.no_input_gradients:
-        support, query = [tuple(None if x is None else x.detach() for x in batch) for batch in (support, query)]
+        support, query = [
+            tuple(None if x is None else x.detach() for x in batch) for batch in (support, query)
+        ]
     common = {"batch_stats": spec.batch_stats, "backend": spec.backend}
     inner = {
         "loss": loss,
@@ -561,7 +589,11 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
         if out.loss.requires_grad:
             out.loss.backward()
         found = {"loss": out.loss, "task_losses": out.task_losses, "output": out.output}
-        found |= {f"d params[{name}]": value.grad for name, value in d.net.named_parameters() if value.grad is not None}
+        found |= {
+            f"d params[{name}]": value.grad
+            for name, value in d.net.named_parameters()
+            if value.grad is not None
+        }
         return found | _gradients({"support": support, "query": query})
     if api == "adapt":
         d.net.zero_grad()
@@ -574,7 +606,11 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
         values = maml.adapt(*support[:2], weights=support[2])
         sum((value * cotangent(value)).sum() for value in values.values()).backward()
         found = {f"value[{name}]": value for name, value in values.items()}
-        found |= {f"d params[{name}]": value.grad for name, value in d.net.named_parameters() if value.grad is not None}
+        found |= {
+            f"d params[{name}]": value.grad
+            for name, value in d.net.named_parameters()
+            if value.grad is not None
+        }
         return found | _gradients({"support": support})
     if api == "task_forward":
         output = fm.task_forward(d.net, params, query[0], task_chunk=spec.chunk, **common)
@@ -687,13 +723,20 @@ def _compare(key: str, got: Tensor, want: dict[str, Tensor], single: dict[str, T
     largest = max(float(value.norm()) for name, value in want.items() if name[:2] == key[:2])
     allowed = RELATIVE * size + OF_LARGEST * largest + ROUNDING
     if single is not None:
-        allowed = SINGLE_FACTOR * float((single[key].double() - expected).norm()) + SINGLE_FLOOR * (size + 0.1)
+        allowed = SINGLE_FACTOR * float((single[key].double() - expected).norm()) + SINGLE_FLOOR * (
+            size + 0.1
+        )
         allowed += SINGLE_OF_LARGEST * largest
-    return "" if off <= allowed else f"{key} is off by {off:.1e}, its size is {size:.1e}, allowed is {allowed:.1e}"
+    return (
+        ""
+        if off <= allowed
+        else f"{key} is off by {off:.1e}, its size is {size:.1e}, allowed is {allowed:.1e}"
+    )
 
 
 def _may_miss(spec: Spec, key: str) -> bool:
-    """What the loop gives and a call does not: gradients that were not asked for, or of what is no leaf there."""
+    """What the loop gives and a call does not: gradients that were not asked for, or of what is no
+    leaf there."""
     if key.startswith(("d support", "d query")):
         return True
     if key.startswith("d lr"):

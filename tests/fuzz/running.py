@@ -1,8 +1,10 @@
-"""What the fuzzers have in common: seeds, child processes, reduction of failures, the report and the command line.
+"""What the fuzzers have in common: seeds, child processes, reduction of failures, the report and
+the command line.
 
-Inputs are frozen dataclasses whose defaults are the simplest there is, unless they have a method `simpler`. They are
-numbered: input 17 of seed 3 is the same in a long run and alone (`--seed 3 --start 17 --calls 1`). They are checked in
-a child process, so a crash or a hang is a fault like any other.
+Inputs are frozen dataclasses whose defaults are the simplest there is, unless they have a method
+`simpler`. They are
+numbered: input 17 of seed 3 is the same in a long run and alone (`--seed 3 --start 17 --calls 1`).
+They are checked in a child process, so a crash or a hang is a fault like any other.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def fuzz(
             print(fault, flush=True)
         if time.monotonic() - shown > 60:
             shown = time.monotonic()
-            print(f"seed {seed}, input {number}: {report.calls} calls, {len(report.faults)} faults", flush=True)
+            print(
+                f"seed {seed}, input {number}: {report.calls} calls, {len(report.faults)} faults", flush=True
+            )
     return report
 
 
@@ -104,9 +108,17 @@ def _in_child(
     if status == 0:
         return pickle.loads(told)
     number, made = struct.unpack("qq", progress[:16])
-    how = f"signal {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
+    how = (
+        f"signal {signal.Signals(os.WTERMSIG(status)).name}"
+        if os.WIFSIGNALED(status)
+        else f"exit {status >> 8}"
+    )
     given = described(draw(_numbers(seed, number)))
-    return made + 1, number - start + 1, [f"--seed {seed} --start {number}: the process ended by {how}\n  {given}"]
+    return (
+        made + 1,
+        number - start + 1,
+        [f"--seed {seed} --start {number}: the process ended by {how}\n  {given}"],
+    )
 
 
 def _batch(
@@ -156,7 +168,9 @@ def _with_defaults(given: Any) -> Iterator[Any]:
 
 def described(given: Any) -> str:
     """The fields that are not at their defaults."""
-    parts = [f"{f.name}={getattr(given, f.name)!r}" for f in fields(given) if getattr(given, f.name) != f.default]
+    parts = [
+        f"{f.name}={getattr(given, f.name)!r}" for f in fields(given) if getattr(given, f.name) != f.default
+    ]
     return f"{type(given).__name__}({', '.join(parts)})"
 
 
@@ -171,7 +185,9 @@ def main(what: str, draw: Callable[[random.Random], Any], check: Check) -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--calls", type=int, default=1000, help="calls of the public interface to make, at least")
+    parser.add_argument(
+        "--calls", type=int, default=1000, help="calls of the public interface to make, at least"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="number of the first input")
     parser.add_argument("--most-faults", type=int, default=MOST_FAULTS, help="end the run after so many")

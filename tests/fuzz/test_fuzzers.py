@@ -1,6 +1,8 @@
-"""The fuzzers in short, as the commands that they are, with fixed seeds: a failure comes from the change that is tested.
+"""The fuzzers in short, as the commands that they are, with fixed seeds: a failure comes from the
+change that is tested.
 
-They fork children, which must be done where PyTorch has started no threads: not in the process of other tests.
+They fork children, which must be done where PyTorch has started no threads: not in the process of
+other tests.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 
 
 def python(*arguments: str) -> str:
-    """What Python prints, run with these arguments in this folder, where it ends by itself with 0 or 1."""
+    """What Python prints, run with these arguments in this folder, where it ends by itself with 0
+    or 1."""
     done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return done.stdout

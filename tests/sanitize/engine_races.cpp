@@ -1,6 +1,7 @@
-// A program without Python that runs the engine on several threads, to be built with ThreadSanitizer: the pool, tasks
-// over threads, kernels over threads, two callers at once, a job that throws, a fork. It fails where the bits depend on
-// the number of threads. With an argument it plants a race instead, which the sanitizer must report.
+// A program without Python that runs the engine on several threads, to be built with
+// ThreadSanitizer: the pool, tasks over threads, kernels over threads, two callers at once, a job
+// that throws, a fork. It fails where the bits depend on the number of threads. With an argument it
+// plants a race instead, which the sanitizer must report.
 #include <sys/wait.h>
 #include <unistd.h>
 

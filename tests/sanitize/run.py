@@ -2,8 +2,8 @@
 
     python tests/sanitize/run.py [pytest's arguments; none: what matters]
 
-It builds the extension once more in build/sanitize, with the portable kernels alone, and runs tests of the cpu backend
-and the fuzzer of the binding against it. Any report ends the process.
+It builds the extension once more in build/sanitize, with the portable kernels alone, and runs tests
+of the cpu backend and the fuzzer of the binding against it. Any report ends the process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ BUILD = ROOT / "build" / "sanitize"
 TREE = BUILD / "tree"
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 #: Layer kinds, losses, rates, more tasks than threads and fewer, bad input, forks.
-TESTS = (
-    "tests/test_determinism.py tests/test_conv2d.py tests/test_max_pool2d.py tests/test_ops_rates.py "
-    "tests/test_ops_meta_gradient.py tests/test_binding.py tests/test_ordinary_tensors.py"
-).split()
+TESTS = [
+    f"tests/{name}.py"
+    for name in (
+        "algorithms/test_ops_meta_gradient",
+        "algorithms/test_ops_rates",
+        "backends/test_binding",
+        "backends/test_determinism",
+        "backends/test_ordinary_tensors",
+        "layers/test_conv2d",
+        "layers/test_max_pool2d",
+    )
+]
 FUZZED = 2000
 
 
@@ -43,7 +51,14 @@ def build() -> None:
             (package / source.name).symlink_to(source)
     for folder in ("csrc", "kernels"):
         (package / folder).symlink_to(ROOT / folder)
-    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={TREE}", f"--build-temp={BUILD / 'temp'}"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        f"--build-lib={TREE}",
+        f"--build-temp={BUILD / 'temp'}",
+    ]
     environment = {
         **os.environ,
         "FASTMETA_BASE_ONLY": "1",
@@ -59,7 +74,8 @@ def run(arguments: list[str]) -> int:
         **os.environ,
         # a sanitizer has to be the first library there is, and wants to know of exceptions
         "LD_PRELOAD": f"{compiler_file('libasan.so')} {compiler_file('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192:abort_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192:"
+        "abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(TREE),
         "OMP_NUM_THREADS": "2",
@@ -70,7 +86,8 @@ def run(arguments: list[str]) -> int:
 def main() -> int:
     """Build and run; 0 if nothing was found."""
     build()
-    check = f"import fastmeta._C as c; assert c.__file__.startswith({str(TREE)!r}) and c.instruction_sets() == ['base']"
+    ours = f"c.__file__.startswith({str(TREE)!r})"
+    check = f"import fastmeta._C as c; assert {ours} and c.instruction_sets() == ['base']"
     if run(["-c", check]):
         return 1
     given = sys.argv[1:]

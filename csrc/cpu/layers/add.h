@@ -1,7 +1,7 @@
 // add: the sum of two values of one shape, as in a residual connection.
 #pragma once
 
-#include "../../engine/pass.h"
+#include "../pass.h"
 
 namespace fm::add {
 
@@ -18,7 +18,8 @@ template <class S>
 void sum(const Pass<S>& pass, int value, const S* a, i64 ld_a, const S* b, i64 ld_b, S* out) {
   const Value& v = pass.plan.values[value];
   for (i64 r = 0; r < pass.rows(value); ++r) {
-    for (i64 c = 0; c < v.cols; ++c) out[r * v.ld + c] = (a ? a[r * ld_a + c] : S(0)) + (b ? b[r * ld_b + c] : S(0));
+    for (i64 c = 0; c < v.cols; ++c)
+      out[r * v.ld + c] = (a ? a[r * ld_a + c] : S(0)) + (b ? b[r * ld_b + c] : S(0));
     for (i64 c = v.cols; c < v.ld; ++c) out[r * v.ld + c] = 0;
   }
 }
@@ -29,7 +30,8 @@ void forward(const Pass<S>& pass, const Layer& layer) {
   sum(pass, out, pass.value(a), pass.value_ld(a), pass.value(b), pass.value_ld(b), pass.output(out));
 }
 
-// The gradient of each input is the output's: copied to the first to be written, added to the others.
+// The gradient of each input is the output's: copied to the first to be written, added to the
+// others.
 template <class S>
 void spread(const Pass<S>& pass, const Layer& layer, const S* dy, S* block) {
   const i64 ld = pass.plan.values[layer.output].ld;

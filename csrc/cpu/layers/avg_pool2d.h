@@ -1,4 +1,5 @@
-// avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means too.
+// avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means
+// too.
 #pragma once
 
 #include "../pool_arguments.h"
@@ -16,7 +17,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64) {
 template <class S>
 Pool<S> arguments(const Pass<S>& pass, const Layer& layer) {
   Pool<S> p = pool::arguments<S>(pass.plan, layer, pass.geometry.examples);
-  p.adaptive = adaptive(layer), p.count_padding = layer.constants[6] != 0, p.divisor = i64(layer.constants[7]);
+  p.adaptive = adaptive(layer), p.count_padding = layer.constants[6] != 0,
+  p.divisor = i64(layer.constants[7]);
   return p;
 }
 

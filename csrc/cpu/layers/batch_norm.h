@@ -1,4 +1,5 @@
-// batch_norm: every channel normalised over the task's own batch, or by running statistics if they are given.
+// batch_norm: every channel normalised over the task's own batch, or by running statistics if they
+// are given.
 #pragma once
 
 #include "../channel_norm.h"
@@ -13,7 +14,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require((layer.pool_h || x.rows == y.rows) && x.cols == y.cols, "a norm changes the shape");
   for (int p : layer.params)
-    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
+    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols),
+            "a norm's parameter has another shape");
   require((layer.params[2] < 0) == (layer.params[3] < 0), "running statistics are a mean and a variance");
   return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
           channel_norm::temporary_size(plan, layer)};

@@ -1,7 +1,8 @@
-// concat: two values one behind the other: side by side in every row, or block of rows by block of rows. Linear.
+// concat: two values one behind the other: side by side in every row, or block of rows by block of
+// rows. Linear.
 #pragma once
 
-#include "../../engine/pass.h"
+#include "../pass.h"
 
 namespace fm::concat {
 
@@ -10,24 +11,29 @@ inline i64 outer(const Layer& layer) { return i64(layer.constants[0]); }
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   require(layer.inputs[1] >= 0, "concat reads two values");
-  const Value &a = plan.values[layer.inputs[0]], &b = plan.values[layer.inputs[1]], &y = plan.values[layer.output];
+  const Value &a = plan.values[layer.inputs[0]], &b = plan.values[layer.inputs[1]],
+              &y = plan.values[layer.output];
   const i64 blocks = outer(layer);
   if (blocks == 0)
-    require(a.rows == y.rows && b.rows == y.rows && a.cols + b.cols == y.cols, "concat's columns do not add up");
+    require(a.rows == y.rows && b.rows == y.rows && a.cols + b.cols == y.cols,
+            "concat's columns do not add up");
   else
-    require(blocks > 0 && a.cols == y.cols && b.cols == y.cols && a.rows + b.rows == y.rows && a.rows % blocks == 0 &&
-                b.rows % blocks == 0,
+    require(blocks > 0 && a.cols == y.cols && b.cols == y.cols && a.rows + b.rows == y.rows &&
+                a.rows % blocks == 0 && b.rows % blocks == 0,
             "concat's rows do not add up");
   return {};
 }
 
-// Calls body(row of input j, row of the output, first column in the output) for every row of an input.
+// Calls body(row of input j, row of the output, first column in the output) for every row of an
+// input.
 template <class S, class Body>
 void each_row(const Pass<S>& pass, const Layer& layer, int j, const Body& body) {
   const Plan& plan = pass.plan;
-  const Value &a = plan.values[layer.inputs[0]], &x = plan.values[layer.inputs[j]], &y = plan.values[layer.output];
+  const Value &a = plan.values[layer.inputs[0]], &x = plan.values[layer.inputs[j]],
+              &y = plan.values[layer.output];
   const i64 blocks = outer(layer) ? outer(layer) : x.rows;
-  const i64 own = x.rows / blocks, all = y.rows / blocks, before = j == 0 || outer(layer) == 0 ? 0 : a.rows / blocks;
+  const i64 own = x.rows / blocks, all = y.rows / blocks,
+            before = j == 0 || outer(layer) == 0 ? 0 : a.rows / blocks;
   const i64 column = j == 1 && outer(layer) == 0 ? a.cols : 0;
   for (i64 block = 0; block < pass.geometry.examples * blocks; ++block)
     for (i64 r = 0; r < own; ++r) body(block * own + r, block * all + before + r, column);
@@ -42,7 +48,8 @@ void join(const Pass<S>& pass, const Layer& layer, const S* const* from, const i
   for (int j = 0; j < 2; ++j) {
     const i64 cols = pass.plan.values[layer.inputs[j]].cols;
     each_row(pass, layer, j, [&](i64 row, i64 out, i64 column) {
-      for (i64 c = 0; c < cols; ++c) to[out * y.ld + column + c] = from[j] ? from[j][row * ld_from[j] + c] : S(0);
+      for (i64 c = 0; c < cols; ++c)
+        to[out * y.ld + column + c] = from[j] ? from[j][row * ld_from[j] + c] : S(0);
     });
   }
 }
@@ -82,7 +89,8 @@ void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
 template <class S>
 void tangent(const Pass<S>& pass, const Layer& layer) {
   const int a = layer.inputs[0], b = layer.inputs[1];
-  const S* from[] = {pass.has_tangent(a) ? pass.tangent(a) : nullptr, pass.has_tangent(b) ? pass.tangent(b) : nullptr};
+  const S* from[] = {pass.has_tangent(a) ? pass.tangent(a) : nullptr,
+                     pass.has_tangent(b) ? pass.tangent(b) : nullptr};
   const i64 ld[] = {pass.plan.values[a].ld, pass.plan.values[b].ld};
   join<S>(pass, layer, from, ld, pass.tangent(layer.output));
 }

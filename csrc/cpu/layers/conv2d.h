@@ -1,13 +1,15 @@
-// conv2d: y = conv(x, W) + b on channels-last images; W [O, C, kh, kw] is kept as one matrix W^T [C, O] for each tap.
+// conv2d: y = conv(x, W) + b on channels-last images; W [O, C, kh, kw] is kept as one matrix W^T
+// [C, O] for each tap.
 //
-// Images of very few channels are gathered tap by tap into rows [taps * C] instead, and multiplied like any matrix.
+// Images of very few channels are gathered tap by tap into rows [taps * C] instead, and multiplied
+// like any matrix.
 // Where the output is not kept, nothing is done here: its reader does it, see ../recomputed_conv.h.
 #pragma once
 
 #include <algorithm>
 
-#include "../../engine/layout.h"
-#include "../../engine/pass.h"
+#include "../layout.h"
+#include "../pass.h"
 #include "../winograd.h"
 
 namespace fm::conv2d {
@@ -23,7 +25,8 @@ inline Window window(const Layer& layer) {
   return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
-// Whether the taps' matrices lie one below the other as a single one: then gathered rows can be multiplied with it.
+// Whether the taps' matrices lie one below the other as a single one: then gathered rows can be
+// multiplied with it.
 inline bool gathers(const Plan& plan, const Layer& layer) {
   const Param& w = plan.params[layer.weight()];
   return w.channels() == 1 || (w.channels() <= FEW_CHANNELS && plan.padded(w.rows) <= 4 * plan.lane);
@@ -41,7 +44,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   require(layer.weight() >= 0, "a convolution has no weight");
   const Param& w = plan.params[layer.weight()];
   const Window v = window(layer);
-  require(v.kh > 0 && v.kw > 0 && v.sh > 0 && v.sw > 0 && v.ph >= 0 && v.pw >= 0, "a convolution's window is none");
+  require(v.kh > 0 && v.kw > 0 && v.sh > 0 && v.sw > 0 && v.ph >= 0 && v.pw >= 0,
+          "a convolution's window is none");
   require(x.channels && y.channels && x.rows == x.height * x.width && y.rows == y.height * y.width,
           "a convolution reads and writes images");
   require(w.matrix && w.taps == v.kh * v.kw && w.channels() * w.taps == w.cols && w.channels() == x.cols &&
@@ -49,7 +53,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
           "a convolution's shapes differ");
   const i64 room_h = x.height + 2 * v.ph - v.kh, room_w = x.width + 2 * v.pw - v.kw;
   require(room_h >= 0 && room_w >= 0, "a convolution's window is larger than its image");
-  require(y.height == room_h / v.sh + 1 && y.width == room_w / v.sw + 1, "a convolution's output has another size");
+  require(y.height == room_h / v.sh + 1 && y.width == room_w / v.sw + 1,
+          "a convolution's output has another size");
   if (layer.bias() >= 0) {
     const Param& b = plan.params[layer.bias()];
     require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");
@@ -71,7 +76,8 @@ const S* zeros(const Pass<S>& pass, const Layer& layer) {
   return pass.temporary;
 }
 
-// What the taps of pixels [begin, end) of the output read of x: to[tap * C + c][pixel], rows GATHERED_PIXELS apart.
+// What the taps of pixels [begin, end) of the output read of x: to[tap * C + c][pixel], rows
+// GATHERED_PIXELS apart.
 template <class S>
 void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 begin, i64 end, S* to) {
   const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
@@ -104,7 +110,8 @@ void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 b
   }
 }
 
-// Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels [first, first + count).
+// Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels
+// [first, first + count).
 template <class S, class Body>
 void for_gathered(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs, const S* const* x,
                   const i64* ld_x, const Body& body) {
@@ -126,8 +133,8 @@ Matrix<S> gathered_weight(const Plan& plan, const Param& p, S* set) {
 
 // y = sum over pairs conv(x, w) + bias for `count` pixels of the output, the first of them at y.
 template <class S>
-void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs, const S* const* x,
-                       const i64* ld_x, const S* const* w, const S* bias, S* y) {
+void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs,
+                       const S* const* x, const i64* ld_x, const S* const* w, const S* bias, S* y) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight()];
   const i64 ld_y = plan.values[layer.output].ld;
@@ -172,8 +179,8 @@ void run(const Pass<S>& pass, const Layer& layer, Conv<S>& conv) {
 
 // y = sum over pairs conv(x, w) + bias
 template <class S>
-void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
-              const S* bias, S* y) {
+void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
+              const S* const* w, const S* bias, S* y) {
   const Plan& plan = pass.plan;
   const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
   if (gathers(plan, layer))
@@ -206,7 +213,8 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
   run(pass, layer, conv);
 }
 
-// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b, into their sinks
+// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b,
+// into their sinks
 template <class S>
 void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
                      const S* const* dy, Sink<S>* sinks) {
@@ -219,7 +227,8 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   } else if (weight.to) {
     const Window v = window(layer);
     ConvWeight<S> c;
-    c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height, c.b_w = out.width;
+    c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height,
+    c.b_w = out.width;
     c.kh = v.kh, c.kw = v.kw, c.sh = v.sh, c.sw = v.sw, c.ph = v.ph, c.pw = v.pw;
     c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld, c.first_tap = 0, c.last_tap = v.kh * v.kw;
     for (int i = 0; i < pairs; ++i) c.pair[i] = {x[i], ld_x[i], dy[i]};
@@ -234,7 +243,8 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   Sink<S>& bias = sinks[layer.bias()];
   if (!bias.to) return;
   const i64 rows = layer.bias_cancels ? 0 : pass.rows(layer.output);
-  pass.kernels.column_sums({rows, plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
+  pass.kernels.column_sums(
+      {rows, plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
   bias.written();
 }
 

@@ -1,7 +1,9 @@
-// Convolutions as implicit products: a tile of output pixels walks over the taps, every pixel with a pointer to the row
-// of channels that the tap reads, or to zeros where it falls into the padding. See Conv in engine/kernels.h.
+// Convolutions as implicit products: a tile of output pixels walks over the taps, every pixel with
+// a pointer to the row of channels that the tap reads, or to zeros where it falls into the padding.
+// See Conv in cpu/kernels.h.
 //
-// The order of every sum is fixed by the shapes and the instruction set: pixels are cut into tiles from the first on.
+// The order of every sum is fixed by the shapes and the instruction set: pixels are cut into tiles
+// from the first on.
 
 constexpr int CONV_VECTORS = 2;
 constexpr int CONV_ROWS = FM_REGISTERS == 32 ? 12 : 6;
@@ -60,14 +62,14 @@ __attribute__((noinline)) void conv_tile(const ConvTile<S>& t) {
 template <class S>
 using ConvTileFunction = void (*)(const ConvTile<S>&);
 #if FM_REGISTERS == 32
-#define FM_CONV_ROWS(NV)                                                                                             \
-  &conv_tile<S, 1, NV>, &conv_tile<S, 2, NV>, &conv_tile<S, 3, NV>, &conv_tile<S, 4, NV>, &conv_tile<S, 5, NV>,      \
-      &conv_tile<S, 6, NV>, &conv_tile<S, 7, NV>, &conv_tile<S, 8, NV>, &conv_tile<S, 9, NV>, &conv_tile<S, 10, NV>, \
-      &conv_tile<S, 11, NV>, &conv_tile<S, 12, NV>
+#define FM_CONV_ROWS(NV)                                                                      \
+  &conv_tile<S, 1, NV>, &conv_tile<S, 2, NV>, &conv_tile<S, 3, NV>, &conv_tile<S, 4, NV>,     \
+      &conv_tile<S, 5, NV>, &conv_tile<S, 6, NV>, &conv_tile<S, 7, NV>, &conv_tile<S, 8, NV>, \
+      &conv_tile<S, 9, NV>, &conv_tile<S, 10, NV>, &conv_tile<S, 11, NV>, &conv_tile<S, 12, NV>
 #else
-#define FM_CONV_ROWS(NV)                                                                                        \
-  &conv_tile<S, 1, NV>, &conv_tile<S, 2, NV>, &conv_tile<S, 3, NV>, &conv_tile<S, 4, NV>, &conv_tile<S, 5, NV>, \
-      &conv_tile<S, 6, NV>
+#define FM_CONV_ROWS(NV)                                                                  \
+  &conv_tile<S, 1, NV>, &conv_tile<S, 2, NV>, &conv_tile<S, 3, NV>, &conv_tile<S, 4, NV>, \
+      &conv_tile<S, 5, NV>, &conv_tile<S, 6, NV>
 #endif
 template <class S>
 constexpr ConvTileFunction<S> CONV_TILES[CONV_VECTORS][CONV_ROWS] = {{FM_CONV_ROWS(1)}, {FM_CONV_ROWS(2)}};
@@ -85,7 +87,8 @@ struct ConvTaps {
   const S* w[2][CONV_TAPS];
 };
 
-// Where tap (i, j) of the pixel's window lies in a, as a number of rows; -1: in the padding, or between strides.
+// Where tap (i, j) of the pixel's window lies in a, as a number of rows; -1: in the padding, or
+// between strides.
 template <class S>
 FM_INLINE i64 tapped(const Conv<S>& v, const Pixel& at, i64 i, i64 j) {
   i64 y, x;
@@ -111,7 +114,8 @@ template <class S>
 FM_INLINE void conv_pixels(const Conv<S>& v, const Pixel* pixels, int rows) {
   constexpr int L = lanes<S>;
   S* c[CONV_ROWS];
-  for (int r = 0; r < rows; ++r) c[r] = v.c + ((pixels[r].example * v.c_h + pixels[r].y) * v.c_w + pixels[r].x) * v.ldc;
+  for (int r = 0; r < rows; ++r)
+    c[r] = v.c + ((pixels[r].example * v.c_h + pixels[r].y) * v.c_w + pixels[r].x) * v.ldc;
   const i64 padded = pad<S>(v.n), tap_size = v.k * padded;
   ConvTaps<S> taps;
   bool added = v.add;
@@ -137,7 +141,8 @@ FM_INLINE void conv_pixels(const Conv<S>& v, const Pixel* pixels, int rows) {
   };
   for (i64 i = 0; i < v.kh; ++i)
     for (i64 j = 0; j < v.kw; ++j) {
-      // Sums are cut at fixed taps: which other taps the tile reads, and so which pixels share it, changes no bits.
+      // Sums are cut at fixed taps: which other taps the tile reads, and so which pixels share it,
+      // changes no bits.
       if (taps.count > 0 && (i * v.kw + j) % CONV_TAPS == 0) flush();
       const int t = taps.count;
       bool any = false;
@@ -156,7 +161,8 @@ FM_INLINE void conv_pixels(const Conv<S>& v, const Pixel* pixels, int rows) {
   for (int r = 0; r < rows; ++r) zero_columns(c[r], written, v.ldc);
 }
 
-// Pixels that lie a stride apart read the same taps of a transposed convolution: they make up tiles together.
+// Pixels that lie a stride apart read the same taps of a transposed convolution: they make up tiles
+// together.
 template <class S>
 void conv(const Conv<S>& v) {
   const i64 step_y = v.transposed ? v.sh : 1, step_x = v.transposed ? v.sw : 1;
@@ -174,7 +180,7 @@ void conv(const Conv<S>& v) {
     }
 }
 
-// ---- the weight's gradient ------------------------------------------------------------------------------------------
+// ---- the weight's gradient
 
 // A run of pixels: rows of a and of dy, one step apart each.
 template <class S>
@@ -182,7 +188,8 @@ struct Run {
   const S *a, *b;
   i64 count, a_step, b_step;
 };
-constexpr i64 RUN_PIXELS = FM_REGISTERS == 32 ? 64 : 48;  // whose rows of 64 channels stay in the first-level cache
+constexpr i64 RUN_PIXELS =
+    FM_REGISTERS == 32 ? 64 : 48;  // whose rows of 64 channels stay in the first-level cache
 constexpr int RUNS = 128;
 
 template <class S>
@@ -248,14 +255,16 @@ using WeightTileFunction = void (*)(const WeightTile<S>&);
       &weight_tile<S, 5, NV>, &weight_tile<S, 6, NV>
 #endif
 template <class S>
-constexpr WeightTileFunction<S> WEIGHT_TILES[CONV_VECTORS][CONV_ROWS] = {{FM_WEIGHT_ROWS(1)}, {FM_WEIGHT_ROWS(2)}};
+constexpr WeightTileFunction<S> WEIGHT_TILES[CONV_VECTORS][CONV_ROWS] = {{FM_WEIGHT_ROWS(1)},
+                                                                         {FM_WEIGHT_ROWS(2)}};
 
 // c = [base +] [also +] scale * (what the runs sum up to), for one tap's matrix [k, n] in panels.
 template <class S>
-FM_INLINE void weight_matrix(const ConvWeight<S>& v, const Run<S>* runs, int count, bool first, S* c, const S* base,
-                             const S* also) {
+FM_INLINE void weight_matrix(const ConvWeight<S>& v, const Run<S>* runs, int count, bool first, S* c,
+                             const S* base, const S* also) {
   constexpr int L = lanes<S>;
-  const i64 padded = pad<S>(v.n), tiles = (v.k + CONV_ROWS - 1) / CONV_ROWS, rows = v.k / tiles, larger = v.k % tiles;
+  const i64 padded = pad<S>(v.n), tiles = (v.k + CONV_ROWS - 1) / CONV_ROWS, rows = v.k / tiles,
+            larger = v.k % tiles;
   for (i64 panel = 0; panel < v.n; panel += panel_columns<S>) {
     const i64 left = padded - panel, ldc = left < panel_columns<S> ? left : panel_columns<S>;
     const i64 end = v.n - panel < panel_columns<S> ? v.n - panel : panel_columns<S>;
@@ -300,7 +309,9 @@ FM_INLINE bool run_of(const ConvWeight<S>& v, int pair, i64 n, i64 y, i64 i, i64
 template <class S>
 void conv_weight(const ConvWeight<S>& v) {
   const i64 matrix = v.k * pad<S>(v.n), rows = v.examples * v.b_h;
-  const i64 block = RUN_PIXELS / v.b_w < 1 ? 1 : RUN_PIXELS / v.b_w > RUNS / 2 ? RUNS / 2 : RUN_PIXELS / v.b_w;
+  const i64 block = RUN_PIXELS / v.b_w < 1          ? 1
+                    : RUN_PIXELS / v.b_w > RUNS / 2 ? RUNS / 2
+                                                    : RUN_PIXELS / v.b_w;
   Run<S> runs[RUNS];
   for (i64 start = 0; start < rows; start += block) {
     const i64 stop = start + block < rows ? start + block : rows;

@@ -1,7 +1,7 @@
 // Element-wise layers that no epilogue has taken: the arguments of the kernels in elementwise.inl.
 #pragma once
 
-#include "../../engine/pass.h"
+#include "../pass.h"
 
 namespace fm::elementwise {
 

@@ -1,11 +1,12 @@
-// Element-wise layers: y = f(x) and its first two derivatives, in the four functions of a layer kind.
+// Element-wise layers: y = f(x) and its first two derivatives, in the four functions of a layer
+// kind.
 //
 //   forward           y   = f(x)
 //   backward          dx  = dy f'(x)
 //   tangent           ry  = rx f'(x)
 //   tangent_backward  rdx = rdy f'(x) + dy f''(x) rx
 //
-// The functions themselves: engine/functions.inl.
+// The functions themselves: shared/functions.inl.
 
 // Calls body(f) with the function object that `e` names.
 template <class S, class Body>
@@ -38,7 +39,8 @@ FM_INLINE void with_function(const Elementwise<S>& e, const Body& body) {
   }
 }
 
-// out[r, c] (+)= element(row offset in x, row offset elsewhere, c); padding columns of out become zero.
+// out[r, c] (+)= element(row offset in x, row offset elsewhere, c); padding columns of out become
+// zero.
 template <class S, class Element>
 FM_INLINE void for_each(const Elementwise<S>& e, i64 ld_out, const Element& element) {
   for (i64 r = 0; r < e.rows; ++r) {

@@ -1,4 +1,5 @@
-// group_norm: each example normalised over groups of channels; instance norm is one channel a group.
+// group_norm: each example normalised over groups of channels; instance norm is one channel a
+// group.
 #pragma once
 
 #include "../channel_norm.h"
@@ -14,7 +15,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require((layer.pool_h || x.rows == y.rows) && x.cols == y.cols, "a norm changes the shape");
   for (int p : layer.params)
-    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols), "a norm's parameter has another shape");
+    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols),
+            "a norm's parameter has another shape");
   const i64 groups = i64(layer.constants[0]);
   require(groups > 0 && y.cols % groups == 0, "a group norm's groups do not divide its channels");
   return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),

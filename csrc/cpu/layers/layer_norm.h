@@ -1,7 +1,7 @@
 // layer_norm: the last dimensions of each example normalised together: groups of consecutive rows.
 #pragma once
 
-#include "../../engine/pass.h"
+#include "../pass.h"
 
 namespace fm::layer_norm {
 
@@ -14,9 +14,11 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   const i64 size = i64(layer.constants[0]);
   require(x.rows == y.rows && x.cols == y.cols, "a norm changes the shape");
-  require(size >= y.cols && size % y.cols == 0 && y.rows % (size / y.cols) == 0, "a layer norm's size does not fit");
+  require(size >= y.cols && size % y.cols == 0 && y.rows % (size / y.cols) == 0,
+          "a layer norm's size does not fit");
   for (int p : layer.params)
-    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == size), "a norm's parameter has another shape");
+    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == size),
+            "a norm's parameter has another shape");
   return {2 * examples * y.rows * y.cols / size, 2 * plan.padded(size)};
 }
 

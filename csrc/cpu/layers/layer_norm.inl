@@ -1,5 +1,5 @@
-// Layer norm: groups of `rows` consecutive rows, each normalised as one; the formulas of channel_norm.h with a weight
-// for every element of a group.
+// Layer norm: groups of `rows` consecutive rows, each normalised as one; the formulas of
+// channel_norm.h with a weight for every element of a group.
 
 // The sum of term(r, c) over a group, by a line of partial sums.
 template <class S, class Term>
@@ -70,7 +70,8 @@ template <class S>
 void layer_norm_forward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
     n.state[2 * g] = 0, n.state[2 * g + 1] = 1;
-    n.state[2 * g] = NormGroup<S>(n, g).average([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
+    n.state[2 * g] =
+        NormGroup<S>(n, g).average([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
     const NormGroup<S> centred(n, g);
     const S var = centred.average([&](i64 r, i64 c) { return centred.hat(r, c) * centred.hat(r, c); });
     n.state[2 * g + 1] = S(1) / sqrt_(var + n.eps);
@@ -113,13 +114,15 @@ void layer_norm_tangent_backward(const LayerNorm<S>& n) {
     const S t_x = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c) * at.hat(r, c); }) : S(0);
     const auto rhat = [&](i64 r, i64 c)
                           FM_INLINE_LAMBDA { return at.rstd * (at.moved(r, c) - t - at.hat(r, c) * t_x); };
-    at.collect([&](i64 r, i64 c) { return at.rdy[r * n.ld + c] * at.hat(r, c) + at.dy[r * n.ld + c] * rhat(r, c); },
-               [&](i64 r, i64 c) { return at.rdy[r * n.ld + c]; });
+    at.collect(
+        [&](i64 r, i64 c) { return at.rdy[r * n.ld + c] * at.hat(r, c) + at.dy[r * n.ld + c] * rhat(r, c); },
+        [&](i64 r, i64 c) { return at.rdy[r * n.ld + c]; });
     if (!n.out) continue;
     const S mean = at.average([&](i64 r, i64 c) { return at.g(r, c); });
     const S mean_x = at.average([&](i64 r, i64 c) { return at.g(r, c) * at.hat(r, c); });
     const S u = at.average([&](i64 r, i64 c) { return at.rg(r, c); });
-    const S u_x = at.average([&](i64 r, i64 c) { return at.rg(r, c) * at.hat(r, c) + at.g(r, c) * rhat(r, c); });
+    const S u_x =
+        at.average([&](i64 r, i64 c) { return at.rg(r, c) * at.hat(r, c) + at.g(r, c) * rhat(r, c); });
     at.write(g, [&](i64 r, i64 c) {
       const S dx = at.rstd * (at.g(r, c) - mean - at.hat(r, c) * mean_x);
       return at.rstd * (at.rg(r, c) - u - rhat(r, c) * mean_x - at.hat(r, c) * u_x - t_x * dx);

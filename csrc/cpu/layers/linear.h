@@ -1,12 +1,13 @@
 // linear: y = x W^T + b on the last dimension, optionally with the following relu in its epilogue.
 //
-// W is [O, I]. Wide: kept as W^T [I, O] in panels, with W itself as the mirror for the input gradient. Narrow (few
-// outputs): kept as W [O, I], and y by inner products, since a padded vector of outputs would be mostly empty.
+// W is [O, I]. Wide: kept as W^T [I, O] in panels, with W itself as the mirror for the input
+// gradient. Narrow (few outputs): kept as W [O, I], and y by inner products, since a padded vector
+// of outputs would be mostly empty.
 #pragma once
 
 #include <type_traits>
 
-#include "../../engine/pass.h"
+#include "../pass.h"
 
 namespace fm::linear {
 
@@ -30,8 +31,8 @@ Matrix<const S> wide_matrix(const Plan& plan, const Param& p, const S* set) {
 
 // y = epilogue(x0 A0^T [+ x1 A1^T] + bias)
 template <class S>
-void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x, const S* const* w,
-              const S* bias, S* y, const S* mask) {
+void multiply(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
+              const S* const* w, const S* bias, S* y, const S* mask) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight()];
   const i64 rows = pass.rows(layer.output), ld_y = plan.values[layer.output].ld;
@@ -75,7 +76,8 @@ void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S*
   pass.kernels.gemm(gemm);
 }
 
-// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b, into their sinks
+// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b,
+// into their sinks
 template <class S>
 void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
                      const S* const* dy, Sink<S>* sinks) {
@@ -108,15 +110,16 @@ void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S
   if (layer.bias() < 0) return;
   Sink<S>& bias = sinks[layer.bias()];
   if (bias.to) {
-    pass.kernels.column_sums({layer.bias_cancels ? 0 : pass.rows(layer.output), plan.padded(p.rows), dy[0], ld_y,
-                              bias.base(), bias.also(), bias.scale, bias.to});
+    pass.kernels.column_sums({layer.bias_cancels ? 0 : pass.rows(layer.output), plan.padded(p.rows), dy[0],
+                              ld_y, bias.base(), bias.also(), bias.scale, bias.to});
     bias.written();
   }
 }
 
 // The same where the layer's product is known as a low-rank change of another.
 template <class S>
-void multiply(const Pass<S>& pass, const Layer& layer, const LowRank<S>& low, const S* bias, S* y, const S* mask) {
+void multiply(const Pass<S>& pass, const Layer& layer, const LowRank<S>& low, const S* bias, S* y,
+              const S* mask) {
   const Param& p = pass.plan.params[layer.weight()];
   const i64 ld_y = pass.plan.values[layer.output].ld;
   Gemm<S> gemm;

@@ -1,4 +1,5 @@
-// max_pool2d: the largest value of every window. Gradients go to the first of equal ones, and tangents come from there.
+// max_pool2d: the largest value of every window. Gradients go to the first of equal ones, and
+// tangents come from there.
 #pragma once
 
 #include "../pool_arguments.h"

@@ -1,9 +1,9 @@
-// reshape: the same numbers in torch's order, in rows of another length, or between an image (channels-last inside) and
-// rows. Linear, so its tangents are copies too.
+// reshape: the same numbers in torch's order, in rows of another length, or between an image
+// (channels-last inside) and rows. Linear, so its tangents are copies too.
 #pragma once
 
-#include "../../engine/layout.h"
-#include "../../engine/pass.h"
+#include "../layout.h"
+#include "../pass.h"
 
 namespace fm::reshape {
 
@@ -52,7 +52,8 @@ template <class S>
 void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
   const int in = layer.inputs[0], out = layer.output;
   if (!pass.wants_delta(in)) return;
-  copy<S>(pass, out, pass.tangent_delta(out), pass.plan.values[out].ld, in, pass.tangent_delta(in), layer.adds[0]);
+  copy<S>(pass, out, pass.tangent_delta(out), pass.plan.values[out].ld, in, pass.tangent_delta(in),
+          layer.adds[0]);
 }
 
 }  // namespace fm::reshape

@@ -1,5 +1,5 @@
-// concat: two values side by side in every row, or block of rows by block of rows. Its constant says in how many pairs
-// of blocks of rows the values alternate; 0: their columns lie side by side.
+// concat: two values side by side in every row, or block of rows by block of rows. Its constant
+// says in how many pairs of blocks of rows the values alternate; 0: their columns lie side by side.
 #pragma once
 
 #include "moves.h"

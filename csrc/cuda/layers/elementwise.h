@@ -30,7 +30,8 @@ FM_INLINE void backward_input(const Pass& pass) {
   each<L>(pass, [&](int in, int out, const auto& f) {
     S first, second;
     f.derivatives(value<IN<L>, X>(pass)[in], value<OUT<L>, X>(pass)[out], first, second);
-    put_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, in, one(delta<OUT<L>, X>(pass)[out] * first));
+    put_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, in,
+                                                              one(delta<OUT<L>, X>(pass)[out] * first));
   });
 }
 

@@ -9,7 +9,8 @@ template <int L>
 struct Groups {
   static constexpr int IN = LAYERS[L].inputs[0], ROWS = VALUES[IN].rows, COLS = VALUES[IN].cols;
   static constexpr bool CHANNELS = false;
-  static constexpr int EACH = LAYERS[L].group, WIDTH = COLS / EACH;  // groups of an example, channels of a group
+  static constexpr int EACH = LAYERS[L].group,
+                       WIDTH = COLS / EACH;  // groups of an example, channels of a group
   static constexpr int COUNT = usual_rows(IN) / ROWS * EACH, SIZE = ROWS * WIDTH;
   static FM_INLINE int count(const Pass& pass) { return pass.examples * EACH; }
   static FM_INLINE int size(const Pass&) { return SIZE; }

@@ -1,6 +1,7 @@
 // linear: y = f(x W^T + b) on the last dimension, with the activation that follows in the epilogue.
 //
-// W stands as torch has it, [O, I], for all three products: its rows are padded to an odd number of vectors.
+// W stands as torch has it, [O, I], for all three products: its rows are padded to an odd number of
+// vectors.
 #pragma once
 
 #include "../pass.h"
@@ -50,7 +51,8 @@ FM_INLINE void forward(const Pass& pass) {
       });
 }
 
-// dx = [dy V scale +] dy W by tiles, `add` says which; returns the thread behind the last one that has a tile.
+// dx = [dy V scale +] dy W by tiles, `add` says which; returns the thread behind the last one that
+// has a tile.
 template <int L, class Add, class Put>
 FM_INLINE int input_gradient(const Pass& pass, const Add& add, const Put& put) {
   constexpr Value in = VALUES[IN<L>];
@@ -75,8 +77,8 @@ FM_INLINE int backward_input(const Pass& pass) {
       [&](int at, const auto& g) { put_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g); });
 }
 
-// The gradients of W, by tiles of what `add` sums up, and of b, the sums of dy's columns, from thread `first` on;
-// returns the thread behind the last one.
+// The gradients of W, by tiles of what `add` sums up, and of b, the sums of dy's columns, from
+// thread `first` on; returns the thread behind the last one.
 template <int L, class Add, class Dy>
 FM_INLINE int weight_gradient(const Pass& pass, const Add& add, const Dy& dy, const Sink& sink, int first) {
   constexpr Param w = PARAMS[W<L>];
@@ -155,7 +157,9 @@ FM_INLINE int tangent_backward_input(const Pass& pass, const Along& along) {
         }
         tile.by_columns(rdy, last, w);
       },
-      [&](int at, const auto& g) { put_tangent_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g); });
+      [&](int at, const auto& g) {
+        put_tangent_delta<IN<L>, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, at, g);
+      });
 }
 
 // R(dW) = R(dy)^T x + dy^T Rx

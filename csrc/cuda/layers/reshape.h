@@ -1,4 +1,5 @@
-// reshape: the same numbers in rows of another length, or an image turned between torch's order and channels-last.
+// reshape: the same numbers in rows of another length, or an image turned between torch's order and
+// channels-last.
 #pragma once
 
 #include "moves.h"

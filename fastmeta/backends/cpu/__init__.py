@@ -1,4 +1,5 @@
-"""The C++ engine on the CPU: SIMD inside a task, tasks over threads, the same bits on any number of threads."""
+"""The C++ engine on the CPU: SIMD inside a task, tasks over threads, the same bits on any number of
+threads."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def missing() -> str:
 
 
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
-    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
+    only."""
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"
@@ -99,8 +101,12 @@ def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:
     """Bytes of scratch memory that one running task takes for this problem."""
     plan = _hoisting.hoisted(refuses, problem, wrt)
-    parts = [(problem, wrt)] if plan is None else [(part, of) for _, part, of in _hoisting.parts(problem, plan)]
-    return max(int(plans.make_plan(part, of, plans.memory_mode(part, of)).workspace_bytes) for part, of in parts)
+    parts = (
+        [(problem, wrt)] if plan is None else [(part, of) for _, part, of in _hoisting.parts(problem, plan)]
+    )
+    return max(
+        int(plans.make_plan(part, of, plans.memory_mode(part, of)).workspace_bytes) for part, of in parts
+    )
 
 
 def parameter_set_bytes(problem: Problem) -> int:

@@ -10,8 +10,8 @@ import torch
 from fastmeta.backends._layout import lay_out
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._rates import rate_form
+from fastmeta.graph.program import Program
 from fastmeta.losses import Loss
-from fastmeta.network.program import Program
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem
 
 try:
@@ -30,7 +30,8 @@ def used_params(program: Program) -> list[str]:
 
 
 def used_buffers(problem: Problem) -> list[str]:
-    """The network's buffers that the engine reads: running statistics, where they are what a norm normalises by."""
+    """The network's buffers that the engine reads: running statistics, where they are what a norm
+    normalises by."""
     program = problem.program
     return [] if program is None else [name for name, _ in program.buffers]
 

@@ -31,7 +31,8 @@ _BATCH_GRADIENTS = ("x", "y", "weights")
 _VERDICTS = {1: ("support", "loss"), 2: ("query", "query_loss")}
 
 
-#: Said wherever memory is made for the engine: the default device may be another one, "meta" for example.
+#: Said wherever memory is made for the engine: the default device may be another one, "meta" for
+#: example.
 _CPU = torch.device("cpu")
 
 
@@ -52,7 +53,8 @@ class Job:
         # every parameter's place in one vector of gradients
         self.all_names = tuple(name for name, _ in program.params)
         self.templates = [
-            torch.empty(problem.params[name].shape, dtype=self.dtype, device="meta") for name in self.all_names
+            torch.empty(problem.params[name].shape, dtype=self.dtype, device="meta")
+            for name in self.all_names
         ]
         ends = _running_total(t.numel() for t in self.templates)
         self.flat_size = ends[-1]
@@ -82,7 +84,9 @@ class Job:
             grad, offsets = self._parameter_gradients(problem, grads)
         rate_grad: Tensors = []
         if "lr" in wrt:
-            grads.lr = {name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()}
+            grads.lr = {
+                name: torch.zeros(rate.shape, dtype=dtype, device=_CPU) for name, rate in rates.items()
+            }
             if problem.steps:  # else they stay zero
                 rate_grad = [*map(grads.lr.get, names), *self.no_gradients]
         adapted: Tensors = []
@@ -101,7 +105,9 @@ class Job:
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
             self._values(problem),
-            self.number_rate_list or [] if rates is self.number_rates else [*map(rates.get, names), *self.no_gradients],
+            self.number_rate_list or []
+            if rates is self.number_rates
+            else [*map(rates.get, names), *self.no_gradients],
             [] if seeds is None else [*map(seeds.get, names), *self.no_gradients],
             adapted,
             grad,
@@ -118,7 +124,8 @@ class Job:
         return result
 
     def _parameter_gradients(self, problem: Problem, grads: Gradients) -> tuple[Tensors, list[int]]:
-        """Fresh memory for them: a tensor each, or one vector where that is preferred and where each lies in it."""
+        """Fresh memory for them: a tensor each, or one vector where that is preferred and where
+        each lies in it."""
         if not problem.prefer_flat and not self.some_unused:  # cheaper than views of a vector
             own = grads.params = {
                 name: torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -145,7 +152,8 @@ class Job:
         return values
 
     def _one_rate(self, rates: dict[str, Tensor]) -> Tensors | None:
-        """Where all rates are one number, one tensor for all of them, which the engine looks at once."""
+        """Where all rates are one number, one tensor for all of them, which the engine looks at
+        once."""
         given: Tensors = [*map(rates.get, self.names), *self.no_gradients]
         known = [rate for rate in given if rate is not None]
         if any(rate.numel() != 1 or rate.data_ptr() != known[0].data_ptr() for rate in known):
@@ -167,7 +175,9 @@ class Job:
         if batch is None:
             return []
         y = None if loss is None else batch.y
-        weights = None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
+        weights = (
+            None if loss is None else class_weights(loss, self.output_shape, self.channels, self.dtype, "cpu")
+        )
         if not self.input_gradients:
             return [batch.x, y, batch.weights, weights, None, None, None]
         gradients: Tensors = []

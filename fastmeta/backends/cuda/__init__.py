@@ -1,7 +1,8 @@
-"""A whole meta-step in one launch: one thread block takes a task from theta_0 to lambda_0 without leaving the chip.
+"""A whole meta-step in one launch: one thread block takes a task from theta_0 to lambda_0 without
+leaving the chip.
 
-For networks whose parameters and values fit into shared memory; csrc/cuda holds the kernels, which are compiled at run
-time for one network, its shapes and options.
+For networks whose parameters and values fit into shared memory; csrc/cuda holds the kernels, which
+are compiled at run time for one network, its shapes and options.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from fastmeta.backends.cuda.tables import Plan
 from fastmeta.problem import Problem, Result
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = frozenset({"linear", "elementwise", "reshape", "add", "concat", "batch_norm", "layer_norm", "group_norm"})
+_KINDS = frozenset(
+    {"linear", "elementwise", "reshape", "add", "concat", "batch_norm", "layer_norm", "group_norm"}
+)
 #: What one task may take of global memory beside its shared memory.
 _WORKSPACE_AT_MOST = 64 << 20
 #: A kernel takes its arguments by value: 4 KiB on every driver.
@@ -42,7 +45,8 @@ def missing() -> str:
 
 
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
-    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
+    only."""
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"
@@ -78,12 +82,15 @@ def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
     plan = runs.make_plan(problem, wrt)
     words = 24 + 6 * len(plan.params) + plan.steps
     if words > _WORDS_AT_MOST:
-        return f"{len(plan.params)} parameters and {plan.steps} steps do not go into the arguments of a kernel"
+        return (
+            f"{len(plan.params)} parameters and {plan.steps} steps do not go into the arguments of a kernel"
+        )
     spilled = plan.workspace * plan.itemsize
     if spilled > _WORKSPACE_AT_MOST:
         return (
-            f"a task needs {spilled / 2**20:.0f} MiB beside the {plan.ranks} x {plan.shared_bytes / 1024:.0f} KiB of "
-            f"shared memory that it can have; at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
+            f"a task needs {spilled / 2**20:.0f} MiB beside the "
+            f"{plan.ranks} x {plan.shared_bytes / 1024:.0f} KiB of shared memory that it can have; "
+            f"at most {_WORKSPACE_AT_MOST >> 20} MiB are worth it here"
         )
     return ""
 
@@ -91,7 +98,8 @@ def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem` without waiting for the device.
 
-    No value is looked at: a class index out of range or a rate that is not finite makes the result NaN.
+    No value is looked at: a class index out of range or a rate that is not finite makes the result
+    NaN.
     """
     return _hoisting.solve(_solve, refuses, problem, wrt, adapted)
 
@@ -120,9 +128,13 @@ def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
         f"{_crew(plan)} a task, memory: {plan.memory}",
     ]
     if moved:
-        lines.append(f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a task: {', '.join(moved)}")
+        lines.append(
+            f"in global memory, {plan.workspace * plan.itemsize / 1024:.0f} KiB a task: {', '.join(moved)}"
+        )
         if moved != ["checkpoints"] and launches.chip(first.device).cluster == 1:
-            lines.append("blocks of this device cannot share their memory: clusters need compute capability 9.0")
+            lines.append(
+                "blocks of this device cannot share their memory: clusters need compute capability 9.0"
+            )
     if launches.emulated_threads():
         lines.append(f"EMULATED on the CPU, blocks of {launches.emulated_threads()} threads: for tests alone")
     return lines
@@ -165,5 +177,6 @@ def parameter_set_bytes(problem: Problem) -> int:
 
 
 def poison(on: bool) -> None:
-    """Fill workspaces and outputs with NaN before every call, for tests; emulated shared memory always is."""
+    """Fill workspaces and outputs with NaN before every call, for tests; emulated shared memory
+    always is."""
     runs.POISON = on

@@ -1,7 +1,8 @@
-"""From generated source to something that runs: NVRTC for a GPU, the system's C++ compiler to stand in for one.
+"""From generated source to something that runs: NVRTC for a GPU, the system's C++ compiler to stand
+in for one.
 
-Both results are kept on disk (`_disk_cache`) under a key of everything they are made of: source, headers,
-architecture or compiler, and versions.
+Both results are kept on disk (`_disk_cache`) under a key of everything they are made of: source,
+headers, architecture or compiler, and versions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import fastmeta
 from fastmeta.backends import _disk_cache
 
 _PACKAGE = Path(fastmeta.__file__).parent
-_SHARED_HEADERS = ("types.h", "kernels.h", "algorithm.h", "functions.inl", "loss_example.inl")
 
 #: What the kernels are written in, everywhere. No fast-math: NaN and infinity must work.
 _STANDARD = "c++17"
@@ -45,7 +45,7 @@ def source_folder() -> Path:
 def _headers_digest() -> str:
     """Of all files that a generated source includes."""
     csrc = source_folder()
-    files = sorted((csrc / "cuda").rglob("*.h")) + [csrc / "engine" / name for name in _SHARED_HEADERS]
+    files = [file for folder in ("cuda", "shared") for file in sorted((csrc / folder).rglob("*.[hi]*"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -56,7 +56,7 @@ def _cached(key: tuple[object, ...], suffix: str) -> Path:
     return _disk_cache.path((_headers_digest(), *key), suffix)
 
 
-# ---- for a GPU ---------------------------------------------------------------------------------------------
+# ---- for a GPU
 
 
 @lru_cache(maxsize=1)
@@ -164,7 +164,7 @@ def _version() -> str:
     return f"nvrtc {numbers}"
 
 
-# ---- to stand in for one -----------------------------------------------------------------------------------
+# ---- to stand in for one
 
 
 def host_compiler() -> list[str]:
@@ -201,7 +201,9 @@ def emulator() -> ctypes.CDLL:
     if not target.exists():
         build_host(source, [*_FLAGS, "-shared", "-pthread"], target)
     library = ctypes.CDLL(str(target))
-    library.fastmeta_emulate.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_int]
+    library.fastmeta_emulate.argtypes = (
+        [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_int]
+    )
     library.fastmeta_emulate.restype = None
     return library
 

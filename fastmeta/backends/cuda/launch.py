@@ -1,7 +1,8 @@
-"""Loaded kernels of one plan and how they are launched: on a GPU, or by what stands in for one in tests.
+"""Loaded kernels of one plan and how they are launched: on a GPU, or by what stands in for one in
+tests.
 
-On a GPU a launch goes to torch's current stream and waits for nothing, so that it can be captured in a CUDA graph; load
-the kernels (by a first call) before the capture begins.
+On a GPU a launch goes to torch's current stream and waits for nothing, so that it can be captured
+in a CUDA graph; load the kernels (by a first call) before the capture begins.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ EMULATED = plans.Chip(227 << 10, cluster=4)
 
 
 def emulated_threads() -> int:
-    """Threads of a block where a GPU is stood in for on the CPU, by FASTMETA_CUDA_EMULATE; 0: it is not."""
+    """Threads of a block where a GPU is stood in for on the CPU, by FASTMETA_CUDA_EMULATE; 0: it is
+    not."""
     asked = os.environ.get("FASTMETA_CUDA_EMULATE") or "0"
     if not asked.isdecimal():
-        raise ValueError(f"FASTMETA_CUDA_EMULATE must be the threads of an emulated block, a number, got {asked!r}")
+        raise ValueError(
+            f"FASTMETA_CUDA_EMULATE must be the threads of an emulated block, a number, got {asked!r}"
+        )
     return int(asked)
 
 
@@ -35,7 +39,9 @@ class Kernels(Protocol):
     def blocks(self, tasks: int) -> int:
         """How many blocks, or clusters of blocks, share out the tasks."""
 
-    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
+    def launch(
+        self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]
+    ) -> None:
         """Run `kernel` on an argument of these words of 8 bytes, by clusters of `ranks` blocks."""
 
 
@@ -44,7 +50,9 @@ def chip(device: torch.device) -> plans.Chip:
     if device.type != "cuda":
         return EMULATED
     properties: Any = torch.cuda.get_device_properties(device)
-    return plans.Chip(int(properties.shared_memory_per_block_optin), cluster=4 if properties.major >= 9 else 1)
+    return plans.Chip(
+        int(properties.shared_memory_per_block_optin), cluster=4 if properties.major >= 9 else 1
+    )
 
 
 def kernels_for(plan: plans.Plan, device: torch.device) -> Kernels:
@@ -56,11 +64,14 @@ def kernels_for(plan: plans.Plan, device: torch.device) -> Kernels:
     if device.type != "cuda":
         return _Emulated(plan)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _on_gpu(plans.source(plan), plan.ranks, plan.threads, plan.shared_bytes, bool(plan.workspace), index)
+    return _on_gpu(
+        plans.source(plan), plan.ranks, plan.threads, plan.shared_bytes, bool(plan.workspace), index
+    )
 
 
 class _Emulated:
-    """A block, or a cluster, is `emulated_threads()` threads of this process; one runs after the other."""
+    """A block, or a cluster, is `emulated_threads()` threads of this process; one runs after the
+    other."""
 
     def __init__(self, plan: plans.Plan) -> None:
         self._library = compiler.emulated(plans.source(plan))
@@ -70,7 +81,9 @@ class _Emulated:
         # fewer than tasks, so that a block takes several
         return -(-tasks // 2)
 
-    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
+    def launch(
+        self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]
+    ) -> None:
         memory = array("q", words)
         self.run(kernel, clusters, ranks, threads, shared, memory.buffer_info()[0])
 
@@ -96,16 +109,23 @@ def _on_gpu(source: str, ranks: int, threads: int, shared: int, workspace: bool,
 class _OnGpu:
     """Kernels in a module of the device's primary context, which is torch's."""
 
-    def __init__(self, source: str, ranks: int, threads: int, shared: int, workspace: bool, device: int) -> None:
+    def __init__(
+        self, source: str, ranks: int, threads: int, shared: int, workspace: bool, device: int
+    ) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
         self._device = device
-        # torch's own context: a thread may come here before it has ever asked for anything on the device
-        self._context = self._checked(driver.cuDevicePrimaryCtxRetain(self._checked(driver.cuDeviceGet(device))))
+        # torch's own context: a thread may come here before it has ever asked for anything on the
+        # device
+        self._context = self._checked(
+            driver.cuDevicePrimaryCtxRetain(self._checked(driver.cuDeviceGet(device)))
+        )
         with torch.cuda.device(device):
             self._checked(driver.cuCtxSetCurrent(self._context))
-            self._module = self._checked(driver.cuModuleLoadData(compiler.cubin(source, architecture(device))))
+            self._module = self._checked(
+                driver.cuModuleLoadData(compiler.cubin(source, architecture(device)))
+            )
             self._functions = {
                 name: self._checked(driver.cuModuleGetFunction(self._module, name.encode()))
                 for name in ("fastmeta_meta_step", "fastmeta_sum")
@@ -113,7 +133,9 @@ class _OnGpu:
             function = self._functions["fastmeta_meta_step"]
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._checked(driver.cuFuncSetAttribute(function, limit, shared))
-            resident = self._checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared))
+            resident = self._checked(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared)
+            )
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         # a block that needs no global memory costs nothing while it waits
         self._most = max(int(resident) * processors // ranks, 1) if workspace else 1 << 30
@@ -121,7 +143,9 @@ class _OnGpu:
     def blocks(self, tasks: int) -> int:
         return min(tasks, self._most)
 
-    def launch(self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]) -> None:
+    def launch(
+        self, kernel: str, clusters: int, ranks: int, threads: int, shared: int, words: list[int]
+    ) -> None:
         memory = array("q", words)
         blocks = clusters * ranks  # the kernel itself says how many are a cluster
         argument = (ctypes.c_void_p * 1)(memory.buffer_info()[0])
@@ -129,7 +153,19 @@ class _OnGpu:
         with torch.cuda.device(self._device):
             self._checked(self._driver.cuCtxSetCurrent(self._context))
             launched = self._driver.cuLaunchKernel(
-                *(self._functions[kernel], blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(argument), 0)
+                *(
+                    self._functions[kernel],
+                    blocks,
+                    1,
+                    1,
+                    threads,
+                    1,
+                    1,
+                    shared,
+                    stream,
+                    ctypes.addressof(argument),
+                    0,
+                )
             )
             self._checked(launched)
 

@@ -1,7 +1,8 @@
-"""A place for everything that a specialisation of the CUDA kernels keeps: parameters, values, scratch.
+"""A place for everything that a specialisation of the CUDA kernels keeps: parameters, values,
+scratch.
 
-Sizes and offsets count elements. A cluster of blocks is a block of several ranks to the kernels: whatever consists of
-parts, parameters or values, has each of them in the memory of one rank.
+Sizes and offsets count elements. A cluster of blocks is a block of several ranks to the kernels:
+whatever consists of parts, parameters or values, has each of them in the memory of one rank.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from fastmeta.backends.cuda.tables import SCRATCH, Area, Layer, Plan
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64
-#: Activations whose derivatives the value behind them tells; of the others the value before is kept.
+#: Activations whose derivatives the value behind them tells; of the others the value before is
+#: kept.
 _TOLD_BY_OUTPUT = frozenset({"relu", "leaky_relu", "tanh", "sigmoid", "affine"})
 #: Activations whose second derivative is zero.
 _LINEAR_PIECES = frozenset({"relu", "leaky_relu", "affine"})
@@ -62,7 +64,9 @@ def lay_out_params(plan: Plan) -> None:
         if plan.flags["wants_rates"] and param.adapted:
             if not param.rate_per_task:
                 param.rate_column = columns
-                columns += (plan.steps if param.rate_per_step else 1) * (param.numel if param.rate_element else 1)
+                columns += (plan.steps if param.rate_per_step else 1) * (
+                    param.numel if param.rate_element else 1
+                )
             if not param.rate_element:
                 param.rate_slot = slots
                 slots += 1
@@ -78,7 +82,8 @@ def place(plan: Plan, shared_bytes: int) -> None:
 
 
 def _place(plan: Plan, room: int, user_input: bool) -> bool:
-    """`place`, with the input in shared memory or where the user has it; False: there is no room for it."""
+    """`place`, with the input in shared memory or where the user has it; False: there is no room
+    for it."""
     vector = 16 // plan.itemsize
     plan.areas = _areas(plan, _lay_out_values(plan, user_input))
     groups: dict[str, list[Area]] = {}
@@ -133,7 +138,8 @@ class _Block:
 
 
 def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
-    """Row lengths and offsets of all values, and of what norms keep; the sizes of the four blocks."""
+    """Row lengths and offsets of all values, and of what norms keep; the sizes of the four
+    blocks."""
     flags = plan.flags
     vector = 16 // plan.itemsize
     tensor = any(layer.multiply != "fma" for layer in plan.layers)
@@ -154,8 +160,11 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
     backward, tangents = plan.steps > 0 or flags["gradient"], flags["second_order"]
     used = {0} | {v for layer in plan.layers for v in (*layer.inputs, layer.output, layer.pre) if v >= 0}
     sizes = {block: [0] * plan.ranks for block in ("x", "d", "rx", "rd")}
-    # vectors first: rows of a few numbers need no alignment; of those the largest, each to where there is most room
-    for number in sorted(used, key=lambda i: (plan.values[i].vector == 1, -plan.values[i].rows * plan.values[i].ld)):
+    # vectors first: rows of a few numbers need no alignment; of those the largest, each to where
+    # there is most room
+    for number in sorted(
+        used, key=lambda i: (plan.values[i].vector == 1, -plan.values[i].rows * plan.values[i].ld)
+    ):
         v = plan.values[number]
         taken_up = [sum(size[rank] for size in sizes.values()) for rank in range(plan.ranks)]
         v.rank = taken_up.index(min(taken_up))
@@ -183,7 +192,8 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
 
 
 def _lay_out_statistics(plan: Plan, sizes: dict[str, list[int]]) -> dict[str, _Block]:
-    """What norms keep of their groups, behind the values and, if there are any, behind their tangents."""
+    """What norms keep of their groups, behind the values and, if there are any, behind their
+    tangents."""
     kept = {"x": STATISTICS, "d": 0, "rx": STATISTICS if plan.flags["second_order"] else 0, "rd": 0}
     norms = [layer for layer in plan.layers if layer.kind in NORMS]
     for layer in norms:
@@ -243,7 +253,9 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
         "lambda": Area(plan.frozen + plan.set if gradient else 0, "adjoint"),
         "direction": Area(plan.set if direction else 0, "adjoint"),
         "gradient": Area(plan.tied if steps > 0 or gradient else 0, "adjoint"),
-        "updates": Area(steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"),
+        "updates": Area(
+            steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"
+        ),
         "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
         "terms": Area(most + 32 + positions, "sums"),
     }

@@ -1,18 +1,22 @@
-"""A captured network as the CUDA kernels run it: without reshapes that move nothing, activations in epilogues."""
+"""A captured network as the CUDA kernels run it: without reshapes that move nothing, activations in
+epilogues."""
 
 from __future__ import annotations
 
 from fastmeta.backends._layout import lay_out
 from fastmeta.backends._norms import NORMS
 from fastmeta.backends.cuda.tables import Layer, Value
-from fastmeta.network.program import Program
+from fastmeta.graph.program import Program
 
 #: Kinds that take the activation behind them.
 _WITH_EPILOGUE = NORMS | {"linear"}
 
 
-def simplify(program: Program, names: list[str], output_channels: bool = False) -> tuple[list[Value], list[Layer], int]:
-    """Values, layers and the output: reshapes that move nothing are gone, activations are in epilogues.
+def simplify(
+    program: Program, names: list[str], output_channels: bool = False
+) -> tuple[list[Value], list[Layer], int]:
+    """Values, layers and the output: reshapes that move nothing are gone, activations are in
+    epilogues.
 
     Args:
         program: the captured network.
@@ -39,7 +43,9 @@ def simplify(program: Program, names: list[str], output_channels: bool = False) 
     layers, output = _without_reshapes(values, layers, output)
     layers = _with_activations(layers, output)
     for made in layers:
-        moves = made.weight >= 0 or made.bias >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
+        moves = (
+            made.weight >= 0 or made.bias >= 0 or any(values[v].from_params for v in made.inputs if v >= 0)
+        )
         values[made.output].from_params = moves
         if made.pre >= 0:
             values[made.pre].from_params = moves
@@ -66,7 +72,10 @@ def _without_reshapes(values: list[Value], layers: list[Layer], output: int) -> 
     for i, layer in enumerate(layers):
         a, out = layer.inputs[0], layer.output
         if layer.kind == "reshape":
-            same = all(getattr(values[a], what) == getattr(values[out], what) for what in ("rows", "cols", "channels"))
+            same = all(
+                getattr(values[a], what) == getattr(values[out], what)
+                for what in ("rows", "cols", "channels")
+            )
             # the user's input is dense: its only reader just says how to read it
             only = a == 0 and not values[out].channels and len(_readers(layers[i:] + kept, 0)) == 1
             if not same and only:
@@ -81,7 +90,8 @@ def _without_reshapes(values: list[Value], layers: list[Layer], output: int) -> 
 
 
 def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
-    """linear or norm -> elementwise, where nobody else reads what lies between, nor the loss what comes out."""
+    """linear or norm -> elementwise, where nobody else reads what lies between, nor the loss what
+    comes out."""
     gone: set[int] = set()
     for layer in layers:
         readers = _readers(layers, layer.output)
@@ -99,7 +109,8 @@ def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
 
 
 def _mark_last(layers: list[Layer], output: int) -> None:
-    """In a backward pass: who adds to a value's gradient, and who is last. The loss is the first at the output."""
+    """In a backward pass: who adds to a value's gradient, and who is last. The loss is the first at
+    the output."""
     written = {output}
     final: dict[int, tuple[Layer, int]] = {}
     for layer in reversed(layers):

@@ -1,4 +1,5 @@
-"""What a specialisation of the CUDA kernels is: the network simplified, and a place for everything in memory."""
+"""What a specialisation of the CUDA kernels is: the network simplified, and a place for everything
+in memory."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from fastmeta.backends.cuda.tables import Param as Param
 from fastmeta.backends.cuda.tables import Plan as Plan
 from fastmeta.backends.cuda.tables import braces
 from fastmeta.backends.cuda.tables import source as source
+from fastmeta.graph.program import Program
 from fastmeta.losses import Loss
-from fastmeta.network.program import Program
 from fastmeta.problem import Batch, Problem
 
-#: What `torch.get_float32_matmul_precision()` means for the products of wide layers; see csrc/cuda/spec.h.
+#: What `torch.get_float32_matmul_precision()` means for the products of wide layers; see
+#: csrc/cuda/spec.h.
 PRODUCTS = {"highest": "split", "high": "tf32", "medium": "bf16"}
 
 
@@ -36,9 +38,9 @@ class Chip:
 def make_plan(problem: Problem, wrt: frozenset[str], chip: Chip) -> Plan:
     """The best plan for a kind of GPU.
 
-    All in shared memory if anything fits: with every step's values or one's, all of theta_0 .. theta_K or one at a
-    time; in one block, else in a cluster of as few as are enough. Of what is larger the largest pieces go to global
-    memory, and as many blocks as possible share the work.
+    All in shared memory if anything fits: with every step's values or one's, all of theta_0 ..
+    theta_K or one at a time; in one block, else in a cluster of as few as are enough. Of what is
+    larger the largest pieces go to global memory, and as many blocks as possible share the work.
     """
     stores = {"store": (True,), "recompute": (False,), "auto": (True, False)}[problem.memory]
     for ranks in (1, 2, 4):
@@ -47,7 +49,11 @@ def make_plan(problem: Problem, wrt: frozenset[str], chip: Chip) -> Plan:
         plans = [_draft(problem, wrt, store, keep, ranks) for keep in (True, False) for store in stores]
         for plan in plans:
             place(plan, chip.shared_bytes)
-            if all(area.space == "shared" for name, area in plan.areas.items() if area.size and name != "checkpoints"):
+            if all(
+                area.space == "shared"
+                for name, area in plan.areas.items()
+                if area.size and name != "checkpoints"
+            ):
                 return plan
     # theta_k is copied to shared memory step by step if one set fits, else read where it lies
     one_set = [plan for plan in plans if not plan.keep_all and plan.areas["theta"].space == "shared"]
@@ -116,7 +122,9 @@ def _param(problem: Problem, program: Program, number: int, name: str, plan: Pla
         ld = pad(cols, vector)
         ld = odd(ld, vector) if rows > 1 else ld
     rate = rate_form(problem, name, shape) if plan.steps > 0 else None
-    param = Param(name, rows, cols, ld, vector, name in problem.per_task, rate is not None, buffer=name not in params)
+    param = Param(
+        name, rows, cols, ld, vector, name in problem.per_task, rate is not None, buffer=name not in params
+    )
     if rate is not None:
         param.rate_element, param.rate_per_task, param.rate_per_step = rate
     param.tied = sum((layer.weight == number) + (layer.bias == number) for layer in plan.layers) > 1

@@ -1,4 +1,5 @@
-"""One kind of call of the CUDA kernels: what is fixed is worked out once, a call writes addresses down and launches."""
+"""One kind of call of the CUDA kernels: what is fixed is worked out once, a call writes addresses
+down and launches."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Job:
         self.is_flat = not self.unused and not any(p.per_task for p in self.plan.params)
 
     def fits(self, wrt: frozenset[str], adapted: bool) -> bool:
-        """Whether a problem of the same shapes and options can be answered, as the user wants its products now."""
+        """Whether a problem of the same shapes and options can be answered, as the user wants its
+        products now."""
         return self.wrt == wrt and self.adapted == adapted and self.precision == asked_for()
 
     def run(self, problem: Problem) -> Result:
@@ -79,7 +81,9 @@ class Job:
             *self._params(problem, own, keep),
             *self.step_weights,
         ]
-        self.kernels.launch("fastmeta_meta_step", self.blocks, plan.ranks, plan.threads, plan.shared_bytes, words)
+        self.kernels.launch(
+            "fastmeta_meta_step", self.blocks, plan.ranks, plan.threads, plan.shared_bytes, words
+        )
         if total is not None:
             blocks = -(-plan.columns // _SUM_COLUMNS)
             shared = _SUM_THREADS * self.dtype.itemsize
@@ -97,7 +101,8 @@ class Job:
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
 
-    # ---- what a task writes by itself: adapted parameters, gradients of what every task has its own of -----
+    # ---- what a task writes by itself: adapted parameters, gradients of what every task has its
+    # own of -----
     def _per_task(self, problem: Problem, result: Result) -> dict[str, dict[str, Tensor]]:
         own: dict[str, dict[str, Tensor]] = {"adapted": {}, "grad": {}, "rate": {}}
         tasks = problem.tasks
@@ -129,11 +134,15 @@ class Job:
                 seed[i],
                 *(_address(own[what].get(name)) for what in ("adapted", "grad", "rate")),
             ]
-        for buffer in _dense([problem.net.get_buffer(name).to(self.device, self.dtype) for name in self.buffers], keep):
+        for buffer in _dense(
+            [problem.net.get_buffer(name).to(self.device, self.dtype) for name in self.buffers], keep
+        ):
             words += [buffer, 0, 0, 0, 0, 0]
         return words
 
-    def _sums(self, problem: Problem, total: Tensor, own: dict[str, dict[str, Tensor]], grads: Gradients) -> None:
+    def _sums(
+        self, problem: Problem, total: Tensor, own: dict[str, dict[str, Tensor]], grads: Gradients
+    ) -> None:
         """Views of the sums over tasks, and what belongs beside them."""
         params = {param.name: param for param in self.plan.params if not param.buffer}
         if "params" in self.wrt:
@@ -159,7 +168,7 @@ class Job:
                 else:
                     grads.lr[name] = self._zeros(rate.shape)
 
-    # ---- batches -------------------------------------------------------------------------------------------
+    # ---- batches
     def _batch(
         self, which: str, batch: Batch | None, loss: Loss | None, grads: Gradients, keep: list[Tensor]
     ) -> list[int]:
@@ -203,8 +212,8 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _dense(tensors: list[Tensor | None], keep: list[Tensor]) -> list[int]:
-    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not dense or that is
-    to be read with the opposite sign (`torch.imag` of a conjugate)."""
+    """Where each tensor lies, 0 for none; a dense copy, put into `keep`, stands for one that is not
+    dense or that is to be read with the opposite sign (`torch.imag` of a conjugate)."""
     words = []
     for tensor in tensors:
         if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):

@@ -142,7 +142,9 @@ def _literal(item: object) -> str:
 
 def source(plan: Plan) -> str:
     """The C++ source of a specialisation: tables of constants, then the kernels."""
-    values = [(v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params, v.rank) for v in plan.values]
+    values = [
+        (v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params, v.rank) for v in plan.values
+    ]
     layers = [
         (
             f"Kind::{layer.kind}",
@@ -171,13 +173,26 @@ def source(plan: Plan) -> str:
     options = (
         *(plan.steps, plan.support, plan.query, flags["second_order"], plan.store, flags["gradient"]),
         *(flags["support_per_step"], flags["wants_params"], flags["wants_rates"], flags["wants_support_x"]),
-        *(flags["wants_query_x"], flags["momentum"], flags["weight_decay"], flags["step_weights"], *plan.losses),
+        *(
+            flags["wants_query_x"],
+            flags["momentum"],
+            flags["weight_decay"],
+            flags["step_weights"],
+            *plan.losses,
+        ),
     )
     area = {name: (f"Space::{a.space}", a.at) for name, a in plan.areas.items()}
     layout = (
         *(plan.threads, area["theta"], plan.keep_all, plan.frozen, plan.set, plan.restores),
         plan.areas["checkpoints"].at if plan.areas["checkpoints"].size else -1,
-        *(area["input"], area["query_input"], area["values"], area["deltas"], plan.value_stride, plan.delta_stride),
+        *(
+            area["input"],
+            area["query_input"],
+            area["values"],
+            area["deltas"],
+            plan.value_stride,
+            plan.delta_stride,
+        ),
         *(area[name] for name in SCRATCH),
         *(area[name] for name in ("lambda", "direction", "gradient", "updates", "sums", "terms")),
         *(plan.columns, plan.slab),
@@ -189,7 +204,10 @@ def source(plan: Plan) -> str:
         f"#define FM_RANKS {plan.ranks}",
         '#include "spec.h"',
         "namespace fm::cuda {",
-        *(f"constexpr {name}[] = {{{', '.join(braces(*row) for row in rows)}}};" for name, rows in tables.items()),
+        *(
+            f"constexpr {name}[] = {{{', '.join(braces(*row) for row in rows)}}};"
+            for name, rows in tables.items()
+        ),
         f"constexpr int LAYER_COUNT = {len(layers)}, PARAM_COUNT = {len(params)}, OUTPUT = {plan.output};",
         f"constexpr bool OUTPUT_CHANNELS = {_literal(plan.values[plan.output].channels)};",
         f"constexpr int RATE_SLOTS = {plan.rate_slots};",

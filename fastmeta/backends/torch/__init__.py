@@ -1,8 +1,9 @@
-"""Any module and any loss in PyTorch, by the recursion of docs/architecture.md instead of a graph of the inner loop.
+"""Any module and any loss in PyTorch, by the recursion of docs/architecture.md instead of a graph
+of the inner loop.
 
-It keeps theta_0 .. theta_K and the graph of every step's gradient (`memory="store"`), or that of one step at a time,
-which is run again on the way back ("recompute"). Tasks run under vmap or in a loop (`notes` says so), all of them at
-once or `task_chunk` at a time.
+It keeps theta_0 .. theta_K and the graph of every step's gradient (`memory="store"`), or that of
+one step at a time, which is run again on the way back ("recompute"). Tasks run under vmap or in a
+loop (`notes` says so), all of them at once or `task_chunk` at a time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 
 def notes(problem: Problem) -> list[str]:
-    """What a user should know about how `problem` runs here; may run two of its tasks once to find out."""
+    """What a user should know about how `problem` runs here; may run two of its tasks once to find
+    out."""
     device = _inputs.any_batch(problem).x.device
     problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device), named_in(problem):
@@ -52,10 +54,16 @@ def notes(problem: Problem) -> list[str]:
         at_once = _at_once(p)
         state = carries_state(p) if p.steps and _inputs.runs(p) else ""
         if state:
-            return [f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"]
+            return [
+                f"tasks run in a loop that keeps the graphs of all steps: the network carries `{state}` over"
+            ]
         reason = tasks.why_loop(p) if at_once > 1 and _inputs.runs(p) else ""
         once = dict.fromkeys(name for names in standing(p).values() for name in names)
-    lines = [f"computed once per call, since no adapted parameter matters for it: {', '.join(once)}"] if once else []
+    lines = (
+        [f"computed once per call, since no adapted parameter matters for it: {', '.join(once)}"]
+        if once
+        else []
+    )
     lines += [f"tasks run in a loop: {reason}"] if reason else []
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
@@ -96,7 +104,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 
 def objective(problem: Problem) -> tuple[Tensor, Captured]:
-    """J with its graph, from the tensors of `problem` as they are, and what else it depends on; draws as `solve`."""
+    """J with its graph, from the tensors of `problem` as they are, and what else it depends on;
+    draws as `solve`."""
 
     def whole(p: Problem) -> tuple[Tensor, Captured]:
         captured = Captured(p, keep=True)
@@ -113,8 +122,11 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
         return rerun(_inputs.with_graph(problem), whole)
 
 
-def _replayable(p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState) -> Result:
-    """The answer; the graphs of all steps are kept where "auto" finds that a step cannot be run again."""
+def _replayable(
+    p: Problem, wrt: frozenset[str], adapted: bool, vectorised: bool, start: RandomState
+) -> Result:
+    """The answer; the graphs of all steps are kept where "auto" finds that a step cannot be run
+    again."""
     try:
         result = _answer(p, wrt, adapted, vectorised, start)
     except NotReplayedError as error:
@@ -136,7 +148,8 @@ def _at_once(problem: Problem) -> int:
 
 
 def _with_state(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    """A step that starts from what the last one left can be followed back through the graph of all steps alone."""
+    """A step that starts from what the last one left can be followed back through the graph of all
+    steps alone."""
     return joined(problem, (reference.solve(part, wrt, adapted) for part in chunks(problem)))
 
 

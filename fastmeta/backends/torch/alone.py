@@ -1,7 +1,7 @@
 """One task on its own, by autograd through its whole inner loop: one backward pass at the end.
 
-The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no step is differentiated
-by itself, none is run again, and nothing is stacked.
+The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no
+step is differentiated by itself, none is run again, and nothing is stacked.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class _Task:
     def _inner_step(self, k: int, momentum: dict[str, Tensor]) -> None:
         support, loss, rule = _inputs.inner_loop(self.p)
         value, _ = self._evaluate("support", (0, k) if support.per_step else (0,), loss)
-        found = _inputs.gradients([value], [self.theta[name] for name in self.names], create_graph=self.second)
+        found = _inputs.gradients(
+            [value], [self.theta[name] for name in self.names], create_graph=self.second
+        )
         if self.second and k == 0:
             tasks.check_second_order(self.p, False, value, found)
         for name, g in zip(self.names, found, strict=True):
@@ -105,7 +107,9 @@ class _Task:
 
     def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tensor]:
         """(loss, output) of one set at theta_k."""
-        x, y, weights = (self.data[f"{role}_{part}"][at] if f"{role}_{part}" in self.data else None for part in _PARTS)
+        x, y, weights = (
+            self.data[f"{role}_{part}"][at] if f"{role}_{part}" in self.data else None for part in _PARTS
+        )
         examples = cast(Tensor, x), y, weights
         known = self.features.get(role)
         replayed = [] if known is None else known.values
@@ -119,7 +123,9 @@ class _Task:
     def _gradients(self) -> Gradients:
         p, wrt, captured = self.p, self.wrt, self.captured
         if self.task_loss is not None:
-            self.terms.append(self.task_loss if p.task_weights is None else self.task_loss * p.task_weights[0])
+            self.terms.append(
+                self.task_loss if p.task_weights is None else self.task_loss * p.task_weights[0]
+            )
         for name, cotangent in (p.adapted_grad or {}).items():
             self.terms.append((self.theta[name] * cotangent[0]).sum())
         params = self.params if "params" in wrt else {}

@@ -18,7 +18,8 @@ _DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "que
 
 
 def chunks(problem: Problem) -> Iterator[Problem]:
-    """The tasks of `problem`, at most `task_chunk` at a time and in order; the J of all sum up to its own."""
+    """The tasks of `problem`, at most `task_chunk` at a time and in order; the J of all sum up to
+    its own."""
     size = problem.task_chunk or problem.tasks
     if size >= problem.tasks:
         yield problem
@@ -47,19 +48,25 @@ def cut(problem: Problem, start: int, stop: int) -> Problem:
         problem,
         tasks=tasks,
         params={
-            name: value[start:stop] if name in problem.per_task else value for name, value in problem.params.items()
+            name: value[start:stop] if name in problem.per_task else value
+            for name, value in problem.params.items()
         },
-        rates={name: rate[:, start:stop] if rate.shape[1] > 1 else rate for name, rate in problem.rates.items()},
+        rates={
+            name: rate[:, start:stop] if rate.shape[1] > 1 else rate for name, rate in problem.rates.items()
+        },
         support=sets(problem.support),
         query=sets(problem.query),
         task_weights=weights * (tasks / problem.tasks),  # J divides by its own number of tasks
-        adapted_grad=None if cotangents is None else {name: value[start:stop] for name, value in cotangents.items()},
+        adapted_grad=None
+        if cotangents is None
+        else {name: value[start:stop] for name, value in cotangents.items()},
         output_grad=part(problem.output_grad),
     )
 
 
 class Joined:
-    """The answer to a problem out of those to its `chunks`; what all tasks share is added up as it comes."""
+    """The answer to a problem out of those to its `chunks`; what all tasks share is added up as it
+    comes."""
 
     def __init__(self, problem: Problem, first: Result) -> None:
         self._problem = problem
@@ -83,14 +90,23 @@ class Joined:
 
     def result(self) -> Result:
         """The answer to the whole problem."""
-        found = {**self._sums, **{key: torch.cat(parts, self._dim(key) or 0) for key, parts in self._parts.items()}}
+        found = {
+            **self._sums,
+            **{key: torch.cat(parts, self._dim(key) or 0) for key, parts in self._parts.items()},
+        }
         first = self._first
 
         def group(which: str, like: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
             names = self._problem.params  # in their order
-            return None if like is None else {name: found[which, name] for name in names if (which, name) in found}
+            return (
+                None
+                if like is None
+                else {name: found[which, name] for name in names if (which, name) in found}
+            )
 
-        grads = Gradients(group("params", first.grads.params), group("lr", first.grads.lr), captured=self._captured)
+        grads = Gradients(
+            group("params", first.grads.params), group("lr", first.grads.lr), captured=self._captured
+        )
         for field in _DATA:
             setattr(grads, field, found.get((field, "")))
         adapted = group("adapted", first.adapted)

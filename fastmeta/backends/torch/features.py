@@ -1,4 +1,5 @@
-"""What modules that stand still return: computed in one forward pass, handed out in those that follow."""
+"""What modules that stand still return: computed in one forward pass, handed out in those that
+follow."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Features:
     def __init__(self, problem: Problem, names: Sequence[str]) -> None:
         self._net, self.names = problem.net, names
         self.values: list[Tensor] = []  # empty before a pass with `recording`
-        self._calls: list[tuple[str, TreeSpec, list[bool]]] = []  # module, what it returned, which leaves are tensors
+        self._calls: list[
+            tuple[str, TreeSpec, list[bool]]
+        ] = []  # module, what it returned, which leaves are tensors
 
     def recording(self) -> Forwards:
         """The modules note what they return in the forward pass that runs these."""
@@ -40,7 +43,8 @@ class Features:
         return {name: self._recording(name) for name in self.names}
 
     def replaying(self, values: Sequence[Tensor]) -> Forwards:
-        """The modules return `values` in the forward pass that runs these, as many as were recorded."""
+        """The modules return `values` in the forward pass that runs these, as many as were
+        recorded."""
         calls, left = iter(self._calls), iter(values)
 
         def replaying(name: str) -> Callable[..., Any]:
@@ -48,7 +52,9 @@ class Features:
                 noted = next(calls, None)
                 if noted is None or noted[0] != name:
                     raise Moved(f"{name!r} was called in another order than in the pass before")
-                return tree_unflatten([next(left).clone() if tensor else None for tensor in noted[2]], noted[1])
+                return tree_unflatten(
+                    [next(left).clone() if tensor else None for tensor in noted[2]], noted[1]
+                )
 
             return run
 
@@ -79,7 +85,8 @@ class Body:
 
 
 def standing(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """ "support" and "query" -> names of the modules that compute the same for every pass over that set of a task.
+    """ "support" and "query" -> names of the modules that compute the same for every pass over that
+    set of a task.
 
     A set that nothing stands still for, or that is seen only once, is left out.
 
@@ -121,7 +128,9 @@ def recorded(
         found = torch.func.vmap(one_task, in_dims=(dims, 0), randomness="different")(dict(params), batch.x)
     else:
         answers = [
-            one_task({name: value[t] if name in stacked else value for name, value in params.items()}, batch.x[t])
+            one_task(
+                {name: value[t] if name in stacked else value for name, value in params.items()}, batch.x[t]
+            )
             for t in range(batch.x.shape[0])
         ]
         found = tuple(map(torch.stack, zip(*answers, strict=True)))

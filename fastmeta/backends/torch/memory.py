@@ -1,4 +1,5 @@
-"""Whether the `torch` backend keeps the graphs of all inner steps or runs every step again on the way back."""
+"""Whether the `torch` backend keeps the graphs of all inner steps or runs every step again on the
+way back."""
 
 from __future__ import annotations
 

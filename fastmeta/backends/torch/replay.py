@@ -1,8 +1,10 @@
-"""Running a step a second time: with the random numbers of the first time, and a check that it is the same step.
+"""Running a step a second time: with the random numbers of the first time, and a check that it is
+the same step.
 
-What a forward takes from the clock, from the operating system's entropy or from state of its own cannot be replayed.
-It shows in the losses, one number a task, which forward passes alone make: they hardly depend on how gradients are
-computed, as gradients do.
+What a forward takes from the clock, from the operating system's entropy or from state of its own
+cannot be replayed.
+It shows in the losses, one number a task, which forward passes alone make: they hardly depend on
+how gradients are computed, as gradients do.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from fastmeta.backends._random_state import RandomState, replayed
 #: Largest relative difference between two runs of one forward that rounding explains.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 WHY = (
-    "the forward does not compute the same when it is run again with the same random state: it draws from something "
-    "that cannot be replayed, such as the clock, os.urandom or an iterator, or keeps a state of its own"
+    "the forward does not compute the same when it is run again with the same random state: it draws from "
+    "something that cannot be replayed, such as the clock, os.urandom or an iterator, or keeps a state of "
+    "its own"
 )
 
 
@@ -66,7 +69,7 @@ class Replay:
 
 
 def marks_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each tensor on top of the largest of them, [n]: what cancels, as the gradient of a bias in front of
-    a batch norm does, is zero but for rounding."""
+    """The norm of each tensor on top of the largest of them, [n]: what cancels, as the gradient of
+    a bias in front of a batch norm does, is zero but for rounding."""
     norms = torch.stack([tensor.detach().norm() for tensor in tensors])
     return norms + norms.where(norms.isfinite(), 0).max()

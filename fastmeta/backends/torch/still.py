@@ -1,10 +1,12 @@
-"""Which modules of a network compute, at every forward pass on the same input, what they computed at the first.
+"""Which modules of a network compute, at every forward pass on the same input, what they computed
+at the first.
 
-Those whose output depends neither on a parameter of a given set nor on a random number, by values and not by gradients:
-every function that PyTorch tells a `TorchFunctionMode` of is followed, and what one of them makes of something that
-moves moves too, and so does what came from somewhere unseen. A forward pass that looks at values (`.item()`,
-`if x.sum() > 0`), keeps something in attributes, reads the clock or draws from generators that are not PyTorch's is not
-understood, and nothing of it is said to stand still.
+Those whose output depends neither on a parameter of a given set nor on a random number, by values
+and not by gradients: every function that PyTorch tells a `TorchFunctionMode` of is followed, and
+what one of them makes of something that moves moves too, and so does what came from somewhere
+unseen. A forward pass that looks at values (`.item()`, `if x.sum() > 0`), keeps something in
+attributes, reads the clock or draws from generators that are not PyTorch's is not understood, and
+nothing of it is said to stand still.
 """
 
 from __future__ import annotations
@@ -26,21 +28,24 @@ from torch.utils._pytree import tree_leaves
 from fastmeta.backends._captured import leaves_behind
 from fastmeta.backends._random_state import RandomState, preserved
 from fastmeta.bounded import Bounded
+from fastmeta.capture.guards import Guard
 from fastmeta.network.functional import call, own
-from fastmeta.network.guards import Guard
 from fastmeta.network.swap import LOCK, Exchange
 from fastmeta.undisturbed import asynchronous
 
 #: Functions that tell of a tensor what its values do not matter for.
 _ABOUT = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous element_size "
-    "__len__ get_device __get__ is_signed type __hash__ is_same_size is_inference is_conj is_neg result_type "
-    "has_names is_shared is_pinned can_cast is_tensor is_storage broadcast_shapes".split()
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous "
+    "element_size __len__ get_device __get__ is_signed type __hash__ is_same_size is_inference is_conj "
+    "is_neg result_type has_names is_shared is_pinned can_cast is_tensor is_storage broadcast_shapes".split()
 )
-#: What a forward pass finds exchanged: by us, or by recurrent layers that find their parameters exchanged.
+#: What a forward pass finds exchanged: by us, or by recurrent layers that find their parameters
+#: exchanged.
 _HELD_ELSEWHERE = ("_parameters", "_buffers", "_modules", "forward", "_flat_weights", "_flat_weight_refs")
 #: Functions whose results are as large as the values say.
-_SHAPED = frozenset("nonzero argwhere unique unique_consecutive masked_select repeat_interleave bincount".split())
+_SHAPED = frozenset(
+    "nonzero argwhere unique unique_consecutive masked_select repeat_interleave bincount".split()
+)
 #: A network that is another one at every call is not looked at for ever.
 _MOST_LOOKS = 16
 #: What is remembered of a network as it is, for shapes and adapted parameters.
@@ -55,10 +60,11 @@ class _Unknown(Exception):
 def still(
     net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tensor, batch_stats: str
 ) -> tuple[str, ...]:
-    """Names of the largest modules with parameters whose outputs stand still; () also where that is not known.
+    """Names of the largest modules with parameters whose outputs stand still; () also where that is
+    not known.
 
-    Looked for once for a network, shapes and parameters, and remembered until the network changes; runs one forward
-    pass, and draws nothing from the random state.
+    Looked for once for a network, shapes and parameters, and remembered until the network changes;
+    runs one forward pass, and draws nothing from the random state.
 
     Args:
         net: the network.
@@ -83,7 +89,8 @@ def still(
 
 
 class _Known:
-    """What was found of one network, in training and in evaluation and with whatever else its guard tells apart."""
+    """What was found of one network, in training and in evaluation and with whatever else its guard
+    tells apart."""
 
     def __init__(self) -> None:
         self.guards: list[tuple[Guard, _Found]] = []
@@ -114,12 +121,15 @@ def _look(
     net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tensor, batch_stats: str
 ) -> tuple[str, ...]:
     modules = dict(net.named_modules())
-    if any("forward" in vars(module) or isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+    if any(
+        "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule) for module in modules.values()
+    ):
         return ()
     if any(type(module).__name__ == "OptimizedModule" for module in modules.values()):
         return ()
     start = RandomState.now(x.device, net)
-    # those that move require grad, so that what no function mode sees, such as C++, shows in the graph
+    # those that move require grad, so that what no function mode sees, such as C++, shows in the
+    # graph
     values = {name: own(value.clone(), requires_grad=name in moving) for name, value in params.items()}
     exchange, x = Exchange(net), own(x.clone())
     known = [x, *values.values(), *net.buffers(), *_tensors(_Outside(modules.values()).alive)]
@@ -176,19 +186,27 @@ class _Traced(TorchFunctionMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
                 given = _tensors((args, kwargs)) + self._buffers()
-                before, outside = _versions(given), _Outside(self.modules.values()) if module is self.net else None
+                before, outside = (
+                    _versions(given),
+                    _Outside(self.modules.values()) if module is self.net else None,
+                )
             output = forward(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 if outside is not None and outside.ids != _Outside(self.modules.values()).ids:
                     raise _Unknown("it keeps something")
-                still = _is_plain(output) and before == _versions(given) and self._are_still(_tensors(output), given)
+                still = (
+                    _is_plain(output)
+                    and before == _versions(given)
+                    and self._are_still(_tensors(output), given)
+                )
             self.stands[name] = self.stands.get(name, True) and still
             return output
 
         return run
 
     def _are_still(self, made: Collection[Tensor], given: Collection[Tensor]) -> bool:
-        """Whether what a module made of `given` stands still. What is a view of that does not: a copy would be none."""
+        """Whether what a module made of `given` stands still. What is a view of that does not: a
+        copy would be none."""
         memory = {*map(_memory, made)}
         if not memory.isdisjoint(map(_memory, given)) or not memory.isdisjoint(self._moves):
             return False
@@ -198,7 +216,8 @@ class _Traced(TorchFunctionMode):
         return tensor.requires_grad and not self._moving.isdisjoint(map(id, [tensor, *leaves_behind(tensor)]))
 
     def _buffers(self) -> list[Tensor]:
-        """Those that somebody may read: of the batches that a norm has seen nobody does, by fastmeta's conventions."""
+        """Those that somebody may read: of the batches that a norm has seen nobody does, by
+        fastmeta's conventions."""
         return [
             buffer
             for module in self.modules.values()
@@ -217,7 +236,9 @@ class _Traced(TorchFunctionMode):
             raise _Unknown("it looks at values")
         drawn = self._state.anew()
         if drawn.same_as(self._state):
-            moves = any(_memory(tensor) in self._moves or _memory(tensor) not in self._seen for tensor in given)
+            moves = any(
+                _memory(tensor) in self._moves or _memory(tensor) not in self._seen for tensor in given
+            )
         else:
             moves, self._state = True, drawn
         if moves and _shaped_by_values(func, args):
@@ -226,7 +247,9 @@ class _Traced(TorchFunctionMode):
         self._alive += made
         self._seen.update(map(_memory, made))
         if moves:
-            changed = [tensor for tensor, version in zip(given, before, strict=True) if tensor._version != version]
+            changed = [
+                tensor for tensor, version in zip(given, before, strict=True) if tensor._version != version
+            ]
             self._moves.update(map(_memory, made + changed))
         return output
 
@@ -260,7 +283,8 @@ def _is_plain(output: Any) -> bool:
 
 
 class _Outside:
-    """What a forward pass may leave behind: attributes, and states of other generators than PyTorch's."""
+    """What a forward pass may leave behind: attributes, and states of other generators than
+    PyTorch's."""
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.ids: list[Any] = [random.getstate()]

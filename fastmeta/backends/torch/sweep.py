@@ -1,6 +1,7 @@
 """The meta-step of the `torch` backend: one sweep forward over the inner steps and one back.
 
-The mathematics is that of docs/architecture.md; the update rule brings its own adjoint (`fastmeta.update_rules`).
+The mathematics is that of docs/architecture.md; the update rule brings its own adjoint
+(`fastmeta.update_rules`).
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def goes_back(problem: Problem, wrt: frozenset[str]) -> bool:
 class Sweep:
     """Solves one problem, once.
 
-    Adapted parameters are [T, *shape] throughout; where K = 0 none counts as adapted. `total` sums up the gradients
-    of everything else: the data by their names in `wrt`, parameters that are not adapted as "params.<name>".
+    Adapted parameters are [T, *shape] throughout; where K = 0 none counts as adapted. `total` sums
+    up the gradients
+    of everything else: the data by their names in `wrt`, parameters that are not adapted as
+    "params.<name>".
 
     Args:
         p: the problem, its tensors detached.
@@ -74,7 +77,12 @@ class Sweep:
     """
 
     def __init__(
-        self, p: Problem, wrt: frozenset[str], vectorised: bool, store: bool, standing: Mapping[str, tuple[str, ...]]
+        self,
+        p: Problem,
+        wrt: frozenset[str],
+        vectorised: bool,
+        store: bool,
+        standing: Mapping[str, tuple[str, ...]],
     ) -> None:
         self.p, self.wrt, self.vectorised = p, wrt, vectorised
         self.step_weights = p.step_weights or ()
@@ -88,7 +96,9 @@ class Sweep:
         self.total_rates = {name: torch.zeros_like(rate) for name, rate in p.rates.items()}
         self.total: dict[str, Tensor] = {}
         if "params" in wrt:
-            self.total = {f"params.{n}": torch.zeros_like(v) for n, v in p.params.items() if n not in self.names}
+            self.total = {
+                f"params.{n}": torch.zeros_like(v) for n, v in p.params.items() if n not in self.names
+            }
         for role, batch in (("support", p.support), ("query", p.query)):
             for part in _PARTS:
                 tensor = getattr(batch, part, None)
@@ -130,7 +140,9 @@ class Sweep:
         result = Result(self.task_losses, self.output, grads=self._gradients(lam))
         if adapted:
             final = {name: theta.get(name, tasks.stack(p, name)) for name in p.params}
-            result.adapted = {name: value.clone(memory_format=torch.contiguous_format) for name, value in final.items()}
+            result.adapted = {
+                name: value.clone(memory_format=torch.contiguous_format) for name, value in final.items()
+            }
         return result
 
     def _update(
@@ -142,12 +154,15 @@ class Sweep:
             name: rule.update(theta[name], g.detach(), momentum.get(name), self._rate(name, k))
             for name, g in zip(self.names, gradient.values, strict=True)
         }
-        return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
+        return {name: pair[0] for name, pair in updated.items()}, {
+            name: pair[1] for name, pair in updated.items()
+        }
 
     def _step_back(
         self, step: _Step, lam: Mapping[str, Tensor], mbar: Mapping[str, Tensor | None], k: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """(dJ/d theta_k, dJ/d m_k) from those of step k + 1; adds to the totals what passes through g_k."""
+        """(dJ/d theta_k, dJ/d m_k) from those of step k + 1; adds to the totals what passes through
+        g_k."""
         _, _, rule = _inputs.inner_loop(self.p)
         v = {name: rule.direction(lam[name], mbar[name], self._rate(name, k)) for name in self.names}
         for name, direction in step.directions.items():
@@ -199,7 +214,9 @@ class Sweep:
             terms = []
             if p.query_loss is not None and self.step_weights[k]:
                 weighted = self.step_weights[k] * losses
-                terms.append((weighted if p.task_weights is None else weighted * p.task_weights).sum() / p.tasks)
+                terms.append(
+                    (weighted if p.task_weights is None else weighted * p.task_weights).sum() / p.tasks
+                )
                 kept = 0 if self.task_losses is None else self.task_losses
                 self.task_losses = kept + weighted.detach()
             if k == p.steps:
@@ -214,20 +231,32 @@ class Sweep:
         return dict(zip(leaves, found, strict=False))
 
     def _evaluate(
-        self, theta: Mapping[str, Tensor], others: Mapping[str, Tensor], role: str, batch: Batch, loss: Loss | None
+        self,
+        theta: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        role: str,
+        batch: Batch,
+        loss: Loss | None,
     ) -> tuple[Tensor, Tensor, Watch]:
-        """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand for, and what was
-        captured."""
+        """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand
+        for, and what was captured."""
         params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
         data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
         batch = replace(batch, **data)  # type: ignore[arg-type]
         params |= theta
         body = self.bodies.get(role)
-        rest = () if body is None else (body.features, [others.get(key, value) for key, value in body.values.items()])
-        return watched.evaluate(self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest)
+        rest = (
+            ()
+            if body is None
+            else (body.features, [others.get(key, value) for key, value in body.values.items()])
+        )
+        return watched.evaluate(
+            self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest
+        )
 
     def _bodies(self, standing: Mapping[str, tuple[str, ...]]) -> dict[str, Body]:
-        """What stands still, of the support and the query sets, computed; its gradients get places in `total`."""
+        """What stands still, of the support and the query sets, computed; its gradients get places
+        in `total`."""
         bodies = {}
         for role, names in standing.items():
             batch, features = getattr(self.p, role), Features(self.p, names)
@@ -260,7 +289,8 @@ class Sweep:
         self._add(body.others, found, 0, body.seen)
 
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
-        """A leaf for everything in `total` that a pass over the support or the query set at step k depends on."""
+        """A leaf for everything in `total` that a pass over the support or the query set at step k
+        depends on."""
         batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
         sources = {f"params.{name}": value for name, value in self.p.params.items()}
         sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
@@ -268,7 +298,8 @@ class Sweep:
         return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
 
     def _add(self, others: Mapping[str, Tensor], found: Sequence[Tensor], k: int, seen: Watch) -> None:
-        """Add gradients found at step k, by `others` and then by what was captured, to the totals."""
+        """Add gradients found at step k, by `others` and then by what was captured, to the
+        totals."""
         self.captured.add(seen, found[len(others) :])
         for key, gradient in zip(others, found, strict=False):
             one_step = key.startswith("support_") and _inputs.inner_loop(self.p)[0].per_step

@@ -1,4 +1,5 @@
-"""All tasks of a problem, evaluated side by side: by vmap where that is right, else in a loop, with the reason."""
+"""All tasks of a problem, evaluated side by side: by vmap where that is right, else in a loop, with
+the reason."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def evaluate(
     Returns:
         (losses [T], output [T, N, *out]).
 
-    Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed under vmap.
+    Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed
+    under vmap.
     """
 
     def one_task(
@@ -68,7 +70,13 @@ def evaluate(
 
     if vectorised:
         dims = {name: 0 if name in stacked else None for name in params}
-        in_dims = (dims, 0, None if batch.y is None else 0, None if batch.weights is None else 0, *[0] * len(values))
+        in_dims = (
+            dims,
+            0,
+            None if batch.y is None else 0,
+            None if batch.weights is None else 0,
+            *[0] * len(values),
+        )
         every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
         return every_task(dict(params), batch.x, batch.y, batch.weights, *values)
 
@@ -117,7 +125,11 @@ def evaluate_one(
         return value if problem.autocast is None else value.to(dtype)
 
     with autocast(x.device, problem.autocast):
-        how: dict[str, Any] = {"batch_stats": problem.batch_stats, "decompose": decompose, "forwards": forwards}
+        how: dict[str, Any] = {
+            "batch_stats": problem.batch_stats,
+            "decompose": decompose,
+            "forwards": forwards,
+        }
         value, output = call_then(net, theta, x, value_of, **how)
         return value, output if problem.autocast is None else output.to(dtype)
 
@@ -133,15 +145,18 @@ def step_of(batch: Batch, step: int) -> Batch:
     if not batch.per_step:
         return batch
     y, weights = batch.y, batch.weights
-    return Batch(batch.x[:, step], None if y is None else y[:, step], None if weights is None else weights[:, step])
+    return Batch(
+        batch.x[:, step], None if y is None else y[:, step], None if weights is None else weights[:, step]
+    )
 
 
 def why_loop(problem: Problem) -> str:
     """Why the tasks of `problem` run one after the other; "" if vmap runs them.
 
-    Decided once per network, training flags, losses and shapes, and remembered: on two tasks, vmap must run and must
-    agree with the loop in value, gradient and Hessian-vector product. Draws nothing from the random state. To be
-    called inside `isolated`, with the tensors of `problem` detached.
+    Decided once per network, training flags, losses and shapes, and remembered: on two tasks, vmap
+    must run and must agree with the loop in value, gradient and Hessian-vector product. Draws
+    nothing from the random state. To be called inside `isolated`, with the tensors of `problem`
+    detached.
     """
     if problem.autocast is not None:
         return "under vmap PyTorch's autocast passes over linear layers"
@@ -160,7 +175,8 @@ def remember_loop(problem: Problem, reason: str) -> None:
 
 
 def remember_to_store(problem: Problem) -> None:
-    """Keep the graphs of all steps from now on where "auto" decides: a step of `problem` cannot be run again."""
+    """Keep the graphs of all steps from now on where "auto" decides: a step of `problem` cannot be
+    run again."""
     _stored.put(problem.net, _key(problem), True)
 
 
@@ -169,8 +185,11 @@ def must_store(problem: Problem) -> bool:
     return problem.memory == "auto" and bool(_stored) and _stored.get(problem.net, _key(problem)) is not None
 
 
-def check_second_order(problem: Problem, vectorised: bool, losses: Tensor, gradients: Sequence[Tensor]) -> None:
-    """`check_twice`, once for problems like this one; `losses` and `gradients` are of one inner step."""
+def check_second_order(
+    problem: Problem, vectorised: bool, losses: Tensor, gradients: Sequence[Tensor]
+) -> None:
+    """`check_twice`, once for problems like this one; `losses` and `gradients` are of one inner
+    step."""
     key = (_key(problem), vectorised)
     if _twice.get(problem.net, key) is None:
         check_twice(losses, gradients)
@@ -180,8 +199,9 @@ def check_second_order(problem: Problem, vectorised: bool, losses: Tensor, gradi
 def graph_bytes(problem: Problem, vectorised: bool) -> float:
     """What the graph of one task's gradient at one inner step holds, in bytes.
 
-    Measured once per network, training flags, losses and shapes, on one or two tasks, and remembered. Draws nothing
-    from the random state. To be called inside `isolated`, with the tensors of `problem` detached.
+    Measured once per network, training flags, losses and shapes, on one or two tasks, and
+    remembered. Draws nothing from the random state. To be called inside `isolated`, with the
+    tensors of `problem` detached.
     """
     key = (_key(problem), vectorised)
     size = _graphs.get(problem.net, key)
@@ -211,7 +231,8 @@ def graph_bytes(problem: Problem, vectorised: bool) -> float:
 
 
 def output_shape(problem: Problem) -> tuple[int, ...]:
-    """Shape of the network's output for one example, from the layer program or one remembered run of one task."""
+    """Shape of the network's output for one example, from the layer program or one remembered run
+    of one task."""
     if problem.program is not None:
         return problem.program.output_shape
     key = _key(problem)
@@ -236,7 +257,8 @@ def _key(problem: Problem) -> int:
 
 
 def _compare(problem: Problem) -> str | None:
-    """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said (NaN)."""
+    """What is wrong with vmap on the first two tasks, "" if nothing is; None if nothing can be said
+    (NaN)."""
     pair = cut(problem, 0, 2)
     reason = ""
     with preserved_for(pair) as before:
@@ -257,7 +279,9 @@ def _compare(problem: Problem) -> str | None:
         looped = _probe(pair, vectorised=False)  # an error of the caller's own comes out here
     if reason:
         return reason
-    for what, found, expected in zip(("output", "gradient", "Hessian-vector product"), vectorised, looped, strict=True):
+    for what, found, expected in zip(
+        ("output", "gradient", "Hessian-vector product"), vectorised, looped, strict=True
+    ):
         size, off = float(expected.norm()), float((found - expected).norm())
         if not isfinite(size):
             return None
@@ -292,7 +316,11 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0, device="cpu")
+    return (
+        torch.cat([tensor.detach().flatten() for tensor in tensors])
+        if tensors
+        else torch.zeros(0, device="cpu")
+    )
 
 
 def drawn_once(generator: str) -> str:

@@ -22,8 +22,8 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
         vectorised: tasks by vmap instead of a loop.
         captured: takes note of what else J depends on.
 
-    Derivatives: any number of times, as far as those of the network go; with order="first" inner gradients are
-        constants.
+    Derivatives: any number of times, as far as those of the network go; with order="first" inner
+        gradients are constants.
     """
     names = list(p.rates) if p.steps else []
     stacked = p.per_task | frozenset(names)
@@ -32,14 +32,18 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
     terms: list[Tensor] = []
 
     def evaluated(theta: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> tuple[Tensor, Tensor]:
-        losses, output, _ = watched.evaluate(p, {**p.params, **theta}, stacked, batch, loss, vectorised, captured)
+        losses, output, _ = watched.evaluate(
+            p, {**p.params, **theta}, stacked, batch, loss, vectorised, captured
+        )
         return losses, output
 
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             losses, output = evaluated(theta, p.query, p.query_loss)
             if p.query_loss is not None and weight:
-                terms.append(weight * (losses if p.task_weights is None else losses * p.task_weights).sum() / p.tasks)
+                terms.append(
+                    weight * (losses if p.task_weights is None else losses * p.task_weights).sum() / p.tasks
+                )
             if p.output_grad is not None and k == p.steps:
                 terms.append((output * p.output_grad).sum())
         if k < p.steps:

@@ -24,7 +24,8 @@ def evaluate(
     features: Features | None = None,
     values: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Watch]:
-    """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`, `captured` takes note."""
+    """(losses [T], output [T, N, *out], what was read); arguments as of `tasks.evaluate`,
+    `captured` takes note."""
     given = problem, params, stacked, batch, loss, vectorised, features, values
     ours = [*params.values(), batch.x, batch.y, batch.weights, *values]
     return captured.evaluated(lambda: tasks.evaluate(*given), ours)

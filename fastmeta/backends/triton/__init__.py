@@ -1,4 +1,5 @@
-"""Triton kernels over all tasks, layer by layer, in one CUDA graph: for networks of any size on the GPU."""
+"""Triton kernels over all tasks, layer by layer, in one CUDA graph: for networks of any size on the
+GPU."""
 
 from __future__ import annotations
 
@@ -47,13 +48,16 @@ def missing() -> str:
 
 
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
-    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options only."""
+    """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
+    only."""
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"
     first = next(iter(problem.params.values()))
     if first.device.type != device():
-        return f"tensors are on {first.device}" + (", and Triton's interpreter runs" if interpreting() else "")
+        return f"tensors are on {first.device}" + (
+            ", and Triton's interpreter runs" if interpreting() else ""
+        )
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     for layer in program.layers:
@@ -83,8 +87,8 @@ def _refuses_loss(loss: Loss) -> str:
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem`.
 
-    On a GPU nothing is waited for: a class index out of range, or a rate that is not finite, makes its task's results
-    NaN there.
+    On a GPU nothing is waited for: a class index out of range, or a rate that is not finite, makes
+    its task's results NaN there.
 
     Raises:
         ValueError: one of these, under the interpreter.
@@ -93,7 +97,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 
 def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    # Static tensors outlive the call: made in inference mode, nothing could be copied into them outside of it.
+    # Static tensors outlive the call: made in inference mode, nothing could be copied into them
+    # outside of it.
     with torch.inference_mode(False), torch.no_grad():
         check_rates(problem)
         if interpreting():

@@ -18,8 +18,8 @@ PARTS = ("x", "y", "weights")
 
 
 class StaticBatch:
-    """Dense tensors [T, N, ...], images channels-last, and targets like the output that they are compared with; with a
-    set for each step, [K, T, N, ...]."""
+    """Dense tensors [T, N, ...], images channels-last, and targets like the output that they are
+    compared with; with a set for each step, [K, T, N, ...]."""
 
     def __init__(
         self,
@@ -69,10 +69,13 @@ class StaticBatch:
 
     def targets(self) -> list[Tensor]:
         """The static tensors, in the order of the user's own."""
-        return [self.user_view(tensor, part) for part, tensor in self.tensors.items()] + [*self.constants.values()]
+        return [self.user_view(tensor, part) for part, tensor in self.tensors.items()] + [
+            *self.constants.values()
+        ]
 
     def sources(self, batch: Batch, loss: Loss | None) -> list[Tensor]:
-        """What to copy to `targets`; losses of one plan may differ in the values of their tensors."""
+        """What to copy to `targets`; losses of one plan may differ in the values of their
+        tensors."""
         own = self._constants(loss)
         return [getattr(batch, part) for part in self.tensors] + [own[name] for name in self.constants]
 
@@ -102,14 +105,18 @@ class StaticBatch:
         return [tensor for part, tensor in self.grads.items() if part not in parts]
 
     def _constants(self, loss: Loss | None) -> dict[str, Tensor]:
-        """The loss's own tensors by their names in its kernel: class weights [C]; numbers of an output's elements."""
+        """The loss's own tensors by their names in its kernel: class weights [C]; numbers of an
+        output's elements."""
         if loss is None:
             return {}
         if loss.kind == "cross_entropy":
             return {} if loss.weight is None else {"class_weights": loss.weight}
         given = {"factors": loss.weight, "pos_weight": loss.pos_weight}
         found = {name: value.expand(self.output_shape) for name, value in given.items() if value is not None}
-        return {n: (value.movedim(0, -1) if self.channels_last else value).reshape(-1) for n, value in found.items()}
+        return {
+            n: (value.movedim(0, -1) if self.channels_last else value).reshape(-1)
+            for n, value in found.items()
+        }
 
     def emit_loss(
         self,
@@ -127,7 +134,8 @@ class StaticBatch:
         task_weights: Tensor | None = None,
         gradients: bool = False,
     ) -> None:
-        """One launch: values, gradients (with `gradients`, those of targets and weights too), or tangents."""
+        """One launch: values, gradients (with `gradients`, those of targets and weights too), or
+        tangents."""
         loss = self.loss
         if loss is None:
             raise ValueError("a set without a loss has no loss to launch")

@@ -1,4 +1,5 @@
-"""Recorded launches compiled: for the GPU that is there, many at a time, or for any other, to see what they take."""
+"""Recorded launches compiled: for the GPU that is there, many at a time, or for any other, to see
+what they take."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ from fastmeta.kernels.launch import Launch
 
 #: Bytes of shared memory that one block may have, by compute capability.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ class Source:
 
 
 def source(launch: Launch) -> Source:
-    """Specialise a launch as Triton does at run time: 1 is a constant, multiples of 16 are known to be such."""
+    """Specialise a launch as Triton does at run time: 1 is a constant, multiples of 16 are known to
+    be such."""
     signature, constants, aligned = [], [], []
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -68,7 +76,9 @@ def source(launch: Launch) -> Source:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if known and value % 16 == 0:
                 aligned.append(name)
-    return Source(launch.kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(launch.options.items()))
+    return Source(
+        launch.kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(launch.options.items())
+    )
 
 
 def sources(launches: Iterable[Launch]) -> list[Source]:
@@ -81,16 +91,17 @@ _launchable: set[tuple[str, ...]] = set()
 
 
 def compile_together(launches: Iterable[Launch]) -> None:
-    """Compile launches for the current device in threads, or take them from Triton's own cache; what does not compile
-    raises when it is launched."""
+    """Compile launches for the current device in threads, or take them from Triton's own cache;
+    what does not compile raises when it is launched."""
     different = {source(launch): launch for launch in launches}
     with ThreadPoolExecutor() as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True):
             made = [
-                one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options) for one in different.values()
+                one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.options)
+                for one in different.values()
             ]
-        # Triton 3.6 builds a C program to launch each signature, when it is launched first: that takes longer than to
-        # compile the kernel, and would be one after the other.
+        # Triton 3.6 builds a C program to launch each signature, when it is launched first: that
+        # takes longer than to compile the kernel, and would be one after the other.
         new: dict[tuple[str, ...], Any] = {}
         for one, future in zip(different, made, strict=True):
             kernel = future.kernel if hasattr(future, "finalize_compile") else future
@@ -108,11 +119,17 @@ def _make_launcher(kernel: Any) -> None:
 
 
 def compile_source(one: Source, capability: int) -> Usage:
-    """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package, past its cache."""
+    """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package, past its
+    cache."""
     names = [parameter.name for parameter in one.kernel.params]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
     said = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(), redirect_stdout(said):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        redirect_stdout(said),
+    ):
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
         compiled = triton.compile(
             ASTSource(one.kernel, dict(one.signature), dict(one.constants), attributes),

@@ -1,4 +1,5 @@
-"""The static tensors of one plan: what a call copies in, what it computes with, what it copies out."""
+"""The static tensors of one plan: what a call copies in, what it computes with, what it copies
+out."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ class ParameterLayout:
         return self._torch_order(part, p)
 
     def rate_view(self, rows: Tensor, p: int) -> Tensor:
-        """The rates of parameter p in rows [..., L]: its shape in PyTorch's layout, or as many ones."""
+        """The rates of parameter p in rows [..., L]: its shape in PyTorch's layout, or as many
+        ones."""
         slot, shape = self.slots[p], self.shapes[p]
         if not self.elementwise[p]:
             return rows[..., slot].reshape(*rows.shape[:-1], *(1,) * len(shape))

@@ -1,4 +1,5 @@
-"""From a layer program to what the Triton kernels run: without dead layers and idle reshapes, and fused."""
+"""From a layer program to what the Triton kernels run: without dead layers and idle reshapes, and
+fused."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from fastmeta.backends._layout import lay_out
+from fastmeta.graph.program import Program
 from fastmeta.kernels.elementwise import PIECEWISE_LINEAR, from_output
 from fastmeta.kernels.passes import Node, Value
 from fastmeta.kernels.recomputed_conv import is_small
-from fastmeta.network.program import Program
 
-#: Kinds whose kernels apply an element-wise layer to what they make, and to the gradient of what they read.
+#: Kinds whose kernels apply an element-wise layer to what they make, and to the gradient of what
+#: they read.
 _EPILOGUE = frozenset({"linear", "conv2d", "batch_norm", "group_norm", "layer_norm"})
 _PROLOGUE = frozenset({"linear", "conv2d"})
 
@@ -52,8 +54,12 @@ def build(program: Program, input_gradients: bool, output_channels: bool = False
     nodes = []
     for i, (layer, inputs, output) in enumerate(engine.layers):
         own = tuple(None if name is None else index.get(name) for name in layer.params)
-        nodes.append(Node(i, layer.kind, inputs, output, own, layer.function, layer.constants, shape=layer.shape))
-    net = Network(_alive(nodes, engine.output), values, [*range(len(values))], engine.output, params, [], set())
+        nodes.append(
+            Node(i, layer.kind, inputs, output, own, layer.function, layer.constants, shape=layer.shape)
+        )
+    net = Network(
+        _alive(nodes, engine.output), values, [*range(len(values))], engine.output, params, [], set()
+    )
     net.shapes = [shapes[name] for name in params]
     _drop_views(net)
     _merge_affine(net)
@@ -137,15 +143,20 @@ def _merge_affine(net: Network) -> None:
 
 
 def _fuse_pools(net: Network) -> None:
-    """A norm takes over the max-pool behind it, and a relu between them moves behind: it is monotone, and where it is
-    flat no gradient passes."""
+    """A norm takes over the max-pool behind it, and a relu between them moves behind: it is
+    monotone, and where it is flat no gradient passes."""
     for norm in list(net.nodes):
         if norm.kind not in ("batch_norm", "group_norm"):
             continue
         consumers = _consumers(net)
         readers = consumers[net.root[norm.output]]
         relu = None
-        if len(readers) == 1 and readers[0].function == "relu" and readers[0].scale > 0 and not readers[0].shift:
+        if (
+            len(readers) == 1
+            and readers[0].function == "relu"
+            and readers[0].scale > 0
+            and not readers[0].shift
+        ):
             relu = readers[0]
             readers = consumers[net.root[relu.output]]
         if len(readers) != 1 or readers[0].kind != "max_pool2d" or not _side_by_side(readers[0]):
@@ -190,9 +201,12 @@ def _fuse_elementwise(net: Network) -> None:
 
 
 def _fuse_statistics(net: Network) -> None:
-    """A convolution sums its tiles for the batch norm behind it, which then need not read the image for that."""
+    """A convolution sums its tiles for the batch norm behind it, which then need not read the image
+    for that."""
     for norm in net.nodes:
-        if norm.kind != "batch_norm" or norm.params[2] is not None:  # of running statistics there is nothing to sum
+        if (
+            norm.kind != "batch_norm" or norm.params[2] is not None
+        ):  # of running statistics there is nothing to sum
             continue
         maker = _maker(net, norm.inputs[0])
         if maker is None or maker.kind != "conv2d" or maker.epilogue is not None or maker.norm is not None:
@@ -202,7 +216,8 @@ def _fuse_statistics(net: Network) -> None:
 
 
 def _choose_recomputed(net: Network) -> None:
-    """The norm behind a small convolution of the input computes it for itself: nothing of it is kept in memory."""
+    """The norm behind a small convolution of the input computes it for itself: nothing of it is
+    kept in memory."""
     consumers = _consumers(net)
     for norm in list(net.nodes):
         conv = norm.sums_from
@@ -217,7 +232,8 @@ def _choose_recomputed(net: Network) -> None:
 
 
 def _order_gradients(net: Network) -> None:
-    """Who of several consumers of a value writes its gradient first; backward goes through the nodes in reverse."""
+    """Who of several consumers of a value writes its gradient first; backward goes through the
+    nodes in reverse."""
     written: set[int] = set()
     for node in net.nodes:
         node.adds = [False] * len(node.inputs)

@@ -33,7 +33,9 @@ class PassMemory:
 
         moving = {net.root[v] for v in range(len(net.values)) if net.from_params[v]}
         deltas = [
-            root for root in roots if needs_delta and root not in net.no_delta and (root in moving or self.wants_input)
+            root
+            for root in roots
+            if needs_delta and root not in net.no_delta and (root in moving or self.wants_input)
         ]
         values = [root for root in roots if root in makes and root not in net.no_value]
         self.x = [blocks_of(values) for _ in range(copies)]

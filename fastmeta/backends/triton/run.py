@@ -1,4 +1,5 @@
-"""One kind of call of the Triton backend: launches recorded once, run again and again, as a CUDA graph if possible."""
+"""One kind of call of the Triton backend: launches recorded once, run again and again, as a CUDA
+graph if possible."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ __all__ = ["KINDS", "Job", "describe"]
 
 POISON = False
 
-#: memory="auto" keeps the activations of all steps while everything takes less than this share of the device's memory,
-#: or, under the interpreter, this many bytes.
+#: memory="auto" keeps the activations of all steps while everything takes less than this share of
+#: the device's memory, or, under the interpreter, this many bytes.
 STORE_SHARE, STORE_BYTES = 0.25, 256 << 20
 
 #: PyTorch captures one graph at a time.
@@ -35,7 +36,8 @@ _CAPTURING = threading.Lock()
 #: Triton's interpreter changes Triton's own modules while it runs a kernel.
 _INTERPRETING = threading.Lock()
 
-#: What `torch.get_float32_matmul_precision()` means for the products of float32 numbers; see `kernels.tile`.
+#: What `torch.get_float32_matmul_precision()` means for the products of float32 numbers; see
+#: `kernels.tile`.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
 
@@ -75,10 +77,15 @@ _kept: dict[torch.device, Bounded[int, ref[Scratch]]] = {}
 
 
 def keep(scratch: Scratch, job: Job) -> None:
-    """Count the memory of a plan that is kept in `scratch`; what was not used for longest gives its own back."""
+    """Count the memory of a plan that is kept in `scratch`; what was not used for longest gives its
+    own back."""
     device = job.device
     if device not in _kept:
-        half = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _MOST_BYTES
+        half = (
+            torch.cuda.get_device_properties(device).total_memory // 2
+            if device.type == "cuda"
+            else _MOST_BYTES
+        )
         _kept[device] = Bounded(_MOST_JOBS, half, _size, _give_back)
     key, of_device = id(scratch), _kept[device]
     of_device.put(key, ref(scratch, lambda _: of_device.drop(key)))
@@ -103,9 +110,9 @@ def _give_back(kept: ref[Scratch]) -> None:
 class Job:
     """All calls that differ in nothing but the values of tensors.
 
-    A call copies its tensors into static ones, runs the launches and copies the results out: nothing that is returned
-    is touched again, and it does not matter where the tensors of the next call lie. One call at a time; calls from
-    other streams wait.
+    A call copies its tensors into static ones, runs the launches and copies the results out:
+    nothing that is returned is touched again, and it does not matter where the tensors of the next
+    call lie. One call at a time; calls from other streams wait.
     """
 
     def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> None:
@@ -121,12 +128,15 @@ class Job:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
         # streams that the static tensors are known to be used on
-        self.streams: set[Any] = {torch.cuda.current_stream(self.device)} if self.device.type == "cuda" else set()
+        self.streams: set[Any] = (
+            {torch.cuda.current_stream(self.device)} if self.device.type == "cuda" else set()
+        )
         self.why_no_graph = "" if self.device.type == "cuda" else "there is no GPU"
         self.done = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def _compile(self) -> tuning.Report:
-        """Time what there is to choose, while nothing is in the launches' memory yet, and compile what is launched."""
+        """Time what there is to choose, while nothing is in the launches' memory yet, and compile
+        what is launched."""
         emit, report = self.step.emit, tuning.Report(tuning.off(self.device))
         if self.device.type != "cuda":
             return report
@@ -166,7 +176,7 @@ class Job:
         self._launch()
         return self._result(problem)
 
-    # ---- in ---------------------------------------------------------------------------------------------------
+    # ---- in
 
     def _load(self, problem: Problem) -> None:
         if not self.targets:
@@ -208,12 +218,13 @@ class Job:
             found += [problem.adapted_grad[name] for name in names]
         return found
 
-    # ---- launches ---------------------------------------------------------------------------------------------
+    # ---- launches
 
     def _launch(self) -> None:
         self.calls += 1
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            # The first call compiles the kernels, which no capture survives; a call of its own shows what is slow.
+            # The first call compiles the kernels, which no capture survives; a call of its own
+            # shows what is slow.
             if self.graph is None and self.calls > 1 and not self.why_no_graph:
                 self._capture()
             if self.graph is not None:
@@ -226,7 +237,8 @@ class Job:
     def _capture(self) -> None:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # A stream of its own: the one that PyTorch would take belongs to the first device that captured anything.
+            # A stream of its own: the one that PyTorch would take belongs to the first device that
+            # captured anything.
             # Other threads may allocate meanwhile: their calls are not ours to forbid.
             own = torch.cuda.Stream(self.device)
             with _CAPTURING, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
@@ -238,7 +250,7 @@ class Job:
             return
         self.graph = graph
 
-    # ---- out --------------------------------------------------------------------------------------------------
+    # ---- out
 
     def _result(self, problem: Problem) -> Result:
         step = self.step
@@ -304,7 +316,8 @@ class Job:
         return found.clone(memory_format=torch.contiguous_format)
 
     def fits(self, problem: Problem, wrt: frozenset[str], adapted: bool) -> bool:
-        """Whether nothing that is fixed has changed for a problem of the same shapes and options."""
+        """Whether nothing that is fixed has changed for a problem of the same shapes and
+        options."""
         first = next(iter(problem.params.values()))
         same = self.wrt == wrt and self.adapted == adapted and self.device == first.device
         return same and self.precision == precision(first.dtype)
@@ -312,8 +325,10 @@ class Job:
 
 _SAID = {
     "ieee": "float32 products are exact to float32 (IEEE multiply-adds)",
-    "tf32": "float32 products are rounded to TF32 (ten bits), as torch.set_float32_matmul_precision('high') allows",
-    "bf16": "float32 products are rounded to bfloat16, as torch.set_float32_matmul_precision('medium') allows",
+    "tf32": "float32 products are rounded to TF32 (ten bits), "
+    "as torch.set_float32_matmul_precision('high') allows",
+    "bf16": "float32 products are rounded to bfloat16, "
+    "as torch.set_float32_matmul_precision('medium') allows",
 }
 _SAID["bf16_rounded"] = _SAID["bf16"]
 
@@ -325,10 +340,15 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     mode = memory_mode(problem, wrt, memory_limit(first.device))
     step = MetaStep(problem, network(problem, wrt), wrt, mode, used, torch.device("meta"))
     names = [
-        "conv2d(recomputed) " * (node.recomputes is not None) + (node.function or node.kind) for node in step.net.nodes
+        "conv2d(recomputed) " * (node.recomputes is not None) + (node.function or node.kind)
+        for node in step.net.nodes
     ]
     said = _SAID[used] if first.dtype == torch.float32 else "float64"
-    where = _how_launched(problem.scratch.get("triton")) if first.device.type == "cuda" else "Triton's interpreter"
+    where = (
+        _how_launched(problem.scratch.get("triton"))
+        if first.device.type == "cuda"
+        else "Triton's interpreter"
+    )
     return [
         f"kernels: {' '.join(names)} ({len(step.emit.launches)} launches, {where})",
         f"precision: {said}",

@@ -1,4 +1,5 @@
-"""The static tensors of one meta-step, and how passes, updates and sums find their parts of them."""
+"""The static tensors of one meta-step, and how passes, updates and sums find their parts of
+them."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class StepState:
         self.layout = ParameterLayout(net, problem, count)
         self._allocate(problem, count)
 
-    # ---- static tensors -------------------------------------------------------------------------------------------
+    # ---- static tensors
 
     def _allocate(self, problem: Problem, count: int) -> None:
         new, layout, tasks, steps = self.memory.new, self.layout, self.tasks, self.steps
@@ -114,7 +115,7 @@ class StepState:
         """All static tensors."""
         return [*self.memory.made, self.index, self.table]
 
-    # ---- parameters and rates -------------------------------------------------------------------------------------
+    # ---- parameters and rates
 
     def theta(self, k: int, p: int) -> Operand:
         """theta_k of parameter p; of a buffer, itself."""
@@ -126,7 +127,8 @@ class StepState:
         return self.layout.operand(self.thetas[k - 1], p)  # type: ignore[index]
 
     def _moves(self, p: int) -> bool:
-        """Whether an inner step writes parameter p: one without a gradient moves by weight decay alone."""
+        """Whether an inner step writes parameter p: one without a gradient moves by weight decay
+        alone."""
         return self.layout.adapted[p] and (p in self.net.used or not self.in_epilogues)
 
     def _rates(self, k: int) -> Operand:
@@ -144,7 +146,7 @@ class StepState:
             sinks.append(Sink(to, to if base else None))
         return sinks + [None] * len(self.buffers)
 
-    # ---- passes ---------------------------------------------------------------------------------------------------
+    # ---- passes
 
     def _support_pass(self, k: int) -> Pass:
         run = self._values.at(k if self.store else 0, self.support.step("x", k))  # type: ignore[union-attr]

@@ -1,4 +1,5 @@
-"""The meta-step of all tasks as a list of launches: the algorithm of csrc/engine/meta_step.h, generic over layer kinds.
+"""The meta-step of all tasks as a list of launches: the algorithm of csrc/cpu/meta_step.h, generic
+over layer kinds.
 
 Source: docs/architecture.md, "The mathematics".
 """
@@ -47,7 +48,8 @@ KINDS: dict[str, ModuleType] = {
 
 
 class MetaStep(StepState):
-    """All launches of one kind of call, and the static tensors that they work on: see `StepState`."""
+    """All launches of one kind of call, and the static tensors that they work on: see
+    `StepState`."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class MetaStep(StepState):
         for node in reversed(self.net.nodes):
             KINDS[node.kind].backward(run, node, sinks)
 
-    # ---- the inner loop -------------------------------------------------------------------------------------------
+    # ---- the inner loop
 
     def _record(self, problem: Problem) -> None:
         for k in range(self.steps):
@@ -133,7 +135,7 @@ class MetaStep(StepState):
     def _some_unused(self) -> bool:
         return any(p not in self.net.used for p in range(len(self.layout.names)))
 
-    # ---- the query ------------------------------------------------------------------------------------------------
+    # ---- the query
 
     def _step_weights(self, problem: Problem) -> list[float]:
         if self.query is None or self.query.loss is None:
@@ -157,13 +159,15 @@ class MetaStep(StepState):
             self.emit.zero(self.losses)
 
     def _keep_output(self, k: int, z: Tensor) -> None:
-        """The query pass at theta_K comes first in the sweep back, and others may follow: its output is put aside."""
+        """The query pass at theta_K comes first in the sweep back, and others may follow: its
+        output is put aside."""
         if k == self.steps:
             self.output = self.memory.new(*z.shape)
             add.copy(self.emit, z, self.output)
 
     def _query_gradient(self, problem: Problem, k: int, weight: float) -> None:
-        """The query at theta_k: its share of the loss, its gradients times c_t s_k added to lambda and the inputs."""
+        """The query at theta_k: its share of the loss, its gradients times c_t s_k added to lambda
+        and the inputs."""
         last = k == self.steps
         if self.query is None or (weight == 0 and not last):
             return
@@ -202,11 +206,12 @@ class MetaStep(StepState):
         if to is not None:
             (add.accumulate if again else add.copy)(self.emit, block, to)
 
-    # ---- the sweep back -------------------------------------------------------------------------------------------
+    # ---- the sweep back
 
     def _sweep_back(self, problem: Problem) -> None:
         weights = self._step_weights(problem)
-        # lambda is either there already (the seeds are copied in), or zero, or written by the first gradient
+        # lambda is either there already (the seeds are copied in), or zero, or written by the first
+        # gradient
         self.seeded = problem.adapted_grad is not None
         self.fresh = not self.seeded and not self._some_unused()
         if not self.seeded and self._some_unused():

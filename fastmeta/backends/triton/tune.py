@@ -1,7 +1,8 @@
 """The quickest of a product's choices on this GPU, timed once and kept in a file.
 
-All choices of a launch give the same bits (`kernels/tile_choice.py` says why), and on the GPU they are compared: a
-choice that gives others is discarded, like one that spills or does not compile. So tuning changes times, nothing else.
+All choices of a launch give the same bits (`kernels/tile_choice.py` says why), and on the GPU they
+are compared: a choice that gives others is discarded, like one that spills or does not compile. So
+tuning changes times, nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fastmeta.backends import _disk_cache
 from fastmeta.backends.triton.compile import compile_together, source
 from fastmeta.kernels.launch import Launch
 
-#: Only products that together make up this share of a plan's multiply-adds are worth the time that compiling takes.
+#: Only products that together make up this share of a plan's multiply-adds are worth the time that
+#: compiling takes.
 SHARE = 0.9
 #: What another choice must gain over the first one: less is noise.
 _GAIN = 0.03
@@ -77,19 +79,29 @@ def file_for(device: torch.device) -> Path:
 
 
 def place(*facts: str) -> Path:
-    """Where the choices are kept that were made with a device, a version of Triton and one of PyTorch."""
+    """Where the choices are kept that were made with a device, a version of Triton and one of
+    PyTorch."""
     return _disk_cache.path(("tuned", *facts), ".json")
 
 
 def key(launch: Launch) -> str:
-    """Of what decides how long a launch takes: source, constants, signature, sizes, and of what there is to choose."""
+    """Of what decides how long a launch takes: source, constants, signature, sizes, and of what
+    there is to choose."""
     made, sizes = source(launch), [(n, v) for n, v in launch.arguments.items() if isinstance(v, int)]
-    parts = (made.kernel.__module__, made.kernel.cache_key, made.signature, made.constants, made.aligned, made.options)
+    parts = (
+        made.kernel.__module__,
+        made.kernel.cache_key,
+        made.signature,
+        made.constants,
+        made.aligned,
+        made.options,
+    )
     return _disk_cache.digest((*parts, sizes, launch.programs, launch.choices))
 
 
 def heavy(launches: list[Launch]) -> dict[str, Launch]:
-    """By key, one of each sort with choices, the heaviest first, until they make up SHARE of the work."""
+    """By key, one of each sort with choices, the heaviest first, until they make up SHARE of the
+    work."""
     sorts: dict[str, Launch] = {}
     work: dict[str, int] = {}
     for launch in launches:
@@ -106,7 +118,8 @@ def heavy(launches: list[Launch]) -> dict[str, Launch]:
 
 
 def tune(launches: list[Launch], timer: Timer, file: Path) -> tuple[list[Launch], Report]:
-    """The launches with the quickest choice each: from the file, or else timed now and written there."""
+    """The launches with the quickest choice each: from the file, or else timed now and written
+    there."""
     known, sorts = _read(file), heavy(launches)
     tried = {name: _tried(one) for name, one in sorts.items() if not _valid(known.get(name), one)}
     timer.prepare([one for several in tried.values() for one in several])
@@ -115,7 +128,9 @@ def tune(launches: list[Launch], timer: Timer, file: Path) -> tuple[list[Launch]
         _write(file, new)
     chosen = {name: (new.get(name) or known[name])["chosen"] for name in sorts}
     report = Report(found=len(sorts) - len(new), timed=len(new), file=str(file))
-    return [_apply(launch, chosen.get(key(launch), 0)) if launch.choices else launch for launch in launches], report
+    return [
+        _apply(launch, chosen.get(key(launch), 0)) if launch.choices else launch for launch in launches
+    ], report
 
 
 def look(launches: list[Launch], file: Path) -> Report:
@@ -145,7 +160,7 @@ def _timed(launch: Launch, tried: list[Launch], timer: Timer) -> dict[str, Any]:
     return {"chosen": best, "kernel": kernel, **said, "ms": [t if math.isfinite(t) else None for t in times]}
 
 
-# ---- the file -----------------------------------------------------------------------------------------------------
+# ---- the file
 
 
 def _valid(entry: Any, launch: Launch) -> bool:
@@ -169,7 +184,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, new: dict[str, Any]) -> None:
-    """Add entries. Of two processes at once one may lose its own, and times them again another time."""
+    """Add entries. Of two processes at once one may lose its own, and times them again another
+    time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when it was read
         entries = _read(file) | new
@@ -179,11 +195,12 @@ def _write(file: Path, new: dict[str, Any]) -> None:
         warnings.warn(f"fastmeta: choices of tiles cannot be kept in {file}: {error}", stacklevel=2)
 
 
-# ---- the timer ----------------------------------------------------------------------------------------------------
+# ---- the timer
 
 
 class OnDevice:
-    """Times launches on the current device, on random numbers in the plan's own memory: before anything is in it."""
+    """Times launches on the current device, on random numbers in the plan's own memory: before
+    anything is in it."""
 
     def prepare(self, launches: list[Launch]) -> None:
         """Compile them in threads."""
@@ -196,7 +213,10 @@ class OnDevice:
                 expected = _outputs(first)
                 if launch.run().n_spills or not _same(_outputs(launch), expected):
                     return math.inf
-            except (triton.TritonError, RuntimeError):  # it does not compile, or the device has not what it takes
+            except (
+                triton.TritonError,
+                RuntimeError,
+            ):  # it does not compile, or the device has not what it takes
                 return math.inf
         return float(do_bench(launch.run, warmup=2, rep=10, return_mode="min"))
 
@@ -215,4 +235,7 @@ def _outputs(launch: Launch) -> dict[str, Tensor]:
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     as_bits = {8: torch.int64, 4: torch.int32}
-    return all(torch.equal(a[n].view(as_bits[a[n].element_size()]), b[n].view(as_bits[b[n].element_size()])) for n in a)
+    return all(
+        torch.equal(a[n].view(as_bits[a[n].element_size()]), b[n].view(as_bits[b[n].element_size()]))
+        for n in a
+    )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmeta.capture.capture import captured
 from fastmeta.errors import BackendUnavailable
-from fastmeta.network.capture import captured
-from fastmeta.network.program import Layer
+from fastmeta.graph.program import Layer
 
 Params = dict[str, Any]
 

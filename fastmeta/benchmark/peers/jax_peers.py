@@ -1,4 +1,5 @@
-"""JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. The network is its layer program."""
+"""JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. The network is its layer
+program."""
 
 from __future__ import annotations
 
@@ -42,11 +43,14 @@ class JaxVmap:
             self._compiled[case] = jax.jit(jax.value_and_grad(objective))
         function = self._compiled[case]
         params, episode = _arrays(made)
-        return Prepared(lambda: jax.block_until_ready(function(params, *episode)), lambda out: _tensors(out[1]))
+        return Prepared(
+            lambda: jax.block_until_ready(function(params, *episode)), lambda out: _tensors(out[1])
+        )
 
 
 class JaxLoop(JaxVmap):
-    """`jit(grad(inner loop))` of one task, called for one task after the other; the sum is jitted too."""
+    """`jit(grad(inner loop))` of one task, called for one task after the other; the sum is jitted
+    too."""
 
     name = "jax-loop"
 

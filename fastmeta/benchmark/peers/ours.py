@@ -1,4 +1,5 @@
-"""fastmeta itself: `meta_gradient`, and `MAML` with `backward`, on one backend; and the cost of autograd alone."""
+"""fastmeta itself: `meta_gradient`, and `MAML` with `backward`, on one backend; and the cost of
+autograd alone."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ class _Nothing(torch.autograd.Function):
 
 
 class NoOpAutograd:
-    """An autograd Function over the same parameters that computes nothing, with its backward: what torch charges."""
+    """An autograd Function over the same parameters that computes nothing, with its backward: what
+    torch charges."""
 
     name = "noop-autograd"
 

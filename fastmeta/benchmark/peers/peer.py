@@ -18,12 +18,15 @@ class Prepared:
     """A peer ready to run one case: data converted, nothing run yet."""
 
     step: Callable[[], Any]  # loss and gradient of the meta-parameters, finished when it returns
-    gradient: Callable[[Any], dict[str, Tensor]]  # what `step` returned -> name -> gradient, as the net names it
+    gradient: Callable[
+        [Any], dict[str, Tensor]
+    ]  # what `step` returned -> name -> gradient, as the net names it
     inside: Callable[[], float] | None = None  # seconds of the last step spent in the kernel
 
 
 class Peer(Protocol):
-    """One way to compute the meta-gradient; each is one small file of `fastmeta.benchmark.peers`."""
+    """One way to compute the meta-gradient; each is one small file of
+    `fastmeta.benchmark.peers`."""
 
     name: str
 

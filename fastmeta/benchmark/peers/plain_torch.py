@@ -1,4 +1,5 @@
-"""What the PyTorch peers share: the loss as a function, and the inner loop of one task as torch.func writes it."""
+"""What the PyTorch peers share: the loss as a function, and the inner loop of one task as
+torch.func writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ from fastmeta.cases import Case, Instance
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-_LOSSES: dict[str, LossFunction] = {"mse": F.mse_loss, "ce": F.cross_entropy, "bce": F.binary_cross_entropy_with_logits}
+_LOSSES: dict[str, LossFunction] = {
+    "mse": F.mse_loss,
+    "ce": F.cross_entropy,
+    "bce": F.binary_cross_entropy_with_logits,
+}
 
 
 def loss_function(case: Case) -> LossFunction:
@@ -43,7 +48,8 @@ def episode(made: Instance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
-    """f(params, support_x, support_y, query_x, query_y) -> query loss of one task after its inner loop."""
+    """f(params, support_x, support_y, query_x, query_y) -> query loss of one task after its inner
+    loop."""
     loss = loss_function(case)
 
     def on(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

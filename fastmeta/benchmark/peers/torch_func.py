@@ -52,7 +52,8 @@ class TorchCompile(TorchFunc):
         return ""
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
-        # A fresh cache a case: at the limit of recompilations torch would silently run the function uncompiled.
+        # A fresh cache a case: at the limit of recompilations torch would silently run the function
+        # uncompiled.
         torch.compiler.reset()
         function = torch.compile(_meta_gradient(case, made), fullgraph=True, dynamic=False)
         episode = plain_torch.episode(made)

@@ -1,4 +1,5 @@
-"""TorchOpt: its differentiable `MetaSGD`, the network's state restored after each task, as its MAML example does."""
+"""TorchOpt: its differentiable `MetaSGD`, the network's state restored after each task, as its MAML
+example does."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ class State:
     rows: list[list[float]] = field(default_factory=list)  # of the metrics: the iteration, then the columns
 
 
-def save(run: Run, maml: nn.Module, optimizer: torch.optim.Optimizer, state: State, columns: Sequence[str]) -> None:
+def save(
+    run: Run, maml: nn.Module, optimizer: torch.optim.Optimizer, state: State, columns: Sequence[str]
+) -> None:
     """Write the checkpoint, and keep the one before; at any moment one of them is whole.
 
     Raises:
@@ -68,13 +70,16 @@ def _whole(run: Run) -> bool:
 
 
 def begin(run: Run, maml: nn.Module, optimizer: torch.optim.Optimizer, columns: Sequence[str]) -> State:
-    """The state to start from: a fresh one, or with --resume the checkpoint's, loaded into `maml` and `optimizer`.
+    """The state to start from: a fresh one, or with --resume the checkpoint's, loaded into `maml`
+    and `optimizer`.
 
     A damaged checkpoint is passed over, with a sentence, if the one before is whole.
 
     Raises:
-        click.UsageError: --resume without a checkpoint or with other settings, or a run that would be overwritten.
-        click.ClickException: no checkpoint is whole, or it cannot be read, or is of another version.
+        click.UsageError: --resume without a checkpoint or with other settings, or a run that would
+        be overwritten.
+        click.ClickException: no checkpoint is whole, or it cannot be read, or is of another
+        version.
     """
     # Path.exists raises where a folder may not be looked into.
     there = [path for path in (run.checkpoint, run.previous) if os.path.lexists(path)]
@@ -123,7 +128,9 @@ def _load(path: os.PathLike[str]) -> Any:
 def _fits(run: Run, path: os.PathLike[str], content: dict[str, Any]) -> None:
     for name, value in run.settings.items():
         if content["settings"].get(name) != value:
-            raise click.UsageError(f"--resume: --{name} was {content['settings'].get(name)} in {path}, got {value}")
+            raise click.UsageError(
+                f"--resume: --{name} was {content['settings'].get(name)} in {path}, got {value}"
+            )
     if content["iteration"] > run.iterations:
         raise click.UsageError(
             f"--resume: {path} is at iteration {content['iteration']}, past --iterations {run.iterations}"

@@ -18,7 +18,8 @@ _NAMES = ("settings", "maml", "optimizer", "iteration", "seconds", "losses", "co
 
 
 class OtherVersion(ValueError):
-    """A checkpoint that another version of fastmeta wrote; the message says what was expected and what came."""
+    """A checkpoint that another version of fastmeta wrote; the message says what was expected and
+    what came."""
 
 
 def check(content: Any, columns: Sequence[str]) -> None:
@@ -55,7 +56,11 @@ def check_weights(content: Mapping[str, Any], maml: nn.Module, optimizer: torch.
     _like("maml", content["maml"], maml.state_dict())
     (flat,) = optimizer.param_groups[0]["params"]
     optimised = content["optimizer"]
-    _need(isinstance(optimised, dict) and isinstance(optimised.get("state"), dict), "the optimiser's state", optimised)
+    _need(
+        isinstance(optimised, dict) and isinstance(optimised.get("state"), dict),
+        "the optimiser's state",
+        optimised,
+    )
     states = optimised["state"]
     if content["iteration"] == 0 and not states:
         return
@@ -96,7 +101,11 @@ def _rows(rows: Any, columns: int, iteration: int) -> None:
     )
     _need(right, f"rows of {1 + columns} numbers", rows)
     at = [row[0] for row in rows]
-    rising = all(type(i) is int for i in at) and at == sorted(set(at)) and (not at or 0 < at[0] <= at[-1] <= iteration)
+    rising = (
+        all(type(i) is int for i in at)
+        and at == sorted(set(at))
+        and (not at or 0 < at[0] <= at[-1] <= iteration)
+    )
     _need(rising, f"rows of rising iterations up to {iteration}", at)
 
 

@@ -10,8 +10,8 @@ from types import FrameType, TracebackType
 class Interrupt:
     """While active, SIGINT and SIGTERM only set a flag, so that no outer step is left half done.
 
-    A second signal acts as it does without this. Outside the main thread, where Python delivers no signals,
-    nothing changes.
+    A second signal acts as it does without this. Outside the main thread, where Python delivers no
+    signals, nothing changes.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,14 @@ import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 import fastmeta as fm
@@ -26,14 +33,26 @@ from fastmeta.data.meta_batches import MetaBatches
 INTERRUPTED = 130
 
 #: What a run writes, besides the lock.
-FILES = ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "result.csv", "adaptation.png", "episode.png")
+FILES = (
+    "metrics.csv",
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "result.csv",
+    "adaptation.png",
+    "episode.png",
+)
 
 #: Further metrics of one step: name -> function of the query output [T, M, ...] and the episode.
 Measures = dict[str, Callable[[Tensor, Episode], float]]
 
 
 def fit(
-    maml: fm.MAML, data: MetaBatches, run: Run, outer_lr: float, console: Console, measures: Measures | None = None
+    maml: fm.MAML,
+    data: MetaBatches,
+    run: Run,
+    outer_lr: float,
+    console: Console,
+    measures: Measures | None = None,
 ) -> State:
     """Train `maml` with Adam on the episodes of `data`, the i-th in the i-th outer step.
 
@@ -47,8 +66,8 @@ def fit(
 
     Raises:
         click.UsageError: the folder and the options do not fit together.
-        click.ClickException: the loss is not finite any more, the backend asked for cannot run this, or the folder
-            cannot be written into or holds damaged files.
+        click.ClickException: the loss is not finite any more, the backend asked for cannot run
+            this, or the folder cannot be written into or holds damaged files.
         click.exceptions.Exit: interrupted; the checkpoint is saved.
     """
     measures = measures or {}
@@ -99,7 +118,9 @@ def _forward(maml: fm.MAML, episode: Episode, state: State) -> fm.MetaLoss:
     try:
         return maml(*episode)
     except FloatingPointError as error:
-        raise click.ClickException(f"at iteration {state.iteration + 1} {error}; try a smaller --inner-lr") from error
+        raise click.ClickException(
+            f"at iteration {state.iteration + 1} {error}; try a smaller --inner-lr"
+        ) from error
     except fm.BackendUnavailable as error:
         raise click.ClickException(str(error)) from error
 
@@ -107,8 +128,8 @@ def _forward(maml: fm.MAML, episode: Episode, state: State) -> fm.MetaLoss:
 def _update(optimizer: torch.optim.Optimizer) -> None:
     """One step of the optimiser, on one thread.
 
-    PyTorch's threads go on spinning after they have shared out a vector that one thread updates in microseconds,
-    and the kernels want the cores.
+    PyTorch's threads go on spinning after they have shared out a vector that one thread updates in
+    microseconds, and the kernels want the cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -124,13 +145,17 @@ def _mean(state: State) -> float:
     """
     loss = float(torch.stack(state.losses).mean())
     if not math.isfinite(loss):
-        raise click.ClickException(f"the loss is {loss} at iteration {state.iteration}; try a smaller --inner-lr")
+        raise click.ClickException(
+            f"the loss is {loss} at iteration {state.iteration}; try a smaller --inner-lr"
+        )
     state.losses.clear()
     return loss
 
 
 def _progress(console: Console) -> Progress:
-    columns: Sequence[TextColumn | BarColumn | MofNCompleteColumn | TimeElapsedColumn | TimeRemainingColumn] = (
+    columns: Sequence[
+        TextColumn | BarColumn | MofNCompleteColumn | TimeElapsedColumn | TimeRemainingColumn
+    ] = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

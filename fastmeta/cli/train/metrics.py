@@ -18,16 +18,19 @@ from fastmeta.cli.train.run import Run
 
 
 class Metrics:
-    """Writes one row per logged iteration to metrics.csv, and scalars for TensorBoard if the run wants them.
+    """Writes one row per logged iteration to metrics.csv, and scalars for TensorBoard if the run
+    wants them.
 
-    The rows that a checkpoint counts on are in the checkpoint: from these the file is written anew when a run goes on,
-    so neither a crash nor what became of the file meanwhile loses any.
+    The rows that a checkpoint counts on are in the checkpoint: from these the file is written anew
+    when a run goes on, so neither a crash nor what became of the file meanwhile loses any.
 
     Args:
         run: its folder must exist.
         columns: names of the metrics, after `iteration`.
-        rows: those of the checkpoint that the run goes on from; new ones are appended to this list too.
-        start: the iteration the run starts at; rows behind it, left by a run that was cut off, are dropped.
+        rows: those of the checkpoint that the run goes on from; new ones are appended to this list
+            too.
+        start: the iteration the run starts at; rows behind it, left by a run that was cut off, are
+            dropped.
 
     Raises:
         click.ClickException: the file cannot be written, or is not one that this run wrote.
@@ -62,14 +65,16 @@ class Metrics:
                     self._board.add_scalar(name, value, iteration)
 
     def _compare(self, content: bytes, start: int) -> None:
-        """Let pass a file that begins with `content`, or is a part of it: one that a crash or a full disk cut off.
+        """Let pass a file that begins with `content`, or is a part of it: one that a crash or a
+        full disk cut off.
 
         Raises:
             click.ClickException: the file holds something else, which is not overwritten.
         """
         check_file(self._path)
         with told(self._path, "read"):
-            # After a power failure some file systems leave zeros in place of what did not reach the disk.
+            # After a power failure some file systems leave zeros in place of what did not reach the
+            # disk.
             held = self._path.read_bytes().rstrip(b"\0") if self._path.exists() else b""
         held, content = held.replace(b"\r\n", b"\n"), content.replace(b"\r\n", b"\n")
         if held.startswith(content):
@@ -83,8 +88,8 @@ class Metrics:
         number, (wanted, got) = next((n, pair) for n, pair in enumerate(lines, start=1) if pair[0] != pair[1])
         way_out = "move it away" if start else "move it away, or pass --overwrite"
         raise click.ClickException(
-            f"{self._path} is not what this run wrote: line {number} should be {_shown(wanted)}, is {_shown(got)}; "
-            f"{way_out}, and it is written anew"
+            f"{self._path} is not what this run wrote: line {number} should be {_shown(wanted)}, is "
+            f"{_shown(got)}; {way_out}, and it is written anew"
         )
 
     def __enter__(self) -> Metrics:
@@ -125,7 +130,9 @@ def _board(writer: Any, out: Path, start: int) -> Any:
         try:
             return writer(str(out), purge_step=start + 1)
         except UnicodeEncodeError as error:
-            message = f"--tensorboard: TensorBoard writes only into folders whose names are UTF-8, {out} is not"
+            message = (
+                f"--tensorboard: TensorBoard writes only into folders whose names are UTF-8, {out} is not"
+            )
             raise click.ClickException(message) from error
 
 

@@ -23,7 +23,8 @@ from fastmeta.data import Episode
 
 #: Test tasks computed at once.
 EVAL_BATCH = 20
-#: What an MLP and what a network with batch norm, whose rates may be larger, are trained with where nothing is said.
+#: What an MLP and what a network with batch norm, whose rates may be larger, are trained with where
+#: nothing is said.
 _MLP = {"inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5}
 _NORMED = {"inner_lr": 0.4, "inner_steps": 1, "eval_steps": 3}
 DEFAULTS = {"mlp": _MLP, "mlp-bn": _NORMED, "conv4": _NORMED, "conv4-strided": _NORMED}
@@ -37,7 +38,8 @@ class Accuracy(NamedTuple):
 
     @classmethod
     def over(cls, episodes: Tensor) -> Accuracy:
-        """Of the accuracies of test episodes, [E]; the interval is that of a normal distribution of their mean."""
+        """Of the accuracies of test episodes, [E]; the interval is that of a normal distribution of
+        their mean."""
         return cls(float(episodes.mean()), 1.96 * float(episodes.std()) / math.sqrt(len(episodes)))
 
     def __str__(self) -> str:
@@ -45,14 +47,18 @@ class Accuracy(NamedTuple):
 
 
 @click.command()
-@click.option("--model", type=click.Choice([*DEFAULTS]), default="mlp", help="The network, see `fastmeta.models`.")
+@click.option(
+    "--model", type=click.Choice([*DEFAULTS]), default="mlp", help="The network, see `fastmeta.models`."
+)
 @click.option("--width", type=COUNT, default=64, help="Filters of a convolutional network.")
 @click.option("--ways", type=click.IntRange(2, COUNT.max), default=5, help="Classes of a task.")
 @click.option("--shots", type=COUNT, default=1, help="Support drawings of a class.")
 @click.option("--query", type=COUNT, default=5, help="Query drawings of a class in training.")
 @click.option("--inner-lr", type=Finite(), help="Inner learning rate [default: 0.4, and 0.1 for mlp].")
 @click.option(
-    "--inner-steps", type=click.IntRange(0, COUNT.max), help="Inner steps in training [default: 1, and 5 for mlp]."
+    "--inner-steps",
+    type=click.IntRange(0, COUNT.max),
+    help="Inner steps in training [default: 1, and 5 for mlp].",
 )
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=COUNT, default=16, help="Tasks of a meta-batch.")
@@ -64,7 +70,9 @@ class Accuracy(NamedTuple):
     type=folder.Folder(),
     help="Folder of images_background_small{1,2}.zip, or of omniglot/ with them [default: $FASTMETA_DATA].",
 )
-@click.option("--download", "data_download", is_flag=True, help="Fetch the files into the folder if they are missing.")
+@click.option(
+    "--download", "data_download", is_flag=True, help="Fetch the files into the folder if they are missing."
+)
 @run_options(iterations=3000, out="runs/omniglot")
 def omniglot(
     model: str,
@@ -103,7 +111,10 @@ def omniglot(
         memory.need(4 * 4 * 3 * 9 * width**2, "--width")
     net = network(model, ways, width, seed)
     memory.need(4 * sum(map(Tensor.numel, net.parameters())) * inner_steps, "--inner-steps")
-    memory.need(4 * train.images[0, 0].numel() * tasks * ways * (shots + query), "--tasks, --ways, --shots and --query")
+    memory.need(
+        4 * train.images[0, 0].numel() * tasks * ways * (shots + query),
+        "--tasks, --ways, --shots and --query",
+    )
     maml = fm.MAML(
         net,
         loss="cross_entropy",
@@ -113,7 +124,8 @@ def omniglot(
         backend=backend,
     )
     console.print(
-        f"{ways}-way {shots}-shot, {tasks} tasks, {torch.get_num_threads()} threads, run in {escape(str(run.out))}"
+        f"{ways}-way {shots}-shot, {tasks} tasks, {torch.get_num_threads()} threads, run in "
+        f"{escape(str(run.out))}"
     )
     try:
         training = fm.data.Episodes(
@@ -139,7 +151,9 @@ def omniglot(
         rows = [(steps, *accuracy) for steps, accuracy in enumerate(accuracies)]
         write_result(run, ["steps", "accuracy", "interval95"], rows)
         logged = [(int(iteration), loss) for iteration, loss, *_ in state.rows]
-        plots.accuracy(run.out / "adaptation.png", console, logged=logged, accuracies=accuracies, chance=1 / ways)
+        plots.accuracy(
+            run.out / "adaptation.png", console, logged=logged, accuracies=accuracies, chance=1 / ways
+        )
         _plot_episode(run.out / "episode.png", console, maml, next(iter(testing)), eval_steps)
 
 
@@ -153,7 +167,8 @@ def network(model: str, ways: int, width: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def _plot_episode(path: Path, console: Console, maml: fm.MAML, episode: Episode, steps: int) -> None:
-    """The first test task: its drawings, and what the network takes them for before and after adaptation."""
+    """The first test task: its drawings, and what the network takes them for before and after
+    adaptation."""
     one = Episode(*(tensor[:1] for tensor in episode))
     guesses = {}
     for k in (0, steps):

@@ -91,7 +91,8 @@ def episode(
     query: tuple[Tensor, Tensor],
     guesses: Mapping[int, Tensor],
 ) -> None:
-    """A task's drawings, a class in each row: a support drawing, then query drawings with what they are taken for.
+    """A task's drawings, a class in each row: a support drawing, then query drawings with what they
+    are taken for.
 
     Args:
         path: the PNG file.
@@ -117,7 +118,9 @@ def episode(
             right = taken[-1] == way
             axes.set_title(" → ".join(map(str, taken)), fontsize="small", color="green" if right else "red")
     steps = " and ".join(map(str, guesses))
-    figure.suptitle(f"support drawing, then query drawings: class found after {steps} inner steps", fontsize="small")
+    figure.suptitle(
+        f"support drawing, then query drawings: class found after {steps} inner steps", fontsize="small"
+    )
     _save(figure, path, console)
 
 

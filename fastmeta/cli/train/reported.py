@@ -1,4 +1,5 @@
-"""Numbers that others, or a plain reproduction, have reported for the experiments of `fastmeta train`."""
+"""Numbers that others, or a plain reproduction, have reported for the experiments of
+`fastmeta train`."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ class Setting(NamedTuple):
     first_order: bool
 
 
-#: Mean query MSE over 2,000 test tasks after 0, 1, 5 and 10 inner steps, with the standard deviation over seeds
-#: where there were several. The paper (section 5.1) plots curves only; these come from reproducing it in JAX:
-#: 1-40-40-1 ReLU, 25 tasks, Adam 1e-3, 70,000 iterations, code of cbfinn/maml.
+#: Mean query MSE over 2,000 test tasks after 0, 1, 5 and 10 inner steps, with the standard
+#: deviation over seeds where there were several. The paper (section 5.1) plots curves only; these
+#: come from reproducing it in JAX: 1-40-40-1 ReLU, 25 tasks, Adam 1e-3, 70,000 iterations, code of
+#: cbfinn/maml.
 SINUSOID: dict[Setting, tuple[str, str, str, str]] = {
     Setting(10, 0.01, 1, False): ("2.98", "0.382 ± 0.006", "0.181 ± 0.041", "0.133 ± 0.021"),
     Setting(10, 0.001, 1, False): ("3.02", "0.412", "0.147", "0.122"),
@@ -30,7 +32,8 @@ SINUSOID: dict[Setting, tuple[str, str, str, str]] = {
 SINUSOID_STEPS = (0, 1, 5, 10)
 SINUSOID_SOURCE = f"JAX reproduction of {PAPER}"
 
-#: 5-way 1-shot accuracies on Omniglot that stand near an MLP's on the small sets: (what, accuracy, source).
+#: 5-way 1-shot accuracies on Omniglot that stand near an MLP's on the small sets: (what, accuracy,
+#: source).
 OMNIGLOT_5_WAY_1_SHOT = (
     ("MLP with batch norm, full Omniglot, 60,000 iterations", "89.7 %", PAPER),
     ("Conv4 with batch norm, these small sets, 1,000 iterations", "90.4 ± 2.0 %", "per-task autograd loop"),

@@ -25,7 +25,8 @@ COUNT = click.IntRange(1, 2**31 - 1)
 
 
 class Finite(click.FloatRange):
-    """A number of the range, neither NaN nor infinite, in float32 either: the networks are of that."""
+    """A number of the range, neither NaN nor infinite, in float32 either: the networks are of
+    that."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -72,20 +73,28 @@ class Run:
 
 
 def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that all training commands share, with these defaults; the command gets them as `run`.
+    """The options that all training commands share, with these defaults; the command gets them as
+    `run`.
 
-    `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run unless its name begins
+    `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run unless
+    its name begins
     with one of `FREE`: testing, where the data is and what computes may change when a run goes on.
     """
     options = [
         click.option("--iterations", type=COUNT, default=iterations, help="Outer steps in all."),
-        click.option("--outer-lr", type=Finite(min=0), default=1e-3, help="Learning rate of the outer loop (Adam)."),
+        click.option(
+            "--outer-lr", type=Finite(min=0), default=1e-3, help="Learning rate of the outer loop (Adam)."
+        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of weights and tasks."),
         click.option("--out", type=Folder(), default=out, help="Folder of the run."),
         click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder."),
         click.option("--overwrite", is_flag=True, help="Begin anew even if the folder holds a run."),
-        click.option("--log-every", type=COUNT, default=100, help="Iterations between two rows of metrics.csv."),
-        click.option("--checkpoint-every", type=COUNT, default=1000, help="Iterations between two checkpoints."),
+        click.option(
+            "--log-every", type=COUNT, default=100, help="Iterations between two rows of metrics.csv."
+        ),
+        click.option(
+            "--checkpoint-every", type=COUNT, default=1000, help="Iterations between two checkpoints."
+        ),
         click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too."),
         click.option(
             "--backend",
@@ -95,7 +104,11 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
             help="Which kernels run.",
         ),
         click.option(
-            "--threads", type=COUNT, callback=_set_threads, expose_value=False, help="CPU threads [default: PyTorch's]."
+            "--threads",
+            type=COUNT,
+            callback=_set_threads,
+            expose_value=False,
+            help="CPU threads [default: PyTorch's].",
         ),
     ]
 
@@ -104,8 +117,12 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
         def with_run(**given: Any) -> None:
             of_run = {field.name: given.pop(field.name) for field in fields(Run) if field.name != "settings"}
             if of_run["resume"] and of_run["overwrite"]:
-                raise click.UsageError("--resume goes on with the run in the folder, --overwrite begins anew: pass one")
-            settings = {name.replace("_", "-"): value for name, value in given.items() if not name.startswith(FREE)}
+                raise click.UsageError(
+                    "--resume goes on with the run in the folder, --overwrite begins anew: pass one"
+                )
+            settings = {
+                name.replace("_", "-"): value for name, value in given.items() if not name.startswith(FREE)
+            }
             run = Run(**of_run, settings=settings)
             if run.resume and not os.path.exists(run.out):
                 raise click.UsageError(f"--resume: there is no checkpoint in {run.out}, which is not there")

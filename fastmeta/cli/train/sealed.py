@@ -18,7 +18,8 @@ _TAIL = _DIGEST_BYTES.to_bytes(2, "little")
 
 
 class Damaged(ValueError):
-    """A file does not hold what was written into it; the message says what was expected and what is there."""
+    """A file does not hold what was written into it; the message says what was expected and what is
+    there."""
 
 
 def seal(archive: bytes) -> bytes:
@@ -62,4 +63,6 @@ def _check(file: BinaryIO, size: int) -> None:
     digest.update(b"\0\0")
     if digest.hexdigest().encode() != kept:
         found = digest.hexdigest()[:12]
-        raise Damaged(f"expected the digest {kept[:12].decode('ascii', 'backslashreplace')}..., got {found}...")
+        raise Damaged(
+            f"expected the digest {kept[:12].decode('ascii', 'backslashreplace')}..., got {found}..."
+        )

@@ -24,7 +24,8 @@ from fastmeta.data.sinusoid import BLOCK
 #: A query MSE above this has diverged: predicting zero gives 12.5 at most, at amplitude 5.
 DIVERGED = 100.0
 
-#: Query points of a test task. More than in training make the mean over tasks less noisy and do not shift it.
+#: Query points of a test task. More than in training make the mean over tasks less noisy and do not
+#: shift it.
 TEST_QUERY = 50
 
 
@@ -34,7 +35,8 @@ class Errors(NamedTuple):
     mse: Tensor  # [eval_steps + 1, tasks]
 
     def row(self, steps: int) -> tuple[float, float, int]:
-        """Mean, median and number of diverged tasks after `steps` inner steps; NaN counts as diverged."""
+        """Mean, median and number of diverged tasks after `steps` inner steps; NaN counts as
+        diverged."""
         mse = self.mse[steps]
         return float(mse.mean()), float(mse.nanmedian()), len(self.diverged(steps))
 
@@ -77,7 +79,8 @@ def sinusoid(
     console = Console()
     setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
     console.print(
-        f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in {escape(str(run.out))}"
+        f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in "
+        f"{escape(str(run.out))}"
     )
     # Of the tasks drawn together (float64), and of the weights after every inner step.
     memory.need(8 * BLOCK * tasks * 2 * shots, "--tasks and --shots")
@@ -127,7 +130,8 @@ def experiment(
     seed: int,
     backend: str = "auto",
 ) -> Trained:
-    """Train MAML in a setting and test it; arguments and errors are those of the command and of `fit`."""
+    """Train MAML in a setting and test it; arguments and errors are those of the command and of
+    `fit`."""
     maml = fm.MAML(
         network(seed),
         loss="mse",
@@ -143,7 +147,8 @@ def experiment(
 
 
 def network(seed: int) -> nn.Sequential:
-    """1-40-40-1 with ReLU; weights normal of 0.01 truncated at two standard deviations, biases zero.
+    """1-40-40-1 with ReLU; weights normal of 0.01 truncated at two standard deviations, biases
+    zero.
 
     Source: code of Finn et al. 2017 (cbfinn/maml, `construct_fc_weights`).
     """
@@ -169,7 +174,8 @@ def evaluate(maml: fm.MAML, episode: fm.data.Episode, steps: int) -> Errors:
 
 
 def table(errors: Errors, others: tuple[str, ...] | None) -> Table:
-    """The result beside what a reproduction of the paper has measured in this setting, if there is one."""
+    """The result beside what a reproduction of the paper has measured in this setting, if there is
+    one."""
     tasks = errors.mse.shape[1]
     table = Table(title=f"query MSE over {tasks} test tasks")
     for heading in ("inner steps", "mean", "median", "diverged"):

@@ -1,0 +1,19 @@
+// What a plan must be before anything is made of it.
+#pragma once
+
+#include "plan.h"
+
+namespace fm {
+
+// Throws std::invalid_argument, which names the field that is wrong: sizes, the order of the
+// layers, their inputs, parameters and constants, options.
+void check(const Plan& plan);
+
+// The same for what every layer asks of the shapes of its values and parameters.
+void check_layers(const Plan& plan);
+
+// Sums and products of sizes; std::invalid_argument where there is no such number.
+i64 plus(i64 a, i64 b);
+i64 times(i64 a, i64 b);
+
+}  // namespace fm

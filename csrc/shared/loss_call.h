@@ -1,0 +1,28 @@
+// What a loss is computed from, and where its derivatives go: the same for every backend in C++.
+#pragma once
+
+#include "types.h"
+
+namespace fm {
+
+template <class S>
+struct LossCall {
+  LossSpec spec;
+  i64 examples, rows, cols, ld;  // an example is `rows` rows of `cols` columns
+  double scale;                  // of dz
+  double side_scale;             // of dtarget and dweights
+  const S* z;                    // [examples * rows, ld] network output
+  // Cross-entropy of rows > 1 positions, and what shares its output, is channels-last: rows of one
+  // number a class or channel. Targets stand in torch's order [cols, rows] then.
+  bool channels;
+  const void* target;  // i64 [examples, rows] or S [examples, rows * cols]
+  const S* weights;    // [examples] or null
+  const S*
+      class_weights;  // [cols] or null (cross_entropy: class weights; bce: pos_weight, [rows] of channels)
+  const S* rz;        // tangent of z (tangent pass only)
+  S* dz;              // [examples * rows, ld] or null
+  S* dtarget;         // [examples, rows * cols], added to, or null
+  S* dweights;        // [examples], added to, or null
+};
+
+}  // namespace fm

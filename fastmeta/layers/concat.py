@@ -1,0 +1,51 @@
+"""The layer kind `concat`: two values one behind the other; more are concatenated two by two."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+
+from fastmeta.capture.build import (
+    Builder,
+    Functions,
+    Methods,
+    Modules,
+    Refused,
+    Value,
+    batched,
+    described,
+    integer,
+)
+
+
+def concat(build: Builder, tensors: Any, dim: Any = 0) -> Value:
+    """[N, ..., A, ...] and [N, ..., B, ...] -> [N, ..., A + B, ...]."""
+    if not isinstance(tensors, (tuple, list)) or not tensors:
+        raise Refused(f"it takes a sequence of tensors, got {described(tensors)}")
+    for tensor in tensors:
+        if not isinstance(tensor, Value):
+            raise Refused(f"a traced tensor was expected, got {described(tensor)}")
+    rank = len(tensors[0].shape) + 1
+    if not -rank <= integer(dim) < rank:
+        raise Refused(f"dimension {dim} is out of range for {rank} dimensions")
+    at = dim % rank - 1
+    if at < 0:
+        raise Refused("it would concatenate along the batch dimension")
+
+    def both(a: Value, b: Value) -> Value:
+        if (
+            len(a.shape) != len(b.shape)
+            or a.shape[:at] + a.shape[at + 1 :] != b.shape[:at] + b.shape[at + 1 :]
+        ):
+            raise Refused(f"{batched(a.shape)} and {batched(b.shape)} differ outside of dimension {dim}")
+        shape = (*a.shape[:at], a.shape[at] + b.shape[at], *a.shape[at + 1 :])
+        return build.layer("concat", (a, b), shape, constants=(float(at),))
+
+    return reduce(both, tensors)
+
+
+MODULES: Modules = {}
+FUNCTIONS: Functions = {torch.cat: concat, torch.concat: concat, torch.concatenate: concat}
+METHODS: Methods = {}

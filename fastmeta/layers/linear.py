@@ -1,0 +1,42 @@
+"""The layer kind `linear`: y = x W^T + b on the last dimension."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn import functional as F
+
+from fastmeta.capture.build import (
+    Builder,
+    Functions,
+    Methods,
+    Modules,
+    Parameter,
+    Refused,
+    Value,
+    batched,
+    described,
+)
+
+
+def linear(build: Builder, input: Value, weight: Parameter, bias: Parameter | None = None) -> Value:
+    """[N, ..., I] with weight [O, I] and bias [O] -> [N, ..., O]."""
+    if not isinstance(input, Value):
+        raise Refused(f"the input must be a traced tensor, got {described(input)}")
+    if not isinstance(weight, Parameter):
+        raise Refused(f"the weight must be a parameter, got {described(weight)}")
+    if len(weight.shape) != 2:
+        raise Refused(f"the weight `{weight.name}` must be [O, I], got {list(weight.shape)}")
+    outputs, inputs = weight.shape
+    if bias is not None and not isinstance(bias, Parameter):
+        raise Refused(f"the bias must be a parameter, got {described(bias)}")
+    if bias is not None and bias.shape != (outputs,):
+        raise Refused(f"the bias `{bias.name}` must be [{outputs}], got {list(bias.shape)}")
+    if not input.shape or input.shape[-1] != inputs:
+        raise Refused(f"it takes [N, ..., {inputs}], got {batched(input.shape)}")
+    names = (weight.name, bias.name if bias else None)
+    return build.layer("linear", (input,), (*input.shape[:-1], outputs), names)
+
+
+MODULES: Modules = {nn.Linear: (linear, ("weight", "bias"))}
+FUNCTIONS: Functions = {F.linear: linear}
+METHODS: Methods = {}
