@@ -1,21 +1,11 @@
 // The walks over a network's layers: all that knows the layer kinds.
 //
-// A layer kind is four functions, forward, backward, tangent (of forward) and tangent_backward, and
-// `needs`, which checks a layer and says what memory it wants. They live in
-// csrc/cpu/layers/<kind>.h.
+// A layer kind is a file csrc/cpu/layers/<kind>.h: there are no other lists of them. In it are, in
+// namespace fm::<kind>, its RULES, `needs`, which checks a layer and says what memory it wants, and
+// four functions: forward, backward, tangent (of forward) and tangent_backward.
 #pragma once
 
-#include "layers/add.h"
-#include "layers/avg_pool2d.h"
-#include "layers/batch_norm.h"
-#include "layers/concat.h"
-#include "layers/conv2d.h"
-#include "layers/elementwise.h"
-#include "layers/group_norm.h"
-#include "layers/layer_norm.h"
-#include "layers/linear.h"
-#include "layers/max_pool2d.h"
-#include "layers/reshape.h"
+#include "layer_files.h"
 #include "pass.h"
 
 namespace fm {
@@ -27,7 +17,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
     return kind::needs(plan, layer, examples);
   switch (layer.kind) { FM_LAYER_KINDS(FM_CASE) }
 #undef FM_CASE
-  return {};
+  throw std::invalid_argument("layer program: a layer kind that is none");
 }
 
 template <class S>

@@ -14,6 +14,7 @@ namespace fm {
 constexpr i64 MOST_LAYERS = 1 << 15;
 constexpr i64 MOST_STEPS = 1 << 20;
 constexpr i64 MOST_EXAMPLES = i64(1) << 31;
+constexpr int MOST_CONSTANTS = 8;
 constexpr i64 MOST_ELEMENTS = i64(1) << 40;  // of a value, of a parameter, of a batch of one value
 
 // A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in
@@ -30,9 +31,9 @@ struct Value {
 
 struct Layer {
   Kind kind;
-  Function function = Function::relu;
-  bool has_function = false;  // one was named
-  std::array<double, 8> constants = {};
+  Function function = Function::none;  // elementwise: which one
+  bool adaptive = false;               // avg_pool2d: windows by the sizes of the images alone
+  std::array<double, MOST_CONSTANTS> constants = {};
   int given_constants = 0;
   int inputs[2] = {-1, -1};
   int output = -1;

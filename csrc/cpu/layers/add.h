@@ -5,6 +5,8 @@
 
 namespace fm::add {
 
+constexpr Rules RULES = Rules(2);
+
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value& y = plan.values[layer.output];
   for (int in : layer.inputs)

@@ -6,10 +6,11 @@
 
 namespace fm::avg_pool2d {
 
-inline bool adaptive(const Layer& layer) { return layer.function == Function::adaptive; }
+constexpr Rules RULES = Rules(1).sizes(0, 8).or_adaptive();
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
-  pool::check(plan, layer, adaptive(layer));
+  require(layer.adaptive || layer.given_constants == RULES.most_constants, "a pool has no window");
+  pool::check(plan, layer, layer.adaptive);
   require(layer.constants[7] >= 0, "a pool's divisor is negative");
   return {};
 }
@@ -17,7 +18,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64) {
 template <class S>
 Pool<S> arguments(const Pass<S>& pass, const Layer& layer) {
   Pool<S> p = pool::arguments<S>(pass.plan, layer, pass.geometry.examples);
-  p.adaptive = adaptive(layer), p.count_padding = layer.constants[6] != 0,
+  p.adaptive = layer.adaptive, p.count_padding = layer.constants[6] != 0,
   p.divisor = i64(layer.constants[7]);
   return p;
 }

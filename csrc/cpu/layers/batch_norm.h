@@ -6,6 +6,8 @@
 
 namespace fm::batch_norm {
 
+constexpr Rules RULES = Rules(1).epsilon().with_params(2).with_buffers(2);
+
 inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
   return {1, examples * plan.values[layer.inputs[0]].rows, 1};
 }

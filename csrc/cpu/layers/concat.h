@@ -6,6 +6,8 @@
 
 namespace fm::concat {
 
+constexpr Rules RULES = Rules(2).sizes(1);
+
 // In how many pairs of blocks of rows the values alternate; 0: their columns lie side by side.
 inline i64 outer(const Layer& layer) { return i64(layer.constants[0]); }
 

@@ -14,6 +14,8 @@
 
 namespace fm::conv2d {
 
+constexpr Rules RULES = Rules(1).sizes(6).with_params(2, 1);
+
 constexpr i64 FEW_CHANNELS = 4;
 constexpr i64 GATHERED_PIXELS = 256;  // at a time
 

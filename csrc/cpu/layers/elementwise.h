@@ -5,11 +5,12 @@
 
 namespace fm::elementwise {
 
+constexpr Rules RULES = Rules(1).numbers(0, 2).with_function();
+
 // Shapes are equal, element by element.
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(x.rows == y.rows && x.cols == y.cols, "an element-wise layer changes the shape");
-  require(layer.function != Function::adaptive, "an element-wise layer has no function");
   return {};
 }
 

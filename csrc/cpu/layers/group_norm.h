@@ -6,6 +6,8 @@
 
 namespace fm::group_norm {
 
+constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2);
+
 inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
   const Value& x = plan.values[layer.inputs[0]];
   return {examples, x.rows, x.cols / i64(layer.constants[0])};

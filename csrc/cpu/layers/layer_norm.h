@@ -5,6 +5,8 @@
 
 namespace fm::layer_norm {
 
+constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2);
+
 // Rows of a group.
 inline i64 height(const Plan& plan, const Layer& layer) {
   return i64(layer.constants[0]) / plan.values[layer.output].cols;

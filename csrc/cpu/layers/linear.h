@@ -11,6 +11,8 @@
 
 namespace fm::linear {
 
+constexpr Rules RULES = Rules(1).with_params(2, 1);
+
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(layer.weight() >= 0, "a linear layer has no weight");

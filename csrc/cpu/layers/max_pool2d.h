@@ -6,6 +6,8 @@
 
 namespace fm::max_pool2d {
 
+constexpr Rules RULES = Rules(1).sizes(6);
+
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   pool::check(plan, layer, false);
   const Value& y = plan.values[layer.output];

@@ -7,6 +7,8 @@
 
 namespace fm::reshape {
 
+constexpr Rules RULES = Rules(1);
+
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(x.rows * x.cols == y.rows * y.cols, "a reshape changes the number of elements");
