@@ -14,7 +14,6 @@ namespace fm {
 constexpr i64 MOST_LAYERS = 1 << 15;
 constexpr i64 MOST_STEPS = 1 << 20;
 constexpr i64 MOST_EXAMPLES = i64(1) << 31;
-constexpr int MOST_CONSTANTS = 8;
 constexpr i64 MOST_ELEMENTS = i64(1) << 40;  // of a value, of a parameter, of a batch of one value
 
 // A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in

@@ -8,6 +8,8 @@
 
 namespace fm {
 
+constexpr int MOST_CONSTANTS = 8;  // of a layer
+
 #ifdef __CUDACC_RTC__  // which has no standard library
 using i64 = long long;
 #else
@@ -25,17 +27,17 @@ enum class Kind : int { FM_LAYER_KINDS(FM_ENUMERATOR) };
 #undef FM_ENUMERATOR
 
 // Every element-wise function: its name, and the struct in functions.inl that computes it.
-#define FM_FUNCTIONS(X)   \
-  X(relu, Relu)           \
+#define FM_FUNCTIONS(X)    \
+  X(relu, Relu)            \
   X(leaky_relu, LeakyRelu) \
-  X(elu, Elu)             \
-  X(gelu, Gelu)           \
-  X(gelu_tanh, GeluTanh)  \
-  X(silu, Silu)           \
-  X(tanh, Tanh)           \
-  X(sigmoid, Sigmoid)     \
-  X(softplus, Softplus)   \
-  X(sin, Sin)             \
+  X(elu, Elu)              \
+  X(gelu, Gelu)            \
+  X(gelu_tanh, GeluTanh)   \
+  X(silu, Silu)            \
+  X(tanh, Tanh)            \
+  X(sigmoid, Sigmoid)      \
+  X(softplus, Softplus)    \
+  X(sin, Sin)              \
   X(affine, Affine)
 
 #define FM_ENUMERATOR(name, formula) name,

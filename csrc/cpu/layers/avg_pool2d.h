@@ -18,8 +18,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64) {
 template <class S>
 Pool<S> arguments(const Pass<S>& pass, const Layer& layer) {
   Pool<S> p = pool::arguments<S>(pass.plan, layer, pass.geometry.examples);
-  p.adaptive = layer.adaptive, p.count_padding = layer.constants[6] != 0,
-  p.divisor = i64(layer.constants[7]);
+  p.adaptive = layer.adaptive, p.count_padding = layer.constants[6] != 0, p.divisor = i64(layer.constants[7]);
   return p;
 }
 

@@ -177,7 +177,7 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
         if number in taken:
             function = taken[number].function
             keeps["x"] = function not in _TOLD_BY_OUTPUT or (
-                function == "leaky_relu" and taken[number].constants[0] < 0
+                function == "leaky_relu" and taken[number].function_constants[0] < 0
             )
             keeps["rx"] = keeps["rx"] and function not in _LINEAR_PIECES
         elif number in behind:
@@ -214,8 +214,8 @@ def _groups_each(plan: Plan, layer: Layer) -> int:
     """Groups that a norm makes of each example."""
     out = plan.values[layer.output]
     if layer.kind == "layer_norm":
-        return out.rows * out.cols // layer.group
-    return layer.group if layer.kind == "group_norm" else 0
+        return out.rows * out.cols // int(layer.constants[0])
+    return int(layer.constants[0]) if layer.kind == "group_norm" else 0
 
 
 def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:

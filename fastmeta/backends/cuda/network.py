@@ -31,13 +31,12 @@ def simplify(
     entry = layers[0].output if layers else 0
     for layer, inputs, out in engine.layers:
         weight, bias, mean, var = (index.get(name or "", -1) for name in (*layer.params, *[None] * 4)[:4])
-        c0, c1 = (*layer.constants, 0.0, 0.0)[:2]
         a, b = (entry if v == 0 else v for v in (*inputs, -1)[:2])
-        made = Layer(layer.kind, layer.function, (c0, c1), (a, b), out, weight, bias, mean, var)
-        if layer.kind == "reshape":
-            made.constants = (float(values[a].channels), float(values[out].channels))
-        elif layer.kind in NORMS:
-            made.eps, made.group = layer.constants[-1], int(layer.constants[0])
+        made = Layer(layer.kind, (a, b), out, weight=weight, bias=bias, mean=mean, var=var)
+        if layer.kind == "elementwise":
+            made.function, made.function_constants = layer.function, layer.constants
+        else:
+            made.constants = layer.constants
         layers.append(made)
     output = entry if output == 0 else output
     layers, output = _without_reshapes(values, layers, output)
@@ -60,7 +59,7 @@ def _image_input(values: list[Value]) -> list[Layer]:
         return []
     values.append(first)
     values[0] = Value(first.cols, first.rows)
-    return [Layer("reshape", "", (0.0, 1.0), (0, -1), len(values) - 1)]
+    return [Layer("reshape", (0, -1), len(values) - 1)]
 
 
 def _readers(layers: list[Layer], value: int) -> list[Layer]:
@@ -103,7 +102,7 @@ def _with_activations(layers: list[Layer], output: int) -> list[Layer]:
         if activation.output == output:
             continue
         layer.pre, layer.output = layer.output, activation.output
-        layer.function, layer.constants = activation.function, activation.constants
+        layer.function, layer.function_constants = activation.function, activation.function_constants
         gone.add(id(activation))
     return [layer for layer in layers if id(layer) not in gone]
 
