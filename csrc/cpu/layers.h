@@ -2,7 +2,8 @@
 //
 // A layer kind is a file csrc/cpu/layers/<kind>.h: there are no other lists of them. In it are, in
 // namespace fm::<kind>, its RULES, `needs`, which checks a layer and says what memory it wants, and
-// four functions: forward, backward, tangent (of forward) and tangent_backward.
+// its `Functions`: forward, backward, tangent (of forward) and tangent_backward. Where these follow
+// from a formula they come from a family in csrc/cpu/families.
 #pragma once
 
 #include "layer_files.h"
@@ -24,7 +25,7 @@ template <class S>
 void forward(const Pass<S>& pass) {
 #define FM_CASE(kind)           \
   case Kind::kind:              \
-    kind::forward(pass, layer); \
+    kind::Functions::forward(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) switch (layer.kind) {
       FM_LAYER_KINDS(FM_CASE)
@@ -38,7 +39,7 @@ template <class S>
 void backward(const Pass<S>& pass, Sink<S>* sinks) {
 #define FM_CASE(kind)                    \
   case Kind::kind:                       \
-    kind::backward(pass, *layer, sinks); \
+    kind::Functions::backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
@@ -52,7 +53,7 @@ template <class S>
 void tangent(const Pass<S>& pass) {
 #define FM_CASE(kind)           \
   case Kind::kind:              \
-    kind::tangent(pass, layer); \
+    kind::Functions::tangent(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) {
     if (!pass.has_tangent(layer.output)) continue;
@@ -66,7 +67,7 @@ template <class S>
 void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
 #define FM_CASE(kind)                            \
   case Kind::kind:                               \
-    kind::tangent_backward(pass, *layer, sinks); \
+    kind::Functions::tangent_backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
