@@ -41,7 +41,7 @@ class LayerKind:
         modules, functions, methods: what is captured as this kind; see `fastmeta.capture.kinds`.
         epilogue: its kernels can apply the element-wise layer after it.
         prologue: its kernels can go on to the gradient of the element-wise layer before it.
-        multiply_adds: of the forward pass of one example, from the layer and the parameters' shapes.
+        multiply_adds: of the forward pass of one example: `(layer, shapes of parameters)`.
         kinks: the distance of the nearest input from a point where a derivative jumps, of
             `kinks(layer, *inputs)`; None: the kind is smooth.
         refuses: why a layer cannot run on so many examples, "" if it can: `refuses(layer, examples)`.
