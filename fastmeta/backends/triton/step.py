@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends.triton.batch import StaticBatch
-from fastmeta.backends.triton.network import Network
 from fastmeta.backends.triton.state import StepState
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import (
     add,
     avg_pool2d,
@@ -54,7 +54,7 @@ class MetaStep(StepState):
     def __init__(
         self,
         problem: Problem,
-        net: Network,
+        net: Graph,
         wrt: frozenset[str],
         memory: str,
         precision: str,
