@@ -7,11 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from fastmeta.graph.program import Layer, Program
-
-#: Kinds that read images [C, ...], channels-last in the engine, and kinds that read rows of the
-#: last dimension.
-CHANNELS = frozenset({"conv2d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d"})
-ROWS = frozenset({"linear", "layer_norm"})
+from fastmeta.layers.registry import kind_of
 
 
 @dataclass(slots=True)
@@ -69,9 +65,10 @@ def lay_out(program: Program, output_channels: bool = False) -> EngineProgram:
 
     place(0, _wanted(program, 0, output_channels))
     for output, layer in enumerate(program.layers, start=1):
-        if layer.kind in CHANNELS:
+        order = kind_of(layer).order
+        if order == "image":
             channels = True
-        elif layer.kind in ROWS or layer.kind == "reshape":
+        elif order == "rows" or layer.kind == "reshape":
             channels = False
         else:
             channels = next(iter(places[layer.inputs[0]]))
@@ -104,9 +101,10 @@ def _wanted(program: Program, value: int, output_channels: bool) -> bool:
     for output, layer in enumerate(program.layers, start=1):
         if same.isdisjoint(layer.inputs):
             continue
-        if layer.kind in CHANNELS:
+        order = kind_of(layer).order
+        if order == "image":
             return True
-        if layer.kind in ROWS or layer.kind == "reshape":
+        if order == "rows" or layer.kind == "reshape":
             return False
         same.add(output)
     return output_channels and program.output in same

@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, number
 from fastmeta.graph.program import Layer
-from fastmeta.layers import functions as table
-from fastmeta.layers.functions import FUNCTIONS as ROWS
-from fastmeta.layers.functions import added, function_of, rule
+from fastmeta.layers.functions import FUNCTIONS, added, function_of, tables
 from fastmeta.layers.kind import LayerKind
 
 
@@ -111,12 +109,11 @@ _FUNCTIONS: Functions = {
 }
 _METHODS: Methods = {"mul": mul, "div": div, "add": add, "sub": sub, "neg": neg}
 _METHODS |= {f"{name}_": _inplace(own) for name, own in _METHODS.items()}
-for _row in ROWS.values():
-    _MODULES |= table.modules(_row)
-    _FUNCTIONS |= {target: rule(_row) for target in _row.functions}
-    _FUNCTIONS |= {target: rule(_row, inplace=True) for target in _row.inplace}
-    _METHODS |= {name: rule(_row) for name in _row.methods}
-    _METHODS |= {f"{name}_": rule(_row, inplace=True) for name in _row.methods}
+for _row in FUNCTIONS.values():
+    _modules, _functions, _methods = tables(_row)
+    _MODULES |= _modules
+    _FUNCTIONS |= _functions
+    _METHODS |= _methods
 
 
 def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Modules, Refused, Rule, Value, number
+from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Rule, Value, number
 from fastmeta.graph.program import Layer
 
 
@@ -56,8 +56,10 @@ class Function:
     make: Callable[[], nn.Module] | None = None
 
     def told_by_output(self, constants: tuple[float, ...]) -> bool:
-        """Whether both derivatives follow from the value alone, for these constants."""
-        return self.from_output(*constants) if callable(self.from_output) else self.from_output
+        """Whether both derivatives follow from the value alone; more constants may be given than it
+        has."""
+        own = constants[: len(self.constants)]
+        return self.from_output(*own) if callable(self.from_output) else self.from_output
 
     def module(self) -> nn.Module:
         """A module that is this function, with constants that are not the defaults."""
@@ -216,10 +218,13 @@ def rule(function: Function, inplace: bool = False) -> Rule:
     return captured
 
 
-def modules(function: Function) -> Modules:
-    """How modules that are this function are captured."""
-    found: Modules = {}
+def tables(function: Function) -> tuple[Modules, Functions, Methods]:
+    """What is captured as a function: modules, functions and methods, each with its rule."""
+    plain, inplace = rule(function), rule(function, inplace=True)
+    modules: Modules = {}
     for module in function.modules:
-        names = tuple(signature(module).parameters)
-        found[module] = (rule(function), tuple(n for n in (*function.constants, "inplace") if n in names))
-    return found
+        names = signature(module).parameters
+        modules[module] = (plain, tuple(name for name in (*function.constants, "inplace") if name in names))
+    functions = dict.fromkeys(function.functions, plain) | dict.fromkeys(function.inplace, inplace)
+    methods = dict.fromkeys(function.methods, plain)
+    return modules, functions, methods | {f"{name}_": inplace for name in methods}
