@@ -7,7 +7,7 @@ from math import prod
 
 from fastmeta.graph.nodes import Graph, Node, Value
 from fastmeta.graph.program import Layer, Program
-from fastmeta.layers import KINDS
+from fastmeta.layers.registry import KINDS
 
 
 def lay_out(program: Program, output_channels: bool = False) -> Graph:

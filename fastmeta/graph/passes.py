@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from fastmeta.graph.nodes import Graph, Node, Value
 from fastmeta.graph.order import lay_out
 from fastmeta.graph.program import Program
-from fastmeta.layers import KINDS
 from fastmeta.layers.functions import FUNCTIONS
+from fastmeta.layers.registry import KINDS
 
 #: Whether kernels take two neighbouring nodes together: (graph, the first, the second).
 Pair = Callable[[Graph, Node, Node], bool]
@@ -193,7 +193,7 @@ def _fuse_ends(graph: Graph) -> None:
         function = FUNCTIONS[f.function]
         if before is not None and KINDS[before.kind].epilogue and graph.only_reader(f.inputs[0]) is f:
             f.in_forward, before.epilogue = True, f
-            if function.from_output(f.constants):
+            if function.told_by_output(f.constants):
                 graph.no_value.add(graph.root[before.output])
             if function.piecewise_linear:
                 graph.no_tangent.add(graph.root[before.output])

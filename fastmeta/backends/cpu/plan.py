@@ -12,6 +12,7 @@ from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.network import CAPABILITIES, described
 from fastmeta.graph.passes import annotate
 from fastmeta.graph.program import Program
+from fastmeta.layers.registry import kind_of
 from fastmeta.losses import Loss
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem
 
@@ -19,9 +20,6 @@ try:
     from fastmeta import _C
 except ImportError:  # the backend says so
     _C = None  # type: ignore[assignment]
-
-#: Kinds whose first parameter is a weight [O, C, *taps].
-_MATRIX_FIRST = ("linear", "conv2d")
 
 
 def used_params(program: Program) -> list[str]:
@@ -58,7 +56,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
         program, CAPABILITIES, output_channels=reads_channels(problem), input_gradients=gradients
     )
     values, layers, output = described(graph, index)
-    matrices = {layer.params[0] for layer in program.layers if layer.kind in _MATRIX_FIRST}
+    matrices = {layer.params[0] for layer in program.layers if kind_of(layer).matrix}
     params = []
     for name in [*names, *buffers]:
         shape, matrix = shapes[name], name in matrices

@@ -7,7 +7,7 @@ from fastmeta.backends.cuda.tables import Layer, Value
 from fastmeta.graph.nodes import Graph, Node
 from fastmeta.graph.passes import Capabilities, annotate
 from fastmeta.graph.program import Program
-from fastmeta.layers import KINDS
+from fastmeta.layers.registry import KINDS
 
 
 def _absorbs(graph: Graph, node: Node, f: Node) -> bool:
