@@ -354,6 +354,7 @@ PYBIND11_MODULE(_C, m) {
         "The layer kinds, each with (inputs, least constants, most constants, parameters, required ones).");
   m.def("functions", &functions, "The names of the element-wise functions.");
   m.attr("MOST_THREADS") = MOST_THREADS;
+  m.attr("NARROW_ROWS") = fm::NARROW_ROWS;
   fm::binding::Torch::get();
   m.def("last_run_seconds", &fm::last_run_seconds, "Seconds inside the last Plan.run of this process.");
   m.def("scratch_bytes", &fm::scratch_bytes, py::call_guard<py::gil_scoped_release>(),

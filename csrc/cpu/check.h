@@ -17,6 +17,9 @@ void check_layers(const Plan& plan);
 Rules rules(Kind kind);
 const char* name_of(Kind kind);
 
+// Throws std::invalid_argument where what is done together cannot be, or is described wrongly.
+void check_fused(const Plan& plan);
+
 // Sums and products of sizes; std::invalid_argument where there is no such number.
 i64 plus(i64 a, i64 b);
 i64 times(i64 a, i64 b);

@@ -23,8 +23,8 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
 
 template <class S>
 void forward(const Pass<S>& pass) {
-#define FM_CASE(kind)           \
-  case Kind::kind:              \
+#define FM_CASE(kind)                      \
+  case Kind::kind:                         \
     kind::Functions::forward(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) switch (layer.kind) {
@@ -37,8 +37,8 @@ void forward(const Pass<S>& pass) {
 // given, one for each.
 template <class S>
 void backward(const Pass<S>& pass, Sink<S>* sinks) {
-#define FM_CASE(kind)                    \
-  case Kind::kind:                       \
+#define FM_CASE(kind)                               \
+  case Kind::kind:                                  \
     kind::Functions::backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;
@@ -51,8 +51,8 @@ void backward(const Pass<S>& pass, Sink<S>* sinks) {
 // Tangents of all values along v; the input has none.
 template <class S>
 void tangent(const Pass<S>& pass) {
-#define FM_CASE(kind)           \
-  case Kind::kind:              \
+#define FM_CASE(kind)                      \
+  case Kind::kind:                         \
     kind::Functions::tangent(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) {
@@ -65,8 +65,8 @@ void tangent(const Pass<S>& pass) {
 // From the tangent of the output's gradient to those of all values, and of the parameters.
 template <class S>
 void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
-#define FM_CASE(kind)                            \
-  case Kind::kind:                               \
+#define FM_CASE(kind)                                       \
+  case Kind::kind:                                          \
     kind::Functions::tangent_backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;

@@ -10,14 +10,16 @@ namespace fm {
 // finite and not negative.
 enum class Constant : int { none, number, size, epsilon };
 
-// Written as what a kind reads, one after the other: Rules(1).sizes(6).with_params(2, 1).
+// Written as what a kind reads, one after the other: Rules(1).sizes(6).with_weight_and_bias().
 struct Rules {
   int inputs;
   int least_constants = 0, most_constants = 0;
   Constant constants[MOST_CONSTANTS] = {};
   int params = 0, required_params = 0;  // required: so many of the first
   int buffers = 0;                      // so many of the last parameters are buffers
-  bool function = false;                // names an element-wise function
+  bool weight = false;      // the first parameter is a matrix that products read, the second a bias
+  bool function = false;    // names an element-wise function
+  bool by_channel = false;  // a norm of channels
   bool may_be_adaptive = false;
 
   constexpr explicit Rules(int inputs) : inputs(inputs) {}
@@ -33,6 +35,16 @@ struct Rules {
   constexpr Rules with_buffers(int count) const {
     Rules more = *this;
     more.params += count, more.buffers = count;
+    return more;
+  }
+  constexpr Rules with_weight_and_bias() const {
+    Rules more = with_params(2, 1);
+    more.weight = true;
+    return more;
+  }
+  constexpr Rules normalising_channels() const {
+    Rules more = *this;
+    more.by_channel = true;
     return more;
   }
   constexpr Rules with_function() const {

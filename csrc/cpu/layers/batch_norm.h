@@ -7,7 +7,7 @@
 namespace fm::batch_norm {
 
 // weight and bias; running mean and variance
-constexpr Rules RULES = Rules(1).epsilon().with_params(2).with_buffers(2);
+constexpr Rules RULES = Rules(1).epsilon().with_params(2).with_buffers(2).normalising_channels();
 
 struct Groups {
   // One block of all rows, each channel for itself.

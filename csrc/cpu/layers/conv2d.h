@@ -14,7 +14,7 @@
 namespace fm::conv2d {
 
 // Kernel, stride and padding, each of height and width.
-constexpr Rules RULES = Rules(1).sizes(6).with_params(2, 1);
+constexpr Rules RULES = Rules(1).sizes(6).with_weight_and_bias();
 
 constexpr i64 FEW_CHANNELS = 4;
 constexpr i64 GATHERED_PIXELS = 256;  // at a time

@@ -7,7 +7,7 @@
 namespace fm::group_norm {
 
 // The number of groups, and epsilon; weight and bias.
-constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2);
+constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2).normalising_channels();
 
 struct Groups {
   // A block for each example.

@@ -11,7 +11,7 @@
 
 namespace fm::linear {
 
-constexpr Rules RULES = Rules(1).with_params(2, 1);
+constexpr Rules RULES = Rules(1).with_weight_and_bias();
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
