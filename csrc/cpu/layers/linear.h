@@ -1,4 +1,4 @@
-// linear: y = x W^T + b on the last dimension, optionally with the following relu in its epilogue.
+// linear: y = x W^T + b on the last dimension, optionally with the relu after it.
 //
 // W is [O, I]. Wide: kept as W^T [I, O] in panels, with W itself as the mirror for the input
 // gradient. Narrow (few outputs): kept as W [O, I], and y by inner products, since a padded vector

@@ -18,7 +18,7 @@ WIDE = 64
 #: Functions whose derivatives follow from the value alone, and whose formulas in
 #: csrc/shared/functions.inl read the argument all the same.
 _READS_ARGUMENT = frozenset({"elu"})
-#: Numbers that a norm keeps of each group: csrc/cuda/norm.h.
+#: Numbers that a norm keeps of each group: csrc/cuda/families/norm.h.
 STATISTICS = 4
 
 
@@ -176,7 +176,9 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
         if number in taken:
             layer = taken[number]
             function = FUNCTIONS[layer.function]
-            keeps["x"] = function.name in _READS_ARGUMENT or not function.told_by_output(layer.function_constants)
+            keeps["x"] = function.name in _READS_ARGUMENT or not function.told_by_output(
+                layer.function_constants
+            )
             keeps["rx"] = keeps["rx"] and not function.piecewise_linear
         elif number in behind:
             smooth = not FUNCTIONS[behind[number].function].piecewise_linear
