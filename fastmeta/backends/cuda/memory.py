@@ -176,9 +176,8 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
         if number in taken:
             layer = taken[number]
             function = FUNCTIONS[layer.function]
-            keeps["x"] = function.name in _READS_ARGUMENT or not function.told_by_output(
-                layer.function_constants
-            )
+            told = function.told_by_output(layer.function_constants)
+            keeps["x"] = function.name in _READS_ARGUMENT or not told
             keeps["rx"] = keeps["rx"] and not function.piecewise_linear
         elif number in behind:
             smooth = not FUNCTIONS[behind[number].function].piecewise_linear
