@@ -48,8 +48,10 @@ constexpr auto loss_terms(double beta) {
     return SmoothL1<S>{S(beta)};
   else if constexpr (KIND == LossKind::huber)
     return Huber<S>{S(beta)};
-  else
+  else {
+    static_assert(KIND == LossKind::bce_with_logits, "a loss that has no terms for each element");
     return BinaryCrossEntropy<S>{};
+  }
 }
 
 // `loss_denominator` of several positions an example, shared out among the threads.
