@@ -1,5 +1,5 @@
-// elementwise: y = f(x), where no other layer does it at its end. The kernels and the formulas are
-// in elementwise.inl.
+// elementwise: y = f(x), where no other layer does it at its end. The kernels are in
+// elementwise.inl, the functions in shared/functions.inl.
 #pragma once
 
 #include "../pass.h"

@@ -60,7 +60,8 @@ struct Products {
     pass.kernels.gemm(gemm);
   }
 
-  // Where the product is known as a low-rank change of another: base + scale * gram * factor.
+  // Makes `gemm` that product where it is known as a low-rank change of another: base + scale * gram
+  // * factor. Without a base, the base is the product with theta, computed here.
   template <class S>
   static void low_rank(const Pass<S>& pass, const Layer& layer, const LowRank<S>& low, Gemm<S>& gemm) {
     const Param& p = pass.plan.params[layer.weight()];
