@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.capture.build import Builder, Refused, Value, batched, described, integer
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import Joined
 from fastmeta.graph.program import Layer
 from fastmeta.layers.kind import LayerKind
 
@@ -45,6 +47,11 @@ def forward(layer: Layer, params: Mapping[str, Tensor], a: Tensor, b: Tensor) ->
     return torch.cat([a, b], int(layer.constants[0]) + 1)
 
 
+def cases() -> Iterator[Case]:
+    """Along every dimension of an image."""
+    yield Case("joined", Joined, (2, 5, 4), 2, 4, 3, loss="ce")
+
+
 KIND = LayerKind(
     name="concat",
     family="linear_map",
@@ -52,4 +59,5 @@ KIND = LayerKind(
     inputs=2,
     constants=(1, 1),
     functions={torch.cat: concat, torch.concat: concat, torch.concatenate: concat},
+    cases=cases,
 )

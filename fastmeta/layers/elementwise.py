@@ -7,7 +7,7 @@ its own: gelu, whose `approximate` says which function it is, and arithmetic wit
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, number
+from fastmeta.cases.case import Case
+from fastmeta.cases.networks import ACTIVATIONS, mlp_case
 from fastmeta.graph.program import Layer
 from fastmeta.layers.functions import FUNCTIONS, added, function_of, tables
 from fastmeta.layers.kind import LayerKind
@@ -127,6 +129,13 @@ def kinks(layer: Layer, x: Tensor) -> Tensor:
     return torch.stack(found).min() if found else x.new_tensor(float("inf"))
 
 
+def cases() -> Iterator[Case]:
+    """Every function between linear layers, and one at the end."""
+    for name in ACTIVATIONS:
+        yield mlp_case((3, 13, 7, 2), name)
+    yield Case("sigmoid_head", lambda: nn.Sequential(nn.Linear(3, 5), nn.Sigmoid()), (3,))
+
+
 KIND = LayerKind(
     name="elementwise",
     family="pointwise",
@@ -136,4 +145,5 @@ KIND = LayerKind(
     functions=_FUNCTIONS,
     methods=_METHODS,
     kinks=kinks,
+    cases=cases,
 )

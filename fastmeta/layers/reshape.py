@@ -5,7 +5,8 @@ Values are row-major, so that a reshape moves nothing: only the shape of one exa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.capture.build import BATCH, Builder, Refused, Value, batched, described, integer
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import Reshaped
+from fastmeta.cases.networks import mlp
 from fastmeta.graph.program import Layer
 from fastmeta.layers.kind import LayerKind
 
@@ -118,6 +122,12 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return x.reshape(len(x), *layer.shape)
 
 
+def cases() -> Iterator[Case]:
+    """From an image to rows, and from rows to images of two shapes."""
+    yield Case("image", partial(mlp, (25, 13, 5), "tanh", flatten=True), (1, 5, 5), loss="ce")
+    yield Case("reshaped_image", Reshaped, (5,), 2, 4, 3, loss="ce", kinks=True)
+
+
 KIND = LayerKind(
     name="reshape",
     family="linear_map",
@@ -141,4 +151,5 @@ KIND = LayerKind(
         "squeeze": squeeze,
         "unsqueeze": unsqueeze,
     },
+    cases=cases,
 )
