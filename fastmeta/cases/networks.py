@@ -69,6 +69,13 @@ def half_frozen_norms() -> nn.Module:
     )
 
 
+def frozen(norm: Callable[[], nn.modules.batchnorm._BatchNorm]) -> nn.Module:
+    """A batch norm in eval mode, with running statistics of its own."""
+    made = norm()
+    _freeze([made])
+    return made
+
+
 def _freeze(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
     """Eval mode, and running statistics that are no mean of zero and variance of one."""
     for norm in norms:

@@ -15,7 +15,7 @@ from fastmeta.capture.build import Builder, Refused, Value, integer
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 from fastmeta.layers.reshape import reshaped
 from fastmeta.layers.windows import as_image, constants, image, pooling, positions, two
 
@@ -129,5 +129,13 @@ KIND = LayerKind(
         torch.mean: mean,
     },
     methods={"mean": mean},
+    examples=(
+        Example("side by side", partial(nn.AvgPool2d, 2), ((3, 6, 5),)),
+        Example("overlapping, padded", partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True), ((2, 6, 7),)),
+        Example("without padding", partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False), ((2, 5, 5),)),
+        Example("divisor", partial(nn.AvgPool2d, 3, 1, divisor_override=7), ((2, 4, 5),)),
+        Example("adaptive", partial(nn.AdaptiveAvgPool2d, (3, 2)), ((2, 7, 5),)),
+        Example("signal", partial(nn.AvgPool1d, 4, 3, 2), ((3, 9),)),
+    ),
     cases=cases,
 )

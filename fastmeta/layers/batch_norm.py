@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from fastmeta.capture.build import Buffer, Builder, Refused, Value, batched, described, number
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import Stems, conv, image_case
-from fastmeta.cases.networks import half_frozen_norms, half_frozen_norms_mlp, mlp
+from fastmeta.cases.networks import frozen, half_frozen_norms, half_frozen_norms_mlp, mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
-from fastmeta.layers.norms import affine, image_cases, normalised, relu_cases, row_cases
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
+from fastmeta.layers.norms import affine, image_cases, normalised, pooled, relu_cases, row_cases
 from fastmeta.network.functional import by_own_batch
 
 
@@ -168,5 +168,16 @@ KIND = LayerKind(
     epilogue=True,
     reads_batch=reads_batch,
     refuses=refuses,
+    examples=(
+        Example("rows", partial(nn.BatchNorm1d, 5), ((5,),)),
+        Example("image", partial(nn.BatchNorm2d, 3), ((3, 4, 5),)),
+        Example("plain, of a signal", partial(nn.BatchNorm1d, 3, affine=False), ((3, 5),)),
+        Example("running statistics", partial(frozen, partial(nn.BatchNorm2d, 3)), ((3, 4, 3),)),
+        Example(
+            "running statistics, plain", partial(frozen, partial(nn.BatchNorm1d, 5, affine=False)), ((5,),)
+        ),
+        Example("relu and max-pool after it", partial(pooled, partial(nn.BatchNorm2d, 3)), ((3, 4, 5),)),
+        Example("between tanh", partial(tanh_around, partial(nn.BatchNorm1d, 5)), ((5,),)),
+    ),
     cases=cases,
 )

@@ -15,7 +15,7 @@ from fastmeta.capture.build import Builder, Parameter, Refused, Value, described
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
 from fastmeta.layers.windows import as_image, constants, image, numbers, positions
 
 
@@ -154,5 +154,17 @@ KIND = LayerKind(
     functions={F.conv1d: conv1d, F.conv2d: conv2d, torch.conv1d: conv1d, torch.conv2d: conv2d},
     epilogue=True,
     prologue=True,
+    examples=(
+        Example("bias", partial(nn.Conv2d, 2, 6, 3, padding=1), ((2, 5, 4),)),
+        Example(
+            "stride, no bias",
+            partial(nn.Conv2d, 3, 4, (2, 3), stride=(2, 1), padding=(1, 2), bias=False),
+            ((3, 6, 5),),
+        ),
+        Example("one tap", partial(nn.Conv2d, 5, 7, 1), ((5, 3, 4),)),
+        Example("many channels", partial(nn.Conv2d, 16, 17, 3, padding=1), ((16, 7, 6),)),
+        Example("signal", partial(nn.Conv1d, 2, 4, 4, stride=2, padding=1), ((2, 9),)),
+        Example("between tanh", partial(tanh_around, partial(nn.Conv2d, 2, 3, 2)), ((2, 4, 3),)),
+    ),
     cases=cases,
 )

@@ -15,8 +15,8 @@ from fastmeta.capture.build import Builder, Refused, Value, integer, number
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
-from fastmeta.layers.norms import affine, image_cases, normalised, relu_cases, row_cases
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
+from fastmeta.layers.norms import affine, image_cases, normalised, pooled, relu_cases, row_cases
 from fastmeta.layers.windows import image
 
 
@@ -99,5 +99,13 @@ KIND = LayerKind(
     },
     functions={F.group_norm: group_norm, F.instance_norm: instance_norm},
     epilogue=True,
+    examples=(
+        Example("image", partial(nn.GroupNorm, 2, 6), ((6, 4, 3),)),
+        Example("rows", partial(nn.GroupNorm, 2, 6), ((6,),)),
+        Example("one group, plain", partial(nn.GroupNorm, 1, 5, affine=False), ((5, 3),)),
+        Example("a group for each channel", partial(nn.InstanceNorm2d, 4, affine=True), ((4, 3, 3),)),
+        Example("relu and max-pool after it", partial(pooled, partial(nn.GroupNorm, 3, 6)), ((6, 4, 5),)),
+        Example("between tanh", partial(tanh_around, partial(nn.GroupNorm, 2, 6)), ((6, 3),)),
+    ),
     cases=cases,
 )

@@ -98,3 +98,8 @@ class Apply(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The function of the inputs, and of the constants after them."""
         return self.function(*inputs, *self.constants)
+
+
+def tanh_around(make: Callable[[], nn.Module]) -> nn.Module:
+    """A layer between two functions, for examples of kinds whose kernels take them over."""
+    return nn.Sequential(nn.Tanh(), make(), nn.Tanh())

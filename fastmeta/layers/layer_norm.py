@@ -15,7 +15,7 @@ from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import image_case
 from fastmeta.cases.networks import mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
 from fastmeta.layers.norms import affine, image_cases, normalised, row_cases
 
 
@@ -61,5 +61,13 @@ KIND = LayerKind(
     modules={nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))},
     functions={F.layer_norm: layer_norm},
     epilogue=True,
+    examples=(
+        Example("rows", partial(nn.LayerNorm, 7), ((3, 7),)),
+        Example("one row", partial(nn.LayerNorm, 13), ((13,),)),
+        Example("several dimensions", partial(nn.LayerNorm, (3, 5)), ((2, 3, 5),)),
+        Example("no bias", partial(nn.LayerNorm, 5, bias=False), ((2, 5),)),
+        Example("plain", partial(nn.LayerNorm, 9, elementwise_affine=False), ((9,),)),
+        Example("between tanh", partial(tanh_around, partial(nn.LayerNorm, 7)), ((3, 7),)),
+    ),
     cases=cases,
 )

@@ -12,7 +12,7 @@ from fastmeta.capture.build import Builder, Parameter, Refused, Value, batched, 
 from fastmeta.cases.case import Case
 from fastmeta.cases.networks import Tied, mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 
 
 def linear(build: Builder, input: Value, weight: Parameter, bias: Parameter | None = None) -> Value:
@@ -62,5 +62,11 @@ KIND = LayerKind(
     functions={F.linear: linear},
     epilogue=True,
     prologue=True,
+    examples=(
+        Example("bias", partial(nn.Linear, 13, 7), ((13,),)),
+        Example("rows, no bias", partial(nn.Linear, 5, 3, bias=False), ((2, 3, 5),)),
+        Example("to one", partial(nn.Linear, 7, 1), ((7,),)),
+        Example("wide", partial(nn.Linear, 33, 70), ((33,),)),
+    ),
     cases=cases,
 )

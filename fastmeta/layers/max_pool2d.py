@@ -15,7 +15,7 @@ from fastmeta.capture.build import Builder, Refused, Value
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 from fastmeta.layers.windows import as_image, constants, image, numbers, pooling, positions, two
 
 
@@ -105,5 +105,11 @@ KIND = LayerKind(
         torch.max_pool2d: max_pool2d,
     },
     kinks=kinks,
+    examples=(
+        Example("side by side", partial(nn.MaxPool2d, 2), ((3, 6, 5),)),
+        Example("overlapping, padded", partial(nn.MaxPool2d, 3, 2, 1), ((2, 7, 6),)),
+        Example("rounded up", partial(nn.MaxPool2d, (3, 2), 2, ceil_mode=True), ((2, 4, 5),)),
+        Example("signal", partial(nn.MaxPool1d, 3, 2), ((2, 9),)),
+    ),
     cases=cases,
 )

@@ -33,6 +33,14 @@ def affine(weight: Any, bias: Any, shape: tuple[int, ...]) -> tuple[str | None, 
     return tuple(value.name if value is not None else None for value in (weight, bias))
 
 
+def pooled(make: Callable[[], nn.BatchNorm2d | nn.GroupNorm]) -> nn.Module:
+    """A norm of images, a relu, and a max-pool over windows side by side; a bias of one, so that
+    hardly a window is zero everywhere, where its maximum has a kink."""
+    norm = make()
+    nn.init.ones_(norm.bias)
+    return nn.Sequential(norm, nn.ReLU(), nn.MaxPool2d(2))
+
+
 def row_cases(norm: str, widths: Sequence[int]) -> Iterator[Case]:
     """Between linear layers; `norm` is a name of `fastmeta.cases.networks.NORMS`."""
     net = partial(Case, f"{norm}_mlp", partial(mlp, widths, "tanh", norm=norm), (3,), loss="ce")

@@ -72,7 +72,7 @@ def run(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[Key, Te
     can do that."""
     module = backends.get(backend)
     problem = problem_of(case, dtype, seed, backends.device(backend))
-    with _poisoned(module):
+    with poisoned(module):
         found = quantities(module.solve(problem, wanted(case, problem), case.operator == "inner_sgd"))
     return {key: tensor.cpu() for key, tensor in found.items()}
 
@@ -85,7 +85,8 @@ def _reference(problem: Problem, case: Case) -> Result:
 
 
 @contextmanager
-def _poisoned(module: ModuleType) -> Iterator[None]:
+def poisoned(module: ModuleType) -> Iterator[None]:
+    """Workspace and outputs of a backend full of NaN before every call, where it can do that."""
     poison = getattr(module, "poison", None)
     if poison is None:
         yield
