@@ -155,8 +155,9 @@ def _examples() -> Iterator[Example]:
         for constants in row.tested:
             label = f"{row.name}{list(constants) if constants else ''}"
             make = partial(Apply, row.forward, *constants)
-            yield Example(label, make, ((3, 5),))
-            yield Example(f"{label} alone", partial(_after_sum, make), ((13,), (13,)))
+            yield Example(label, make, ((3, 5),), extra=True)
+            more = row.name not in ("relu", "tanh", "gelu")
+            yield Example(f"{label} alone", partial(_after_sum, make), ((13,), (13,)), extra=more)
             yield Example(f"{label} between", partial(_before_linear, make), ((7,),))
 
 

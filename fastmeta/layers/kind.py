@@ -29,11 +29,13 @@ class Example:
         label: what is special about it.
         make: the layer as a module that is called with one tensor for each of its inputs.
         shapes: of the inputs, of one example each, without the batch dimension.
+        extra: others reach the same kernels: left out where a backend is slow to test.
     """
 
     label: str
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,7 +66,7 @@ KIND = LayerKind(
         Example("bias", partial(nn.Linear, 13, 7), ((13,),)),
         Example("rows, no bias", partial(nn.Linear, 5, 3, bias=False), ((2, 3, 5),)),
         Example("to one", partial(nn.Linear, 7, 1), ((7,),)),
-        Example("wide", partial(nn.Linear, 33, 70), ((33,),)),
+        Example("wide", partial(nn.Linear, 33, 70), ((33,),), extra=True),
     ),
     cases=cases,
 )

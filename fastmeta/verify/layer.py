@@ -7,10 +7,10 @@ all parameters, the backend is asked for
 
     forward     z                                 task_forward
     vjp         J^T c                             its backward pass, for a random c
-    vjp step    J^T s                             what an inner step subtracts, with dz = s
+    vjp_step    J^T s                             what an inner step subtracts, with dz = s
     jvp         J^T J v                           v minus what the backward pass of an inner step
                                                   makes of v, with dz = 0
-    jvp of vjp  d/dt J(theta + t v)^T s at t = 0  the same with dz = s, whose tangent is zero
+    jvp_of_vjp  d/dt J(theta + t v)^T s at t = 0  the same with dz = s, whose tangent is zero
 
 The loss is smooth_l1, (z - y)^2 / 2 near the target and |z - y| - 1/2 far from it. At y = z its
 gradient is zero, and the tangent of the gradient is the tangent of z. Far away its gradient s is
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -33,7 +33,6 @@ from fastmeta import backends
 from fastmeta.capture.capture import captured
 from fastmeta.graph.program import Program
 from fastmeta.layers.kind import Example, LayerKind
-from fastmeta.layers.registry import KINDS
 from fastmeta.losses import resolve
 from fastmeta.problem import Batch, Problem, Result, Scratch
 from fastmeta.update_rules import SGD
@@ -52,6 +51,11 @@ SEEDS = 50
 
 _WRT = frozenset({"params"})
 _Params = dict[str, Tensor]
+
+
+def few(kind: LayerKind) -> list[Example]:
+    """The examples for a backend that is slow to test: interpreted, or compiled for each network."""
+    return [example for example in kind.examples if not example.extra]
 
 
 class Alone(nn.Module):
@@ -149,9 +153,9 @@ def _truth(of: Probe) -> dict[Key, Tensor]:
         tangent = torch.func.jvp(f, (params,), (along,))[1]
         note("forward", {"": z})
         note("vjp", vjp(of.cotangent[t])[0])
-        note("vjp step", vjp(of.signs[t])[0])
+        note("vjp_step", vjp(of.signs[t])[0])
         note("jvp", vjp(tangent)[0])
-        note("jvp of vjp", torch.func.jvp(_backward(f, of.signs[t]), (params,), (along,))[1])
+        note("jvp_of_vjp", torch.func.jvp(_backward(f, of.signs[t]), (params,), (along,))[1])
     return {key: torch.stack(values) for key, values in found.items()}
 
 
@@ -209,7 +213,7 @@ def problems(
         scratch=Scratch(),
     )
     yield "jvp", replace(step, support=Batch(x, examples(z)))
-    yield "jvp of vjp", replace(step, support=Batch(x, examples(z - FAR * of.signs)))
+    yield "jvp_of_vjp", replace(step, support=Batch(x, examples(z - FAR * of.signs)))
 
 
 def answers(of: Probe, backend: str, dtype: torch.dtype, order: Tensor | None = None) -> dict[Key, Tensor]:
@@ -237,9 +241,9 @@ def _forward_answers(result: Result, order: Tensor | None) -> dict[Key, Tensor]:
 
 def _step_answers(name: str, problem: Problem, result: Result) -> dict[Key, Tensor]:
     found: dict[Key, Tensor] = {}
-    if name == "jvp of vjp":
+    if name == "jvp_of_vjp":
         for param, value in (result.adapted or {}).items():
-            found["vjp step", param] = (problem.params[param] - value) / RATE
+            found["vjp_step", param] = (problem.params[param] - value) / RATE
     for param, value in (result.grads.params or {}).items():
         found[name, param] = ((problem.adapted_grad or {})[param] - value) / RATE
     return found
@@ -251,7 +255,7 @@ def _own_errors(example: Example) -> dict[str, float]:
     one without oneDNN, one with the examples in another order."""
     of = probe(example)
     found = [answers(of, "reference", torch.float32)]
-    with torch.backends.mkldnn.flags(enabled=False):
+    with runs.without_onednn():
         found.append(answers(of, "reference", torch.float32))
     found.append(answers(of, "reference", torch.float32, torch.arange(BATCH).roll(1)))
     measured = [rule.errors(run, of.truth, torch.float32) for run in found]
@@ -280,18 +284,3 @@ def verify_example(kind: LayerKind, example: Example, backend: str, dtype: str) 
     if sort == torch.float64:
         return rule.float64_rows(name, backend, errors)
     return rule.float32_rows(name, backend, [rule.Sample(errors, _own_errors(example), clear=True)])
-
-
-def verify_layers(kinds: Iterable[str], names: Iterable[str], dtypes: Iterable[str]) -> Iterator[Row]:
-    """The rows of all examples of some kinds on some backends.
-
-    Raises:
-        ValueError: there is no such kind.
-    """
-    jobs = [(name, dtype) for name in names for dtype in dtypes]
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"no layer kind is called {kind!r}; there are {', '.join(KINDS)}")
-        for example in KINDS[kind].examples:
-            for name, dtype in jobs:
-                yield from verify_example(KINDS[kind], example, name, dtype)

@@ -44,11 +44,8 @@ def truth(case: Case, seed: int) -> Truth:
 def _own_errors(case: Case, seed: int) -> dict[str, float]:
     problem = problem_of(case, torch.float32, seed)
     ref = truth(case, seed).tensors
-    with warnings.catch_warnings():
-        # PyTorch warns of a TF32 setting of other devices that nobody asked for.
-        warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            plain = _reference(problem, case)
+    with without_onednn():
+        plain = _reference(problem, case)
     permutation = Permutation(problem, seed)
     permuted = permutation.undo(problem, _reference(permutation.apply(problem), case))
     runs = [
@@ -82,6 +79,16 @@ def _reference(problem: Problem, case: Case) -> Result:
         problem, wanted(case, problem), case.operator == "inner_sgd"
     )
     return result
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """PyTorch's other kernels on the CPU."""
+    with warnings.catch_warnings():
+        # PyTorch warns of a TF32 setting of other devices that nobody asked for.
+        warnings.simplefilter("ignore", UserWarning)
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 @contextmanager
