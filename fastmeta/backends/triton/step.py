@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends.triton.batch import StaticBatch
-from fastmeta.backends.triton.network import Network
 from fastmeta.backends.triton.state import StepState
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import add, reduce, sgd
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks
 from fastmeta.layers import registry as layers
@@ -47,7 +47,7 @@ class MetaStep(StepState):
     def __init__(
         self,
         problem: Problem,
-        net: Network,
+        net: Graph,
         wrt: frozenset[str],
         memory: str,
         precision: str,
