@@ -54,7 +54,7 @@ _Params = dict[str, Tensor]
 
 
 def few(kind: LayerKind) -> list[Example]:
-    """The examples for a backend that is slow to test: interpreted, or compiled for each network."""
+    """The examples for a backend that is slow to test, since it is interpreted or compiles anew."""
     return [example for example in kind.examples if not example.extra]
 
 
