@@ -19,6 +19,7 @@ from fastmeta.cases import VERIFICATION
 from fastmeta.layers.registry import KINDS
 from fastmeta.verify import DTYPES, Row, present
 from fastmeta.verify import verify_case as run_case
+from fastmeta.verify.layer import examples
 from fastmeta.verify.layer import verify_example as run_layer
 
 
@@ -96,8 +97,8 @@ def _cases(layers: tuple[str, ...]) -> dict[str, Callable[[str, str], list[Row]]
     """Name -> what gives the rows of a backend and a dtype: of the cases, or of layers alone."""
     if not layers:
         return {case.id: partial(run_case, case) for case in VERIFICATION}
-    chosen = [(KINDS[kind], example) for kind in layers for example in KINDS[kind].examples]
-    return {f"{kind.name} {example.label}": partial(run_layer, kind, example) for kind, example in chosen}
+    chosen = [(kind, example) for kind in layers for example in examples(kind)]
+    return {f"{kind} {example.label}": partial(run_layer, kind, example) for kind, example in chosen}
 
 
 def _badness(row: Row) -> float:

@@ -23,7 +23,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import torch
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from fastmeta import backends
 from fastmeta.capture.capture import captured
 from fastmeta.graph.program import Program
-from fastmeta.layers.kind import Example, LayerKind
+from fastmeta.layers.kind import Example
+from fastmeta.layers.registry import KINDS
 from fastmeta.losses import resolve
 from fastmeta.problem import Batch, Problem, Result, Scratch
 from fastmeta.update_rules import SGD
@@ -53,9 +54,34 @@ _WRT = frozenset({"params"})
 _Params = dict[str, Tensor]
 
 
-def few(kind: LayerKind) -> list[Example]:
+class ReadAgain(nn.Module):
+    """A layer whose inputs are read once more after it, so that it adds to their gradients."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The layer's output and the inputs, one after the other: [N, O + I]."""
+        return torch.cat([value.flatten(1) for value in (self.layer(*inputs), *inputs)], 1)
+
+
+@lru_cache(maxsize=64)
+def examples(kind: str) -> tuple[Example, ...]:
+    """The examples of a record, and the first one of them with its inputs read again."""
+    found = KINDS[kind].examples
+    first = found[0]
+    again = Example(f"{first.label}, inputs read again", partial(_read_again, first.make), first.shapes)
+    return (*found, again)
+
+
+def _read_again(make: Callable[[], nn.Module]) -> nn.Module:
+    return ReadAgain(make())
+
+
+def few(kind: str) -> list[Example]:
     """The examples for a backend that is slow to test, since it is interpreted or compiles anew."""
-    return [example for example in kind.examples if not example.extra]
+    return [example for example in examples(kind) if not example.extra]
 
 
 class Alone(nn.Module):
@@ -183,13 +209,13 @@ def problems(
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype)
 
-    def examples(tensor: Tensor) -> Tensor:
+    def ordered(tensor: Tensor) -> Tensor:
         return cast(tensor[:, order])
 
     net = copy.deepcopy(of.net).to(device, dtype)
     program, refused = captured(net, (BATCH,), dtype, "module")
     params = {name: cast(value) for name, value in of.params.items()}
-    x = examples(_eye().expand(TASKS, BATCH, BATCH))
+    x = ordered(_eye().expand(TASKS, BATCH, BATCH))
     shared = Problem(
         net=net,
         params=params,
@@ -200,7 +226,7 @@ def problems(
         program=program,
         refused=refused,
     )
-    yield "forward", replace(shared, query=Batch(x), output_grad=examples(of.cotangent), scratch=Scratch())
+    yield "forward", replace(shared, query=Batch(x), output_grad=ordered(of.cotangent), scratch=Scratch())
     z = of.truth["forward", ""]
     rate = torch.tensor(RATE, device=device, dtype=dtype)
     step = replace(
@@ -212,8 +238,8 @@ def problems(
         adapted_grad={n: cast(v) for n, v in of.direction.items()},
         scratch=Scratch(),
     )
-    yield "jvp", replace(step, support=Batch(x, examples(z)))
-    yield "jvp_of_vjp", replace(step, support=Batch(x, examples(z - FAR * of.signs)))
+    yield "jvp", replace(step, support=Batch(x, ordered(z)))
+    yield "jvp_of_vjp", replace(step, support=Batch(x, ordered(z - FAR * of.signs)))
 
 
 def answers(of: Probe, backend: str, dtype: torch.dtype, order: Tensor | None = None) -> dict[Key, Tensor]:
@@ -262,16 +288,16 @@ def _own_errors(example: Example) -> dict[str, float]:
     return {name: max(errors[name] for errors in measured) for name in measured[0]}
 
 
-def verify_example(kind: LayerKind, example: Example, backend: str, dtype: str) -> list[Row]:
+def verify_example(kind: str, example: Example, backend: str, dtype: str) -> list[Row]:
     """The four functions of one layer on one backend in one dtype, a row a quantity.
 
     Args:
-        kind: the record that the example is of.
+        kind: the layer kind that the example is of.
         example: the layer.
         backend: a name of `backends.NAMES`.
         dtype: "float64" or "float32".
     """
-    name = f"{kind.name} {example.label}"
+    name = f"{kind} {example.label}"
     of, sort = probe(example), DTYPES[dtype]
     for _, problem in problems(of, sort, backends.device(backend)):
         if reason := backends.why_not(backend, problem, _WRT):
