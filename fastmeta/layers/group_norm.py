@@ -99,6 +99,7 @@ KIND = LayerKind(
     },
     functions={F.group_norm: group_norm, F.instance_norm: instance_norm},
     epilogue=True,
+    groups=lambda constants, size: int(constants[0]),
     examples=(
         Example("image", partial(nn.GroupNorm, 2, 6), ((6, 4, 3),)),
         Example("rows", partial(nn.GroupNorm, 2, 6), ((6,),)),

@@ -61,6 +61,7 @@ KIND = LayerKind(
     modules={nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))},
     functions={F.layer_norm: layer_norm},
     epilogue=True,
+    groups=lambda constants, size: size // int(constants[0]),
     examples=(
         Example("rows", partial(nn.LayerNorm, 7), ((3, 7),)),
         Example("one row", partial(nn.LayerNorm, 13), ((13,),)),
