@@ -59,9 +59,8 @@ class LayerKind:
         modules, functions, methods: what is captured as this kind; see `fastmeta.capture.kinds`.
         epilogue: its kernels can apply the element-wise layer after it.
         prologue: its kernels can go on to the gradient of the element-wise layer before it.
-        groups: of a norm, how many groups of values it makes of each example, from the constants and
-            the number of elements: `groups(constants, size)`; None: a group for each channel, of
-            the whole batch.
+        groups: of a norm, how many groups of values it makes of each example: `groups(constants,
+            size)`, the size in elements; None: a group for each channel, of the whole batch.
         reads_batch: whether what a layer makes of an example depends on the others of its batch:
             `reads_batch(layer)`; None: it never does.
         kinks: the distance of the nearest input from a point where a derivative jumps, of
