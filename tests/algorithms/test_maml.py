@@ -217,7 +217,7 @@ def test_copies_work_and_are_independent(how: str) -> None:
         other = torch.load(buffer, weights_only=False)
     out = other(x, labels, x, labels)
     assert torch.equal(out.loss, want)
-    assert other.handle != maml.handle
+    assert other._machinery.handle != maml._machinery.handle
     out.loss.backward()
     assert all(value.grad is None for value in maml.parameters())
     assert all(value.grad is not None for value in other.parameters())
