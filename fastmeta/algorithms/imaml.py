@@ -120,7 +120,17 @@ class IMAML(InnerLoop):
             )
         inner_lr, proximal, cg_tolerance = float(inner_lr), float(proximal), float(cg_tolerance)
         check_count("IMAML: `cg_steps`", cg_steps, 1)
-        super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
+        super().__init__(
+            net,
+            loss=loss,
+            inner_lr=inner_lr,
+            inner_steps=inner_steps,
+            adapt=adapt,
+            weight_norm=weight_norm,
+            update_rule=None,
+            batch_stats=batch_stats,
+            backend=backend,
+        )
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_lr = inner_lr
         self.proximal = proximal

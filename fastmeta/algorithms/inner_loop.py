@@ -42,6 +42,7 @@ class InnerLoop(Algorithm):
     def __init__(
         self,
         net: nn.Module,
+        *,
         loss: object,
         inner_lr: Rates,
         inner_steps: int,
@@ -64,7 +65,7 @@ class InnerLoop(Algorithm):
         params: dict[str, Tensor] = dict(net.named_parameters())
         now = adapted_now(self.who, net, self.adapts)
         self.inner_lrs = InnerRates(
-            self.who, inner_lr, None, False, inner_steps, now.names, params, now.frozen
+            self.who, inner_lr, steps=inner_steps, names=now.names, params=params, frozen=now.frozen
         )
         self._machinery = InnerLoopMachinery(self)
 

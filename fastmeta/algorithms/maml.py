@@ -141,8 +141,16 @@ class MAML(Algorithm):
         check_options(options_of(self, self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
         now = adapted_now(self.who, net, self.adapts)
-        rates = inner_lr, learn_lr, lr_per_step
-        self.inner_lrs = InnerRates(self.who, *rates, inner_steps, now.names, params, now.frozen)
+        self.inner_lrs = InnerRates(
+            self.who,
+            inner_lr,
+            learn_lr=learn_lr,
+            per_step=lr_per_step,
+            steps=inner_steps,
+            names=now.names,
+            params=params,
+            frozen=now.frozen,
+        )
         self._machinery = MAMLMachinery(self)
 
     def forward(

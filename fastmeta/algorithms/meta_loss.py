@@ -66,10 +66,22 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
                 found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
                 for field in inputs
             ]
-        how = call.options, learner.net, learner.loss, learner.query_loss, learner.lr_of, wrt, run, flat
-        own = None if flat is None else (params, rates)
-        parts = tuple([read.part for read in captured]) if captured else ()
-        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
+        recipe = Recipe(
+            options=call.options,
+            net=learner.net,
+            loss=learner.loss,
+            query_loss=learner.query_loss,
+            lr_of=learner.lr_of,
+            wrt=wrt,
+            rerun=run,
+            flat=flat,
+            names=tuple(params),
+            keys=tuple(rates),
+            inputs=inputs,
+            parts=tuple([read.part for read in captured]) if captured else (),
+            own=None if flat is None else (params, rates),
+            whole=found.rest is None,
+        )
         loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
 

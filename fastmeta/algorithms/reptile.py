@@ -74,7 +74,15 @@ class Reptile(InnerLoop):
         check_flag(self.who, "normalise", normalise)
         check_choice(self.who, on_divergence)
         super().__init__(
-            net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend
+            net,
+            loss=loss,
+            inner_lr=inner_lr,
+            inner_steps=inner_steps,
+            adapt=adapt,
+            weight_norm=weight_norm,
+            update_rule=update_rule,
+            batch_stats=batch_stats,
+            backend=backend,
         )
         self.normalise = normalise
         self.on_divergence = on_divergence

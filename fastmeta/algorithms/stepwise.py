@@ -123,8 +123,8 @@ class StepwiseMachinery(MAMLMachinery):
         raise NotImplementedError
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As `MAMLMachinery.meta_parameters`; the extra ones are among the rates, under keys that no
-        rate has."""
+        """As `MAMLMachinery.meta_parameters`; the extra ones are among the rates, under keys that
+        no rate has."""
         rates = {} if self.rates is None else self.rates.current()
         extra = {f"extra.{key}": value for key, value in self.extra.current().items()}
         params, rates = self.params.current(), {**rates, **extra}
@@ -206,8 +206,21 @@ class StepwiseMachinery(MAMLMachinery):
             params = result.grads.params or {}
             gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
             gradients += [input_gradient(field, result) for field in fields]
-            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, run, None
-            recipe = Recipe(*how, tuple(theta), (), fields, tuple(read.part for read in captured), None)
+            recipe = Recipe(
+                options=options,
+                net=self.net,
+                loss=None,
+                query_loss=self.query_loss,
+                lr_of=lambda rates: 0.0,
+                wrt=wrt,
+                rerun=run,
+                flat=None,
+                names=tuple(theta),
+                keys=(),
+                inputs=fields,
+                parts=tuple(read.part for read in captured),
+                own=None,
+            )
             leaves = [*theta.values()] if wanted else []
             loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)
         return MetaLoss(loss, task_losses, output)

@@ -15,7 +15,16 @@ from torch import nn
 import fastmeta as fm
 
 ALL = {
-    *("net", "loss", "inner_steps", "inner_lrs", "adapts", "update_rule", "batch_stats", "backend"),  # options
+    *(
+        "net",
+        "loss",
+        "inner_steps",
+        "inner_lrs",
+        "adapts",
+        "update_rule",
+        "batch_stats",
+        "backend",
+    ),  # options
     *("who", "names", "adapt", "predict", "explain"),
 }
 MAML = {*ALL, "query_loss", "order", "step_weights", "memory", "task_chunk", "on_divergence"}
