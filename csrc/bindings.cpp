@@ -330,6 +330,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
   m.attr("MOST_THREADS") = MOST_THREADS;
+  m.attr("NARROW_ROWS") = fm::NARROW_ROWS;
   fm::binding::Torch::get();
   m.def("last_run_seconds", &fm::last_run_seconds, "Seconds inside the last Plan.run of this process.");
   m.def("scratch_bytes", &fm::scratch_bytes, py::call_guard<py::gil_scoped_release>(),

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 MOST_THREADS: int
+NARROW_ROWS: int
 
 class Plan:
     """A network, its shapes and the memory they take."""

@@ -19,16 +19,15 @@ import triton.language as tl
 from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Node, Pass, Sinks
 
-#: Functions whose derivatives follow from their value; of the last two if their factor is positive.
-_FROM_OUTPUT = frozenset({"relu", "tanh", "sigmoid", "affine", "leaky_relu", "elu"})
-_BY_FACTOR = frozenset({"leaky_relu", "elu"})
+from fastmeta.layers.functions import FUNCTIONS
+
 #: Functions whose second derivative is zero.
-PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "affine"})
+PIECEWISE_LINEAR = frozenset(name for name, row in FUNCTIONS.items() if row.piecewise_linear)
 
 
 def from_output(node: Node) -> bool:
     """Whether the derivatives of an element-wise layer follow from its value."""
-    return node.function in _FROM_OUTPUT and not (node.function in _BY_FACTOR and node.constants[0] <= 0)
+    return FUNCTIONS[node.function].told_by_output(node.constants)
 
 
 @triton.jit
@@ -294,9 +293,9 @@ def _constants(node: Node | None) -> dict[str, Any]:
     if node is None:
         return {"F": "", "C0": 0.0, "C1": 0.0, "SCALE": 1.0, "SHIFT": 0.0}
     c0, c1 = (*node.constants, 0.0, 0.0)[:2]
-    function = (
-        node.function if from_output(node) or node.function not in _BY_FACTOR else f"{node.function}_of_x"
-    )
+    # functions that read their value for some constants have a second form for the others
+    sometimes = callable(FUNCTIONS[node.function].from_output)
+    function = f"{node.function}_of_x" if sometimes and not from_output(node) else node.function
     return {"F": function, "C0": c0, "C1": c1, "SCALE": node.scale, "SHIFT": node.shift}
 
 

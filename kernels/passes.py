@@ -12,52 +12,9 @@ from typing import Any
 from fastmeta.kernels.launch import Recorder
 from torch import Tensor
 
+from fastmeta.graph.nodes import Node, Value
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Shape of a value for one example."""
-
-    rows: int
-    cols: int
-    height: int
-    width: int
-    channels: bool  # channels-last
-
-    @property
-    def size(self) -> int:
-        """Elements of one example."""
-        return self.rows * self.cols
-
-
-@dataclass(slots=True)
-class Node:
-    """A layer with what the plan decided about it."""
-
-    index: int
-    kind: str
-    inputs: tuple[int, ...]
-    output: int
-    params: tuple[int | None, ...]  # indices, of running statistics too
-    function: str = ""
-    constants: tuple[float, ...] = ()
-    adds: list[bool] = field(
-        default_factory=list
-    )  # another consumer of input j has written its gradient already
-    # elementwise: done in the epilogue of the layer before, and backward in that of the layer
-    # behind
-    in_forward: bool = False
-    in_backward: bool = False
-    scale: float = 1.0  # elementwise: f(scale x + shift)
-    shift: float = 0.0
-    epilogue: Node | None = None  # the element-wise layer on the output, if done here
-    prologues: list[Node | None] = field(
-        default_factory=list
-    )  # of each input: the one whose backward is done here
-    pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
-    norm: Node | None = None  # conv2d: the norm for which its tiles are summed
-    sums_from: Node | None = None  # norms: that conv2d
-    recomputes: Node | None = None  # norms: a conv2d that is done here, and no node of the network any more
-    shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
+__all__ = ["Node", "Operand", "Pass", "Sink", "Sinks", "Value", "no_sink"]
 
 
 @dataclass(frozen=True, slots=True)

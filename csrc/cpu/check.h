@@ -12,6 +12,9 @@ void check(const Plan& plan);
 // The same for what every layer asks of the shapes of its values and parameters.
 void check_layers(const Plan& plan);
 
+// Throws std::invalid_argument where what is done together cannot be, or is described wrongly.
+void check_fused(const Plan& plan);
+
 // Sums and products of sizes; std::invalid_argument where there is no such number.
 i64 plus(i64 a, i64 b);
 i64 times(i64 a, i64 b);

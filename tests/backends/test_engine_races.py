@@ -18,7 +18,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "") or "c++") or shutil.which("g++
 FLAGS = "-std=c++17 -O1 -g1 -pthread -fsanitize=thread -fno-tree-slp-vectorize -fno-math-errno".split()
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("instruction_set", "kernels_base", "run", "thread_pool")),
-    *(f"csrc/cpu/{name}.cpp" for name in ("check", "fuse", "plan")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("check", "check_fused", "plan")),
     "tests/sanitize/engine_races.cpp",
 ]
 

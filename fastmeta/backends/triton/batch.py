@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends.triton.memory import Memory
-from fastmeta.backends.triton.network import Network
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import cross_entropy, elementwise_losses
 from fastmeta.kernels.launch import Recorder
 from fastmeta.losses import Loss
@@ -24,7 +24,7 @@ class StaticBatch:
     def __init__(
         self,
         memory: Memory,
-        net: Network,
+        net: Graph,
         batch: Batch,
         loss: Loss | None,
         wrt: frozenset[str],
@@ -121,7 +121,7 @@ class StaticBatch:
     def emit_loss(
         self,
         record: Recorder,
-        net: Network,
+        net: Graph,
         k: int,
         z: Tensor,
         *,
