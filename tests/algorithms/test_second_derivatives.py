@@ -21,11 +21,6 @@ BACKENDS = ("auto", "torch", "reference")
 STEPS, RATE = 2, 0.1
 
 
-@pytest.fixture
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 FEW = episodes(tasks=2, shots=3, queries=3)
 
 
