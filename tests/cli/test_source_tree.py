@@ -4,6 +4,7 @@ import each other."""
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,7 @@ def _files(*folders: str) -> list[Path]:
 
 
 def test_imports_run_one_way() -> None:
-    sources = {
-        **sources_of(ROOT / "fastmeta", "fastmeta"),
-        **sources_of(ROOT / "kernels", "fastmeta.kernels"),
-    }
-    graph = import_graph(sources)
+    graph = import_graph(sources_of(ROOT / "fastmeta", "fastmeta"))
     # the registry imports whatever lies in its folder
     graph["fastmeta.layers.registry"] |= {name for name in graph if name.startswith("fastmeta.layers.")} - {
         "fastmeta.layers.registry"
@@ -72,3 +69,17 @@ def test_tests_do_not_import_each_other() -> None:
                 else []
             )
             assert not {name for name in modules if name in tests}, path
+
+
+def test_pages_name_files_of_the_benchmarks_that_are_there() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"\bbench/[\w./-]*\w", page.read_text("utf-8"))}
+    assert len(named) > 5
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_results_are_named_by_workload_machine_and_day() -> None:
+    files = [*(ROOT / "bench" / "results").iterdir()]
+    assert files
+    form = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+-\d{4}-\d\d-\d\d\.csv")
+    assert not [file.name for file in files if not form.fullmatch(file.name)]
