@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.algorithm import Algorithm, Machinery
-from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -18,7 +18,7 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
 from fastmeta.ops.plan import prepare
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastmeta.algorithms import compiled
 from fastmeta.algorithms.algorithm import Machinery
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
-from fastmeta.algorithms.inner_rates import of_tasks
 from fastmeta.algorithms.learner import Learner
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import Loss
@@ -18,7 +17,7 @@ from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, of_tasks
 from fastmeta.ops.task_forward import forward as task_forward
 from fastmeta.problem import Captures
 

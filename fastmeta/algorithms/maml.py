@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms import compiled
 from fastmeta.algorithms.algorithm import Algorithm
-from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.algorithms.machinery import MAMLMachinery, options_of
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
 from fastmeta.losses import resolve
@@ -22,7 +22,7 @@ from fastmeta.ops.divergence import check_choice, check_diverged
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, check_options, names_of, numbers_of, rule_of
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:

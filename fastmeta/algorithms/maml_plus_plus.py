@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
 from fastmeta.algorithms.stepwise import Stepwise, StepwiseMachinery, support_of
 from fastmeta.models.check import check_count
@@ -17,7 +16,7 @@ from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_flag, names_of
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, at_step
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.stepwise import Stepwise, StepwiseMachinery, support_of
 from fastmeta.network.swap import locked
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, at_step
 from fastmeta.ops.task_gradient import gradient
 
 _DIMENSIONS = ("out", "in", "taps")

@@ -290,9 +290,16 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
     if options.steps:
         check_renormalised(options.who, net, names)
-    sort = shapes.device, shapes.dtype
     rates = plan_rates(
-        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen
+        options.who,
+        given.lr,
+        names=names,
+        shapes=shapes.params,
+        steps=options.steps,
+        tasks=shapes.tasks,
+        device=shapes.device,
+        dtype=shapes.dtype,
+        unused=frozen,
     )
     program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
