@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastmeta as fm
+from fastmeta.network.swap import LOCK
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 BACKENDS = ("cpu", "torch", "reference")
@@ -52,7 +53,9 @@ def step(net: nn.Module, seed: int, backend: str = "cpu") -> list[Tensor]:
     """Loss, task losses and every gradient of a meta-step; nothing is written into `net`."""
     maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=2, backend=backend)
     out = maml(*batch(seed))
-    gradients = torch.autograd.grad(out.loss, list(net.parameters()))
+    with LOCK:  # another thread may be running the same network
+        parameters = list(net.parameters())
+    gradients = torch.autograd.grad(out.loss, parameters)
     return [out.loss.detach(), out.task_losses.detach(), *gradients]
 
 
