@@ -44,7 +44,7 @@ EVERYTHING = os.environ.get("FASTMETA_EVERY_KERNEL") == "1"
 CAPABILITIES = sorted(ahead.SHARED)
 _TILES = ("BM", "BN", "BO", "BI", "BR", "BC", "BG", "BLOCK")
 #: What two launches of one sort share, besides the kernel.
-_SORT = ("MODE", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
+_SORT = ("FINISH.mode", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
 
 _SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01)
 _DEEP = Case(
@@ -120,15 +120,15 @@ def _sources() -> list[Any]:
         return list(dict.fromkeys([*sources, *losses]))
     largest: dict[object, tuple[int, Any]] = {}
     for source in sources:
-        constants = dict(source.constants)
-        double = any(kind == "*fp64" for _, kind in source.signature)
-        function = constants.get("F")
+        constants = source.known()
+        double = "*fp64" in source.types.values()
+        function = constants.get("FINISH.function")
         if (
             "BM" in constants and function != "sin"
         ):  # in an epilogue, the one that takes most registers stands for all
             function = None
         absent = frozenset(constants) & {
-            "partials",
+            "sums",
             "w",
         }  # convolutions that sum nothing for a norm, norms without weight
         sort = (source.kernel, double, absent, function, *(str(constants.get(name)) for name in _SORT))
@@ -139,10 +139,8 @@ def _sources() -> list[Any]:
 
 
 def _described(source: Any) -> str:
-    constants = dict(source.constants)
-    return "-".join(
-        [source.kernel.__name__, *(str(constants[n]) for n in ("F", *_SORT, *_TILES) if constants.get(n))]
-    )
+    constants, names = source.known(), ("FINISH.function", *_SORT, *_TILES)
+    return "-".join([source.kernel.__name__, *(str(constants[n]) for n in names if constants.get(n))])
 
 
 def _hardest(sources: list[Any]) -> list[int]:
@@ -150,12 +148,12 @@ def _hardest(sources: list[Any]) -> list[int]:
     shared memory are scarce, which is where there are tiles."""
     hardest: dict[object, tuple[int, int]] = {}
     for i, source in enumerate(sources):
-        constants = dict(source.constants)
+        constants = source.known()
         sort: tuple[object, ...] = (source.kernel,)
         if not constants.keys().isdisjoint(_TILES[:-1]):
-            double = any(kind == "*fp64" for _, kind in source.signature)
+            double = "*fp64" in source.types.values()
             sort += (double, constants.get("PRECISION"), constants.get("BACKWARD"))
-        tensors = sum(kind.startswith("*") for _, kind in source.signature)
+        tensors = sum(kind.startswith("*") for kind in source.types.values())
         hardest[sort] = max(hardest.get(sort, (0, 0)), (tensors, i))
     return [i for _, i in hardest.values()]
 
