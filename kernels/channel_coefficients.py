@@ -130,7 +130,7 @@ def backward_coefficients(
     sum_dy,  # [blocks, C], written for the tangent
     sum_dy_x,
     coefficients,  # [blocks, 5, C], written
-    weight_target: Target,  # [C]; or None
+    weight_target: Target,  # [C]
     bias_target: Target,
     per_task,
     chunks,
@@ -164,9 +164,9 @@ def backward_coefficients(
         _put(coefficients, block, 0, groups.C, c, mask, -r * r * g_x)
         _put(coefficients, block, 1, groups.C, c, mask, weight * r)
         _put(coefficients, block, 4, groups.C, c, mask, -r * g)
-    if weight_target is not None:
+    if weight_target.to is not None:
         deliver(dw, c, mask, task, weight_target)
-    if bias_target is not None:
+    if bias_target.to is not None:
         deliver(db, c, mask, task, bias_target)
 
 
@@ -222,7 +222,7 @@ def tangent_backward_coefficients(
     mean_rx,  # [blocks, C]; or None: the input does not move
     mean_rx_x,
     coefficients,  # [blocks, 5, C], written
-    weight_target: Target,  # [C]; or None
+    weight_target: Target,  # [C]
     bias_target: Target,
     per_task,
     chunks,
@@ -270,7 +270,7 @@ def tangent_backward_coefficients(
         _put(coefficients, block, 2, groups.C, c, mask, r * weight)
         _put(coefficients, block, 3, groups.C, c, mask, -r * r * g_x)
         _put(coefficients, block, 4, groups.C, c, mask, r * r * (t_x * g + t * g_x) - r * u)
-    if weight_target is not None:
+    if weight_target.to is not None:
         deliver(dw, c, mask, task, weight_target)
-    if bias_target is not None:
+    if bias_target.to is not None:
         deliver(db, c, mask, task, bias_target)

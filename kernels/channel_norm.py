@@ -328,7 +328,7 @@ class ChannelNorm:
     def _parts(self, chunks: int) -> Tensor:
         return self.run.scratch("parts", self.blocks * chunks * 3 * self.cols)
 
-    def _targets(self, sinks: Sinks | None, layer: Node) -> tuple[Target | None, Target | None]:
+    def _targets(self, sinks: Sinks | None, layer: Node) -> tuple[Target, Target]:
         """Where the gradients of a layer's weight and bias go."""
         weight, bias = (None if sinks is None or p is None else sinks[p] for p in layer.params[:2])
         return target(weight), target(bias)

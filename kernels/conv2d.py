@@ -26,7 +26,7 @@ from fastmeta.kernels.elementwise import (
 )
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import blocks
-from fastmeta.kernels.passes import Factors, Node, Operand, Pass, Products, Sinks
+from fastmeta.kernels.passes import Buffer, Factors, Node, Operand, Pass, Products, Sinks
 from fastmeta.kernels.tile import dot
 from fastmeta.kernels.tile_choice import choices, product_warps, sum_step, tile_shape
 from fastmeta.kernels.windows import Images, image_sizes, window
@@ -36,9 +36,12 @@ class Sums(NamedTuple):
     """What the norm after a convolution needs of its output, as one argument of `product`: see
     `channel_sums.tile_sums`."""
 
-    partials: Tensor  # [T, tiles, 3, N], written
-    primal: Tensor | None  # [T, M, N], of the tangent: the output itself
-    center: Tensor | None  # [T, N], and its mean
+    partials: Buffer  # [T, tiles, 3, N], written; None: nothing is
+    primal: Buffer  # [T, M, N], of the tangent: the output itself
+    center: Buffer  # [T, N], and its mean
+
+
+_NO_SUMS = Sums(None, None, None)
 
 
 @jit
@@ -50,7 +53,7 @@ def product(
     w1: Operand,
     bias: Operand,  # of a task [N]; or None
     end: End,  # each [T, M, N]: M rows of OH x OW
-    sums: Sums,  # or None
+    sums: Sums,
     M,
     N,
     size: Images,
@@ -130,7 +133,7 @@ def product(
     if bias is not None:
         acc += tl.load(bias.at + task * bias.stride + n, mask=n < N, other=0.0)[None, :]
     at = task * M * N + m[:, None] * N + n[None, :]
-    if sums is not None:
+    if sums.partials is not None:
         row = tile // tiles_n
         center = sums.center
         if sums.center is not None:
@@ -147,7 +150,7 @@ def _product(
     bias: Operand | None,
     epilogue: Epilogue,
     backward: bool,
-    sums: Sums | None = None,
+    sums: Sums = _NO_SUMS,
 ) -> None:
     """The convolution with the weights of one pair or the sum of two, or its transpose."""
     x, y = run.values[node.inputs[0]], run.values[node.output]
@@ -156,7 +159,7 @@ def _product(
     source, target = (y, x) if backward else (x, y)
     rows, tasks = run.examples * target.rows, run.tasks
     shared = len(pairs) == 1 and pairs[0][1].stride == 0 and (bias is None or bias.stride == 0)
-    if shared and sums is None:
+    if shared and sums.partials is None:
         tasks, rows = 1, tasks * rows  # the same weights for all tasks: one large product
     wide = run.wide
     tile = tile_shape(rows, target.cols, tasks, wide)
@@ -167,7 +170,7 @@ def _product(
     def programs(bm: int, bn: int) -> int:
         return tasks * blocks(rows, bm) * blocks(target.cols, bn)
 
-    summed = "" if sums is None else "tile"
+    summed = "" if sums.partials is None else "tile"
     run.emit(
         product,
         programs(*tile),
@@ -208,10 +211,10 @@ def tile_partials(run: Pass, node: Node) -> tuple[Tensor, int]:
     return run.scratch(f"partials{node.index}", run.tasks * blocks(rows, tile) * 3 * y.cols), tile
 
 
-def _sums(run: Pass, node: Node, tangent: bool) -> Sums | None:
+def _sums(run: Pass, node: Node, tangent: bool) -> Sums:
     """What the norm after this layer needs."""
     if node.norm is None:
-        return None
+        return _NO_SUMS
     partials, _ = tile_partials(run, node)
     if not tangent:
         return Sums(partials, None, None)

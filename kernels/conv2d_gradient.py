@@ -24,7 +24,7 @@ def weight_gradient(
     dy1,  # a second pair, of the same shapes; or None
     x1,
     parts,  # [T, chunks, O * I + O]; or None: there is one chunk
-    weight: Target,  # [O, I], if there is one chunk; or None
+    weight: Target,  # [O, I], if there is one chunk
     bias: Target,  # [O], likewise
     M,
     CHUNK,  # rows
@@ -81,9 +81,9 @@ def weight_gradient(
         if BIAS:
             tl.store(part + O * I + o, sums, mask=first)
     else:
-        if weight is not None:
+        if weight.to is not None:
             deliver(acc, at, inside, task, weight)
-        if bias is not None:
+        if bias.to is not None:
             deliver(sums, o, first, task, bias)
 
 
@@ -151,8 +151,8 @@ def gradients(run: Pass, node: Node, pairs: Factors, sinks: Sinks) -> None:
         dy1=dy1,
         x1=x1,
         parts=parts,
-        weight=target(weight) if direct else None,
-        bias=target(bias) if direct else None,
+        weight=target(weight if direct else None),
+        bias=target(bias if direct else None),
         M=rows,
         CHUNK=chunk,
         chunks=chunks,

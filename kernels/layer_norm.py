@@ -209,7 +209,7 @@ def _parameter_gradient(
     rstd,
     mean_rx,
     mean_rx_x,
-    weight: Target,  # [S]; or None
+    weight: Target,  # [S]
     bias: Target,
     groups,
     S,
@@ -236,9 +236,9 @@ def _parameter_gradient(
             if rx is not None:
                 moved = _load(rx + g * S, e, S, 0.0)
                 dw += d * r * (moved - tl.load(mean_rx + g) - hat * tl.load(mean_rx_x + g))
-    if weight is not None:
+    if weight.to is not None:
         deliver(dw, e, e < S, task, weight)
-    if bias is not None:
+    if bias.to is not None:
         deliver(db, e, e < S, task, bias)
 
 

@@ -83,8 +83,8 @@ def weight_gradient(
     x0,  # [T, M, I]
     dy1,  # a second pair, of the same shapes; or None
     x1,
-    weight: Target,  # [O, I]; or None
-    bias: Target,  # [O]; or None
+    weight: Target,  # [O, I]
+    bias: Target,  # [O]
     M,
     O,
     I,
@@ -110,19 +110,19 @@ def weight_gradient(
         here_y = (m < M)[None, :] & (o < O)[:, None]
         here_x = (m < M)[:, None] & (i < I)[None, :]
         a = tl.load(dy0 + at_y, mask=here_y, other=0.0)
-        if bias is not None:
+        if bias.to is not None:
             sums += tl.sum(a, axis=1)
-        if weight is not None:
+        if weight.to is not None:
             b = tl.load(x0 + at_x, mask=here_x, other=0.0)
             acc = dot(a, b, acc, PRECISION)
             if dy1 is not None:
                 a = tl.load(dy1 + at_y, mask=here_y, other=0.0)
                 b = tl.load(x1 + at_x, mask=here_x, other=0.0)
                 acc = dot(a, b, acc, PRECISION)
-    if weight is not None:
+    if weight.to is not None:
         inside = (o < O)[:, None] & (i < I)[None, :]
         deliver(acc, o[:, None] * I + i[None, :], inside, task, weight)
-    if bias is not None:
+    if bias.to is not None:
         deliver(sums, o, o < tl.where(tile % tiles_i == 0, O, 0), task, bias)
 
 

@@ -86,12 +86,16 @@ class Operand(NamedTuple):
 class Target(NamedTuple):
     """Where the gradient of one parameter goes, as one argument of a kernel: see `tile.deliver`.
 
-    to = [base +] gradient, or base - rate * gradient.
+    to = [base +] gradient, or base - rate * gradient; nowhere, if `to` is None. A kernel asks for
+    `target.to is None`, never for `target is None`: Triton 3.6 compares no tuple that has a None.
     """
 
-    to: Operand
+    to: Operand | None
     base: Operand | None
     rate: Operand | None
+
+
+NOWHERE = Target(None, None, None)
 
 
 @dataclass(slots=True)
@@ -110,9 +114,9 @@ class Sink:
         return found
 
 
-def target(sink: Sink | None) -> Target | None:
-    """For one launch; None where nobody wants the gradient."""
-    return None if sink is None else sink.target()
+def target(sink: Sink | None) -> Target:
+    """For one launch; nowhere, if nobody wants the gradient."""
+    return NOWHERE if sink is None else sink.target()
 
 
 #: By parameter.

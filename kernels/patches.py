@@ -325,8 +325,8 @@ def patch_gradient(
     of_dy,  # [T, I, O]: A
     of_rdy,  # [T, I, O]: RA; or None
     of_rx,  # [T, I, O]: Z V; or None
-    weight_target: Target,  # [O, I]; or None
-    bias_target: Target,  # [O]; or None
+    weight_target: Target,  # [O, I]
+    bias_target: Target,  # [O]
     O,
     I: tl.constexpr,
     BI: tl.constexpr,
@@ -350,8 +350,8 @@ def patch_gradient(
         found += tl.load(c + 3 * O, mask=o < O, other=0.0)[None, :] * tl.load(
             of_rx + at, mask=inside, other=0.0
         )
-    if weight_target is not None:
+    if weight_target.to is not None:
         deliver(found, o[None, :] * I + i[:, None], inside, task, weight_target)
-    if bias_target is not None:
+    if bias_target.to is not None:
         nothing = 0.0 * tl.load(c + 4 * O, mask=o < O, other=0.0)  # or NaN
         deliver(nothing, o, o < O, task, bias_target)

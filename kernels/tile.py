@@ -33,7 +33,7 @@ def deliver(gradient, at, mask, task, target: Target):
         gradient: a block of any shape.
         at: of that shape: the places within the parameter, of which `mask` are there.
         task: whose.
-        target: where to; not None.
+        target: where to; not nowhere.
     """
     if target.rate is not None:
         gradient = -tl.load(target.rate.at + task * target.rate.stride) * gradient

@@ -128,7 +128,7 @@ def _sources() -> list[Any]:
         ):  # in an epilogue, the one that takes most registers stands for all
             function = None
         absent = frozenset(constants) & {
-            "sums",
+            "sums.partials",
             "w",
         }  # convolutions that sum nothing for a norm, norms without weight
         sort = (source.kernel, double, absent, function, *(str(constants.get(name)) for name in _SORT))
