@@ -116,6 +116,7 @@ def pooled(
             chosen = tl.where(take, tap, chosen)
         tl.store(positions + at, chosen.to(tl.int16), mask=mask)
     else:
+        tl.static_assert(FINISH.mode == "tangent", "pooled: no such mode")
         position = tl.load(positions + at, mask=mask, other=0).to(tl.int32)
         row = window_row(m, size, POOL, position)
         source = block * IN * C + row * C + columns[None, :]

@@ -84,6 +84,10 @@ def finish(acc, at, mask, end: End, F: tl.constexpr):
         if F.mode == "forward":
             acc = value(acc, F)
         else:
+            tl.static_assert(
+                F.mode == "tangent" or F.mode == "backward" or F.mode == "tangent_backward",
+                "finish: no such mode",
+            )
             s = tl.load(end.saved + at, mask=mask, other=0.0)
             if F.mode == "backward":
                 if end.curve is not None:

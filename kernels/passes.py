@@ -42,19 +42,15 @@ class Node:
     params: tuple[int | None, ...]  # indices, of running statistics too
     function: str = ""
     constants: tuple[float, ...] = ()
-    adds: list[bool] = field(
-        default_factory=list
-    )  # another consumer of input j has written its gradient already
-    # elementwise: done in the epilogue of the layer before, and backward in that of the layer
-    # behind
-    in_forward: bool = False
-    in_backward: bool = False
+    # another consumer of input j has written its gradient already
+    adds: list[bool] = field(default_factory=list)
+    in_forward: bool = False  # elementwise: done in the epilogue of the layer before
+    in_backward: bool = False  # elementwise: backward is done in that of the layer after
     scale: float = 1.0  # elementwise: f(scale x + shift)
     shift: float = 0.0
     epilogue: Node | None = None  # the element-wise layer on the output, if done here
-    prologues: list[Node | None] = field(
-        default_factory=list
-    )  # of each input: the one whose backward is done here
+    # of each input: the element-wise layer whose backward is done here
+    prologues: list[Node | None] = field(default_factory=list)
     pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
     norm: Node | None = None  # conv2d: the norm for which its tiles are summed
     sums_from: Node | None = None  # norms: that conv2d
@@ -95,6 +91,7 @@ class Target(NamedTuple):
     rate: Operand | None
 
 
+#: Of a gradient that nobody wants.
 NOWHERE = Target(None, None, None)
 
 

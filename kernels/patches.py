@@ -221,6 +221,7 @@ def patch_norm(
             best = tl.where(take, y, best)
             chosen = tl.where(take, q, chosen)
         else:
+            tl.static_assert(FINISH.mode == "tangent", "patch_norm: no such mode")
             best = tl.where(chosen == q, y, best)
     if positions is not None and FINISH.mode == "forward":
         tl.store(positions + at, chosen.to(positions.dtype.element_ty), mask=mask)
