@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fastmeta import backends
 from fastmeta.backends import _hoisting
 from fastmeta.backends._autocast import said
-from fastmeta.graph.program import normalises
+from fastmeta.graph.cost import batch_readers, multiply_adds
 from fastmeta.network.functional import norms_by_batch
 from fastmeta.ops.plan import Call
 from fastmeta.problem import Problem
@@ -106,7 +106,7 @@ def meta_step_cost(problem: Problem) -> dict[str, int]:
     """
     if problem.program is None:
         return {}
-    f, first = problem.program.multiply_adds()
+    f, first = multiply_adds(problem.program)
     query = 0 if problem.query is None else problem.query.x.shape[1] * (3 * f - first)
     if problem.support is None or problem.steps == 0:
         return {"store": problem.tasks * query}
@@ -133,7 +133,7 @@ def _what(problem: Problem) -> str:
 
 def _normalises_by_batch(problem: Problem) -> bool:
     if problem.program is not None:
-        return any(map(normalises, problem.program.layers))
+        return bool(batch_readers(problem.program))
     return bool(norms_by_batch(problem.net, problem.batch_stats))
 
 

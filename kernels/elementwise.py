@@ -21,17 +21,15 @@ from fastmeta.kernels.functions import first, second, value
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks
+from fastmeta.layers.functions import FUNCTIONS
 
-#: Functions whose derivatives follow from their value; of the last two if their factor is positive.
-_FROM_OUTPUT = frozenset({"relu", "tanh", "sigmoid", "affine", "leaky_relu", "elu"})
-_BY_FACTOR = frozenset({"leaky_relu", "elu"})
 #: Functions whose second derivative is zero.
-PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "affine"})
+PIECEWISE_LINEAR = frozenset(name for name, row in FUNCTIONS.items() if row.piecewise_linear)
 
 
 def from_output(node: Node) -> bool:
     """Whether the derivatives of an element-wise layer follow from its value."""
-    return node.function in _FROM_OUTPUT and not (node.function in _BY_FACTOR and node.constants[0] <= 0)
+    return FUNCTIONS[node.function].told_by_output(node.constants)
 
 
 class End(NamedTuple):
@@ -136,9 +134,9 @@ def _finish(node: Node | None, mode: str, add: bool = False) -> Finish:
     if node is None:
         return Finish(mode, add)
     c0, c1 = (*node.constants, 0.0, 0.0)[:2]
-    function = (
-        node.function if from_output(node) or node.function not in _BY_FACTOR else f"{node.function}_of_x"
-    )
+    # functions that read their value for some constants have a second form for the others
+    sometimes = callable(FUNCTIONS[node.function].from_output)
+    function = f"{node.function}_of_x" if sometimes and not from_output(node) else node.function
     return Finish(mode, add, function, c0, c1, node.scale, node.shift)
 
 

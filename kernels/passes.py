@@ -12,50 +12,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, dtype
 
+from fastmeta.graph.nodes import Node, Value
 from fastmeta.kernels.launch import Recorder
 
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Shape of a value for one example."""
-
-    rows: int
-    cols: int
-    height: int
-    width: int
-    channels: bool  # channels-last
-
-    @property
-    def size(self) -> int:
-        """Elements of one example."""
-        return self.rows * self.cols
-
-
-@dataclass(slots=True)
-class Node:
-    """A layer with what the plan decided about it."""
-
-    index: int
-    kind: str
-    inputs: tuple[int, ...]
-    output: int
-    params: tuple[int | None, ...]  # indices, of running statistics too
-    function: str = ""
-    constants: tuple[float, ...] = ()
-    # another consumer of input j has written its gradient already
-    adds: list[bool] = field(default_factory=list)
-    in_forward: bool = False  # elementwise: done in the epilogue of the layer before
-    in_backward: bool = False  # elementwise: backward is done in that of the layer after
-    scale: float = 1.0  # elementwise: f(scale x + shift)
-    shift: float = 0.0
-    epilogue: Node | None = None  # the element-wise layer on the output, if done here
-    # of each input: the element-wise layer whose backward is done here
-    prologues: list[Node | None] = field(default_factory=list)
-    pool: tuple[int, int] | None = None  # norms: the windows of a max-pool done here
-    norm: Node | None = None  # conv2d: the norm for which its tiles are summed
-    sums_from: Node | None = None  # norms: that conv2d
-    recomputes: Node | None = None  # norms: a conv2d that is done here, and no node of the network any more
-    shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
+__all__ = [
+    "NOWHERE",
+    "Buffer",
+    "Factors",
+    "Node",
+    "Operand",
+    "Pass",
+    "Products",
+    "Sink",
+    "Sinks",
+    "Target",
+    "Value",
+    "target",
+    "there",
+]
 
 
 #: Of a value or a parameter; None where nobody needs it.

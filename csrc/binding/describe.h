@@ -103,21 +103,9 @@ inline Kind kind_named(const Part& part, const std::string& name) {
 }
 
 inline Function function_named(const Part& part, const std::string& name) {
-  using F = Function;
-  if (name.empty()) return F::relu;
-  return named<F>(part, name,
-                  {{"relu", F::relu},
-                   {"leaky_relu", F::leaky_relu},
-                   {"elu", F::elu},
-                   {"gelu", F::gelu},
-                   {"gelu_tanh", F::gelu_tanh},
-                   {"silu", F::silu},
-                   {"tanh", F::tanh},
-                   {"sigmoid", F::sigmoid},
-                   {"softplus", F::softplus},
-                   {"sin", F::sin},
-                   {"affine", F::affine},
-                   {"adaptive", F::adaptive}});
+#define FM_ENTRY(function, formula) {#function, Function::function},
+  return named<Function>(part, name, {FM_FUNCTIONS(FM_ENTRY)});
+#undef FM_ENTRY
 }
 
 inline LossSpec read_loss(const Part& part, py::handle given) {
@@ -142,11 +130,12 @@ inline LossSpec read_loss(const Part& part, py::handle given) {
 }
 
 inline Value read_value(const Part& part, py::handle given) {
-  const auto v = part.items(given, 5, 5);
+  const auto v = part.items(given, 6, 6);
   Value value;
   value.rows = part.at("rows").integer(v[0]), value.cols = part.at("cols").integer(v[1]);
   value.height = part.at("height").integer(v[2]), value.width = part.at("width").integer(v[3]);
   value.channels = part.at("channels").boolean(v[4]);
+  value.from_params = part.at("from_params").boolean(v[5]);
   return value;
 }
 
@@ -157,12 +146,39 @@ inline int read_index(const Part& part, py::handle given) {
   return int(index);
 }
 
+// What is done together with neighbours: a dict, of which any entry may be missing.
+inline void read_fused(const Part& part, py::handle given, Layer& layer) {
+  for (const auto& [key, value] : part.dict(given)) {
+    const std::string name = part.text(key);
+    const Part at = part.at(name.c_str());
+    if (name == "relu_out")
+      layer.relu_out = at.boolean(value);
+    else if (name == "relu_in")
+      layer.relu_in = at.boolean(value);
+    else if (name == "bias_cancels")
+      layer.bias_cancels = at.boolean(value);
+    else if (name == "recomputes")
+      layer.recomputes = read_index(at, value);
+    else if (name == "pool") {
+      const auto sizes = at.items(value, 2, 2);
+      layer.pool_h = at.at(std::size_t(0)).integer(sizes[0]);
+      layer.pool_w = at.at(std::size_t(1)).integer(sizes[1]);
+    } else if (name == "adds") {
+      const auto flags = at.items(value, 1, 2);
+      for (std::size_t j = 0; j < flags.size(); ++j) layer.adds[j] = at.at(j).boolean(flags[j]);
+    } else {
+      part.refuse("has an unknown entry '" + name.substr(0, 100) + "'");
+    }
+  }
+}
+
 inline Layer read_layer(const Part& part, py::handle given) {
-  const auto l = part.items(given, 6, 6);
+  const auto l = part.items(given, 7, 7);
   Layer layer;
   layer.kind = kind_named(part.at("kind"), part.at("kind").text(l[0]));
   const std::string function = part.at("function").text(l[1]);
-  layer.function = function_named(part.at("function"), function), layer.has_function = !function.empty();
+  layer.adaptive = function == "adaptive";
+  if (!layer.adaptive && !function.empty()) layer.function = function_named(part.at("function"), function);
   const auto constants = part.at("constants").items(l[2], 0, layer.constants.size());
   for (std::size_t i = 0; i < constants.size(); ++i)
     layer.constants[i] = part.at("constants").at(i).number(constants[i]);
@@ -174,6 +190,7 @@ inline Layer read_layer(const Part& part, py::handle given) {
   const auto params = part.at("params").items(l[5], 0, layer.params.size());
   for (std::size_t i = 0; i < params.size(); ++i)
     layer.params[i] = read_index(part.at("params").at(i), params[i]);
+  read_fused(part.at("fused"), l[6], layer);
   return layer;
 }
 
@@ -205,9 +222,9 @@ inline Options read_options(const Part& part, const py::dict& given) {
   return o;
 }
 
-// values: (rows, cols, height, width, channels); layers: (kind, function, constants, inputs,
-// output, params), -1 for none; params: (rows, cols, taps, matrix, constant, per_task, adapted,
-// rate_element, rate_per_task, rate_per_step)
+// values: (rows, cols, height, width, channels, from_params); layers: (kind, function, constants,
+// inputs, output, params, fused), -1 for none; params: (rows, cols, taps, matrix, constant,
+// per_task, adapted, rate_element, rate_per_task, rate_per_step)
 inline Plan make_plan(py::handle is_double, py::handle values, py::handle layers, py::handle params,
                       py::handle output, py::handle options) {
   Plan plan;

@@ -4,16 +4,12 @@
 #include <utility>
 
 #include "check.h"
-#include "fuse.h"
 #include "layers.h"
 
 namespace fm {
 
 namespace {
 
-// Matrices of at most this many rows are multiplied by inner products: a padded vector would be
-// mostly empty.
-constexpr i64 NARROW_ROWS = 2;
 // Weights up to this size stay in the first-level cache from use to use.
 constexpr i64 NEAR_BYTES = 64 << 10;
 
@@ -103,43 +99,26 @@ void Plan::finish() {
   check(*this);
   const int known = int(params.size());
   for (Value& v : values) v.ld = value_ld(v.cols);
+  for (Layer& layer : layers)
+    if (layer.kind == Kind::linear)
+      params[layer.weight()].narrow = params[layer.weight()].rows <= NARROW_ROWS;
+  check_fused(*this);
+  for (Layer& layer : layers)  // where it is cheap
+    if (layer.recomputes >= 0 && !conv2d::gathers(*this, layers[layer.recomputes])) layer.recomputes = -1;
   check_layers(*this);
   std::vector<int> uses(params.size(), 0);
   for (const Layer& layer : layers)
     for (int p : layer.params)
       if (p >= 0 && !params[p].constant && ++uses[p] > 1) tied = true;
-  for (const Layer& layer : layers)
-    if (layer.kind == Kind::linear)
-      params[layer.weight()].narrow = params[layer.weight()].rows <= NARROW_ROWS;
-
-  fuse(*this);
-
   for (size_t i = 0; i < layers.size(); ++i) layers[i].index = int(i);
-  for (Value& v : values) v.ld = value_ld(v.cols), v.from_params = false;
   lay_out_input();
-  for (Layer& layer : layers) {
-    bool from = false;
-    for (int p : layer.params) from = from || (p >= 0 && !params[p].constant);
-    for (int in : layer.inputs)
-      if (in >= 0) from = from || values[in].from_params;
-    values[layer.output].from_params = from;
-  }
   require(values[output].from_params, "the output depends on no parameter");
-  std::vector<bool> written(values.size(), false);
-  for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer)
-    for (int j = 0; j < 2; ++j)
-      if (layer->inputs[j] >= 0) {
-        layer->adds[j] = written[layer->inputs[j]];
-        written[layer->inputs[j]] = true;
-      }
-
   const bool input_gradient = options.wants_support_x || options.wants_query_x;
   for (const Layer& layer : layers)
-    if ((layer.kind == Kind::linear || layer.kind == Kind::conv2d) && !params[layer.weight()].narrow &&
+    if (rules(layer.kind).weight && !params[layer.weight()].narrow &&
         (input_gradient || values[layer.inputs[0]].from_params))
       params[layer.weight()].mirrored = true;
   choose_input_layer();
-  choose_recomputed(*this);
   for (Param& p : params) {
     p.size = !p.matrix ? padded(p.cols) : p.narrow ? p.rows * padded(p.cols) : p.cols * padded(p.rows);
     p.mirror_offset = mirror_size;

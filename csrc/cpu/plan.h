@@ -16,6 +16,10 @@ constexpr i64 MOST_STEPS = 1 << 20;
 constexpr i64 MOST_EXAMPLES = i64(1) << 31;
 constexpr i64 MOST_ELEMENTS = i64(1) << 40;  // of a value, of a parameter, of a batch of one value
 
+// Matrices of at most this many rows are multiplied by inner products: a padded vector would be
+// mostly empty.
+constexpr i64 NARROW_ROWS = 2;
+
 // A value of the layer program: `rows` rows of `cols` columns an example, rows `ld` apart in
 // memory.
 //
@@ -30,21 +34,21 @@ struct Value {
 
 struct Layer {
   Kind kind;
-  Function function = Function::relu;
-  bool has_function = false;  // one was named
-  std::array<double, 8> constants = {};
+  Function function = Function::none;  // elementwise: which one
+  bool adaptive = false;               // avg_pool2d: windows by the sizes of the images alone
+  std::array<double, MOST_CONSTANTS> constants = {};
   int given_constants = 0;
   int inputs[2] = {-1, -1};
   int output = -1;
   std::array<int, 4> params = {-1, -1, -1, -1};
-  int index = 0;          // in Plan::layers
-  bool relu_out = false;  // linear, norms: the following relu is in the epilogue
-  i64 pool_h = 0,
-      pool_w = 0;       // norms: the following max-pool, over windows side by side, is in the epilogue too
-  int recomputes = -1;  // norms: the convolution whose output need not be kept for this one to read
-  bool bias_cancels = false;      // a norm subtracts it again: its gradient is zero
-  bool relu_in = false;           // linear: its input is such a relu's output; dx is masked by it
-  bool adds[2] = {false, false};  // backward: another consumer has written the input's gradient before
+  int index = 0;  // in Plan::layers
+  // What fastmeta/graph has decided:
+  bool relu_out = false;          // linear, norms: the relu after it is done here
+  bool relu_in = false;           // linear: its input is made by such a relu: dx is masked by it
+  i64 pool_h = 0, pool_w = 0;     // norms: the max-pool after it, with windows side by side, is done here
+  int recomputes = -1;            // norms: the convolution that is computed here, and need not be kept
+  bool bias_cancels = false;      // a norm takes the bias away again: its gradient is zero
+  bool adds[2] = {false, false};  // backward: a later reader has written the input's gradient before
   int weight() const { return params[0]; }
   int bias() const { return params[1]; }
 };

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._pieces import add
+from fastmeta.graph.cost import multiply_adds
 from fastmeta.graph.program import Program
 from fastmeta.graph.split import Halves, split
 from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
@@ -142,7 +143,7 @@ def _saving(problem: Problem, wrt: frozenset[str], plan: Hoisted) -> float:
 
 def _once(problem: Problem, plan: Hoisted) -> int:
     """Multiply-adds of the body's passes for one task."""
-    f, first = plan.halves.body.multiply_adds()
+    f, first = multiply_adds(plan.halves.body)
     total = 0
     for run in plan.passes:
         total += _examples(problem, run.role) * (4 * f - first if run.wrt else f)
@@ -157,7 +158,7 @@ def cost(problem: Problem, plan: Hoisted, of: Callable[[Problem], dict[str, int]
 
 def _repeated(problem: Problem, wrt: frozenset[str], body: Program) -> dict[str, int]:
     """Multiply-adds of the body for one task inside the meta-step: of support and query sets."""
-    f, first = body.multiply_adds()
+    f, first = multiply_adds(body)
     second = problem.order == "second" and not wrt.isdisjoint(_THROUGH_STEPS)
     step = 8 * f - 5 * first if second else 2 * f - first  # the gradients of its weights are not wanted
     queries = sum(weight != 0 for weight in problem.step_weights or (1,))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
-
-from fastmeta.graph.program import Program, normalises
+from fastmeta.graph.program import Program
+from fastmeta.layers.registry import KINDS, kind_of
 from fastmeta.problem import Batch, Problem
 
-NORMS = frozenset({"batch_norm", "layer_norm", "group_norm"})
+NORMS = frozenset(kind.name for kind in KINDS.values() if kind.family == "norm")
 
 
 def refuses_norms(problem: Problem) -> str:
@@ -15,11 +14,11 @@ def refuses_norms(problem: Problem) -> str:
     program = problem.program
     if program is None:
         return ""
-    read = (problem.support if problem.steps else None, problem.query)
-    if any(_one_value(program, batch) for batch in read if batch is not None):
-        return "batch norm over one value per channel"
+    for batch in (problem.support if problem.steps else None, problem.query):
+        if batch is not None and (reason := _refused(program, batch)):
+            return reason
     # a matrix is laid out for products
-    matrices = {layer.params[0] for layer in program.layers if layer.kind not in NORMS and layer.params}
+    matrices = {layer.params[0] for layer in program.layers if kind_of(layer).matrix}
     for layer in program.layers:
         for name in layer.params:
             if layer.kind in NORMS and name is not None and name in matrices:
@@ -27,7 +26,8 @@ def refuses_norms(problem: Problem) -> str:
     return ""
 
 
-def _one_value(program: Program, batch: Batch) -> bool:
-    """Whether some norm over its batch has a single value per channel."""
+def _refused(program: Program, batch: Batch) -> str:
+    """Why some layer cannot run on so many examples, "" if all can."""
     examples = batch.x.shape[2 if batch.per_step else 1]
-    return any(normalises(layer) and examples * prod(layer.shape[1:]) == 1 for layer in program.layers)
+    found = ((kind_of(layer).refuses, layer) for layer in program.layers)
+    return next((why for refuses, layer in found if refuses and (why := refuses(layer, examples))), "")

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastmeta.capture.capture import captured
 from fastmeta.cases import Case
+from fastmeta.graph.cost import multiply_adds
 
 #: Sets of parameters that one inner step of second order reads or writes when nothing stays in
 #: registers. Gradient
@@ -29,7 +30,7 @@ def flops(case: Case) -> float:
     program, _ = captured(case.make(), case.input_shape, torch.float32)
     if program is None:
         return math.nan
-    f, f1 = program.multiply_adds()
+    f, f1 = multiply_adds(program)
     step = 9 * f - 5 * f1 if case.order == "second" else 3 * f - f1
     return 2.0 * case.tasks * (case.shots * case.steps * step + case.queries * (3 * f - f1))
 

@@ -1,11 +1,12 @@
-"""The registry of what can be captured: one file a layer kind, one entry here.
+"""All that can be captured: what the records of the layer kinds say, and what becomes no layer.
 
-A kind's file declares three tables, each from what it matches to the rule that captures it:
+Three tables of a record (`fastmeta.layers.kind.LayerKind`), each from what it matches to the rule
+that captures it:
 
-    MODULES     exact module type -> (rule, names of the attributes that the rule takes, by name,
+    modules     exact module type -> (rule, names of the attributes that the rule takes, by name,
                 beside the input)
-    FUNCTIONS   torch or operator function -> rule
-    METHODS     name of a Tensor method -> rule
+    functions   torch or operator function -> rule
+    methods     name of a Tensor method -> rule
 
 A rule is a function `rule(build, input, ...)` with the parameters and the defaults of what it
 captures. It is given traced tensors as `Value`, parameters as `Parameter` and all else as it is; it
@@ -19,50 +20,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.nn import functional as F
-
 from fastmeta.capture import identity, sizes
-from fastmeta.capture.build import Modules, Rule
-from fastmeta.layers import (
-    add,
-    avg_pool2d,
-    batch_norm,
-    concat,
-    conv2d,
-    elementwise,
-    group_norm,
-    instance_norm,
-    layer_norm,
-    linear,
-    max_pool2d,
-    reshape,
-)
+from fastmeta.capture.build import Functions, Methods, Modules, Rule
+from fastmeta.layers.registry import KINDS
 
-KINDS: tuple[Any, ...] = (
-    linear,
-    conv2d,
-    batch_norm,
-    layer_norm,
-    group_norm,
-    instance_norm,
-    max_pool2d,
-    avg_pool2d,
-    elementwise,
-    add,
-    concat,
-    reshape,
-    identity,
-    sizes,
-)
 #: Calls that may be given buffers; no layer reads one otherwise.
-READ_BUFFERS = (F.batch_norm,)
+READ_BUFFERS = tuple(call for kind in KINDS.values() if kind.buffers for call in kind.functions)
 
 #: Module type -> (rule, attributes).
 MODULES: Modules = {}
 #: Function, or name of a Tensor method -> the rules to try in turn.
 CALLS: dict[Callable[..., Any] | str, tuple[Rule, ...]] = {}
 
-for _kind in KINDS:
-    MODULES |= _kind.MODULES
-    for _target, _rule in (_kind.FUNCTIONS | _kind.METHODS).items():
-        CALLS[_target] = (*CALLS.get(_target, ()), _rule)
+
+def _add(modules: Modules, functions: Functions, methods: Methods) -> None:
+    MODULES.update(modules)
+    for target, rule in (functions | methods).items():
+        CALLS[target] = (*CALLS.get(target, ()), rule)
+
+
+for _kind in KINDS.values():
+    _add(_kind.modules, _kind.functions, _kind.methods)
+for _other in (identity, sizes):
+    _add(_other.MODULES, _other.FUNCTIONS, _other.METHODS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +40,3 @@ class Program:
     def value_shape(self, value: int) -> tuple[int, ...]:
         """Shape of a value for one example."""
         return self.layers[value - 1].shape if value else self.input_shape
-
-    def multiply_adds(self) -> tuple[int, int]:
-        """Multiply-adds of the forward pass of one example: (f, f1), f1 the share of layers fed by
-        the input.
-
-        Source: the letters of docs/architecture.md, "Cost".
-        """
-        shapes = dict(self.params)
-        total = first = 0
-        for layer in self.layers:
-            if layer.kind not in ("linear", "conv2d") or layer.params[0] is None:
-                continue
-            macs = prod(layer.shape) * prod(shapes[layer.params[0]][1:])
-            total += macs
-            first += macs if layer.inputs[0] == 0 else 0
-        return total, first
-
-
-def normalises(layer: Layer) -> bool:
-    """Whether a layer takes the statistics of the batch it is in."""
-    return layer.kind == "batch_norm" and layer.params[2] is None

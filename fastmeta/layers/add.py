@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, batched
+from fastmeta.capture.build import Builder, Refused, Value, batched
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 
 
 def add(build: Builder, input: Any, other: Any, *, alpha: Any = 1, inplace: bool = False) -> Any:
@@ -24,6 +28,17 @@ def add(build: Builder, input: Any, other: Any, *, alpha: Any = 1, inplace: bool
 
 _add_ = partial(add, inplace=True)
 
-MODULES: Modules = {}
-FUNCTIONS: Functions = {operator.add: add, operator.iadd: _add_, torch.add: add}
-METHODS: Methods = {"add": add, "add_": _add_}
+
+def forward(layer: Layer, params: Mapping[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """[N, ...] and [N, ...] -> [N, ...]."""
+    return a + b
+
+
+KIND = LayerKind(
+    name="add",
+    family="linear_map",
+    forward=forward,
+    inputs=2,
+    functions={operator.add: add, operator.iadd: _add_, torch.add: add},
+    methods={"add": add, "add_": _add_},
+)

@@ -3,16 +3,19 @@ an image too."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, integer
+from fastmeta.capture.build import Builder, Refused, Value, integer
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 from fastmeta.layers.reshape import reshaped
-from fastmeta.layers.windows import constants, image, pooling, positions
+from fastmeta.layers.windows import as_image, constants, image, pooling, positions, two
 
 
 def _avg_pool(
@@ -73,18 +76,41 @@ avg_pool1d, avg_pool2d = partial(_avg_pool, 1), partial(_avg_pool, 2)
 adaptive_avg_pool1d, adaptive_avg_pool2d = partial(_adaptive, 1), partial(_adaptive, 2)
 
 _ATTRIBUTES = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-MODULES: Modules = {
-    nn.AvgPool1d: (avg_pool1d, _ATTRIBUTES),
-    nn.AvgPool2d: (avg_pool2d, (*_ATTRIBUTES, "divisor_override")),
-    nn.AdaptiveAvgPool1d: (adaptive_avg_pool1d, ("output_size",)),
-    nn.AdaptiveAvgPool2d: (adaptive_avg_pool2d, ("output_size",)),
-}
-FUNCTIONS: Functions = {
-    F.avg_pool1d: avg_pool1d,
-    F.avg_pool2d: avg_pool2d,
-    F.adaptive_avg_pool1d: adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
-    torch.adaptive_avg_pool1d: adaptive_avg_pool1d,
-    torch.mean: mean,
-}
-METHODS: Methods = {"mean": mean}
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, C, H, W] or [N, C, L] -> [N, C, H', W'] or [N, C, L']."""
+    windows = two(layer.shape[1:], 1)
+    shape = (len(x), *layer.shape)
+    if layer.function == "adaptive":
+        return F.adaptive_avg_pool2d(as_image(x), windows).reshape(shape)
+    kh, kw, sh, sw, ph, pw, padded, divisor = map(int, layer.constants)
+    for ceil in (False, True):
+        out = F.avg_pool2d(as_image(x), (kh, kw), (sh, sw), (ph, pw), ceil, bool(padded), divisor or None)
+        if tuple(out.shape[2:]) == windows:
+            return out.reshape(shape)
+    raise ValueError(f"avg_pool2d: no {list(windows)} windows fit into {list(x.shape)}: {layer}")
+
+
+KIND = LayerKind(
+    name="avg_pool2d",
+    family="linear_map",
+    forward=forward,
+    constants=(0, 8),
+    order="image",
+    modules={
+        nn.AvgPool1d: (avg_pool1d, _ATTRIBUTES),
+        nn.AvgPool2d: (avg_pool2d, (*_ATTRIBUTES, "divisor_override")),
+        nn.AdaptiveAvgPool1d: (adaptive_avg_pool1d, ("output_size",)),
+        nn.AdaptiveAvgPool2d: (adaptive_avg_pool2d, ("output_size",)),
+    },
+    functions={
+        F.avg_pool1d: avg_pool1d,
+        F.avg_pool2d: avg_pool2d,
+        F.adaptive_avg_pool1d: adaptive_avg_pool1d,
+        F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+        torch.adaptive_avg_pool1d: adaptive_avg_pool1d,
+        torch.mean: mean,
+    },
+    methods={"mean": mean},
+)

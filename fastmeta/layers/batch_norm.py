@@ -3,23 +3,16 @@ that it names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import (
-    Buffer,
-    Builder,
-    Functions,
-    Methods,
-    Modules,
-    Refused,
-    Value,
-    batched,
-    described,
-    number,
-)
+from fastmeta.capture.build import Buffer, Builder, Refused, Value, batched, described, number
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 from fastmeta.layers.norms import affine, normalised
 from fastmeta.network.functional import by_own_batch
 
@@ -85,9 +78,39 @@ def _statistics(
 
 
 _ATTRIBUTES = ("running_mean", "running_var", "weight", "bias", "training", "eps")
-MODULES: Modules = {
-    nn.BatchNorm1d: (_module((1, 2)), _ATTRIBUTES),
-    nn.BatchNorm2d: (_module((3,)), _ATTRIBUTES),
-}
-FUNCTIONS: Functions = {F.batch_norm: batch_norm}
-METHODS: Methods = {}
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, C, ...] -> [N, C, ...]."""
+    weight, bias, mean, var = (params[name] if name else None for name in layer.params)
+    return F.batch_norm(x, mean, var, weight, bias, reads_batch(layer), eps=layer.constants[0])
+
+
+def reads_batch(layer: Layer) -> bool:
+    """Whether it normalises by its batch, not by running statistics."""
+    return layer.params[2] is None
+
+
+def refuses(layer: Layer, count: int) -> str:
+    """The variance of one value is zero."""
+    one = reads_batch(layer) and count * prod(layer.shape[1:]) == 1
+    return "batch norm over one value per channel" if one else ""
+
+
+KIND = LayerKind(
+    name="batch_norm",
+    family="norm",
+    forward=forward,
+    params=("weight", "bias", "mean", "variance"),
+    buffers=2,
+    constants=(1, 1),
+    order="image",
+    modules={
+        nn.BatchNorm1d: (_module((1, 2)), _ATTRIBUTES),
+        nn.BatchNorm2d: (_module((3,)), _ATTRIBUTES),
+    },
+    functions={F.batch_norm: batch_norm},
+    epilogue=True,
+    reads_batch=reads_batch,
+    refuses=refuses,
+)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastmeta.capture.build import (
-    Builder,
-    Functions,
-    Methods,
-    Modules,
-    Refused,
-    Value,
-    batched,
-    described,
-    integer,
-)
+from fastmeta.capture.build import Builder, Refused, Value, batched, described, integer
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 
 
 def concat(build: Builder, tensors: Any, dim: Any = 0) -> Value:
@@ -46,6 +40,16 @@ def concat(build: Builder, tensors: Any, dim: Any = 0) -> Value:
     return reduce(both, tensors)
 
 
-MODULES: Modules = {}
-FUNCTIONS: Functions = {torch.cat: concat, torch.concat: concat, torch.concatenate: concat}
-METHODS: Methods = {}
+def forward(layer: Layer, params: Mapping[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """[N, ..., A, ...] and [N, ..., B, ...] -> [N, ..., A + B, ...]."""
+    return torch.cat([a, b], int(layer.constants[0]) + 1)
+
+
+KIND = LayerKind(
+    name="concat",
+    family="linear_map",
+    forward=forward,
+    inputs=2,
+    constants=(1, 1),
+    functions={torch.cat: concat, torch.concat: concat, torch.concatenate: concat},
+)

@@ -3,15 +3,18 @@ height 1."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Functions, Methods, Modules, Parameter, Refused, Value, described
-from fastmeta.layers.windows import constants, image, numbers, positions
+from fastmeta.capture.build import Builder, Parameter, Refused, Value, described
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.windows import as_image, constants, image, numbers, positions
 
 
 def _convolution(
@@ -69,6 +72,27 @@ def _paddings(padding: Any, kernel: tuple[int, ...], stride: tuple[int, ...]) ->
 conv1d, conv2d = partial(_convolution, 1), partial(_convolution, 2)
 
 _ATTRIBUTES = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
-MODULES: Modules = {nn.Conv1d: (conv1d, _ATTRIBUTES), nn.Conv2d: (conv2d, _ATTRIBUTES)}
-FUNCTIONS: Functions = {F.conv1d: conv1d, F.conv2d: conv2d, torch.conv1d: conv1d, torch.conv2d: conv2d}
-METHODS: Methods = {}
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, C, H, W] or [N, C, L] -> [N, O, H', W'] or [N, O, L']."""
+    kh, kw, sh, sw, ph, pw = map(int, layer.constants)
+    weight, bias = (params[name] if name else None for name in layer.params)
+    taps = weight.reshape(*weight.shape[:2], kh, kw)  # type: ignore[union-attr]
+    return F.conv2d(as_image(x), taps, bias, (sh, sw), (ph, pw)).reshape(len(x), *layer.shape)
+
+
+KIND = LayerKind(
+    name="conv2d",
+    family="bilinear",
+    forward=forward,
+    params=("weight", "bias"),
+    required=1,
+    matrix=True,
+    constants=(6, 6),
+    order="image",
+    modules={nn.Conv1d: (conv1d, _ATTRIBUTES), nn.Conv2d: (conv2d, _ATTRIBUTES)},
+    functions={F.conv1d: conv1d, F.conv2d: conv2d, torch.conv1d: conv1d, torch.conv2d: conv2d},
+    epilogue=True,
+    prologue=True,
+)

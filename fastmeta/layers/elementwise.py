@@ -1,61 +1,36 @@
 """The layer kind `elementwise`: one function of every element, and scale * x + shift ("affine").
 
-Constants, in order: leaky_relu (slope), elu (alpha), softplus (beta, threshold), affine (scale,
-shift).
+The functions are the rows of fastmeta/layers/functions.py; here is what is captured by a rule of
+its own: gelu, whose `approximate` says which function it is, and arithmetic with numbers.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, number
-
-
-def _function(
-    build: Builder, input: Any, function: str, constants: tuple[float, ...] = (), inplace: bool = False
-) -> Value:
-    shape = input.shape if isinstance(input, Value) else ()
-    return build.layer(
-        "elementwise", (input,), shape, function=function, constants=constants, inplace=inplace
-    )
-
-
-def plain(build: Builder, input: Any, inplace: bool = False, *, function: str) -> Value:
-    """A function without constants."""
-    return _function(build, input, function, inplace=inplace)
-
-
-def leaky_relu(build: Builder, input: Any, negative_slope: Any = 0.01, inplace: bool = False) -> Value:
-    """x where x > 0, else negative_slope * x."""
-    return _function(build, input, "leaky_relu", (number(negative_slope),), inplace)
-
-
-def elu(build: Builder, input: Any, alpha: Any = 1.0, inplace: bool = False) -> Value:
-    """x where x > 0, else alpha * (exp(x) - 1)."""
-    return _function(build, input, "elu", (number(alpha),), inplace)
+from fastmeta.graph.program import Layer
+from fastmeta.layers.functions import FUNCTIONS, added, function_of, tables
+from fastmeta.layers.kind import LayerKind
 
 
 def gelu(build: Builder, input: Any, *, approximate: str = "none") -> Value:
     """x * Phi(x), or its approximation by tanh."""
     if approximate not in ("none", "tanh"):
         raise Refused(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _function(build, input, "gelu" if approximate == "none" else "gelu_tanh")
-
-
-def softplus(build: Builder, input: Any, beta: Any = 1.0, threshold: Any = 20.0) -> Value:
-    """log(1 + exp(beta * x)) / beta, and x where beta * x > threshold."""
-    return _function(build, input, "softplus", (number(beta), number(threshold)))
+    return added(build, "gelu" if approximate == "none" else "gelu_tanh", input, (), False)
 
 
 def affine(build: Builder, input: Any, scale: float, shift: float, inplace: bool = False) -> Value:
     """scale * x + shift."""
-    return _function(build, input, "affine", (number(scale), number(shift)), inplace)
+    return added(build, "affine", input, (scale, shift), inplace)
 
 
 def mul(build: Builder, input: Any, other: Any, *, inplace: bool = False) -> Any:
@@ -112,37 +87,9 @@ def _inplace(rule: Any) -> Any:
     return partial(rule, inplace=True)
 
 
-relu, silu, tanh, sigmoid, sin = (
-    partial(plain, function=f) for f in ("relu", "silu", "tanh", "sigmoid", "sin")
-)
-
-MODULES: Modules = {
-    nn.ReLU: (relu, ("inplace",)),
-    nn.LeakyReLU: (leaky_relu, ("negative_slope", "inplace")),
-    nn.ELU: (elu, ("alpha", "inplace")),
-    nn.GELU: (gelu, ("approximate",)),
-    nn.SiLU: (silu, ("inplace",)),
-    nn.Tanh: (tanh, ()),
-    nn.Sigmoid: (sigmoid, ()),
-    nn.Softplus: (softplus, ("beta", "threshold")),
-}
-FUNCTIONS: Functions = {
-    F.relu: relu,
-    F.leaky_relu: leaky_relu,
-    F.leaky_relu_: _inplace(leaky_relu),
-    F.elu: elu,
-    F.elu_: _inplace(elu),
+_MODULES: Modules = {nn.GELU: (gelu, ("approximate",))}
+_FUNCTIONS: Functions = {
     F.gelu: gelu,
-    F.silu: silu,
-    F.softplus: softplus,
-    torch.relu: relu,
-    torch.relu_: _inplace(relu),
-    torch.tanh: tanh,
-    torch.tanh_: _inplace(tanh),
-    torch.sigmoid: sigmoid,
-    torch.sigmoid_: _inplace(sigmoid),
-    torch.sin: sin,
-    torch.sin_: _inplace(sin),
     torch.mul: mul,
     torch.div: div,
     torch.add: add,
@@ -160,6 +107,33 @@ FUNCTIONS: Functions = {
     operator.isub: _inplace(sub),
     operator.neg: neg,
 }
-_METHODS: Methods = {"relu": relu, "tanh": tanh, "sigmoid": sigmoid, "sin": sin}
-_METHODS |= {"mul": mul, "div": div, "add": add, "sub": sub, "neg": neg}
-METHODS: Methods = _METHODS | {f"{name}_": _inplace(rule) for name, rule in _METHODS.items()}
+_METHODS: Methods = {"mul": mul, "div": div, "add": add, "sub": sub, "neg": neg}
+_METHODS |= {f"{name}_": _inplace(own) for name, own in _METHODS.items()}
+for _row in FUNCTIONS.values():
+    _modules, _functions, _methods = tables(_row)
+    _MODULES |= _modules
+    _FUNCTIONS |= _functions
+    _METHODS |= _methods
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, ...] -> [N, ...]."""
+    return function_of(layer).forward(x, *layer.constants)
+
+
+def kinks(layer: Layer, x: Tensor) -> Tensor:
+    """The distance of the nearest element from a kink."""
+    found = [(x - kink).abs().min() for kink in function_of(layer).kinks if x.numel()]
+    return torch.stack(found).min() if found else x.new_tensor(float("inf"))
+
+
+KIND = LayerKind(
+    name="elementwise",
+    family="pointwise",
+    forward=forward,
+    constants=(0, 2),
+    modules=_MODULES,
+    functions=_FUNCTIONS,
+    methods=_METHODS,
+    kinks=kinks,
+)

@@ -3,14 +3,19 @@ one a group."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, integer, number
+from fastmeta.capture.build import Builder, Refused, Value, integer, number
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 from fastmeta.layers.norms import affine, normalised
+from fastmeta.layers.windows import image
 
 
 def group_norm(
@@ -26,6 +31,56 @@ def group_norm(
     return build.layer("group_norm", (input,), input.shape, names, constants=(float(groups), number(eps)))
 
 
-MODULES: Modules = {nn.GroupNorm: (group_norm, ("num_groups", "weight", "bias", "eps"))}
-FUNCTIONS: Functions = {F.group_norm: group_norm}
-METHODS: Methods = {}
+def instance_norm(
+    build: Builder,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: Any = True,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> Value:
+    """[N, C, ...] with weight and bias [C] -> [N, C, ...]: a group for each channel."""
+    if running_mean is not None or running_var is not None:
+        raise Refused("it tracks running statistics")
+    return group_norm(build, input, normalised(input).shape[0], weight, bias, eps)
+
+
+def _instance_norm(
+    dimensions: int,
+    build: Builder,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+) -> Value:
+    return instance_norm(build, image(input, dimensions), running_mean, running_var, weight, bias, eps=eps)
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, C, ...] -> [N, C, ...]."""
+    groups, eps = int(layer.constants[0]), layer.constants[1]
+    weight, bias = (params[name] if name else None for name in layer.params)
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+_ATTRIBUTES = ("running_mean", "running_var", "weight", "bias", "eps")
+KIND = LayerKind(
+    name="group_norm",
+    family="norm",
+    forward=forward,
+    params=("weight", "bias"),
+    constants=(2, 2),
+    order="image",
+    modules={
+        nn.GroupNorm: (group_norm, ("num_groups", "weight", "bias", "eps")),
+        nn.InstanceNorm1d: (partial(_instance_norm, 1), _ATTRIBUTES),
+        nn.InstanceNorm2d: (partial(_instance_norm, 2), _ATTRIBUTES),
+    },
+    functions={F.group_norm: group_norm, F.instance_norm: instance_norm},
+    epilogue=True,
+)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import (
-    Builder,
-    Functions,
-    Methods,
-    Modules,
-    Refused,
-    Value,
-    batched,
-    integer,
-    number,
-)
+from fastmeta.capture.build import Builder, Refused, Value, batched, integer, number
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 from fastmeta.layers.norms import affine, normalised
 
 
@@ -37,6 +30,21 @@ def layer_norm(
     )
 
 
-MODULES: Modules = {nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))}
-FUNCTIONS: Functions = {F.layer_norm: layer_norm}
-METHODS: Methods = {}
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, ..., *normalized_shape] -> the same shape."""
+    size, eps = int(layer.constants[0]), layer.constants[1]
+    weight, bias = (params[name].reshape(-1) if name else None for name in layer.params)
+    return F.layer_norm(x.reshape(-1, size), (size,), weight, bias, eps).reshape(x.shape)
+
+
+KIND = LayerKind(
+    name="layer_norm",
+    family="norm",
+    forward=forward,
+    params=("weight", "bias"),
+    constants=(2, 2),
+    order="rows",
+    modules={nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))},
+    functions={F.layer_norm: layer_norm},
+    epilogue=True,
+)

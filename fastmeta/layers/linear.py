@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import (
-    Builder,
-    Functions,
-    Methods,
-    Modules,
-    Parameter,
-    Refused,
-    Value,
-    batched,
-    described,
-)
+from fastmeta.capture.build import Builder, Parameter, Refused, Value, batched, described
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 
 
 def linear(build: Builder, input: Value, weight: Parameter, bias: Parameter | None = None) -> Value:
@@ -37,6 +31,22 @@ def linear(build: Builder, input: Value, weight: Parameter, bias: Parameter | No
     return build.layer("linear", (input,), (*input.shape[:-1], outputs), names)
 
 
-MODULES: Modules = {nn.Linear: (linear, ("weight", "bias"))}
-FUNCTIONS: Functions = {F.linear: linear}
-METHODS: Methods = {}
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, ..., I] -> [N, ..., O]."""
+    weight, bias = (params[name] if name else None for name in layer.params)
+    return F.linear(x, weight, bias)  # type: ignore[arg-type]
+
+
+KIND = LayerKind(
+    name="linear",
+    family="bilinear",
+    forward=forward,
+    params=("weight", "bias"),
+    required=1,
+    matrix=True,
+    order="rows",
+    modules={nn.Linear: (linear, ("weight", "bias"))},
+    functions={F.linear: linear},
+    epilogue=True,
+    prologue=True,
+)

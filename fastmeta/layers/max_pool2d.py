@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value
-from fastmeta.layers.windows import constants, image, numbers, pooling, positions
+from fastmeta.capture.build import Builder, Refused, Value
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.windows import as_image, constants, image, numbers, pooling, positions, two
 
 
 def _max_pool(
@@ -38,11 +42,52 @@ def _max_pool(
 max_pool1d, max_pool2d = partial(_max_pool, 1), partial(_max_pool, 2)
 
 _ATTRIBUTES = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-MODULES: Modules = {nn.MaxPool1d: (max_pool1d, _ATTRIBUTES), nn.MaxPool2d: (max_pool2d, _ATTRIBUTES)}
-FUNCTIONS: Functions = {
-    F.max_pool1d: max_pool1d,
-    F.max_pool2d: max_pool2d,
-    torch.max_pool1d: max_pool1d,
-    torch.max_pool2d: max_pool2d,
-}
-METHODS: Methods = {}
+
+
+def _windows(layer: Layer, x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H', W', kh * kw]: what each window sees, -inf in the padding."""
+    kh, kw, sh, sw, ph, pw = map(int, layer.constants)
+    rows, cols = two(layer.shape[1:], 1)
+    image = as_image(x)
+    # the last window may reach beyond the padding, where the number of windows is rounded up
+    below = max(0, (rows - 1) * sh + kh - image.shape[2] - ph)
+    right = max(0, (cols - 1) * sw + kw - image.shape[3] - pw)
+    padded = F.pad(image, (pw, right, ph, below), value=-math.inf)
+    return padded.unfold(2, kh, sh)[:, :, :rows].unfold(3, kw, sw)[:, :, :, :cols].flatten(4)
+
+
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, C, H, W] or [N, C, L] -> [N, C, H', W'] or [N, C, L']."""
+    kh, kw, sh, sw, ph, pw = map(int, layer.constants)
+    windows = two(layer.shape[1:], 1)
+    for ceil in (False, True):
+        out = F.max_pool2d(as_image(x), (kh, kw), (sh, sw), (ph, pw), ceil_mode=ceil)
+        if tuple(out.shape[2:]) == windows:
+            return out.reshape(len(x), *layer.shape)
+    raise ValueError(f"max_pool2d: no {list(windows)} windows fit into {list(x.shape)}: {layer}")
+
+
+def kinks(layer: Layer, x: Tensor) -> Tensor:
+    """The distance between the two largest values of a window, the least of all."""
+    windows = _windows(layer, x)
+    if windows.shape[-1] < 2 or not windows.numel():
+        return x.new_tensor(math.inf)
+    largest = windows.topk(2, dim=-1).values
+    return (largest[..., 0] - largest[..., 1]).min()
+
+
+KIND = LayerKind(
+    name="max_pool2d",
+    family="free",
+    forward=forward,
+    constants=(6, 6),
+    order="image",
+    modules={nn.MaxPool1d: (max_pool1d, _ATTRIBUTES), nn.MaxPool2d: (max_pool2d, _ATTRIBUTES)},
+    functions={
+        F.max_pool1d: max_pool1d,
+        F.max_pool2d: max_pool2d,
+        torch.max_pool1d: max_pool1d,
+        torch.max_pool2d: max_pool2d,
+    },
+    kinks=kinks,
+)

@@ -5,24 +5,16 @@ Values are row-major, so that a reshape moves nothing: only the shape of one exa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastmeta.capture.build import (
-    BATCH,
-    Builder,
-    Functions,
-    Methods,
-    Modules,
-    Refused,
-    Value,
-    batched,
-    described,
-    integer,
-)
+from fastmeta.capture.build import BATCH, Builder, Refused, Value, batched, described, integer
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 
 
 def reshape(build: Builder, input: Any, shape: Any) -> Value:
@@ -121,22 +113,32 @@ def _dimension(input: Value, dim: Any) -> int:
     return at % rank
 
 
-MODULES: Modules = {
-    nn.Flatten: (flatten, ("start_dim", "end_dim")),
-    nn.Unflatten: (_unflatten_module, ("dim", "unflattened_size")),
-}
-FUNCTIONS: Functions = {
-    torch.flatten: flatten,
-    torch.reshape: reshape,
-    torch.unflatten: unflatten,
-    torch.squeeze: squeeze,
-    torch.unsqueeze: unsqueeze,
-}
-METHODS: Methods = {
-    "view": _sizes,
-    "reshape": _sizes,
-    "flatten": flatten,
-    "unflatten": unflatten,
-    "squeeze": squeeze,
-    "unsqueeze": unsqueeze,
-}
+def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[N, ...] -> [N, *layer.shape]."""
+    return x.reshape(len(x), *layer.shape)
+
+
+KIND = LayerKind(
+    name="reshape",
+    family="linear_map",
+    forward=forward,
+    modules={
+        nn.Flatten: (flatten, ("start_dim", "end_dim")),
+        nn.Unflatten: (_unflatten_module, ("dim", "unflattened_size")),
+    },
+    functions={
+        torch.flatten: flatten,
+        torch.reshape: reshape,
+        torch.unflatten: unflatten,
+        torch.squeeze: squeeze,
+        torch.unsqueeze: unsqueeze,
+    },
+    methods={
+        "view": _sizes,
+        "reshape": _sizes,
+        "flatten": flatten,
+        "unflatten": unflatten,
+        "squeeze": squeeze,
+        "unsqueeze": unsqueeze,
+    },
+)

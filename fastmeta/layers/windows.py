@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fastmeta.capture.build import Refused, Value, batched, described, integer
 
 
@@ -17,6 +19,11 @@ def image(input: Any, dimensions: int) -> Value:
         wanted = "[N, C, H, W]" if dimensions == 2 else "[N, C, L]"
         raise Refused(f"it takes {wanted}, got {batched(input.shape)}")
     return input
+
+
+def as_image(x: Tensor) -> Tensor:
+    """Signals [N, C, L] as images of height 1."""
+    return x.unsqueeze(2) if x.dim() == 3 else x
 
 
 def numbers(what: str, value: Any, dimensions: int, least: int = 1) -> tuple[int, ...]:

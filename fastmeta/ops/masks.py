@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends._random_state import preserved
-from fastmeta.graph.program import normalises
+from fastmeta.graph.cost import batch_readers
 from fastmeta.losses import Loss
 from fastmeta.network.functional import normalises_by_batch, norms_by_batch
 from fastmeta.ops.checks import Tensors
@@ -83,7 +83,7 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
     if not fields or options.batch_stats == "running":
         return
     if problem.program is not None:
-        refused = any(normalises(layer) for layer in problem.program.layers)
+        refused = next((layer.kind for layer in batch_readers(problem.program)), "")
     else:
         batch = problem.support if problem.steps else problem.query
         if batch is None:
@@ -93,9 +93,10 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
         }
         x = batch.x[0, 0] if batch.per_step else batch.x[0]
         with preserved(x.device, problem.net):
-            refused = normalises_by_batch(problem.net, params, x, options.batch_stats)
+            called = normalises_by_batch(problem.net, params, x, options.batch_stats)
+        refused = "batch_norm" if called else ""
     if refused:
-        _refuse(options.who, fields[0], "batch_norm")
+        _refuse(options.who, fields[0], refused)
 
 
 def _refuse(who: str, field: str, layer: str) -> None:

@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastmeta.capture.build import Builder, Functions, Methods, Refused, Rule
+from fastmeta.layers.functions import FUNCTIONS, tables
+from fastmeta.layers.registry import KINDS, kind_of
 from fastmeta.losses import Loss
 
-_MAX_POOLS = (F.max_pool1d, F.max_pool2d, torch.max_pool1d, torch.max_pool2d)
 _KINKED = ("l1", "smooth_l1", "huber")
-_AT_ZERO = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_"})
 
 
 class KinkDistance(TorchFunctionMode):
@@ -23,8 +22,9 @@ class KinkDistance(TorchFunctionMode):
     kink.
 
     For ReLU and its relatives that is the smallest |pre-activation|, for max-pooling the smallest
-    distance between the two largest values of a window. The losses l1, huber and smooth_l1 are
-    known by their `abs` (of output - target), which no network of the case list uses.
+    distance between the two largest values of a window: what the records of the layer kinds say.
+    The losses l1, huber and smooth_l1 are known by their `abs` (of output - target), which no
+    network of the case list uses.
 
     Args:
         losses: those of the problem.
@@ -40,32 +40,56 @@ class KinkDistance(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _AT_ZERO:
-            self._record(args[0], 0.0)
-        elif func in _MAX_POOLS:
-            self._record(_gaps(*args, **(kwargs or {})), 0.0)
-        elif name == "abs":
+        kwargs = kwargs or {}
+        if func in _RULES:
+            self._record(_distance(func, args, kwargs))
+        elif self._kinks and getattr(func, "__name__", "") == "abs":
             for kink in self._kinks:
-                self._record(args[0], kink)
-        return func(*args, **(kwargs or {}))
+                self._record((args[0].detach().abs() - kink).abs())
+        return func(*args, **kwargs)
 
-    def _record(self, argument: Tensor, kink: float) -> None:
-        if argument.numel():
-            distance = (argument.detach().abs() - kink).abs().min()
-            self.smallest = min(self.smallest, float(distance))
+    def _record(self, distances: Tensor) -> None:
+        if distances.numel():
+            self.smallest = min(self.smallest, float(distances.min()))
 
 
-def _gaps(x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Tensor:
-    """The distance of the two largest values of every window of a max-pool that rounds the number
-    of windows down."""
-    dimensions = x.dim() - 2
-    kernel, step, pad = (
-        tuple(size) if isinstance(size, (tuple, list)) else (size,) * dimensions
-        for size in (kernel_size, stride or kernel_size, padding)
-    )
-    windows = F.pad(x.detach(), [p for size in reversed(pad) for p in (size, size)], value=-math.inf)
-    for at, (size, by) in enumerate(zip(kernel, step, strict=True)):
-        windows = windows.unfold(2 + at, size, by)
-    values = windows.flatten(2 + dimensions).topk(2, dim=-1).values
-    return values[..., 0] - values[..., 1]
+def _calls(functions: Functions, methods: Methods) -> dict[Callable[..., Any], Rule]:
+    """The same with methods of tensors as the functions that a mode sees."""
+    return functions | {getattr(Tensor, name): rule for name, rule in methods.items()}
+
+
+def _rules() -> dict[Callable[..., Any], Rule]:
+    """Every function of torch with kinks, and how it is captured."""
+    found: dict[Callable[..., Any], Rule] = {}
+    for kind in KINDS.values():
+        if kind.kinks is not None and kind.family != "pointwise":
+            found |= _calls(kind.functions, kind.methods)
+    for row in FUNCTIONS.values():
+        if row.kinks:
+            found |= _calls(*tables(row)[1:])
+    return found
+
+
+_RULES = _rules()
+
+
+def _distance(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What the record says of the layer that a call is captured as."""
+    build, tensors = Builder((), {}, {}), {}
+
+    def traced(given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        value = build.layer("", (build.input,), tuple(given.shape[1:]))
+        tensors[value.index] = given.detach()
+        return value
+
+    try:
+        _RULES[func](build, *map(traced, args), **{name: traced(given) for name, given in kwargs.items()})
+    except Refused as reason:
+        raise ValueError(f"the kinks of {getattr(func, '__name__', func)} are not known: {reason}") from None
+    layer = build.layers[-1]
+    kinks = kind_of(layer).kinks
+    if kinks is None:
+        raise ValueError(f"the layer kind {layer.kind} has no kinks")
+    return kinks(layer, *(tensors[value] for value in layer.inputs))

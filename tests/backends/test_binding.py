@@ -39,11 +39,16 @@ FLAGS = (True, False, False, True, False, False, False)
 #: linear, relu, linear: [N, 3] -> [N, 2]
 PLAN: dict[str, Any] = {
     "is_double": True,
-    "values": [(1, 3, 1, 1, False), (1, 4, 1, 1, False), (1, 4, 1, 1, False), (1, 2, 1, 1, False)],
+    "values": [
+        (1, 3, 1, 1, False, False),
+        (1, 4, 1, 1, False, True),
+        (1, 4, 1, 1, False, True),
+        (1, 2, 1, 1, False, True),
+    ],
     "layers": [
-        ("linear", "", [], [0], 1, [0]),
-        ("elementwise", "relu", [], [1], 2, []),
-        ("linear", "", [], [2], 3, [1]),
+        ("linear", "", [], [0], 1, [0], {}),
+        ("elementwise", "relu", [], [1], 2, [], {}),
+        ("linear", "", [], [2], 3, [1], {}),
     ],
     "params": [(4, 3, 1, *FLAGS), (2, 4, 1, *FLAGS)],
     "output": 3,
@@ -100,8 +105,10 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "values[1].cols": item("values", 1, 1, 2**40),
     "values[2].width": item("values", 2, 3, 0),
     "values[2].channels": item("values", 2, 4, 1),
-    "values[2] is written by no layer": {"layers": [PLAN["layers"][0], ("linear", "", [], [1], 3, [1])]},
-    "values[4] is written by no layer": {"values": [*PLAN["values"], (1, 1, 1, 1, False)]},
+    "values[2].from_params": item("values", 2, 5, False),
+    "values[0].from_params": item("values", 0, 5, True),
+    "values[2] is written by no layer": {"layers": [PLAN["layers"][0], ("linear", "", [], [1], 3, [1], {})]},
+    "values[4] is written by no layer": {"values": [*PLAN["values"], (1, 1, 1, 1, False, False)]},
     "layers[0].kind": item("layers", 0, 0, "conv3d"),
     "layers[1].function": item("layers", 1, 1, ""),
     "layers[0].function": item("layers", 0, 1, "relu"),
@@ -111,6 +118,20 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "layers[2].output": item("layers", 2, 4, 2),
     "layers[0].params[0]": item("layers", 0, 5, [-1]),
     "layers[1].params[0]": item("layers", 1, 5, [0]),
+    "layers[0].fused.adds": item("layers", 0, 6, {"adds": [True]}),
+    "layers[0].fused.adds must": item("layers", 0, 6, {"adds": []}),
+    "layers[0].fused.relu_in": item("layers", 0, 6, {"relu_in": True}),
+    "layers[1].fused.relu_in": item("layers", 1, 6, {"relu_in": True}),
+    "layers[1].fused.relu_out": item("layers", 1, 6, {"relu_out": True}),
+    "layers[2].fused.relu_out": item("layers", 2, 6, {"relu_out": True}),  # of two outputs
+    "layers[2].fused.relu_out must": item("layers", 2, 6, {"relu_out": 1}),
+    "layers[1].fused.bias_cancels": item("layers", 1, 6, {"bias_cancels": True}),
+    "layers[0].fused.pool": item("layers", 0, 6, {"pool": (2, 2)}),
+    "layers[0].fused.pool[0]": item("layers", 0, 6, {"pool": ("2", 2)}),
+    "layers[2].fused.recomputes": item("layers", 2, 6, {"recomputes": 0}),
+    "layers[2].fused.recomputes must": item("layers", 2, 6, {"recomputes": 2**40}),
+    "layers[0].fused has an unknown entry": item("layers", 0, 6, {"relu": True}),
+    "layers[0].fused must": item("layers", 0, 6, []),
     "layers[0] (linear)": {"params": PLAN["params"][::-1]},
     "params[0].taps": item("params", 0, 2, 2**40),
     "params[1].rows": item("params", 1, 0, 0),
@@ -135,6 +156,64 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "options.query_loss.class_indices": loss(class_indices=True),
     "options.query_loss.ignore_index": loss(ignore_index=2**70),
 }
+
+
+def pooled(**fused: Any) -> dict[str, Any]:
+    """conv2d, batch_norm that max-pools 2 x 2, reshape, linear: [N, 2, 4, 4] -> [N, 2]."""
+    window = [3.0, 3.0, 1.0, 1.0, 1.0, 1.0]
+    return {
+        "values": [
+            (16, 2, 4, 4, True, False),
+            (16, 3, 4, 4, True, True),
+            (4, 3, 2, 2, True, True),
+            (1, 12, 1, 1, False, True),
+            (1, 2, 1, 1, False, True),
+        ],
+        "layers": [
+            ("conv2d", "", window, [0], 1, [0], {}),
+            ("batch_norm", "", [1e-5], [1], 2, [-1] * 4, {"pool": (2, 2), "recomputes": 0, **fused}),
+            ("reshape", "", [], [2], 3, [], {}),
+            ("linear", "", [], [3], 4, [1], {}),
+        ],
+        "params": [(3, 18, 9, *FLAGS), (2, 12, 1, *FLAGS)],
+        "output": 4,
+    }
+
+
+def test_takes_a_norm_with_its_neighbours() -> None:
+    assert _C.Plan(**{**PLAN, **pooled()}).workspace_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("fused", "message"),
+    [
+        ({"pool": (3, 2)}, "does not make an image of the output's size"),
+        ({"pool": (5, 5)}, "must be windows inside of the image"),
+        ({"pool": (-2, 2)}, "must be windows inside of the image"),
+        ({"pool": (0, 2)}, "must be windows inside of the image"),
+        ({"pool": (0, 0)}, "a norm changes the shape"),
+        ({"recomputes": 1}, "must be an earlier layer"),
+        ({"recomputes": 3}, "must be an earlier layer"),
+    ],
+    ids=str,
+)
+def test_rejects_a_norm_that_takes_too_much(fused: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.Plan(**{**PLAN, **pooled(**fused)})
+
+
+def test_rejects_to_forget_what_somebody_reads() -> None:
+    plan = {**PLAN, **pooled()}
+    with pytest.raises(ValueError, match="excludes gradients of the network's input"):
+        _C.Plan(**{**plan, **options(wants_query_x=True)})
+    read_twice = [*plan["layers"]]
+    read_twice[2] = ("reshape", "", [], [1], 3, [], {})
+    read_twice[3] = ("linear", "", [], [3], 4, [1], {})
+    values = [*plan["values"]]
+    values[3] = (1, 48, 1, 1, False, True)
+    params = [plan["params"][0], (2, 48, 1, *FLAGS)]
+    with pytest.raises(ValueError, match=r"nobody else reads|read by no layer"):
+        _C.Plan(**{**plan, "layers": read_twice, "values": values, "params": params})
 
 
 @pytest.mark.parametrize("named", WRONG_PLANS)
@@ -229,10 +308,11 @@ def test_rejects_junk_measurements() -> None:
 
 def test_says_how_much_memory_is_missing() -> None:
     width = 2**26
-    values = [(1, 3, 1, 1, False), *[(1, width, 1, 1, False)] * 2000, (1, 2, 1, 1, False)]
-    layers: list[Any] = [("linear", "", [], [0], 1, [0])]
-    layers += [("elementwise", "tanh", [], [i], i + 1, []) for i in range(1, 2000)]
-    plan = {"values": values, "layers": [*layers, ("linear", "", [], [2000], 2001, [1])], "output": 2001}
+    inner = [(1, width, 1, 1, False, True)] * 2000
+    values = [(1, 3, 1, 1, False, False), *inner, (1, 2, 1, 1, False, True)]
+    layers: list[Any] = [("linear", "", [], [0], 1, [0], {})]
+    layers += [("elementwise", "tanh", [], [i], i + 1, [], {}) for i in range(1, 2000)]
+    plan = {"values": values, "layers": [*layers, ("linear", "", [], [2000], 2001, [1], {})], "output": 2001}
     params = [(width, 3, 1, *FLAGS), (2, width, 1, *FLAGS)]
     made = _C.Plan(**{**PLAN, **plan, "params": params})
     assert made.workspace_bytes > 2**40
@@ -255,3 +335,44 @@ def test_fuzzer_notices_memory_that_is_written_to() -> None:
     dtype, begin, tensor = binding.template(0).places["grad", 0]
     guarded.memory[dtype][begin + tensor.numel()] += 1
     assert guarded.wrong() != ""
+
+
+# ---- what the extension says of itself
+
+
+def test_kinds_and_functions_are_those_of_the_source_files() -> None:
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    assert set(_C.kinds()) == {path.stem for path in (csrc / "cpu" / "layers").glob("*.h")}
+    assert _C.kinds()["conv2d"] == (1, 6, 6, 2, 1)  # a window of six sizes, a weight and perhaps a bias
+    assert _C.kinds()["batch_norm"] == (1, 1, 1, 4, 0)
+    assert {"relu", "tanh", "affine"} <= set(_C.functions())
+    assert "adaptive" not in _C.functions()
+
+
+@pytest.mark.parametrize("function", _C.functions())
+def test_takes_every_function_that_it_names(function: str) -> None:
+    assert run(item("layers", 1, 1, function)) == 0
+
+
+@pytest.mark.parametrize("function", ["mish", "none", "adaptive"])
+def test_rejects_what_is_no_function(function: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("layers[1].function")):
+        _C.Plan(**{**PLAN, **item("layers", 1, 1, function)})
+
+
+def test_only_average_pools_are_adaptive() -> None:
+    image = (12, 2, 4, 3, True, False)
+    plan = {
+        "values": [image, (4, 2, 2, 2, True, False), (1, 8, 1, 1, False, False), (1, 2, 1, 1, False, True)],
+        "params": [(2, 8, 1, *FLAGS)],
+    }
+
+    def made(kind: str, function: str, constants: list[float]) -> _C.Plan:
+        layers = [(kind, function, constants, [0], 1, [], {}), ("reshape", "", [], [1], 2, [], {})]
+        return _C.Plan(**{**PLAN, **plan, "layers": [*layers, ("linear", "", [], [2], 3, [0], {})]})
+
+    assert made("avg_pool2d", "adaptive", []).workspace_bytes > 0
+    with pytest.raises(ValueError, match=re.escape("layers[0] (avg_pool2d)")):
+        made("avg_pool2d", "", [])
+    with pytest.raises(ValueError, match=re.escape("layers[0].function")):
+        made("max_pool2d", "adaptive", [2.0, 2.0, 2.0, 1.0, 0.0, 0.0])

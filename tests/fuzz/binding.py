@@ -34,7 +34,6 @@ REFUSALS = (TypeError, ValueError, MemoryError)
 MEMORY = 8 << 30
 SECONDS = 60  # of one call; a valid one takes milliseconds
 GUARD = 64  # numbers before and behind every tensor
-PLAN = ("is_double", "values", "layers", "params", "output", "options")
 RUN = (
     *("tasks", "threads", "data", "rate", "adapted_grad", "adapted", "grad", "grad_offsets", "rate_grad"),
     *("support", "query", "others", "step_weights", "poison"),
@@ -133,8 +132,10 @@ def bases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     class Recorder:
         MOST_THREADS = _C.MOST_THREADS
 
-        def Plan(self, *given: Any) -> Any:
-            plan = _C.Plan(*given)
+        NARROW_ROWS = _C.NARROW_ROWS
+
+        def Plan(self, **given: Any) -> Any:
+            plan = _C.Plan(**given)
 
             class Run:
                 workspace_bytes = plan.workspace_bytes
@@ -148,7 +149,7 @@ def bases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
                         else value
                         for field, value in call.items()
                     }
-                    found.append((dict(zip(PLAN, given, strict=True)), dense))
+                    found.append((given, dense))
                     return plan.run(*tensors)
 
             return Run()

@@ -3,6 +3,8 @@ threads."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from fastmeta.backends import _hoisting
@@ -10,6 +12,7 @@ from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
+from fastmeta.graph.program import Program
 from fastmeta.problem import Problem, Result
 
 try:
@@ -19,19 +22,6 @@ except ImportError as error:  # said by missing()
     _IMPORT_ERROR = str(error)
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = (
-    "linear",
-    "conv2d",
-    "batch_norm",
-    "layer_norm",
-    "group_norm",
-    "max_pool2d",
-    "avg_pool2d",
-    "concat",
-    "elementwise",
-    "reshape",
-    "add",
-)
 
 
 def missing() -> str:
@@ -52,8 +42,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"tensors are on {first.device}"
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
-        return f"{unknown[0]} has no kernels"
+    if reason := _without_kernels(program):
+        return reason
     if reason := refuses_norms(problem):
         return reason
     if not plans.used_params(program):
@@ -64,6 +54,23 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         if loss is not None and (reason := refuses_loss(loss)):
             return reason
     return ""
+
+
+def _without_kernels(program: Program) -> str:
+    """The first layer that the extension knows nothing of, "" if it knows all."""
+    kinds, functions = _known()
+    for layer in program.layers:
+        if layer.kind not in kinds:
+            return f"{layer.kind} has no kernels"
+        if layer.kind == "elementwise" and layer.function not in functions:
+            return f"{layer.function} has no kernels"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _known() -> tuple[frozenset[str], frozenset[str]]:
+    """The layer kinds and the element-wise functions that the extension was built with."""
+    return frozenset(_C.kinds()), frozenset(_C.functions())
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from fastmeta.backends._layout import lay_out
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._rates import rate_form
+from fastmeta.backends.cpu.network import CAPABILITIES, described
+from fastmeta.graph.passes import annotate
 from fastmeta.graph.program import Program
+from fastmeta.layers.registry import kind_of
 from fastmeta.losses import Loss
 from fastmeta.problem import STORE_AT_MOST, Batch, Problem
 
@@ -18,9 +20,6 @@ try:
     from fastmeta import _C
 except ImportError:  # the backend says so
     _C = None  # type: ignore[assignment]
-
-#: Kinds whose first parameter is a weight [O, C, *taps].
-_MATRIX_FIRST = ("linear", "conv2d")
 
 
 def used_params(program: Program) -> list[str]:
@@ -52,19 +51,12 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     names, buffers = used_params(program), used_buffers(problem)
     shapes |= dict(program.buffers)
     index = {name: i for i, name in enumerate([*names, *buffers])}
-    engine = lay_out(program, reads_channels(problem))
-    layers = [
-        (
-            layer.kind,
-            layer.function,
-            layer.constants,
-            inputs,
-            output,
-            [index.get(name or "", -1) for name in layer.params],
-        )
-        for layer, inputs, output in engine.layers
-    ]
-    matrices = {layer.params[0] for layer in program.layers if layer.kind in _MATRIX_FIRST}
+    gradients = not wrt.isdisjoint({"support_x", "query_x"})
+    graph = annotate(
+        program, CAPABILITIES, output_channels=reads_channels(problem), input_gradients=gradients
+    )
+    values, layers, output = described(graph, index)
+    matrices = {layer.params[0] for layer in program.layers if kind_of(layer).matrix}
     params = []
     for name in [*names, *buffers]:
         shape, matrix = shapes[name], name in matrices
@@ -84,12 +76,12 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
             )
         )
     return _C.Plan(
-        problem.params[names[0]].dtype == torch.float64,
-        engine.values,
-        layers,
-        params,
-        engine.output,
-        _options(problem, wrt, memory),
+        is_double=problem.params[names[0]].dtype == torch.float64,
+        values=values,
+        layers=layers,
+        params=params,
+        output=output,
+        options=_options(problem, wrt, memory),
     )
 
 

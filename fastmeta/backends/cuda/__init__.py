@@ -7,6 +7,8 @@ are compiled at run time for one network, its shapes and options.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from fastmeta.backends import _hoisting
@@ -18,12 +20,10 @@ from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
 from fastmeta.backends.cuda import run as runs
 from fastmeta.backends.cuda.tables import Plan
+from fastmeta.layers.registry import KINDS
 from fastmeta.problem import Problem, Result
 
 _DTYPES = (torch.float32, torch.float64)
-_KINDS = frozenset(
-    {"linear", "elementwise", "reshape", "add", "concat", "batch_norm", "layer_norm", "group_norm"}
-)
 #: What one task may take of global memory beside its shared memory.
 _WORKSPACE_AT_MOST = 64 << 20
 #: A kernel takes its arguments by value: 4 KiB on every driver.
@@ -57,7 +57,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return reason
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    if unknown := [layer.kind for layer in program.layers if layer.kind not in _KINDS]:
+    if unknown := [layer.kind for layer in program.layers if layer.kind not in _kinds()]:
         return f"{unknown[0]} has no kernels"
     if reason := refuses_norms(problem):
         return reason
@@ -69,6 +69,13 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         if loss is not None and (reason := refuses_loss(loss)):
             return reason
     return _refuses_size(problem, wrt)
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> frozenset[str]:
+    """The layer kinds that have a file of CUDA kernels."""
+    files = compiler.source_folder() / "cuda" / "layers"
+    return frozenset(kind for kind in KINDS if (files / f"{kind}.h").exists())
 
 
 def _refuses_device(device: torch.device) -> str:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from fastmeta.backends._norms import NORMS
 from fastmeta.backends.cuda.tables import SCRATCH, Area, Layer, Plan
+from fastmeta.layers.functions import FUNCTIONS
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64
-#: Activations whose derivatives the value behind them tells; of the others the value before is
-#: kept.
-_TOLD_BY_OUTPUT = frozenset({"relu", "leaky_relu", "tanh", "sigmoid", "affine"})
-#: Activations whose second derivative is zero.
-_LINEAR_PIECES = frozenset({"relu", "leaky_relu", "affine"})
+#: Functions whose derivatives follow from the value alone, and whose formulas in
+#: csrc/shared/functions.inl read the argument all the same.
+_READS_ARGUMENT = frozenset({"elu"})
 #: Numbers that a norm keeps of each group: csrc/cuda/norm.h.
 STATISTICS = 4
 
@@ -175,13 +174,13 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
         keeps["rx"] = tangents and v.from_params
         keeps["rd"] = tangents and (v.from_params or flags["wants_support_x"])
         if number in taken:
-            function = taken[number].function
-            keeps["x"] = function not in _TOLD_BY_OUTPUT or (
-                function == "leaky_relu" and taken[number].constants[0] < 0
-            )
-            keeps["rx"] = keeps["rx"] and function not in _LINEAR_PIECES
+            layer = taken[number]
+            function = FUNCTIONS[layer.function]
+            told = function.told_by_output(layer.function_constants)
+            keeps["x"] = function.name in _READS_ARGUMENT or not told
+            keeps["rx"] = keeps["rx"] and not function.piecewise_linear
         elif number in behind:
-            smooth = behind[number].function not in _LINEAR_PIECES
+            smooth = not FUNCTIONS[behind[number].function].piecewise_linear
             keeps["d"] = keeps["d"] and (number in shared or (tangents and smooth))
             keeps["rd"] = keeps["rd"] and number in shared
         for block, kept in keeps.items():
@@ -214,8 +213,8 @@ def _groups_each(plan: Plan, layer: Layer) -> int:
     """Groups that a norm makes of each example."""
     out = plan.values[layer.output]
     if layer.kind == "layer_norm":
-        return out.rows * out.cols // layer.group
-    return layer.group if layer.kind == "group_norm" else 0
+        return out.rows * out.cols // int(layer.constants[0])
+    return int(layer.constants[0]) if layer.kind == "group_norm" else 0
 
 
 def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends.triton.memory import Memory
-from fastmeta.backends.triton.network import Network
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import cross_entropy, elementwise_losses
 from fastmeta.kernels.launch import Recorder, tiny
 from fastmeta.kernels.losses import Reduction, Results
@@ -25,7 +25,7 @@ class StaticBatch:
     def __init__(
         self,
         memory: Memory,
-        net: Network,
+        net: Graph,
         batch: Batch,
         loss: Loss | None,
         wrt: frozenset[str],
@@ -122,7 +122,7 @@ class StaticBatch:
     def emit_loss(
         self,
         record: Recorder,
-        net: Network,
+        net: Graph,
         k: int,
         z: Tensor,
         *,

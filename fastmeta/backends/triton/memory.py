@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._rates import rate_form
-from fastmeta.backends.triton.network import Network, engine_shape
+from fastmeta.backends.triton.network import engine_shape
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels.passes import Operand
 from fastmeta.problem import Problem
 
@@ -67,7 +68,7 @@ def copy_together(targets: list[Tensor], sources: list[Tensor]) -> None:
 class ParameterLayout:
     """Where each parameter stands in a set [P], and where its rate in a row [L]."""
 
-    def __init__(self, net: Network, problem: Problem, count: int) -> None:
+    def __init__(self, net: Graph, problem: Problem, count: int) -> None:
         convolved = {
             conv.params[0]
             for node in net.nodes

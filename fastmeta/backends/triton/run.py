@@ -17,9 +17,10 @@ from fastmeta.backends._precision import asked_for
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
 from fastmeta.backends.triton.memory import copy_together
-from fastmeta.backends.triton.network import Network, build
+from fastmeta.backends.triton.network import build
 from fastmeta.backends.triton.step import KINDS, MetaStep
 from fastmeta.bounded import Bounded
+from fastmeta.graph.nodes import Graph
 from fastmeta.problem import Gradients, Problem, Result, Scratch
 
 __all__ = ["KINDS", "Job", "describe"]
@@ -47,7 +48,7 @@ def precision(dtype: torch.dtype) -> str:
     return "bf16_rounded" if found == "bf16" and triton.knobs.runtime.interpret else found
 
 
-def network(problem: Problem, wrt: frozenset[str]) -> Network:
+def network(problem: Problem, wrt: frozenset[str]) -> Graph:
     """The analysed program of a problem."""
     if problem.program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.backends.triton.memory import Memory, ParameterLayout
-from fastmeta.backends.triton.network import Network
 from fastmeta.backends.triton.pass_memory import PassMemory
+from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import reduce
 from fastmeta.kernels.launch import Recorder
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
@@ -30,7 +30,7 @@ class StepState:
     def __init__(
         self,
         problem: Problem,
-        net: Network,
+        net: Graph,
         wrt: frozenset[str],
         memory: str,
         precision: str,

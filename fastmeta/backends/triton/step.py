@@ -6,45 +6,38 @@ Source: docs/architecture.md, "The mathematics".
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends.triton.batch import StaticBatch
-from fastmeta.backends.triton.network import Network
 from fastmeta.backends.triton.state import StepState
-from fastmeta.kernels import (
-    add,
-    avg_pool2d,
-    batch_norm,
-    concat,
-    conv2d,
-    elementwise,
-    group_norm,
-    layer_norm,
-    linear,
-    max_pool2d,
-    reduce,
-    reshape,
-    sgd,
-)
+from fastmeta.graph.nodes import Graph
+from fastmeta.kernels import add, reduce, sgd
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
+from fastmeta.layers import registry as layers
 from fastmeta.problem import Problem
 
-KINDS: dict[str, ModuleType] = {
-    "add": add,
-    "avg_pool2d": avg_pool2d,
-    "batch_norm": batch_norm,
-    "concat": concat,
-    "conv2d": conv2d,
-    "elementwise": elementwise,
-    "group_norm": group_norm,
-    "layer_norm": layer_norm,
-    "linear": linear,
-    "max_pool2d": max_pool2d,
-    "reshape": reshape,
-}
+_FUNCTIONS = ("forward", "backward", "tangent", "tangent_backward")
+
+
+def _kernels() -> dict[str, ModuleType]:
+    found: dict[str, ModuleType] = {}
+    for kind in layers.KINDS:
+        if find_spec(f"fastmeta.kernels.{kind}") is None:
+            continue
+        found[kind] = import_module(f"fastmeta.kernels.{kind}")
+        missing = [name for name in _FUNCTIONS if not hasattr(found[kind], name)]
+        if missing:
+            raise TypeError(f"fastmeta.kernels.{kind} has no {', '.join(missing)}")
+    return found
+
+
+#: Layer kind -> its kernels: every module of fastmeta.kernels that is called as a kind.
+KINDS: dict[str, ModuleType] = _kernels()
 
 
 class MetaStep(StepState):
@@ -54,7 +47,7 @@ class MetaStep(StepState):
     def __init__(
         self,
         problem: Problem,
-        net: Network,
+        net: Graph,
         wrt: frozenset[str],
         memory: str,
         precision: str,
