@@ -46,9 +46,9 @@ def statistics(
     x,  # [blocks, R, C]
     parts,  # [blocks, chunks, 3, C], of which two are written
     R,
+    C,
     CHUNK,  # rows of a chunk
     chunks,
-    C,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -89,11 +89,11 @@ def sums(
     positions,  # [blocks, R, C] of a max-pool: then a and b have one row a window; or None
     parts,  # [blocks, chunks, 3, C]
     R,
+    C,
     IN,
+    size: Images,
     CHUNK,  # rows of a chunk
     chunks,
-    C,
-    size: Images,
     POOL: tl.constexpr,  # a `Pool`
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -165,11 +165,11 @@ def merged(
     partials,  # [blocks, tiles, 3, C]
     parts,  # [blocks, chunks, 3, C]
     R,
+    C,
+    TILE,  # rows of a tile
     PER,  # tiles of a chunk
     tiles,
     chunks,
-    C,
-    TILE,  # rows of a tile
     MOMENTS: tl.constexpr,  # means and centred squares; else sums
     BR: tl.constexpr,
     BC: tl.constexpr,

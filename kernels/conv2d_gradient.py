@@ -23,14 +23,14 @@ def weight_gradient(
     x0,  # [T, images of H x W, C]
     dy1,  # a second pair, of the same shapes; or None
     x1,
+    M,
+    O,
+    size: Images,
+    CHUNK,  # rows
+    chunks,
     parts,  # [T, chunks, O * I + O]; or None: there is one chunk
     weight: Target,  # [O, I], if there is one chunk
     bias: Target,  # [O], likewise
-    M,
-    CHUNK,  # rows
-    chunks,
-    O,
-    size: Images,
     C: tl.constexpr,
     WINDOW: tl.constexpr,  # a `Window`
     BIAS: tl.constexpr,  # whether its gradient is wanted
@@ -91,11 +91,11 @@ def weight_gradient(
 @varies("begin", "size", "chunks")
 def sum_chunks(
     parts,  # [T, chunks, stride]
-    target: Target,  # [size]
+    stride,
     begin,
     size,
     chunks,
-    stride,
+    target: Target,  # [size]
     BLOCK: tl.constexpr,
 ):
     """target = the sum over chunks, in their order, of the numbers `begin` to `begin + size`."""

@@ -14,6 +14,9 @@ Three things that Triton 3.6 does not take in a kernel, though 3.9 does:
 - `x is None`, where x is a NamedTuple that has a None in it: ask one of its members;
 - a NamedTuple in one of the second sort: they are flat;
 - a member that is a string as the argument of a function: hand on the whole NamedTuple.
+
+The order of a kernel's arguments is not free either: the assembler may take other registers, and
+spill, after one has moved (`fastmeta.backends.triton.compile` tells).
 """
 
 from __future__ import annotations

@@ -209,10 +209,10 @@ def _parameter_gradient(
     rstd,
     mean_rx,
     mean_rx_x,
-    weight: Target,  # [S]
-    bias: Target,
     groups,
     S,
+    weight: Target,  # [S]
+    bias: Target,
     BLOCK: tl.constexpr,
 ):
     """dw and db, or with `rdy` their tangents."""

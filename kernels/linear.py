@@ -83,11 +83,11 @@ def weight_gradient(
     x0,  # [T, M, I]
     dy1,  # a second pair, of the same shapes; or None
     x1,
-    weight: Target,  # [O, I]
-    bias: Target,  # [O]
     M,
     O,
     I,
+    weight: Target,  # [O, I]
+    bias: Target,  # [O]
     PRECISION: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,

@@ -237,9 +237,9 @@ def patch_products(
     positions,  # [T, M, O] of a max-pool; or None
     parts,  # [T, chunks, I + 1, O]: A, and the sum of dy
     M,  # windows
+    O,
     CHUNK,  # of them
     chunks,
-    O,
     size: Images,
     C: tl.constexpr,
     WINDOW: tl.constexpr,  # the convolution's `Window`
@@ -286,12 +286,12 @@ def patch_products(
 def patch_sums(
     sums,  # [T, chunks, I + 1, O]: what `patch_products` made, of dy or rdy
     w: Operand,  # of a task [O, I]
-    v: Operand,  # likewise, if these are of rdy; or None
     products,  # [T, I, O]: A, or RA
     earlier,  # [T, I, O]: A, if these are of rdy; or None
+    v: Operand,  # likewise, if these are of rdy; or None
     parts,  # [T, 3, O]: the sums of dy and dy x; or of rdy, rdy x and dy rx
-    chunks,
     O,
+    chunks,
     I: tl.constexpr,
     BI: tl.constexpr,
     BO: tl.constexpr,
