@@ -33,9 +33,8 @@ class Launch:
     stages: int
     choices: tuple[Choice, ...] = ()
     work: int = 0  # multiply-adds, where there is something to choose
-    registers: int | None = (
-        None  # a thread may have; None: the assembler weighs them against blocks side by side
-    )
+    # a thread may have; None: the assembler weighs them against blocks side by side
+    registers: int | None = None
 
     def run(self) -> Any:
         """Launch it on the current stream; what was compiled, if it was."""

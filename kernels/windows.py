@@ -8,7 +8,8 @@ from fastmeta.kernels.passes import Node, Value
 
 
 class Images(NamedTuple):
-    """Sizes of the images that a kernel reads and of those that it makes, of one channel."""
+    """Sizes of images: of a layer's input H x W, of its output OH x OW. The transpose of a
+    convolution is a layer from the output's gradient to the input's."""
 
     H: int
     W: int
@@ -35,7 +36,7 @@ class Pool(NamedTuple):
 
 
 def image_sizes(source: Value, target: Value) -> Images:
-    """Of a kernel that makes `target` from `source`."""
+    """Of a layer that makes `target` of `source`."""
     return Images(source.height, source.width, target.height, target.width)
 
 
