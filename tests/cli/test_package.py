@@ -34,7 +34,7 @@ def test_package_is_typed():
 def test_kernels_are_part_of_the_package():
     import fastmeta.kernels
 
-    assert Path(fastmeta.kernels.__file__).parent == ROOT / "kernels"
+    assert Path(fastmeta.kernels.__file__).resolve().parent == ROOT / "kernels"
 
 
 def test_module_runs_as_command():
