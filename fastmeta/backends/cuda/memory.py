@@ -18,7 +18,7 @@ WIDE = 64
 #: Functions whose derivatives follow from the value alone, and whose formulas in
 #: csrc/shared/functions.inl read the argument all the same.
 _READS_ARGUMENT = frozenset({"elu"})
-#: Numbers that a norm keeps of each group: csrc/cuda/norm.h.
+#: Numbers that a norm keeps of each group: csrc/cuda/families/norm.h.
 STATISTICS = 4
 
 
