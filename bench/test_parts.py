@@ -18,7 +18,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastmeta import _C, backends
 from fastmeta.benchmark.cost import flops
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fastmeta.graph.program import Program
 from fastmeta.layers.registry import kind_of
 from fastmeta.problem import Batch, Problem
+
+
+def without_kernels(program: Program, kinds: Collection[str], functions: Collection[str]) -> str:
+    """Why a backend with kernels for these layer kinds and element-wise functions cannot run a
+    program, "" if it can."""
+    for layer in program.layers:
+        if layer.kind not in kinds:
+            return f"{layer.kind} has no kernels"
+        if kind_of(layer).family == "pointwise" and layer.function not in functions:
+            return f"{layer.function} has no kernels"
+    return ""
 
 
 def refuses_layers(problem: Problem) -> str:

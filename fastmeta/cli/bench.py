@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, engine, machine, run, write_chart, write_csv
-from fastmeta.cases import WORKLOADS
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.cli import folder
 from fastmeta.cli.bench_layers import bench_layers
 from fastmeta.cli.files import told

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.layers.registry import KINDS
 from fastmeta.verify import DTYPES, Row, present
 from fastmeta.verify import verify_case as run_case

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, Case
+from fastmeta.cases import Case
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.rule import DTYPES, Row

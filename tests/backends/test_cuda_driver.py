@@ -69,7 +69,7 @@ from types import SimpleNamespace
 import torch
 from fastmeta.backends import get
 from fastmeta.backends.cuda import compile as compiler, launch, plan as plans, run
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 
 cuda, chip = torch.cuda, plans.Chip(4_000)

@@ -37,9 +37,11 @@ from fastmeta import kernels
 from fastmeta.backends.triton import compile as ahead
 from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import grid
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.kernels.elementwise import End, Finish, apply
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import Launch, named

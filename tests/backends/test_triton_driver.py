@@ -55,7 +55,7 @@ assert triton.runtime.driver.active.get_current_target().arch == 90
 torch.cuda.is_available = lambda: False
 from fastmeta.backends.triton import compile as triton_compile, run
 from fastmeta.backends.triton.step import MetaStep
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 case = next(case for case in VERIFICATION if case.id == "tanh-T18-N3-M2-K2-mse")
 problem, compiled = problem_of(case, torch.float32, 0), []

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.cli import main
 from fastmeta.verify import Row
 
