@@ -27,7 +27,7 @@ class MetaStep : Task {
     if (K > 0 && !OPTIONS.support_per_step) load_support(0);
     barrier();
   }
-  // What a thread does behind the last barrier concerns its own elements alone: so the next task
+  // What a thread does after the last barrier concerns its own elements alone: so the next task
   // may begin.
   FM_INLINE void write_loss() const {
     if (thread() != 0) return;

@@ -29,11 +29,13 @@ class Example:
         label: what is special about it.
         make: the layer as a module that is called with one tensor for each of its inputs.
         shapes: of the inputs, of one example each, without the batch dimension.
+        extra: others reach the same kernels: left out where a backend is slow to test.
     """
 
     label: str
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,8 @@ class LayerKind:
         modules, functions, methods: what is captured as this kind; see `fastmeta.capture.kinds`.
         epilogue: its kernels can apply the element-wise layer after it.
         prologue: its kernels can go on to the gradient of the element-wise layer before it.
+        groups: of a norm, how many groups of values it makes of each example: `groups(constants,
+            size)`, the size in elements; None: a group for each channel, of the whole batch.
         reads_batch: whether what a layer makes of an example depends on the others of its batch:
             `reads_batch(layer)`; None: it never does.
         kinks: the distance of the nearest input from a point where a derivative jumps, of
@@ -81,6 +85,7 @@ class LayerKind:
     methods: Methods = field(default_factory=dict)
     epilogue: bool = False
     prologue: bool = False
+    groups: Callable[[tuple[float, ...], int], int] | None = None
     reads_batch: Callable[[Layer], bool] | None = None
     kinks: Callable[..., Tensor] | None = None
     refuses: Callable[[Layer, int], str] | None = None
@@ -98,3 +103,8 @@ class Apply(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The function of the inputs, and of the constants after them."""
         return self.function(*inputs, *self.constants)
+
+
+def tanh_around(make: Callable[[], nn.Module]) -> nn.Module:
+    """A layer between two functions, for examples of kinds whose kernels take them over."""
+    return nn.Sequential(nn.Tanh(), make(), nn.Tanh())

@@ -42,7 +42,7 @@ struct NormGroup {
   FM_INLINE S average(const Term& term) const {
     return group_sum<S>(n.rows, n.cols, term) / S(n.rows * n.cols);
   }
-  // out = [out +] element, and zeros behind it
+  // out = [out +] element, and zeros after it
   template <class Element>
   FM_INLINE void write(i64 group, const Element& element) const {
     for (i64 r = 0; r < n.rows; ++r) {

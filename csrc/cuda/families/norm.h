@@ -194,7 +194,7 @@ struct Norm {
       at.read(), at.read_tangent();
       const int size = at.size();
       const auto dy = [&](int e) { return has_tangent<Y> ? at.dy(e) : S(0); };
-      // Rg = w rdy + rw dy; of a channel w and rw follow behind the sums
+      // Rg = w rdy + rw dy; of a channel w and rw follow after the sums
       const auto rg = [&](int e) {
         return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e);
       };

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 
 from fastmeta.backends import _hoisting
+from fastmeta.backends._layers import refuses_layers
 from fastmeta.backends._losses import refuses_loss
-from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.graph.program import Program
@@ -44,7 +44,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if reason := _without_kernels(program):
         return reason
-    if reason := refuses_norms(problem):
+    if reason := refuses_layers(problem):
         return reason
     if not plans.used_params(program):
         return "the output depends on no parameter"

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 
 from fastmeta.backends import _hoisting
+from fastmeta.backends._layers import refuses_layers
 from fastmeta.backends._losses import refuses_loss
-from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends._precision import exact as exact
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
@@ -59,7 +59,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
     if unknown := [layer.kind for layer in program.layers if layer.kind not in _kinds()]:
         return f"{unknown[0]} has no kernels"
-    if reason := refuses_norms(problem):
+    if reason := refuses_layers(problem):
         return reason
     if not used_params(program):
         return "the output depends on no parameter"

@@ -1,16 +1,14 @@
-"""What backends refuse of norms."""
+"""What backends refuse of layers, whatever their kernels can do."""
 
 from __future__ import annotations
 
 from fastmeta.graph.program import Program
-from fastmeta.layers.registry import KINDS, kind_of
+from fastmeta.layers.registry import kind_of
 from fastmeta.problem import Batch, Problem
 
-NORMS = frozenset(kind.name for kind in KINDS.values() if kind.family == "norm")
 
-
-def refuses_norms(problem: Problem) -> str:
-    """Why a network's norms cannot be run, "" if they can."""
+def refuses_layers(problem: Problem) -> str:
+    """Why a network's layers cannot be run, "" if they can."""
     program = problem.program
     if program is None:
         return ""
@@ -20,9 +18,10 @@ def refuses_norms(problem: Problem) -> str:
     # a matrix is laid out for products
     matrices = {layer.params[0] for layer in program.layers if kind_of(layer).matrix}
     for layer in program.layers:
-        for name in layer.params:
-            if layer.kind in NORMS and name is not None and name in matrices:
-                return f"`{name}` belongs to a norm and is the weight of another layer"
+        vectors = layer.params[1:] if kind_of(layer).matrix else layer.params
+        for name in vectors:
+            if name is not None and name in matrices:
+                return f"`{name}` belongs to {layer.kind} and is the weight of another layer"
     return ""
 
 
