@@ -55,7 +55,8 @@ class LayerKind:
         matrix: the first parameter is a weight [O, I, *taps], and each element of the output is a
             product of one of its rows.
         constants: the least and the most numbers in `Layer.constants`.
-        order: in which order it reads its inputs.
+        order: in which order it reads its inputs; of some layers their shapes decide it:
+            `order(layer, *shapes)`.
         modules, functions, methods: what is captured as this kind; see `fastmeta.capture.kinds`.
         epilogue: its kernels can apply the element-wise layer after it.
         prologue: its kernels can go on to the gradient of the element-wise layer before it.
@@ -79,7 +80,7 @@ class LayerKind:
     buffers: int = 0
     matrix: bool = False
     constants: tuple[int, int] = (0, 0)
-    order: Order = "either"
+    order: Order | Callable[..., Order] = "either"
     modules: Modules = field(default_factory=dict)
     functions: Functions = field(default_factory=dict)
     methods: Methods = field(default_factory=dict)
@@ -91,6 +92,10 @@ class LayerKind:
     refuses: Callable[[Layer, int], str] | None = None
     examples: tuple[Example, ...] = ()
     cases: Callable[[], Iterable[Case]] = tuple
+
+    def order_of(self, layer: Layer, *shapes: tuple[int, ...]) -> Order:
+        """In which order a layer reads inputs of these shapes, of one example each."""
+        return self.order(layer, *shapes) if callable(self.order) else self.order
 
 
 class Apply(nn.Module):
