@@ -1,10 +1,12 @@
 """What batch norm and group norm share: docs/norms.md as sums over rows and linear combinations of
 rows.
 
-A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm
-an example. A group is so many of its channels; of batch norm, one. Sums go over chunks of rows that
-the shapes alone fix. A small kernel turns them into coefficients, and one pass combines the rows. A
-max-pool over windows side by side is done on the way: what is not pooled is never written down.
+Values are [blocks, R rows, C channels]. A block is what is normalised together along rows: of batch
+norm a task's whole batch, of group norm an example. A group is so many of its channels; of batch
+norm, one. Sums go over chunks of rows that the shapes alone fix (`channel_sums`). A small kernel
+turns them into coefficients (`channel_coefficients`), and one pass combines the rows
+(`channel_combine`). A max-pool over windows side by side is done on the way: what is not pooled is
+never written down.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 tangents, one program a task.
 
 The target y is an index [T, N, P], or probabilities [T, N, P, C]. Formulas and denominators:
-docs/losses.md. A class index that is out of range reads nothing: it
-makes its task NaN.
+docs/losses.md. A class index that is out of range reads nothing: it makes its task NaN.
 
 Helpers take what belongs to their task alone, and rows n of positions, of which there are R.
 """

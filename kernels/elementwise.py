@@ -13,7 +13,7 @@ first sort need not write x down.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton.language as tl
 
@@ -36,11 +36,11 @@ class End(NamedTuple):
     """What `finish` reads and writes, as one argument of a kernel: each has the shape of what the
     kernel makes, and is None where there is nothing to do."""
 
-    out: Any  # the result, of the function where there is one
-    pre: Any  # takes what the function is applied to: x of forward, rx of tangent
-    saved: Any  # what the derivatives read
-    curve: Any  # dy f''(x): written by backward, read by tangent_backward
-    moved: Any  # rx, of tangent_backward
+    out: Buffer  # the result, of the function where there is one
+    pre: Buffer  # takes what the function is applied to: x of forward, rx of tangent
+    saved: Buffer  # what the derivatives read
+    curve: Buffer  # dy f''(x): written by backward, read by tangent_backward
+    moved: Buffer  # rx, of tangent_backward
 
 
 class Finish(NamedTuple):

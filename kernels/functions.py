@@ -5,8 +5,8 @@
     second  its second derivative by x, of functions that are not piecewise linear
 
 A new function is a line in each of the three; the rest of what is said of it in Python is its row
-in fastmeta/layers/functions.py. F, an `elementwise.Finish`, names the function (`function`)
-and holds its constants (`c0`, `c1`, `scale`, `shift`): all known when a kernel is compiled.
+in fastmeta/layers/functions.py. F, an `elementwise.Finish`, names the function (`function`) and
+holds its constants (`c0`, `c1`, `scale`, `shift`): all known when a kernel is compiled.
 
 The derivatives read s, what was saved: y = f(...) where `elementwise.from_output` says so, x
 elsewhere. Where f has a kink they are PyTorch's: relu'(0) = 0.

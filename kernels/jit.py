@@ -7,7 +7,7 @@ Arguments that belong together are one NamedTuple, of two sorts:
 
 - of tensors, numbers and None, which may hold NamedTuples: `passes.Operand`, `elementwise.End`;
 - of strings, truth values and numbers that are known when a kernel is compiled, annotated
-  `tl.constexpr` as a whole: `elementwise.Finish`, `windows.Window`. A single member cannot be one.
+  `tl.constexpr` as a whole: `elementwise.Finish`, `windows.Window`.
 
 Three things that Triton 3.6 does not take in a kernel, though 3.9 does:
 

@@ -1,7 +1,8 @@
 """max_pool2d: the largest value of every window; the first of several, as in PyTorch, and NaN if
 there is one.
 
-The position within its window is kept: gradients go there, and tangents are read there.
+x is [T * N images, H, W, C], y [T * N images, OH, OW, C]; a program makes BLOCK elements. The
+position within its window is kept: gradients go there, and tangents are read there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Sums over tasks in an order that T alone fixes: min(T, 16) contiguous ranges, each from its first
-task on, then the ranges in their order. No atomics."""
+"""Sums over tasks, [T, P] to [P], in an order that T alone fixes: min(T, 16) contiguous ranges,
+each from its first task on, then the ranges in their order. No atomics.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the kernels with matrix products share: the product of two tiles, and where a gradient
-goes."""
+"""What the kernels with matrix products share: the product of two tiles [M, K] and [K, N], and
+where the gradient of a parameter goes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmeta.kernels.passes import Target
 
 @jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION is "ieee", "tf32", "tf32x3" or "bf16".
+    """acc [M, N] + a [M, K] b [K, N]; PRECISION is "ieee", "tf32", "tf32x3" or "bf16".
 
     "bf16_rounded" is the same as "bf16" for Triton's interpreter, which multiplies no bfloat16.
     """

@@ -2,7 +2,8 @@
 // kind has a struct with
 //
 //   size(layer)      the number of values of a group: a multiple of the columns
-//   epsilon(layer)   what is added to the variance
+//   epsilon(layer)   what is added to the mean square
+//   CENTRED          whether the mean of a group is taken away first
 //
 // The kernels, with their formulas: layers/layer_norm.inl.
 #pragma once
@@ -68,7 +69,7 @@ struct NormByRow {
     const int in = layer.inputs[0];
     LayerNorm<S> n{};
     n.rows = Groups::size(layer) / y.cols, n.groups = pass.rows(layer.output) / n.rows, n.cols = y.cols;
-    n.eps = S(Groups::epsilon(layer));
+    n.centred = Groups::CENTRED, n.eps = S(Groups::epsilon(layer));
     n.x = pass.value(in), n.ld_x = pass.value_ld(in), n.ld = n.ld_out = y.ld, n.ld_rx = plan.values[in].ld;
     n.w = of(layer.params[0], pass.theta), n.b = of(layer.params[1], pass.theta);
     n.state = pass.state(layer);

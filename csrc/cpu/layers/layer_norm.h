@@ -9,6 +9,7 @@ namespace fm::layer_norm {
 constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2);
 
 struct Groups {
+  static constexpr bool CENTRED = true;
   static i64 size(const Layer& layer) { return i64(layer.constants[0]); }
   static double epsilon(const Layer& layer) { return layer.constants[1]; }
 };
