@@ -9,7 +9,7 @@ import torch
 
 from fastmeta.backends import _hoisting
 from fastmeta.backends._inputs import check_class_indices, check_rates
-from fastmeta.backends._layers import refuses_layers
+from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._precision import exact as exact
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
@@ -60,9 +60,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         )
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    for layer in program.layers:
-        if layer.kind not in runs.KINDS:
-            return f"{layer.kind} has no kernels"
+    if reason := without_kernels(program, runs.KINDS, runs.FUNCTIONS):
+        return reason
     if reason := refuses_layers(problem):
         return reason
     if not any(name for layer in program.layers for name in layer.params):

@@ -18,12 +18,12 @@ from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
 from fastmeta.backends.triton.memory import copy_together
 from fastmeta.backends.triton.network import build
-from fastmeta.backends.triton.step import KINDS, MetaStep
+from fastmeta.backends.triton.step import FUNCTIONS, KINDS, MetaStep
 from fastmeta.bounded import Bounded
 from fastmeta.graph.nodes import Graph
 from fastmeta.problem import Gradients, Problem, Result, Scratch
 
-__all__ = ["KINDS", "Job", "describe"]
+__all__ = ["FUNCTIONS", "KINDS", "Job", "describe"]
 
 POISON = False
 

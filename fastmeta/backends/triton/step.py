@@ -6,8 +6,10 @@ Source: docs/architecture.md, "The mathematics".
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import getsource
 from types import ModuleType
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.backends.triton.state import StepState
 from fastmeta.graph.nodes import Graph
-from fastmeta.kernels import add, reduce, sgd
+from fastmeta.kernels import add, functions, reduce, sgd
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
 from fastmeta.layers import registry as layers
 from fastmeta.problem import Problem
@@ -38,6 +40,8 @@ def _kernels() -> dict[str, ModuleType]:
 
 #: Layer kind -> its kernels: every module of fastmeta.kernels that is called as a kind.
 KINDS: dict[str, ModuleType] = _kernels()
+#: The element-wise functions that `fastmeta.kernels.functions` has a formula of.
+FUNCTIONS = frozenset(re.findall(r'F\.function == "(\w+)"', getsource(functions)))
 
 
 class MetaStep(StepState):

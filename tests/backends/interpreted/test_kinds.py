@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from fastmeta.backends.triton import step
+from fastmeta.layers.functions import FUNCTIONS
 from fastmeta.layers.kind import Example
 from fastmeta.layers.registry import KINDS
 from fastmeta.verify.layer import few, verify_example
@@ -28,3 +30,8 @@ def test_triton_matches_torch_func(dtype: str, kind: str, example: Example) -> N
     rows = verify_example(kind, example, "triton", dtype)
     assert rows
     assert [str(row) for row in rows if row.skipped or not row.passed] == []
+
+
+def test_every_kind_and_function_has_kernels() -> None:
+    assert set(step.KINDS) == set(KINDS)
+    assert set(FUNCTIONS) <= step.FUNCTIONS
