@@ -106,7 +106,7 @@ def _operator(
             "is none of its arguments; under torch.compile it would get no gradient: leave the call out of "
             "what is compiled"
         )
-    found = settled(learner.who, learner.on_divergence, checked, result, run)
+    found = settled(learner.who, learner.module.on_divergence, checked, result, run)
     loss, task_losses, output = found_in(found)
     gradient = (
         flat_gradient(learner, checked, found.result) if with_gradients and leaves else loss.new_empty(0)
@@ -192,7 +192,7 @@ def _output_shape(
     x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
     params, _ = learner.meta_parameters()
     with torch.no_grad(), preserved(device, learner.net):
-        return tuple(call(learner.net, params, x, batch_stats=learner.batch_stats).shape[1:])
+        return tuple(call(learner.net, params, x, batch_stats=learner.module.batch_stats).shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,15 @@ from fastmeta.ops.rates import Rates
 from fastmeta.problem import Captures
 
 
+class Settings(Protocol):
+    """Options of an algorithm that may change between two calls, as `MAML` has them."""
+
+    loss: Loss
+    query_loss: Loss
+    on_divergence: str
+    batch_stats: str
+
+
 class Learner(Protocol):
     """An algorithm as `meta_loss` and `compiled` see it; `MAMLMachinery` is one.
 
@@ -34,20 +43,8 @@ class Learner(Protocol):
     handle: int
 
     @property
-    def loss(self) -> Loss:
-        """Of the support sets."""
-
-    @property
-    def query_loss(self) -> Loss:
-        """Of the query sets."""
-
-    @property
-    def on_divergence(self) -> str:
-        """As `MAML` has it."""
-
-    @property
-    def batch_stats(self) -> str:
-        """As `MAML` has it."""
+    def module(self) -> Settings:
+        """The module of the algorithm, which has its options as they are now."""
 
     def lr_of(self, rates: dict[str, Tensor]) -> Rates:
         """The rates as an operator takes them, from the learned ones by their keys."""

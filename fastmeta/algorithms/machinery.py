@@ -12,7 +12,6 @@ from fastmeta.algorithms.algorithm import Machinery
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.learner import Learner
 from fastmeta.algorithms.parameters import ParameterTable
-from fastmeta.losses import Loss
 from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
@@ -42,21 +41,6 @@ class MAMLMachinery(Machinery):
         self.number = self.inner_lrs.number
         learner: Learner = self
         self.handle = compiled.register(learner)
-
-    @property
-    def query_loss(self) -> Loss:
-        """Of the query sets."""
-        return self.module.query_loss
-
-    @property
-    def on_divergence(self) -> str:
-        """As `MAML` has it."""
-        return self.module.on_divergence
-
-    @property
-    def batch_stats(self) -> str:
-        """As `MAML` has it."""
-        return self.module.batch_stats
 
     def options(self, who: str, support_per_step: bool = False) -> Options:
         """The options as they are now; `who` is for messages."""

@@ -44,9 +44,10 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
     """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and
     wanted."""
     params, rates = learner.meta_parameters()
+    module = learner.module
     if not torch.is_grad_enabled():
         call = learner.prepare(params, rates, tensors, support_per_step)
-        return found_in(settled(learner.who, learner.on_divergence, call, call.solve()))
+        return found_in(settled(learner.who, module.on_divergence, call, call.solve()))
     leaves, wrt = leaves_of(learner, params, rates)
     inputs = inputs_of(tensors)
     if inputs:
@@ -55,7 +56,7 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
     aliases = None if flat is None else learner.aliases()
     call = learner.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
     run = None if call.plan.program is not None else again_of(call)
-    found = settled(learner.who, learner.on_divergence, call, call.solve())
+    found = settled(learner.who, module.on_divergence, call, call.solve())
     loss, task_losses, output = found_in(found)
     result = found.result
     captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
@@ -69,8 +70,8 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
         recipe = Recipe(
             options=call.options,
             net=learner.net,
-            loss=learner.loss,
-            query_loss=learner.query_loss,
+            loss=module.loss,
+            query_loss=module.query_loss,
             lr_of=learner.lr_of,
             wrt=wrt,
             rerun=run,

@@ -176,7 +176,7 @@ class StepwiseMachinery(MAMLMachinery):
             return _Gradients(out._replace(loss=out.loss.detach()), list(grads))
 
         whole = again(None)
-        rest = leave_out(self.who, self.on_divergence, whole, tensors.task_weights, again)
+        rest = leave_out(self.who, self.module.on_divergence, whole, tensors.task_weights, again)
         found, (loss, task_losses, output) = whole.grads, whole.out
         if rest is not None and rest.answer is None:
             loss, found = torch.zeros_like(loss), [torch.zeros_like(grad) for grad in found]
@@ -194,10 +194,10 @@ class StepwiseMachinery(MAMLMachinery):
         fields = inputs_of(query) if grad else []
         wanted = grad and any(value.requires_grad for value in theta.values())
         wrt = frozenset(["params"] * wanted + fields) - {"task_weights"}
-        options = self.step()._replace(steps=0)
+        options, query_loss = self.step()._replace(steps=0), self.module.query_loss
         aliases = self.aliases()
         captures = captures_of(True, aliases) if grad else None
-        call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt, captures=captures)
+        call = prepare(options, self.net, theta, query, None, query_loss, 0.0, wrt, captures=captures)
         run = again_of(call)
         result = call.solve()
         loss, task_losses, output = answer(call, result)
@@ -210,7 +210,7 @@ class StepwiseMachinery(MAMLMachinery):
                 options=options,
                 net=self.net,
                 loss=None,
-                query_loss=self.query_loss,
+                query_loss=query_loss,
                 lr_of=lambda rates: 0.0,
                 wrt=wrt,
                 rerun=run,
