@@ -6,8 +6,8 @@
 //   v           = mbar - alpha_k lambda_{k+1}
 //   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
 //   d alpha_k   = -lambda_{k+1} u_k
-//   gradients of support inputs, targets and weights: the same tangent backward's at the inputs and
-// at the loss
+//   gradients of support inputs, targets and weights: by the same tangent backward pass, at the
+//   inputs and at the loss
 //
 // Source: docs/architecture.md, "The mathematics".
 #pragma once
@@ -22,8 +22,8 @@
 
 namespace fm {
 
-// A Task says how many steps there are, whether anybody wants gradients and whether the query
-// counts at all steps, and can do each of the rest.
+// A Task says how many steps there are, whether gradients are wanted and whether the query loss of
+// every step counts; it does each of the steps below.
 template <class Task>
 FM_ALGORITHM void meta_step(Task& task) {
   using Step = typename Task::Step;
