@@ -221,8 +221,11 @@ def _cancel_biases(graph: Graph) -> None:
 
 
 def _fuse_pools(graph: Graph, can: Capabilities) -> None:
-    """A norm takes over the max-pool after it. A relu between the two may come after both: it is
-    monotone, and where it is flat no gradient passes."""
+    """A norm takes over the max-pool after it.
+
+    A relu between the two may come after both: it is monotone, and where it is flat no gradient
+    passes.
+    """
     for norm in [node for node in graph.nodes if channel_norm(node)]:
         after = graph.only_reader(norm.output)
         relu = None
