@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -143,8 +144,11 @@ class BuildExt(build_ext):
         import pybind11
 
         compiler = find_compiler()
+        generated = Path(self.build_temp).resolve() / "generated"
+        runpy.run_path(str(ROOT / "csrc" / "layer_kinds.py"))["write"](generated)
         include = [
             f"-I{ROOT / 'csrc'}",
+            f"-I{generated}",
             f"-isystem{pybind11.get_include()}",
             f"-isystem{sysconfig.get_path('include')}",
         ]
@@ -183,7 +187,7 @@ def extensions() -> list[Extension]:
 
 
 # Folders with what the cuda backend compiles at run time: package data, below fastmeta/csrc.
-CUDA_SOURCES = ("cuda", "cuda/layers", "shared")
+CUDA_SOURCES = ("cuda", "cuda/families", "cuda/layers", "shared")
 DATA = {f"fastmeta.csrc.{folder.replace('/', '.')}": f"csrc/{folder}" for folder in CUDA_SOURCES}
 
 setup(

@@ -13,6 +13,7 @@
 #include "binding/arguments.h"
 #include "binding/describe.h"
 #include "binding/tensors.h"
+#include "cpu/check.h"
 #include "cpu/kernels.h"
 #include "cpu/measure.h"
 #include "cpu/plan.h"
@@ -307,6 +308,26 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// {kind: (inputs, least constants, most constants, parameters, required parameters)}
+py::dict kinds() {
+  py::dict all;
+  const auto add = [&](fm::Kind kind) {
+    const fm::Rules r = fm::rules(kind);
+    all[fm::name_of(kind)] =
+        py::make_tuple(r.inputs, r.least_constants, r.most_constants, r.params, r.required_params);
+  };
+#define FM_ADD(kind) add(fm::Kind::kind);
+  FM_LAYER_KINDS(FM_ADD)
+#undef FM_ADD
+  return all;
+}
+
+std::vector<std::string> functions() {
+#define FM_NAME(name, formula) #name,
+  return {FM_FUNCTIONS(FM_NAME)};
+#undef FM_NAME
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -329,6 +350,9 @@ PYBIND11_MODULE(_C, m) {
       });
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
+  m.def("kinds", &kinds,
+        "The layer kinds, each with (inputs, least constants, most constants, parameters, required ones).");
+  m.def("functions", &functions, "The names of the element-wise functions.");
   m.attr("MOST_THREADS") = MOST_THREADS;
   m.attr("NARROW_ROWS") = fm::NARROW_ROWS;
   fm::binding::Torch::get();

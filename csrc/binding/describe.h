@@ -103,21 +103,9 @@ inline Kind kind_named(const Part& part, const std::string& name) {
 }
 
 inline Function function_named(const Part& part, const std::string& name) {
-  using F = Function;
-  if (name.empty()) return F::relu;
-  return named<F>(part, name,
-                  {{"relu", F::relu},
-                   {"leaky_relu", F::leaky_relu},
-                   {"elu", F::elu},
-                   {"gelu", F::gelu},
-                   {"gelu_tanh", F::gelu_tanh},
-                   {"silu", F::silu},
-                   {"tanh", F::tanh},
-                   {"sigmoid", F::sigmoid},
-                   {"softplus", F::softplus},
-                   {"sin", F::sin},
-                   {"affine", F::affine},
-                   {"adaptive", F::adaptive}});
+#define FM_ENTRY(function, formula) {#function, Function::function},
+  return named<Function>(part, name, {FM_FUNCTIONS(FM_ENTRY)});
+#undef FM_ENTRY
 }
 
 inline LossSpec read_loss(const Part& part, py::handle given) {
@@ -189,7 +177,8 @@ inline Layer read_layer(const Part& part, py::handle given) {
   Layer layer;
   layer.kind = kind_named(part.at("kind"), part.at("kind").text(l[0]));
   const std::string function = part.at("function").text(l[1]);
-  layer.function = function_named(part.at("function"), function), layer.has_function = !function.empty();
+  layer.adaptive = function == "adaptive";
+  if (!layer.adaptive && !function.empty()) layer.function = function_named(part.at("function"), function);
   const auto constants = part.at("constants").items(l[2], 0, layer.constants.size());
   for (std::size_t i = 0; i < constants.size(); ++i)
     layer.constants[i] = part.at("constants").at(i).number(constants[i]);

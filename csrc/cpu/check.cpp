@@ -11,47 +11,6 @@
 namespace fm {
 namespace {
 
-// How many of what a layer kind takes.
-struct Rules {
-  int inputs, least_constants, most_constants, params, required_params;
-};
-
-Rules rules(Kind kind) {
-  switch (kind) {
-    case Kind::linear:
-      return {1, 0, 0, 2, 1};
-    case Kind::elementwise:
-      return {1, 0, 2, 0, 0};
-    case Kind::reshape:
-      return {1, 0, 0, 0, 0};
-    case Kind::add:
-      return {2, 0, 0, 0, 0};
-    case Kind::conv2d:
-      return {1, 6, 6, 2, 1};
-    case Kind::batch_norm:
-      return {1, 1, 1, 4, 0};
-    case Kind::layer_norm:
-    case Kind::group_norm:
-      return {1, 2, 2, 2, 0};
-    case Kind::max_pool2d:
-      return {1, 6, 6, 0, 0};
-    case Kind::avg_pool2d:
-      return {1, 0, 8, 0, 0};
-    case Kind::concat:
-      return {2, 1, 1, 0, 0};
-  }
-  throw std::invalid_argument("layer program: a layer kind that is none");
-}
-
-const char* name_of(Kind kind) {
-#define FM_CASE(kind) \
-  case Kind::kind:    \
-    return #kind;
-  switch (kind) { FM_LAYER_KINDS(FM_CASE) }
-#undef FM_CASE
-  return "none";
-}
-
 [[noreturn]] void refuse(const std::string& field, const std::string& what) {
   throw std::invalid_argument("Plan: " + field + " " + what);
 }
@@ -92,54 +51,27 @@ void check_param(const std::string& field, const Param& p) {
           "has a rate, but is not adapted");
 }
 
-// Constants that are sizes: whole numbers, which a conversion keeps.
-void check_whole(const std::string& field, const Layer& layer, int begin, int end) {
-  for (int i = begin; i < end; ++i) {
+void check_constants(const std::string& field, const Layer& layer, const Rules& rule) {
+  require(layer.given_constants >= rule.least_constants && layer.given_constants <= rule.most_constants,
+          field + ".constants", "are not as many as its kind takes");
+  for (int i = 0; i < MOST_CONSTANTS; ++i) {
     const double c = layer.constants[i];
-    require(c >= 0 && c < double(MOST_EXAMPLES) && c == std::floor(c), field + item(".constants", size_t(i)),
-            "must be a whole number from 0 to 2^31 - 1");
-  }
-}
-
-void check_constants(const std::string& field, const Layer& layer) {
-  const bool adaptive =
-      layer.kind == Kind::avg_pool2d && layer.function == Function::adaptive && layer.has_function;
-  if (layer.kind == Kind::elementwise)
-    require(layer.has_function && layer.function != Function::adaptive, field + ".function", "must be one");
-  else
-    require(!layer.has_function || adaptive, field + ".function", "must be none");
-  if (layer.kind == Kind::avg_pool2d)
-    require(adaptive || layer.given_constants == 8, field + ".constants", "must be 8");
-  const auto eps = [&](int i) {
-    require(std::isfinite(layer.constants[i]) && layer.constants[i] >= 0,
-            field + item(".constants", size_t(i)), "must be finite and not negative");
-  };
-  switch (layer.kind) {
-    case Kind::conv2d:
-    case Kind::max_pool2d:
-    case Kind::avg_pool2d:
-    case Kind::concat:
-      check_whole(field, layer, 0, int(layer.constants.size()));
-      break;
-    case Kind::layer_norm:
-    case Kind::group_norm:
-      check_whole(field, layer, 0, 1);
-      eps(1);
-      break;
-    case Kind::batch_norm:
-      eps(0);
-      break;
-    default:
-      break;
+    const bool whole = c >= 0 && c < double(MOST_EXAMPLES) && c == std::floor(c);
+    if (rule.constants[i] == Constant::size)
+      require(whole, field + item(".constants", size_t(i)), "must be a whole number from 0 to 2^31 - 1");
+    if (rule.constants[i] == Constant::epsilon)
+      require(std::isfinite(c) && c >= 0, field + item(".constants", size_t(i)),
+              "must be finite and not negative");
   }
 }
 
 void check_layer(const Plan& plan, const std::string& field, const Layer& layer) {
   const Rules rule = rules(layer.kind);
   const int params = int(plan.params.size());
-  require(layer.given_constants >= rule.least_constants && layer.given_constants <= rule.most_constants,
-          field + ".constants", "are not as many as its kind takes");
-  check_constants(field, layer);
+  check_constants(field, layer, rule);
+  require((layer.function != Function::none) == rule.function, field + ".function",
+          rule.function ? "must be one" : "must be none");
+  require(!layer.adaptive || rule.may_be_adaptive, field + ".function", "must be none");
   for (int j = 0; j < 2; ++j)
     require((layer.inputs[j] >= 0) == (j < rule.inputs), field + ".inputs",
             "are not as many as its kind takes");
@@ -149,8 +81,7 @@ void check_layer(const Plan& plan, const std::string& field, const Layer& layer)
     require(p >= -1 && p < params, at, "is no parameter");
     require(p < 0 || j < rule.params, at, "is more than its kind takes");
     require(p >= 0 || j >= rule.required_params, at, "must be a parameter");
-    const bool statistics = layer.kind == Kind::batch_norm && j >= 2;
-    require(p < 0 || plan.params[p].constant == statistics, at,
+    require(p < 0 || plan.params[p].constant == (j >= rule.params - rule.buffers), at,
             "must be a constant for running statistics, and for nothing else");
   }
 }
@@ -240,6 +171,24 @@ void check_sizes(const Plan& plan) {
 }
 
 }  // namespace
+
+Rules rules(Kind kind) {
+#define FM_CASE(kind) \
+  case Kind::kind:    \
+    return kind::RULES;
+  switch (kind) { FM_LAYER_KINDS(FM_CASE) }
+#undef FM_CASE
+  throw std::invalid_argument("layer program: a layer kind that is none");
+}
+
+const char* name_of(Kind kind) {
+#define FM_CASE(kind) \
+  case Kind::kind:    \
+    return #kind;
+  switch (kind) { FM_LAYER_KINDS(FM_CASE) }
+#undef FM_CASE
+  throw std::invalid_argument("layer program: a layer kind that is none");
+}
 
 i64 plus(i64 a, i64 b) {
   i64 sum;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan.h"
+#include "rules.h"
 
 namespace fm {
 
@@ -11,6 +12,10 @@ void check(const Plan& plan);
 
 // The same for what every layer asks of the shapes of its values and parameters.
 void check_layers(const Plan& plan);
+
+// What a layer kind takes, and its name.
+Rules rules(Kind kind);
+const char* name_of(Kind kind);
 
 // Throws std::invalid_argument where what is done together cannot be, or is described wrongly.
 void check_fused(const Plan& plan);

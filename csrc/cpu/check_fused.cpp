@@ -15,9 +15,7 @@ void require(bool ok, size_t layer, const char* field, const char* what) {
     throw std::invalid_argument("Plan: layers[" + std::to_string(layer) + "].fused." + field + " " + what);
 }
 
-bool channel_norm(const Layer& layer) {
-  return layer.kind == Kind::batch_norm || layer.kind == Kind::group_norm;
-}
+bool channel_norm(const Layer& layer) { return rules(layer.kind).by_channel; }
 
 int readers(const Plan& plan, int value) {
   int count = value == plan.output;
@@ -54,8 +52,7 @@ void check_epilogues(const Plan& plan, size_t i, const Layer& layer) {
           "is for norms of images and linear layers of more than two outputs");
   require(!layer.relu_in || (linear && layer.inputs[0] > 0), i, "relu_in",
           "is for linear layers that read another layer");
-  require(!layer.bias_cancels || linear || layer.kind == Kind::conv2d, i, "bias_cancels",
-          "is for layers with a bias");
+  require(!layer.bias_cancels || rules(layer.kind).weight, i, "bias_cancels", "is for layers with a bias");
 }
 
 }  // namespace

@@ -1,21 +1,12 @@
 // The walks over a network's layers: all that knows the layer kinds.
 //
-// A layer kind is four functions, forward, backward, tangent (of forward) and tangent_backward, and
-// `needs`, which checks a layer and says what memory it wants. They live in
-// csrc/cpu/layers/<kind>.h.
+// A layer kind is a file csrc/cpu/layers/<kind>.h: there are no other lists of them. In it are, in
+// namespace fm::<kind>, its RULES, `needs`, which checks a layer and says what memory it wants, and
+// its `Functions`: forward, backward, tangent (of forward) and tangent_backward. Where these follow
+// from a formula they come from a family in csrc/cpu/families.
 #pragma once
 
-#include "layers/add.h"
-#include "layers/avg_pool2d.h"
-#include "layers/batch_norm.h"
-#include "layers/concat.h"
-#include "layers/conv2d.h"
-#include "layers/elementwise.h"
-#include "layers/group_norm.h"
-#include "layers/layer_norm.h"
-#include "layers/linear.h"
-#include "layers/max_pool2d.h"
-#include "layers/reshape.h"
+#include "layer_files.h"
 #include "pass.h"
 
 namespace fm {
@@ -27,14 +18,14 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
     return kind::needs(plan, layer, examples);
   switch (layer.kind) { FM_LAYER_KINDS(FM_CASE) }
 #undef FM_CASE
-  return {};
+  throw std::invalid_argument("layer program: a layer kind that is none");
 }
 
 template <class S>
 void forward(const Pass<S>& pass) {
-#define FM_CASE(kind)           \
-  case Kind::kind:              \
-    kind::forward(pass, layer); \
+#define FM_CASE(kind)                      \
+  case Kind::kind:                         \
+    kind::Functions::forward(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) switch (layer.kind) {
       FM_LAYER_KINDS(FM_CASE)
@@ -46,9 +37,9 @@ void forward(const Pass<S>& pass) {
 // given, one for each.
 template <class S>
 void backward(const Pass<S>& pass, Sink<S>* sinks) {
-#define FM_CASE(kind)                    \
-  case Kind::kind:                       \
-    kind::backward(pass, *layer, sinks); \
+#define FM_CASE(kind)                               \
+  case Kind::kind:                                  \
+    kind::Functions::backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {
@@ -60,9 +51,9 @@ void backward(const Pass<S>& pass, Sink<S>* sinks) {
 // Tangents of all values along v; the input has none.
 template <class S>
 void tangent(const Pass<S>& pass) {
-#define FM_CASE(kind)           \
-  case Kind::kind:              \
-    kind::tangent(pass, layer); \
+#define FM_CASE(kind)                      \
+  case Kind::kind:                         \
+    kind::Functions::tangent(pass, layer); \
     break;
   for (const Layer& layer : pass.plan.layers) {
     if (!pass.has_tangent(layer.output)) continue;
@@ -74,9 +65,9 @@ void tangent(const Pass<S>& pass) {
 // From the tangent of the output's gradient to those of all values, and of the parameters.
 template <class S>
 void tangent_backward(const Pass<S>& pass, Sink<S>* sinks) {
-#define FM_CASE(kind)                            \
-  case Kind::kind:                               \
-    kind::tangent_backward(pass, *layer, sinks); \
+#define FM_CASE(kind)                                       \
+  case Kind::kind:                                          \
+    kind::Functions::tangent_backward(pass, *layer, sinks); \
     break;
   const auto& layers = pass.plan.layers;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) switch (layer->kind) {

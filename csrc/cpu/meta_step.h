@@ -33,6 +33,7 @@ class MetaStep : private TaskState<S> {
     sums_ = sums, first_ = first;
     meta_step(*this);
   }
+  using TaskState<S>::write_rate_gradient;
 
  private:
   template <class Task>
@@ -418,23 +419,6 @@ class MetaStep : private TaskState<S> {
     }
   }
 
- public:
-  // Writes the gradient of one rate, summed in engine layout at `from`, to task `t` of `tasks` of
-  // the user's tensor.
-  void write_rate_gradient(size_t p, const S* from, i64 t, i64 tasks) {
-    const Param& param = plan_.params[p];
-    S* to = call_.params[p].rate_grad;
-    if (!to) return;
-    const i64 steps = param.rate_per_step ? options().steps : 1;
-    for (i64 k = 0; k < steps; ++k) {
-      if (param.rate_element)
-        unpack(kernels_, plan_, param, from + k * param.size, to + (k * tasks + t) * param.numel());
-      else
-        to[k * tasks + t] = from[k * plan_.lane];
-    }
-  }
-
- private:
   S* sums_ = nullptr;    // of the task's range
   double value_ = 0;     // of the query losses
   bool first_ = true;    // the first task of its range: sums are stored, not added to

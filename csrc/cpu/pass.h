@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "rules.h"
 
 namespace fm {
 
@@ -69,12 +70,6 @@ struct Sink {
   const S* also() const { return add ? from : nullptr; }
   // Said by whoever has written: another layer with the same parameter (tied weights) then adds.
   void written() { add = true, from = nullptr; }
-};
-
-// What a layer needs besides its values: elements that it keeps from forward on, and scratch memory
-// while it runs.
-struct Needs {
-  i64 state = 0, temporary = 0;
 };
 
 inline void require(bool ok, const char* what) {

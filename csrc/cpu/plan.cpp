@@ -115,7 +115,7 @@ void Plan::finish() {
   require(values[output].from_params, "the output depends on no parameter");
   const bool input_gradient = options.wants_support_x || options.wants_query_x;
   for (const Layer& layer : layers)
-    if ((layer.kind == Kind::linear || layer.kind == Kind::conv2d) && !params[layer.weight()].narrow &&
+    if (rules(layer.kind).weight && !params[layer.weight()].narrow &&
         (input_gradient || values[layer.inputs[0]].from_params))
       params[layer.weight()].mirrored = true;
   choose_input_layer();

@@ -34,9 +34,9 @@ struct Value {
 
 struct Layer {
   Kind kind;
-  Function function = Function::relu;
-  bool has_function = false;  // one was named
-  std::array<double, 8> constants = {};
+  Function function = Function::none;  // elementwise: which one
+  bool adaptive = false;               // avg_pool2d: windows by the sizes of the images alone
+  std::array<double, MOST_CONSTANTS> constants = {};
   int given_constants = 0;
   int inputs[2] = {-1, -1};
   int output = -1;

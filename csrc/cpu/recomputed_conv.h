@@ -40,10 +40,10 @@ class RecomputedConv {
 
   void start_gradient() { std::fill_n(gradient_, gradients(pass_.plan, layer_), S(0)); }
   void add_gradient() {
-    const S *x[] = {pass_.input}, *dy[] = {delta_};
-    const i64 ld_x[] = {pass_.input_ld};
+    const S* dy[] = {delta_};
+    const Factors<S> input{1, {pass_.input}, {pass_.input_ld}, {}};
     Sink<S> weight{gradient_, nullptr, true, S(1)};
-    conv2d::gathered_weight_gradient<S>(pass_, layer_, first_, count_, 1, x, ld_x, dy, weight);
+    conv2d::gathered_weight_gradient<S>(pass_, layer_, first_, count_, input, dy, weight);
     if (bias_sums())
       pass_.kernels.column_sums(
           {count_, padded(), delta_, ld_, bias_gradient(), nullptr, S(1), bias_gradient()});
@@ -72,10 +72,9 @@ class RecomputedConv {
   }
 
   void apply(const ParamView<S>& set, S* to) const {
-    const S *x[] = {pass_.input}, *w[] = {set.primary[layer_.weight()]};
-    const i64 ld_x[] = {pass_.input_ld};
+    const Factors<S> factors{1, {pass_.input}, {pass_.input_ld}, {set.primary[layer_.weight()]}};
     const S* bias = layer_.bias() >= 0 ? set.primary[layer_.bias()] : nullptr;
-    conv2d::gathered_convolve<S>(pass_, layer_, first_, count_, 1, x, ld_x, w, bias, to);
+    conv2d::gathered_convolve<S>(pass_, layer_, first_, count_, factors, bias, to);
   }
   bool bias_sums() const { return layer_.bias() >= 0 && !layer_.bias_cancels; }
   i64 padded() const { return pass_.plan.padded(pass_.plan.values[layer_.output].cols); }

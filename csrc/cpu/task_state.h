@@ -199,6 +199,21 @@ class TaskState {
     }
   }
 
+  // Writes the gradient of one rate, summed in engine layout at `from`, to task `t` of `tasks` of
+  // the user's tensor.
+  void write_rate_gradient(size_t p, const S* from, i64 t, i64 tasks) {
+    const Param& param = plan_.params[p];
+    S* to = call_.params[p].rate_grad;
+    if (!to) return;
+    const i64 steps = param.rate_per_step ? options().steps : 1;
+    for (i64 k = 0; k < steps; ++k) {
+      if (param.rate_element)
+        unpack(kernels_, plan_, param, from + k * param.size, to + (k * tasks + t) * param.numel());
+      else
+        to[k * tasks + t] = from[k * plan_.lane];
+    }
+  }
+
   static void zero(S* p, i64 n) {
     for (i64 i = 0; i < n; ++i) p[i] = 0;
   }

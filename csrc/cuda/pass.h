@@ -93,30 +93,18 @@ FM_INLINE S* tangent_delta(const Pass& pass) {
 
 // ---- activations in epilogues
 template <Function F>
+struct Formula;  // of Function::none there is none
+#define FM_FORMULA(name, Type)     \
+  template <>                      \
+  struct Formula<Function::name> { \
+    using type = Type<S>;          \
+  };
+FM_FUNCTIONS(FM_FORMULA)
+#undef FM_FORMULA
+
+template <Function F>
 constexpr auto function_object(double c0, double c1) {
-  const S a = S(c0), b = S(c1);
-  if constexpr (F == Function::relu)
-    return Relu<S>{a, b};
-  else if constexpr (F == Function::leaky_relu)
-    return LeakyRelu<S>{a, b};
-  else if constexpr (F == Function::elu)
-    return Elu<S>{a, b};
-  else if constexpr (F == Function::gelu)
-    return Gelu<S>{a, b};
-  else if constexpr (F == Function::gelu_tanh)
-    return GeluTanh<S>{a, b};
-  else if constexpr (F == Function::silu)
-    return Silu<S>{a, b};
-  else if constexpr (F == Function::tanh)
-    return Tanh<S>{a, b};
-  else if constexpr (F == Function::sigmoid)
-    return Sigmoid<S>{a, b};
-  else if constexpr (F == Function::softplus)
-    return Softplus<S>{a, b};
-  else if constexpr (F == Function::sin)
-    return Sin<S>{a, b};
-  else
-    return Affine<S>{a, b};
+  return typename Formula<F>::type{S(c0), S(c1)};
 }
 
 // The layer whose epilogue makes value V out of another one by an activation; -1: none does.

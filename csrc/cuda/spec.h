@@ -32,6 +32,7 @@ struct Value {
   int x, d, rx, rd;
   bool from_params;  // depends on a parameter: has a tangent, and a gradient worth computing
   int rank;
+  bool channels;  // an image, channels-last
 };
 
 // Where a norm keeps what it knows of its groups: at examples * each + fixed of a block of values.
@@ -41,14 +42,13 @@ struct Statistics {
 
 struct Layer {
   Kind kind;
-  Function function;  // elementwise; others: of the activation in the epilogue
-  double c0, c1;
+  double constants[MOST_CONSTANTS];  // its own, as it was captured
+  Function function;                 // elementwise: its own; others: of the activation in the epilogue
+  double c0, c1;                     // of the function
   int inputs[2];
   int output;
   int weight, bias;
   int mean, var;  // batch_norm: running statistics among the parameters; -1: the batch's own
-  double eps;
-  int group;  // layer_norm: values of a group; group_norm: groups of an example
   Statistics statistics, tangent_statistics;
   Multiply multiply;
   int pre;       // the value before the activation in the epilogue; -1: there is none

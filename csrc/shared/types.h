@@ -8,45 +8,41 @@
 
 namespace fm {
 
+constexpr int MOST_CONSTANTS = 8;  // of a layer
+
 #ifdef __CUDACC_RTC__  // which has no standard library
 using i64 = long long;
 #else
 using i64 = std::int64_t;
 #endif
 
-// Every layer kind; its four functions are those of namespace fm::<kind> in
-// csrc/cpu/layers/<kind>.h.
-#define FM_LAYER_KINDS(X) \
-  X(linear)               \
-  X(elementwise)          \
-  X(reshape)              \
-  X(add)                  \
-  X(conv2d)               \
-  X(batch_norm)           \
-  X(layer_norm)           \
-  X(group_norm)           \
-  X(max_pool2d)           \
-  X(avg_pool2d)           \
-  X(concat)
+// Every layer kind that there are kernels for; X(kind), for each csrc/cpu/layers/<kind>.h, or of a
+// GPU for each kind that the network has.
+#ifndef FM_LAYER_KINDS
+#include "layer_kinds.h"
+#endif
 
 #define FM_ENUMERATOR(kind) kind,
 enum class Kind : int { FM_LAYER_KINDS(FM_ENUMERATOR) };
 #undef FM_ENUMERATOR
 
-enum class Function : int {
-  relu,
-  leaky_relu,
-  elu,
-  gelu,
-  gelu_tanh,
-  silu,
-  tanh,
-  sigmoid,
-  softplus,
-  sin,
-  affine,
-  adaptive
-};
+// Every element-wise function: its name, and the struct in functions.inl that computes it.
+#define FM_FUNCTIONS(X)    \
+  X(relu, Relu)            \
+  X(leaky_relu, LeakyRelu) \
+  X(elu, Elu)              \
+  X(gelu, Gelu)            \
+  X(gelu_tanh, GeluTanh)   \
+  X(silu, Silu)            \
+  X(tanh, Tanh)            \
+  X(sigmoid, Sigmoid)      \
+  X(softplus, Softplus)    \
+  X(sin, Sin)              \
+  X(affine, Affine)
+
+#define FM_ENUMERATOR(name, formula) name,
+enum class Function : int { none, FM_FUNCTIONS(FM_ENUMERATOR) };
+#undef FM_ENUMERATOR
 
 enum class LossKind : int { none, mse, l1, smooth_l1, huber, cross_entropy, bce_with_logits };
 

@@ -335,3 +335,44 @@ def test_fuzzer_notices_memory_that_is_written_to() -> None:
     dtype, begin, tensor = binding.template(0).places["grad", 0]
     guarded.memory[dtype][begin + tensor.numel()] += 1
     assert guarded.wrong() != ""
+
+
+# ---- what the extension says of itself
+
+
+def test_kinds_and_functions_are_those_of_the_source_files() -> None:
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    assert set(_C.kinds()) == {path.stem for path in (csrc / "cpu" / "layers").glob("*.h")}
+    assert _C.kinds()["conv2d"] == (1, 6, 6, 2, 1)  # a window of six sizes, a weight and perhaps a bias
+    assert _C.kinds()["batch_norm"] == (1, 1, 1, 4, 0)
+    assert {"relu", "tanh", "affine"} <= set(_C.functions())
+    assert "adaptive" not in _C.functions()
+
+
+@pytest.mark.parametrize("function", _C.functions())
+def test_takes_every_function_that_it_names(function: str) -> None:
+    assert run(item("layers", 1, 1, function)) == 0
+
+
+@pytest.mark.parametrize("function", ["mish", "none", "adaptive"])
+def test_rejects_what_is_no_function(function: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("layers[1].function")):
+        _C.Plan(**{**PLAN, **item("layers", 1, 1, function)})
+
+
+def test_only_average_pools_are_adaptive() -> None:
+    image = (12, 2, 4, 3, True, False)
+    plan = {
+        "values": [image, (4, 2, 2, 2, True, False), (1, 8, 1, 1, False, False), (1, 2, 1, 1, False, True)],
+        "params": [(2, 8, 1, *FLAGS)],
+    }
+
+    def made(kind: str, function: str, constants: list[float]) -> _C.Plan:
+        layers = [(kind, function, constants, [0], 1, [], {}), ("reshape", "", [], [1], 2, [], {})]
+        return _C.Plan(**{**PLAN, **plan, "layers": [*layers, ("linear", "", [], [2], 3, [0], {})]})
+
+    assert made("avg_pool2d", "adaptive", []).workspace_bytes > 0
+    with pytest.raises(ValueError, match=re.escape("layers[0] (avg_pool2d)")):
+        made("avg_pool2d", "", [])
+    with pytest.raises(ValueError, match=re.escape("layers[0].function")):
+        made("max_pool2d", "adaptive", [2.0, 2.0, 2.0, 1.0, 0.0, 0.0])

@@ -120,6 +120,17 @@ def test_a_broken_source_is_named() -> None:
         compiler.compile_for("int f() { return undefined_name; }", "sm_90a")
 
 
+@pytest.mark.parametrize(
+    ("kind", "function"), [("conv3d", "sin"), ("elementwise", "mish"), ("elementwise", "")]
+)
+def test_what_there_are_no_kernels_for_does_not_compile(kind: str, function: str) -> None:
+    plan = _source(FIELD, torch.float32)
+    last = next(layer for layer in plan.layers if layer.kind == "elementwise")
+    last.kind, last.function = kind, function
+    with pytest.raises(RuntimeError, match=kind if kind == "conv3d" else function or "incomplete"):
+        compiler.compile_for(plans.source(plan), "sm_90a")
+
+
 def test_compiled_kernels_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path / "cache"))
     compiled = []

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,10 +34,12 @@ Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("races")
+    subprocess.run([sys.executable, str(ROOT / "csrc" / "layer_kinds.py"), str(folder)], check=True)
+    include = [f"-I{ROOT / 'csrc'}", f"-I{folder}"]
 
     def compiled(source: str) -> str:
         made = folder / Path(source).with_suffix(".o").name
-        command = [str(COMPILER), *FLAGS, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source), "-o", str(made)]
+        command = [str(COMPILER), *FLAGS, *include, "-c", str(ROOT / source), "-o", str(made)]
         subprocess.run(command, check=True)
         return str(made)
 

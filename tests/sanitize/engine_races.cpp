@@ -48,7 +48,7 @@ fm::Plan network(i64 width, i64 hidden, i64 examples) {
   plan.values = {value(1, width), value(1, hidden), value(1, hidden), value(1, 3)};
   plan.layers = {layer(fm::Kind::linear, 0, 1, 0), layer(fm::Kind::elementwise, 1, 2),
                  layer(fm::Kind::linear, 2, 3, 1)};
-  plan.layers[1].function = fm::Function::tanh, plan.layers[1].has_function = true;
+  plan.layers[1].function = fm::Function::tanh;
   for (const auto [rows, cols] : {std::pair{hidden, width}, std::pair{i64(3), hidden}}) {
     fm::Param p;
     p.rows = rows, p.cols = cols, p.matrix = p.adapted = true;

@@ -1,65 +1,46 @@
-// avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means
-// too.
+// avg_pool2d: the mean of every window, also of adaptive ones.
 #pragma once
 
+#include "../families/linear_map.h"
 #include "../pool_arguments.h"
 
 namespace fm::avg_pool2d {
 
-inline bool adaptive(const Layer& layer) { return layer.function == Function::adaptive; }
+// Kernel, stride and padding, each of height and width; whether padding counts; the divisor, or 0.
+constexpr Rules RULES = Rules(1).sizes(0, 8).or_adaptive();
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
-  pool::check(plan, layer, adaptive(layer));
-  require(layer.constants[7] >= 0, "a pool's divisor is negative");
+  require(layer.adaptive || layer.given_constants == RULES.most_constants, "a pool has no window");
+  pool::check(plan, layer, layer.adaptive);
   return {};
 }
 
-template <class S>
-Pool<S> arguments(const Pass<S>& pass, const Layer& layer) {
-  Pool<S> p = pool::arguments<S>(pass.plan, layer, pass.geometry.examples);
-  p.adaptive = adaptive(layer), p.count_padding = layer.constants[6] != 0,
-  p.divisor = i64(layer.constants[7]);
-  return p;
-}
+struct Map {
+  template <class S>
+  static void apply(const Pass<S>& pass, const Layer& layer, const S* const* x, const i64* ld_x, S* y) {
+    Pool<S> p = arguments(pass, layer);
+    p.from = x[0], p.ld_from = ld_x[0];
+    p.to = y, p.ld_to = pass.plan.values[layer.output].ld;
+    pass.kernels.avg_pool_gather(p);
+  }
 
-template <class S>
-void gather(const Pass<S>& pass, const Layer& layer, const S* from, i64 ld_from, S* to) {
-  Pool<S> p = arguments(pass, layer);
-  p.from = from, p.ld_from = ld_from;
-  p.to = to, p.ld_to = pass.plan.values[layer.output].ld;
-  pass.kernels.avg_pool_gather(p);
-}
+  template <class S>
+  static void transpose(const Pass<S>& pass, const Layer& layer, int, const S* dy, S* dx, bool add) {
+    Pool<S> p = arguments(pass, layer);
+    p.from = dy, p.ld_from = pass.plan.values[layer.output].ld;
+    p.to = dx, p.ld_to = pass.plan.values[layer.inputs[0]].ld, p.add = add;
+    pass.kernels.avg_pool_scatter(p);
+  }
 
-template <class S>
-void scatter(const Pass<S>& pass, const Layer& layer, const S* from, S* to) {
-  const int in = layer.inputs[0];
-  if (!pass.wants_delta(in)) return;
-  Pool<S> p = arguments(pass, layer);
-  p.from = from, p.ld_from = pass.plan.values[layer.output].ld;
-  p.to = to, p.ld_to = pass.plan.values[in].ld, p.add = layer.adds[0];
-  pass.kernels.avg_pool_scatter(p);
-}
+  template <class S>
+  static Pool<S> arguments(const Pass<S>& pass, const Layer& layer) {
+    Pool<S> p = pool::arguments<S>(pass.plan, layer, pass.geometry.examples);
+    p.adaptive = layer.adaptive, p.count_padding = layer.constants[6] != 0;
+    p.divisor = i64(layer.constants[7]);
+    return p;
+  }
+};
 
-template <class S>
-void forward(const Pass<S>& pass, const Layer& layer) {
-  const int in = layer.inputs[0];
-  gather<S>(pass, layer, pass.value(in), pass.value_ld(in), pass.output(layer.output));
-}
-
-template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
-  scatter<S>(pass, layer, pass.delta(layer.output), pass.delta(layer.inputs[0]));
-}
-
-template <class S>
-void tangent(const Pass<S>& pass, const Layer& layer) {
-  const int in = layer.inputs[0];
-  gather<S>(pass, layer, pass.tangent(in), pass.plan.values[in].ld, pass.tangent(layer.output));
-}
-
-template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
-  scatter<S>(pass, layer, pass.tangent_delta(layer.output), pass.tangent_delta(layer.inputs[0]));
-}
+using Functions = LinearMap<Map>;
 
 }  // namespace fm::avg_pool2d

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 
-#include "../layout.h"
-#include "../pass.h"
+#include "../families/bilinear.h"
 #include "../winograd.h"
 
 namespace fm::conv2d {
+
+// Kernel, stride and padding, each of height and width.
+constexpr Rules RULES = Rules(1).sizes(6).with_weight_and_bias();
 
 constexpr i64 FEW_CHANNELS = 4;
 constexpr i64 GATHERED_PIXELS = 256;  // at a time
@@ -55,10 +57,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   require(room_h >= 0 && room_w >= 0, "a convolution's window is larger than its image");
   require(y.height == room_h / v.sh + 1 && y.width == room_w / v.sw + 1,
           "a convolution's output has another size");
-  if (layer.bias() >= 0) {
-    const Param& b = plan.params[layer.bias()];
-    require(!b.matrix && b.cols == y.cols, "a bias has another shape than its layer");
-  }
+  check_bias(plan, layer);
   const i64 in = plan.padded(x.cols), out = plan.padded(y.cols), zeros = std::max(in, out);
   if (gathers(plan, layer)) return {0, zeros + 2 * GATHERED_PIXELS * plan.padded(w.cols)};
   return {0, zeros + (transforms(plan, layer, examples) ? winograd::temporary(in, out) : 0)};
@@ -113,14 +112,14 @@ void gather(const Pass<S>& pass, const Layer& layer, const S* x, i64 ld_x, i64 b
 // Calls body(first pixel, pixels, gathered rows of each x) for chunks of the output's pixels
 // [first, first + count).
 template <class S, class Body>
-void for_gathered(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs, const S* const* x,
-                  const i64* ld_x, const Body& body) {
+void for_gathered(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, const Factors<S>& f,
+                  const Body& body) {
   const i64 room = GATHERED_PIXELS * pass.plan.params[layer.weight()].cols;
   S* const gathered = memory(pass, layer);
   for (i64 at = 0; at < count; at += GATHERED_PIXELS) {
     const i64 pixels = std::min(GATHERED_PIXELS, count - at);
-    for (int p = 0; p < pairs; ++p)
-      gather(pass, layer, x[p], ld_x[p], first + at, first + at + pixels, gathered + p * room);
+    for (int p = 0; p < f.pairs; ++p)
+      gather(pass, layer, f.x[p], f.ld_x[p], first + at, first + at + pixels, gathered + p * room);
     body(at, pixels, gathered, room);
   }
 }
@@ -133,16 +132,16 @@ Matrix<S> gathered_weight(const Plan& plan, const Param& p, S* set) {
 
 // y = sum over pairs conv(x, w) + bias for `count` pixels of the output, the first of them at y.
 template <class S>
-void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs,
-                       const S* const* x, const i64* ld_x, const S* const* w, const S* bias, S* y) {
+void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, const Factors<S>& f,
+                       const S* bias, S* y) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight()];
   const i64 ld_y = plan.values[layer.output].ld;
-  for_gathered(pass, layer, first, count, pairs, x, ld_x, [&](i64 at, i64 pixels, S* rows, i64 room) {
+  for_gathered(pass, layer, first, count, f, [&](i64 at, i64 pixels, S* rows, i64 room) {
     Gemm<S> gemm;
-    gemm.m = pixels, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = pairs;
-    for (int i = 0; i < pairs; ++i)
-      gemm.pair[i] = {rows + i * room, 1, GATHERED_PIXELS, gathered_weight(plan, p, w[i])};
+    gemm.m = pixels, gemm.n = p.rows, gemm.k = p.cols, gemm.pairs = f.pairs;
+    for (int i = 0; i < f.pairs; ++i)
+      gemm.pair[i] = {rows + i * room, 1, GATHERED_PIXELS, gathered_weight(plan, p, f.w[i])};
     gemm.c = Matrix<S>::plain(y + at * ld_y, ld_y), gemm.bias = bias;
     pass.kernels.gemm(gemm);
   });
@@ -150,15 +149,15 @@ void gathered_convolve(const Pass<S>& pass, const Layer& layer, i64 first, i64 c
 
 // The weight's gradient from `count` pixels of the output, whose gradient begins at dy.
 template <class S>
-void gathered_weight_gradient(const Pass<S>& pass, const Layer& layer, i64 first, i64 count, int pairs,
-                              const S* const* x, const i64* ld_x, const S* const* dy, Sink<S>& sink) {
+void gathered_weight_gradient(const Pass<S>& pass, const Layer& layer, i64 first, i64 count,
+                              const Factors<S>& f, const S* const* dy, Sink<S>& sink) {
   const Plan& plan = pass.plan;
   const Param& p = plan.params[layer.weight()];
   const i64 ld_y = plan.values[layer.output].ld;
-  for_gathered(pass, layer, first, count, pairs, x, ld_x, [&](i64 at, i64 pixels, S* rows, i64 room) {
+  for_gathered(pass, layer, first, count, f, [&](i64 at, i64 pixels, S* rows, i64 room) {
     Gemm<S> gemm;
-    gemm.m = p.cols, gemm.n = p.rows, gemm.k = pixels, gemm.pairs = pairs, gemm.scale = sink.scale;
-    for (int i = 0; i < pairs; ++i)
+    gemm.m = p.cols, gemm.n = p.rows, gemm.k = pixels, gemm.pairs = f.pairs, gemm.scale = sink.scale;
+    for (int i = 0; i < f.pairs; ++i)
       gemm.pair[i] = {rows + i * room, GATHERED_PIXELS, 1, Matrix<const S>::plain(dy[i] + at * ld_y, ld_y)};
     gemm.c = gathered_weight(plan, p, sink.to);
     if (sink.base()) gemm.base = gathered_weight(plan, p, sink.base());
@@ -168,140 +167,74 @@ void gathered_weight_gradient(const Pass<S>& pass, const Layer& layer, i64 first
   });
 }
 
-template <class S>
-void run(const Pass<S>& pass, const Layer& layer, Conv<S>& conv) {
-  conv.zeros = zeros(pass, layer);
-  if (transforms(pass.plan, layer, pass.geometry.examples))
-    winograd::conv(pass.kernels, conv, memory(pass, layer));
-  else
-    pass.kernels.conv(conv);
-}
+struct Products {
+  // y = sum conv(x, w) + bias
+  template <class S>
+  static void output(const Pass<S>& pass, const Layer& layer, const Factors<S>& f, const S* bias, bool,
+                     S* y) {
+    const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
+    if (gathers(pass.plan, layer))
+      return gathered_convolve(pass, layer, 0, pass.rows(layer.output), f, bias, y);
+    const Window v = window(layer);
+    Conv<S> conv;
+    conv.examples = pass.geometry.examples, conv.c_h = out.height, conv.c_w = out.width;
+    conv.a_h = in.height, conv.a_w = in.width;
+    conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
+    conv.k = in.cols, conv.n = out.cols, conv.pairs = f.pairs;
+    for (int i = 0; i < f.pairs; ++i) conv.pair[i] = {f.x[i], f.ld_x[i], f.w[i]};
+    conv.c = y, conv.ldc = out.ld, conv.bias = bias;
+    run(pass, layer, conv);
+  }
 
-// y = sum over pairs conv(x, w) + bias
-template <class S>
-void convolve(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
-              const S* const* w, const S* bias, S* y) {
-  const Plan& plan = pass.plan;
-  const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
-  if (gathers(plan, layer))
-    return gathered_convolve(pass, layer, 0, pass.rows(layer.output), pairs, x, ld_x, w, bias, y);
-  const Window v = window(layer);
-  Conv<S> conv;
-  conv.examples = pass.geometry.examples, conv.c_h = out.height, conv.c_w = out.width;
-  conv.a_h = in.height, conv.a_w = in.width;
-  conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
-  conv.k = in.cols, conv.n = out.cols, conv.pairs = pairs;
-  for (int i = 0; i < pairs; ++i) conv.pair[i] = {x[i], ld_x[i], w[i]};
-  conv.c = y, conv.ldc = out.ld, conv.bias = bias;
-  run(pass, layer, conv);
-}
+  // dx [+]= sum of the transposed convolutions of dy with w
+  template <class S>
+  static void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy,
+                             const ParamView<S>* const* w, S* dx) {
+    const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
+    const Window v = window(layer);
+    Conv<S> conv;
+    conv.transposed = true;
+    conv.examples = pass.geometry.examples, conv.c_h = in.height, conv.c_w = in.width;
+    conv.a_h = out.height, conv.a_w = out.width;
+    conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
+    conv.k = out.cols, conv.n = in.cols, conv.pairs = pairs;
+    for (int i = 0; i < pairs; ++i) conv.pair[i] = {dy[i], out.ld, w[i]->mirror[layer.weight()]};
+    conv.c = dx, conv.ldc = in.ld, conv.add = layer.adds[0];
+    run(pass, layer, conv);
+  }
 
-// dx (+)= sum over pairs of the transposed convolution of dy with w
-template <class S>
-void input_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* dy,
-                    const ParamView<S>* const* w, S* dx) {
-  const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
-  const Window v = window(layer);
-  Conv<S> conv;
-  conv.transposed = true;
-  conv.examples = pass.geometry.examples, conv.c_h = in.height, conv.c_w = in.width;
-  conv.a_h = out.height, conv.a_w = out.width;
-  conv.kh = v.kh, conv.kw = v.kw, conv.sh = v.sh, conv.sw = v.sw, conv.ph = v.ph, conv.pw = v.pw;
-  conv.k = out.cols, conv.n = in.cols, conv.pairs = pairs;
-  for (int i = 0; i < pairs; ++i) conv.pair[i] = {dy[i], out.ld, w[i]->mirror[layer.weight()]};
-  conv.c = dx, conv.ldc = in.ld, conv.add = layer.adds[0];
-  run(pass, layer, conv);
-}
-
-// The gradients sum over pairs of dy^T x for W, and the column sums of the first pair's dy for b,
-// into their sinks
-template <class S>
-void weight_gradient(const Pass<S>& pass, const Layer& layer, int pairs, const S* const* x, const i64* ld_x,
-                     const S* const* dy, Sink<S>* sinks) {
-  const Plan& plan = pass.plan;
-  const Param& p = plan.params[layer.weight()];
-  const Value &in = plan.values[layer.inputs[0]], &out = plan.values[layer.output];
-  Sink<S>& weight = sinks[layer.weight()];
-  if (weight.to && gathers(plan, layer)) {
-    gathered_weight_gradient(pass, layer, 0, pass.rows(layer.output), pairs, x, ld_x, dy, weight);
-  } else if (weight.to) {
+  // For each tap, sum dy^T x of the pixels that it reads.
+  template <class S>
+  static void weight_gradient(const Pass<S>& pass, const Layer& layer, const Factors<S>& f,
+                              const S* const* dy, Sink<S>& sink) {
+    const Value &in = pass.plan.values[layer.inputs[0]], &out = pass.plan.values[layer.output];
+    if (gathers(pass.plan, layer))
+      return gathered_weight_gradient(pass, layer, 0, pass.rows(layer.output), f, dy, sink);
     const Window v = window(layer);
     ConvWeight<S> c;
-    c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height,
+    c.examples = pass.geometry.examples, c.a_h = in.height, c.a_w = in.width, c.b_h = out.height;
     c.b_w = out.width;
     c.kh = v.kh, c.kw = v.kw, c.sh = v.sh, c.sw = v.sw, c.ph = v.ph, c.pw = v.pw;
-    c.k = in.cols, c.n = out.cols, c.pairs = pairs, c.ldb = out.ld, c.first_tap = 0, c.last_tap = v.kh * v.kw;
-    for (int i = 0; i < pairs; ++i) c.pair[i] = {x[i], ld_x[i], dy[i]};
-    c.c = weight.to, c.base = weight.base(), c.also = weight.also(), c.scale = weight.scale;
-    if (transforms(plan, layer, pass.geometry.examples))
+    c.k = in.cols, c.n = out.cols, c.pairs = f.pairs, c.ldb = out.ld;
+    c.first_tap = 0, c.last_tap = v.kh * v.kw;
+    for (int i = 0; i < f.pairs; ++i) c.pair[i] = {f.x[i], f.ld_x[i], dy[i]};
+    c.c = sink.to, c.base = sink.base(), c.also = sink.also(), c.scale = sink.scale;
+    if (transforms(pass.plan, layer, pass.geometry.examples))
       winograd::conv_weight(pass.kernels, c, zeros(pass, layer), memory(pass, layer));
     else
       pass.kernels.conv_weight(c);
-    weight.written();
   }
-  if (layer.bias() < 0) return;
-  Sink<S>& bias = sinks[layer.bias()];
-  if (!bias.to) return;
-  const i64 rows = layer.bias_cancels ? 0 : pass.rows(layer.output);
-  pass.kernels.column_sums(
-      {rows, plan.padded(p.rows), dy[0], out.ld, bias.base(), bias.also(), bias.scale, bias.to});
-  bias.written();
-}
 
-template <class S>
-void forward(const Pass<S>& pass, const Layer& layer) {
-  if (!pass.geometry.keeps(layer.output)) return;
-  const S* x[] = {pass.value(layer.inputs[0])};
-  const i64 ld_x[] = {pass.value_ld(layer.inputs[0])};
-  const S* w[] = {pass.theta.primary[layer.weight()]};
-  const S* bias = layer.bias() >= 0 ? pass.theta.primary[layer.bias()] : nullptr;
-  convolve<S>(pass, layer, 1, x, ld_x, w, bias, pass.output(layer.output));
-}
-
-template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  if (!pass.geometry.keeps(layer.output)) return;
-  const int in = layer.inputs[0];
-  const S* dy[] = {pass.delta(layer.output)};
-  if (sinks) {
-    const S* x[] = {pass.value(in)};
-    const i64 ld_x[] = {pass.value_ld(in)};
-    weight_gradient<S>(pass, layer, 1, x, ld_x, dy, sinks);
+  template <class S>
+  static void run(const Pass<S>& pass, const Layer& layer, Conv<S>& conv) {
+    conv.zeros = zeros(pass, layer);
+    if (transforms(pass.plan, layer, pass.geometry.examples))
+      winograd::conv(pass.kernels, conv, memory(pass, layer));
+    else
+      pass.kernels.conv(conv);
   }
-  if (pass.wants_delta(in)) {
-    const ParamView<S>* w[] = {&pass.theta};
-    input_gradient<S>(pass, layer, 1, dy, w, pass.delta(in));
-  }
-}
+};
 
-// ry = conv(x, V) + vb [+ conv(rx, W)]
-template <class S>
-void tangent(const Pass<S>& pass, const Layer& layer) {
-  if (!pass.geometry.keeps(layer.output)) return;
-  const int in = layer.inputs[0];
-  const bool moves = pass.has_tangent(in);
-  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
-  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
-  const S* w[] = {pass.v.primary[layer.weight()], pass.theta.primary[layer.weight()]};
-  const S* bias = layer.bias() >= 0 ? pass.v.primary[layer.bias()] : nullptr;
-  convolve<S>(pass, layer, moves ? 2 : 1, x, ld_x, w, bias, pass.tangent(layer.output));
-}
-
-// R(dW) = rdy^T x [+ dy^T rx];  rdx = transposed convolutions of rdy with W and of dy with V
-template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  if (!pass.geometry.keeps(layer.output)) return;
-  const int in = layer.inputs[0];
-  const bool moves = pass.has_tangent(in);
-  const S* x[] = {pass.value(in), moves ? pass.tangent(in) : nullptr};
-  const i64 ld_x[] = {pass.value_ld(in), pass.plan.values[in].ld};
-  const S* dy[] = {pass.tangent_delta(layer.output), pass.delta(layer.output)};
-  if (pass.wants_delta(in)) {
-    const ParamView<S>* w[] = {&pass.theta, &pass.v};
-    // first, since the weight gradient may go to where v is read from
-    input_gradient<S>(pass, layer, 2, dy, w, pass.tangent_delta(in));
-  }
-  weight_gradient<S>(pass, layer, moves ? 2 : 1, x, ld_x, dy, sinks);
-}
+using Functions = Bilinear<Products>;
 
 }  // namespace fm::conv2d

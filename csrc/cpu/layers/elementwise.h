@@ -5,11 +5,12 @@
 
 namespace fm::elementwise {
 
+constexpr Rules RULES = Rules(1).numbers(0, 2).with_function();
+
 // Shapes are equal, element by element.
 inline Needs needs(const Plan& plan, const Layer& layer, i64) {
   const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
   require(x.rows == y.rows && x.cols == y.cols, "an element-wise layer changes the shape");
-  require(layer.function != Function::adaptive, "an element-wise layer has no function");
   return {};
 }
 
@@ -27,36 +28,38 @@ Elementwise<S> arguments(const Pass<S>& pass, const Layer& layer, bool backward,
   return e;
 }
 
-template <class S>
-void forward(const Pass<S>& pass, const Layer& layer) {
-  pass.kernels.elementwise_forward(arguments(pass, layer, false, pass.output(layer.output)));
-}
+struct Functions {
+  template <class S>
+  static void forward(const Pass<S>& pass, const Layer& layer) {
+    pass.kernels.elementwise_forward(arguments(pass, layer, false, pass.output(layer.output)));
+  }
 
-template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
-  const int in = layer.inputs[0];
-  if (!pass.wants_delta(in)) return;
-  Elementwise<S> e = arguments(pass, layer, true, pass.delta(in));
-  e.dy = pass.delta(layer.output);
-  pass.kernels.elementwise_backward(e);
-}
+  template <class S>
+  static void backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
+    const int in = layer.inputs[0];
+    if (!pass.wants_delta(in)) return;
+    Elementwise<S> e = arguments(pass, layer, true, pass.delta(in));
+    e.dy = pass.delta(layer.output);
+    pass.kernels.elementwise_backward(e);
+  }
 
-template <class S>
-void tangent(const Pass<S>& pass, const Layer& layer) {
-  Elementwise<S> e = arguments(pass, layer, false, pass.tangent(layer.output));
-  e.rx = pass.tangent(layer.inputs[0]);
-  pass.kernels.elementwise_tangent(e);
-}
+  template <class S>
+  static void tangent(const Pass<S>& pass, const Layer& layer) {
+    Elementwise<S> e = arguments(pass, layer, false, pass.tangent(layer.output));
+    e.rx = pass.tangent(layer.inputs[0]);
+    pass.kernels.elementwise_tangent(e);
+  }
 
-template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
-  const int in = layer.inputs[0];
-  if (!pass.wants_delta(in)) return;
-  Elementwise<S> e = arguments(pass, layer, true, pass.tangent_delta(in));
-  e.dy = pass.delta(layer.output);
-  e.rdy = pass.tangent_delta(layer.output);
-  e.rx = pass.has_tangent(in) ? pass.tangent(in) : nullptr;
-  pass.kernels.elementwise_tangent_backward(e);
-}
+  template <class S>
+  static void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>*) {
+    const int in = layer.inputs[0];
+    if (!pass.wants_delta(in)) return;
+    Elementwise<S> e = arguments(pass, layer, true, pass.tangent_delta(in));
+    e.dy = pass.delta(layer.output);
+    e.rdy = pass.tangent_delta(layer.output);
+    e.rx = pass.has_tangent(in) ? pass.tangent(in) : nullptr;
+    pass.kernels.elementwise_tangent_backward(e);
+  }
+};
 
 }  // namespace fm::elementwise

@@ -11,32 +11,16 @@
 // Calls body(f) with the function object that `e` names.
 template <class S, class Body>
 FM_INLINE void with_function(const Elementwise<S>& e, const Body& body) {
+#define FM_CASE(name, Formula) \
+  case Function::name:         \
+    return body(Formula<S>{e.c0, e.c1});
   switch (e.function) {
-    case Function::relu:
-      return body(Relu<S>{e.c0, e.c1});
-    case Function::leaky_relu:
-      return body(LeakyRelu<S>{e.c0, e.c1});
-    case Function::elu:
-      return body(Elu<S>{e.c0, e.c1});
-    case Function::gelu:
-      return body(Gelu<S>{e.c0, e.c1});
-    case Function::gelu_tanh:
-      return body(GeluTanh<S>{e.c0, e.c1});
-    case Function::silu:
-      return body(Silu<S>{e.c0, e.c1});
-    case Function::tanh:
-      return body(Tanh<S>{e.c0, e.c1});
-    case Function::sigmoid:
-      return body(Sigmoid<S>{e.c0, e.c1});
-    case Function::softplus:
-      return body(Softplus<S>{e.c0, e.c1});
-    case Function::sin:
-      return body(Sin<S>{e.c0, e.c1});
-    case Function::affine:
-      return body(Affine<S>{e.c0, e.c1});
-    case Function::adaptive:  // of no element-wise layer
-      return;
+    FM_FUNCTIONS(FM_CASE)
+    case Function::none:  // which a plan does not take
+      break;
   }
+#undef FM_CASE
+  __builtin_trap();
 }
 
 // out[r, c] (+)= element(row offset in x, row offset elsewhere, c); padding columns of out become

@@ -2,50 +2,29 @@
 // group.
 #pragma once
 
-#include "../channel_norm.h"
+#include "../families/norm.h"
 
 namespace fm::group_norm {
 
-inline channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
-  const Value& x = plan.values[layer.inputs[0]];
-  return {examples, x.rows, x.cols / i64(layer.constants[0])};
-}
+// The number of groups, and epsilon; weight and bias.
+constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2).normalising_channels();
+
+struct Groups {
+  // A block for each example.
+  static channel_norm::Blocks blocks(const Plan& plan, const Layer& layer, i64 examples) {
+    const Value& x = plan.values[layer.inputs[0]];
+    return {examples, x.rows, x.cols / i64(layer.constants[0])};
+  }
+  static double epsilon(const Layer& layer) { return layer.constants[1]; }
+};
+using Functions = NormByChannel<Groups>;
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
-  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
-  require((layer.pool_h || x.rows == y.rows) && x.cols == y.cols, "a norm changes the shape");
-  for (int p : layer.params)
-    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == y.cols),
-            "a norm's parameter has another shape");
+  const Value& y = plan.values[layer.output];
+  check_norm(plan, layer, y.cols);
   const i64 groups = i64(layer.constants[0]);
   require(groups > 0 && y.cols % groups == 0, "a group norm's groups do not divide its channels");
-  return {channel_norm::state_size(plan, layer, blocks(plan, layer, examples), examples),
-          channel_norm::temporary_size(plan, layer)};
-}
-
-template <class S>
-channel_norm::ChannelNorm<S> norm(const Pass<S>& pass, const Layer& layer) {
-  return {pass, layer, blocks(pass.plan, layer, pass.geometry.examples), S(layer.constants[1])};
-}
-
-template <class S>
-void forward(const Pass<S>& pass, const Layer& layer) {
-  norm(pass, layer).forward();
-}
-
-template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  norm(pass, layer).backward(sinks);
-}
-
-template <class S>
-void tangent(const Pass<S>& pass, const Layer& layer) {
-  norm(pass, layer).tangent();
-}
-
-template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  norm(pass, layer).tangent_backward(sinks);
+  return Functions::needs(plan, layer, examples);
 }
 
 }  // namespace fm::group_norm

@@ -1,9 +1,12 @@
 // layer_norm: the last dimensions of each example normalised together: groups of consecutive rows.
 #pragma once
 
-#include "../pass.h"
+#include "../families/norm.h"
 
 namespace fm::layer_norm {
+
+// The number of values of a group, and epsilon; weight and bias.
+constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(2);
 
 // Rows of a group.
 inline i64 height(const Plan& plan, const Layer& layer) {
@@ -11,14 +14,11 @@ inline i64 height(const Plan& plan, const Layer& layer) {
 }
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
-  const Value &x = plan.values[layer.inputs[0]], &y = plan.values[layer.output];
+  const Value& y = plan.values[layer.output];
   const i64 size = i64(layer.constants[0]);
-  require(x.rows == y.rows && x.cols == y.cols, "a norm changes the shape");
+  check_norm(plan, layer, size);
   require(size >= y.cols && size % y.cols == 0 && y.rows % (size / y.cols) == 0,
           "a layer norm's size does not fit");
-  for (int p : layer.params)
-    require(p < 0 || (!plan.params[p].matrix && plan.params[p].cols == size),
-            "a norm's parameter has another shape");
   return {2 * examples * y.rows * y.cols / size, 2 * plan.padded(size)};
 }
 
@@ -61,25 +61,6 @@ void deliver(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks, const Laye
 }
 
 template <class S>
-void forward(const Pass<S>& pass, const Layer& layer) {
-  LayerNorm<S> n = arguments(pass, layer);
-  n.out = pass.output(layer.output);
-  pass.kernels.layer_norm_forward(n);
-}
-
-template <class S>
-void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  const int in = layer.inputs[0];
-  LayerNorm<S> n = arguments(pass, layer);
-  n.dy = pass.delta(layer.output);
-  n.out = pass.wants_delta(in) ? pass.delta(in) : nullptr;
-  n.ld_out = pass.plan.values[in].ld, n.add = layer.adds[0];
-  collect(pass, layer, sinks, n);
-  pass.kernels.layer_norm_backward(n);
-  deliver(pass, layer, sinks, n);
-}
-
-template <class S>
 LayerNorm<S> along(const Pass<S>& pass, const Layer& layer) {
   const int in = layer.inputs[0];
   LayerNorm<S> n = arguments(pass, layer);
@@ -89,23 +70,44 @@ LayerNorm<S> along(const Pass<S>& pass, const Layer& layer) {
   return n;
 }
 
-template <class S>
-void tangent(const Pass<S>& pass, const Layer& layer) {
-  LayerNorm<S> n = along(pass, layer);
-  n.out = pass.tangent(layer.output);
-  pass.kernels.layer_norm_tangent(n);
-}
+struct Functions {
+  template <class S>
+  static void forward(const Pass<S>& pass, const Layer& layer) {
+    LayerNorm<S> n = arguments(pass, layer);
+    n.out = pass.output(layer.output);
+    pass.kernels.layer_norm_forward(n);
+  }
 
-template <class S>
-void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
-  const int in = layer.inputs[0];
-  LayerNorm<S> n = along(pass, layer);
-  n.dy = pass.delta(layer.output), n.rdy = pass.tangent_delta(layer.output);
-  n.out = pass.wants_delta(in) ? pass.tangent_delta(in) : nullptr;
-  n.ld_out = pass.plan.values[in].ld, n.add = layer.adds[0];
-  collect(pass, layer, sinks, n);
-  pass.kernels.layer_norm_tangent_backward(n);
-  deliver(pass, layer, sinks, n);
-}
+  template <class S>
+  static void backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+    const int in = layer.inputs[0];
+    LayerNorm<S> n = arguments(pass, layer);
+    n.dy = pass.delta(layer.output);
+    n.out = pass.wants_delta(in) ? pass.delta(in) : nullptr;
+    n.ld_out = pass.plan.values[in].ld, n.add = layer.adds[0];
+    collect(pass, layer, sinks, n);
+    pass.kernels.layer_norm_backward(n);
+    deliver(pass, layer, sinks, n);
+  }
+
+  template <class S>
+  static void tangent(const Pass<S>& pass, const Layer& layer) {
+    LayerNorm<S> n = along(pass, layer);
+    n.out = pass.tangent(layer.output);
+    pass.kernels.layer_norm_tangent(n);
+  }
+
+  template <class S>
+  static void tangent_backward(const Pass<S>& pass, const Layer& layer, Sink<S>* sinks) {
+    const int in = layer.inputs[0];
+    LayerNorm<S> n = along(pass, layer);
+    n.dy = pass.delta(layer.output), n.rdy = pass.tangent_delta(layer.output);
+    n.out = pass.wants_delta(in) ? pass.tangent_delta(in) : nullptr;
+    n.ld_out = pass.plan.values[in].ld, n.add = layer.adds[0];
+    collect(pass, layer, sinks, n);
+    pass.kernels.layer_norm_tangent_backward(n);
+    deliver(pass, layer, sinks, n);
+  }
+};
 
 }  // namespace fm::layer_norm

@@ -1,7 +1,7 @@
 // add: the sum of two values of one shape.
 #pragma once
 
-#include "moves.h"
+#include "../families/moves.h"
 
 namespace fm::cuda::add {
 
@@ -12,6 +12,7 @@ struct Map {
     return true;
   }
 };
-FM_MOVES
+template <int L>
+using Functions = Moves<Map<L>, L>;
 
 }  // namespace fm::cuda::add

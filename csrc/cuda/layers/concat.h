@@ -2,7 +2,7 @@
 // says in how many pairs of blocks of rows the values alternate; 0: their columns lie side by side.
 #pragma once
 
-#include "moves.h"
+#include "../families/moves.h"
 
 namespace fm::cuda::concat {
 
@@ -11,8 +11,8 @@ struct Map {
   static FM_INLINE bool from(int j, int r, int c, int& row, int& column) {
     constexpr Layer layer = LAYERS[L];
     constexpr Value a = VALUES[layer.inputs[0]], b = VALUES[layer.inputs[1]], y = VALUES[layer.output];
-    constexpr int blocks = int(layer.c0) > 0 ? int(layer.c0) : 1;
-    if constexpr (int(layer.c0) == 0) {
+    constexpr int outer = int(layer.constants[0]), blocks = outer > 0 ? outer : 1;
+    if constexpr (outer == 0) {
       row = r, column = j == 0 ? c : c - a.cols;
       return (c < a.cols) == (j == 0);
     } else {
@@ -23,6 +23,7 @@ struct Map {
     }
   }
 };
-FM_MOVES
+template <int L>
+using Functions = Moves<Map<L>, L>;
 
 }  // namespace fm::cuda::concat

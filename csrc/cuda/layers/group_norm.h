@@ -1,7 +1,7 @@
 // group_norm: each example normalised over groups of channels.
 #pragma once
 
-#include "../norm.h"
+#include "../families/norm.h"
 
 namespace fm::cuda::group_norm {
 
@@ -9,7 +9,8 @@ template <int L>
 struct Groups {
   static constexpr int IN = LAYERS[L].inputs[0], ROWS = VALUES[IN].rows, COLS = VALUES[IN].cols;
   static constexpr bool CHANNELS = false;
-  static constexpr int EACH = LAYERS[L].group,
+  static constexpr double EPSILON = LAYERS[L].constants[1];
+  static constexpr int EACH = int(LAYERS[L].constants[0]),
                        WIDTH = COLS / EACH;  // groups of an example, channels of a group
   static constexpr int COUNT = usual_rows(IN) / ROWS * EACH, SIZE = ROWS * WIDTH;
   static FM_INLINE int count(const Pass& pass) { return pass.examples * EACH; }
@@ -23,6 +24,7 @@ struct Groups {
       for (int r = 0; r < ROWS; ++r) body(n * EACH + p / WIDTH, r * WIDTH + p % WIDTH);
   }
 };
-FM_NORM
+template <int L>
+using Functions = Norm<Groups<L>, L>;
 
 }  // namespace fm::cuda::group_norm

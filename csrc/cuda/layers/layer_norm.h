@@ -1,7 +1,7 @@
 // layer_norm: the last dimensions of each example normalised together: groups of consecutive rows.
 #pragma once
 
-#include "../norm.h"
+#include "../families/norm.h"
 
 namespace fm::cuda::layer_norm {
 
@@ -9,7 +9,9 @@ template <int L>
 struct Groups {
   static constexpr int IN = LAYERS[L].inputs[0], COLS = VALUES[IN].cols;
   static constexpr bool CHANNELS = false;
-  static constexpr int SIZE = LAYERS[L].group, HEIGHT = SIZE / COLS, COUNT = usual_rows(IN) / HEIGHT;
+  static constexpr double EPSILON = LAYERS[L].constants[1];
+  static constexpr int SIZE = int(LAYERS[L].constants[0]), HEIGHT = SIZE / COLS,
+                       COUNT = usual_rows(IN) / HEIGHT;
   static FM_INLINE int count(const Pass& pass) { return rows(pass, IN) / HEIGHT; }
   static FM_INLINE int size(const Pass&) { return SIZE; }
   static FM_INLINE int row(int g, int e) { return g * HEIGHT + e / COLS; }
@@ -20,6 +22,7 @@ struct Groups {
     for (int g = 0; g < count(pass); ++g) body(g, p);
   }
 };
-FM_NORM
+template <int L>
+using Functions = Norm<Groups<L>, L>;
 
 }  // namespace fm::cuda::layer_norm

@@ -2,22 +2,22 @@
 // channels-last.
 #pragma once
 
-#include "moves.h"
+#include "../families/moves.h"
 
 namespace fm::cuda::reshape {
 
-// c0, c1: whether the input and the output are channels-last.
 template <int L>
 struct Map {
   static FM_INLINE bool from(int, int r, int c, int& row, int& column) {
     constexpr Value in = VALUES[LAYERS[L].inputs[0]], out = VALUES[LAYERS[L].output];
     const int example = r / out.rows, pixel = r % out.rows;
-    const int element = LAYERS[L].c1 != 0 ? c * out.rows + pixel : pixel * out.cols + c;
-    row = example * in.rows + (LAYERS[L].c0 != 0 ? element % in.rows : element / in.cols);
-    column = LAYERS[L].c0 != 0 ? element / in.rows : element % in.cols;
+    const int element = out.channels ? c * out.rows + pixel : pixel * out.cols + c;
+    row = example * in.rows + (in.channels ? element % in.rows : element / in.cols);
+    column = in.channels ? element / in.rows : element % in.cols;
     return true;
   }
 };
-FM_MOVES
+template <int L>
+using Functions = Moves<Map<L>, L>;
 
 }  // namespace fm::cuda::reshape

@@ -13,8 +13,6 @@ from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.graph.program import Program
-from fastmeta.layers.functions import FUNCTIONS
-from fastmeta.layers.registry import KINDS
 from fastmeta.problem import Problem, Result
 
 try:
@@ -72,9 +70,7 @@ def _without_kernels(program: Program) -> str:
 @lru_cache(maxsize=1)
 def _known() -> tuple[frozenset[str], frozenset[str]]:
     """The layer kinds and the element-wise functions that the extension was built with."""
-    if not hasattr(_C, "kinds"):
-        return frozenset(KINDS), frozenset(FUNCTIONS)
-    return frozenset(_C.kinds()), frozenset(_C.functions())  # type: ignore[attr-defined]
+    return frozenset(_C.kinds()), frozenset(_C.functions())
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:

@@ -176,7 +176,8 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
         if number in taken:
             layer = taken[number]
             function = FUNCTIONS[layer.function]
-            keeps["x"] = function.name in _READS_ARGUMENT or not function.told_by_output(layer.constants)
+            told = function.told_by_output(layer.function_constants)
+            keeps["x"] = function.name in _READS_ARGUMENT or not told
             keeps["rx"] = keeps["rx"] and not function.piecewise_linear
         elif number in behind:
             smooth = not FUNCTIONS[behind[number].function].piecewise_linear
@@ -212,8 +213,8 @@ def _groups_each(plan: Plan, layer: Layer) -> int:
     """Groups that a norm makes of each example."""
     out = plan.values[layer.output]
     if layer.kind == "layer_norm":
-        return out.rows * out.cols // layer.group
-    return layer.group if layer.kind == "group_norm" else 0
+        return out.rows * out.cols // int(layer.constants[0])
+    return int(layer.constants[0]) if layer.kind == "group_norm" else 0
 
 
 def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:

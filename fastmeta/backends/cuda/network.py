@@ -37,17 +37,16 @@ def simplify(
 
 
 def _layer(graph: Graph, node: Node, index: dict[str, int]) -> Layer:
-    f = node if node.epilogue is None else node.epilogue
+    f = node if node.kind == "elementwise" else node.epilogue
     a, b = (*node.inputs, -1)[:2]
     weight, bias, mean, var = (
         -1 if p is None else index.get(graph.params[p], -1) for p in (*node.params, *[None] * 4)[:4]
     )
-    c0, c1 = (*f.constants, 0.0, 0.0)[:2]
-    made = Layer(node.kind, f.function, (c0, c1), (a, b), node.output, weight, bias, mean, var)
+    made = Layer(node.kind, (a, b), node.output, weight=weight, bias=bias, mean=mean, var=var)
+    if f is not None:
+        made.function, made.function_constants = f.function, f.constants
+    if f is not node:
+        made.constants = node.constants
     made.pre = -1 if node.before is None else node.before
     made.adds, made.last = ((*flags, False)[:2] for flags in (node.adds, node.last))  # type: ignore[assignment]
-    if node.kind == "reshape":
-        made.constants = tuple(float(graph.values[v].turned) for v in (a, node.output))  # type: ignore[assignment]
-    elif KINDS[node.kind].family == "norm":
-        made.eps, made.group = node.constants[-1], int(node.constants[0])
     return made

@@ -33,16 +33,16 @@ class Layer:
     """One layer; one with parameters may have taken the activation behind it."""
 
     kind: str
-    function: str
-    constants: tuple[float, float]
     inputs: tuple[int, int]
     output: int
+    constants: tuple[float, ...] = ()
+    #: elementwise: its own; others: of the activation in the epilogue, "" if there is none
+    function: str = ""
+    function_constants: tuple[float, ...] = ()
     weight: int = -1
     bias: int = -1
     mean: int = -1
     var: int = -1
-    eps: float = 0.0
-    group: int = 0
     statistics: tuple[int, int] = (0, 0)
     tangent_statistics: tuple[int, int] = (0, 0)
     multiply: str = "fma"
@@ -143,17 +143,19 @@ def _literal(item: object) -> str:
 def source(plan: Plan) -> str:
     """The C++ source of a specialisation: tables of constants, then the kernels."""
     values = [
-        (v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params, v.rank) for v in plan.values
+        (v.rows, v.cols, v.ld, v.vector, v.x, v.d, v.rx, v.rd, v.from_params, v.rank, v.channels)
+        for v in plan.values
     ]
     layers = [
         (
             f"Kind::{layer.kind}",
-            f"Function::{layer.function if layer.function else 'affine'}",
-            *map(float, layer.constants),
+            [float(c) for c in layer.constants],
+            f"Function::{layer.function or 'none'}",
+            *(float(c) for c in (*layer.function_constants, 0, 0)[:2]),
             layer.inputs,
             layer.output,
             *(layer.weight, layer.bias, layer.mean, layer.var),
-            *(float(layer.eps), layer.group, layer.statistics, layer.tangent_statistics),
+            *(layer.statistics, layer.tangent_statistics),
             f"Multiply::{layer.multiply}",
             layer.pre,
             layer.adds,
@@ -197,11 +199,13 @@ def source(plan: Plan) -> str:
         *(area[name] for name in ("lambda", "direction", "gradient", "updates", "sums", "terms")),
         *(plan.columns, plan.slab),
     )
+    kinds = sorted({layer.kind for layer in plan.layers})
     tables: dict[str, list[tuple[object, ...]]]
     tables = {"Value VALUES": [*values], "Layer LAYERS": [*layers], "Param PARAMS": [*params]}
     lines = [
         f"#define FM_SCALAR {'float' if plan.itemsize == 4 else 'double'}",
         f"#define FM_RANKS {plan.ranks}",
+        f"#define FM_LAYER_KINDS(X) {' '.join(f'X({kind})' for kind in kinds)}",
         '#include "spec.h"',
         "namespace fm::cuda {",
         *(
@@ -214,6 +218,7 @@ def source(plan: Plan) -> str:
         f"constexpr Options OPTIONS = {braces(*options)};",
         f"constexpr Layout LAYOUT = {braces(*layout)};",
         "}  // namespace fm::cuda",
+        *(f'#include "layers/{kind}.h"' for kind in kinds),
         '#include "kernel.h"',
         "",
     ]

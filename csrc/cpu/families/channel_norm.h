@@ -17,8 +17,8 @@
 #include <initializer_list>
 #include <optional>
 
-#include "pass.h"
-#include "recomputed_conv.h"
+#include "../pass.h"
+#include "../recomputed_conv.h"
 
 namespace fm::channel_norm {
 

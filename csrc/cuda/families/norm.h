@@ -1,18 +1,20 @@
 // What batch_norm, layer_norm and group_norm have in common; docs/norms.md has the formulas. A
-// group of values that are normalised together is one team's work. Each kind has a struct
+// group of values that are normalised together is one team's work. Each kind has a struct with
 //
-//   Groups<L>::CHANNELS                    a group is a channel, and has one weight; else every
-// value has its own   Groups<L>::COUNT, SIZE                 of groups, and of values in each, as
-// is usual   Groups<L>::count(pass), size(pass)     likewise, in this pass
-//   Groups<L>::row(g, e), column(g, e)     where value e of group g stands
-//   Groups<L>::param(g, e)                 which element of weight and bias belongs to it
-//   Groups<L>::each_use(pass, p, body)     body(g, e) for every value that element p belongs to;
-// not asked of channels
+//   CHANNELS                    a group is a channel, and has one weight; else every value has its
+//                               own
+//   COUNT, SIZE                 of groups, and of values in each, as is usual
+//   EPSILON                     what is added to the variance
+//   count(pass), size(pass)     of groups, and of values in each, in this pass
+//   row(g, e), column(g, e)     where value e of group g stands
+//   param(g, e)                 which element of weight and bias belongs to it
+//   each_use(pass, p, body)     body(g, e) for every value that element p belongs to; not asked of
+//                               channels
 #pragma once
 
-#include "pass.h"
-#include "sink.h"
-#include "team.h"
+#include "../pass.h"
+#include "../sink.h"
+#include "../team.h"
 
 namespace fm::cuda {
 
@@ -36,14 +38,15 @@ FM_INLINE S* tangent_statistics(const Pass& pass, int group) {
                           pass.rx + pass.examples * at.each + at.fixed + group * STATISTICS);
 }
 
-template <template <int> class Kind, int L>
+template <class Groups, int L>
 struct Norm {
-  using Groups = Kind<L>;
   static constexpr int IN = LAYERS[L].inputs[0], Y = LAYERS[L].pre >= 0 ? LAYERS[L].pre : LAYERS[L].output;
   static constexpr int W = LAYERS[L].weight, B = LAYERS[L].bias;
   // By running statistics, which stand still: no mean over the group has a derivative.
   static constexpr bool FIXED = LAYERS[L].mean >= 0;
   static constexpr bool CHANNELS = Groups::CHANNELS;
+  // A channel's gradients of weight and bias are sums that its input's gradient needs too.
+  static constexpr bool PARAMS_IN_INPUT = CHANNELS;
   using Crowd = Team<team_lanes(Groups::COUNT, Groups::SIZE)>;
 
   template <class Body>
@@ -105,7 +108,7 @@ struct Norm {
     for_groups(pass, [&](int g) {
       Group<X> at(pass, g);
       const int size = at.size();
-      const S eps = S(LAYERS[L].eps);
+      const S eps = S(Groups::EPSILON);
       if constexpr (FIXED) {
         at.mean = theta<LAYERS[L].mean>(pass.workspace, pass.k)[g];
         at.rstd = S(1) / sqrt_(theta<LAYERS[L].var>(pass.workspace, pass.k)[g] + eps);
@@ -136,7 +139,7 @@ struct Norm {
   }
 
   template <Space X, bool INPUT>
-  static FM_INLINE void backward_input(const Pass& pass) {
+  static FM_INLINE int backward_input(const Pass& pass, int turn) {
     for_groups(pass, [&](int g) {
       Group<X> at(pass, g);
       at.read();
@@ -156,6 +159,7 @@ struct Norm {
         });
       }
     });
+    return turn;
   }
 
   template <Space X>
@@ -183,7 +187,7 @@ struct Norm {
 
   // Where the input does not move, and no parameter either, no dy is kept, and none matters.
   template <Space X, bool INPUT>
-  static FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {
+  static FM_INLINE int tangent_backward_input(const Pass& pass, const Along& along, int turn) {
     const S w_factor = factor<W>(along);
     for_groups(pass, [&](int g) {
       Group<X> at(pass, g);
@@ -222,6 +226,7 @@ struct Norm {
         });
       }
     });
+    return turn;
   }
 
   // The gradients of weight and bias: of a channel what `channel` tells, else the sums of `term`,
@@ -276,32 +281,5 @@ struct Norm {
     });
   }
 };
-
-// The functions of a kind: those of its Groups.
-#define FM_NORM                                                                          \
-  template <int L, Space X>                                                              \
-  FM_INLINE void forward(const Pass& pass) {                                             \
-    Norm<Groups, L>::template forward<X>(pass);                                          \
-  }                                                                                      \
-  template <int L, Space X, bool INPUT>                                                  \
-  FM_INLINE void backward_input(const Pass& pass) {                                      \
-    Norm<Groups, L>::template backward_input<X, INPUT>(pass);                            \
-  }                                                                                      \
-  template <int L, Space X>                                                              \
-  FM_INLINE int backward_params(const Pass& pass, const Sink& sink, int first) {         \
-    return Norm<Groups, L>::template backward_params<X>(pass, sink, first);              \
-  }                                                                                      \
-  template <int L, Space X>                                                              \
-  FM_INLINE void tangent(const Pass& pass, const Along& along) {                         \
-    Norm<Groups, L>::template tangent<X>(pass, along);                                   \
-  }                                                                                      \
-  template <int L, Space X, bool INPUT>                                                  \
-  FM_INLINE void tangent_backward_input(const Pass& pass, const Along& along) {          \
-    Norm<Groups, L>::template tangent_backward_input<X, INPUT>(pass, along);             \
-  }                                                                                      \
-  template <int L, Space X>                                                              \
-  FM_INLINE int tangent_backward_params(const Pass& pass, const Sink& sink, int first) { \
-    return Norm<Groups, L>::template tangent_backward_params<X>(pass, sink, first);      \
-  }
 
 }  // namespace fm::cuda
