@@ -15,7 +15,9 @@ from fastmeta.cli import main
 ROOT = Path(__file__).parents[2]
 #: Every page but the history, which names what is gone.
 FOLDERS = (".", "bench", "docs")
-PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md") if page.stem != "CHANGELOG")
+PAGES = sorted(
+    page for folder in FOLDERS for page in (ROOT / folder).glob("*.md") if page.stem != "CHANGELOG"
+)
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
