@@ -35,7 +35,8 @@ from fastmeta.backends.cuda import launch as cuda_launch
 from fastmeta.backends.cuda import plan as cuda_plan
 from fastmeta.backends.cuda import run as cuda_run
 from fastmeta.benchmark import cost
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.problem import Problem
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of

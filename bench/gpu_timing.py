@@ -29,7 +29,8 @@ from fastmeta.benchmark.peers.autograd_loop import AutogradLoop
 from fastmeta.benchmark.peers.jax_peers import JaxVmap
 from fastmeta.benchmark.peers.ours import MetaGradientPeer
 from fastmeta.benchmark.peers.torch_func import TorchCompile, TorchFunc
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.errors import BackendUnavailable
 from fastmeta.models import Siren
 from fastmeta.verify import rule

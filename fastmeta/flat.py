@@ -41,8 +41,9 @@ def flatten(maml: MAML) -> Tensor:
     """
     if not isinstance(maml, MAML):
         raise TypeError(f"flatten: `maml` must be a fastmeta.MAML, got {type(maml).__name__}")
-    params, rates = maml.meta_parameters(check=False)
-    old = maml.flat
+    own = maml._machinery
+    params, rates = own.meta_parameters(check=False)
+    old = own.flat
     if old is not None and old.holds(params, rates):
         return old.vector
     # a lost vector has left its parameters without requires_grad: its own names say which they were
@@ -66,6 +67,5 @@ def flatten(maml: MAML) -> Tensor:
             part.grad = None
             part.requires_grad_(False)
             mark_as_trained(part)
-    flat = FlatParameters(vector.requires_grad_(), names, keys)
-    maml.flat = flat
-    return flat.vector
+    own.flat = FlatParameters(vector.requires_grad_(), names, keys)
+    return own.flat.vector

@@ -80,7 +80,7 @@ class Captures:
     watch: bool = False  # there is something to be found
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Problem:
     """One batch of tasks, checked: T tasks, K = `steps` inner steps.
 

@@ -1,17 +1,25 @@
-"""add: the sum of two values of one shape; and the copies that other files need."""
+"""add: y = a + b, two values of one shape, [size] over all tasks; and the copies that other files
+need."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
 import triton.language as tl
+
+from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import FLAT, Recorder, blocks
-from fastmeta.kernels.passes import Node, Pass, Sinks
+from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks, there
 
 
-@triton.jit(do_not_specialize=["size"])
-def _sum(a, b, out, size, BLOCK: tl.constexpr):
+@jit
+@varies("size")
+def _sum(
+    a,  # [size]
+    b,
+    out,
+    size,
+    BLOCK: tl.constexpr,
+):
+    """out = a + b."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     tl.store(
@@ -19,24 +27,33 @@ def _sum(a, b, out, size, BLOCK: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["size"])
-def _copy(source, out, size, BLOCK: tl.constexpr):
+@jit
+@varies("size")
+def _copy(
+    source,  # [size]
+    out,
+    size,
+    BLOCK: tl.constexpr,
+):
+    """out = source."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     tl.store(out + at, tl.load(source + at, mask=mask, other=0.0), mask=mask)
 
 
-def total(emit: Recorder, a: Any, b: Any, out: Any) -> None:
+def total(emit: Recorder, a: Buffer, b: Buffer, out: Buffer) -> None:
     """out = a + b, of one size."""
-    emit(_sum, blocks(out.numel(), FLAT), a=a, b=b, out=out, size=out.numel(), BLOCK=FLAT)
+    size = there(out).numel()
+    emit(_sum, blocks(size, FLAT), a=a, b=b, out=out, size=size, BLOCK=FLAT)
 
 
-def copy(emit: Recorder, source: Any, out: Any) -> None:
+def copy(emit: Recorder, source: Buffer, out: Buffer) -> None:
     """out = source."""
-    emit(_copy, blocks(out.numel(), FLAT), source=source, out=out, size=out.numel(), BLOCK=FLAT)
+    size = there(out).numel()
+    emit(_copy, blocks(size, FLAT), source=source, out=out, size=size, BLOCK=FLAT)
 
 
-def accumulate(emit: Recorder, source: Any, out: Any) -> None:
+def accumulate(emit: Recorder, source: Buffer, out: Buffer) -> None:
     """out += source."""
     total(emit, out, source, out)
 
@@ -49,14 +66,14 @@ def forward(run: Pass, node: Node) -> None:
 
 def tangent(run: Pass, node: Node) -> None:
     """ry = ra + rb, of those that move."""
-    moving = [run.rx[value] for value in node.inputs if run.has_tangent(value)]
-    if len(moving) == 2:
-        total(run.emit, *moving, run.rx[node.output])
+    first, *second = (run.rx[value] for value in node.inputs if run.has_tangent(value))
+    if second:
+        total(run.emit, first, second[0], run.rx[node.output])
     else:
-        copy(run.emit, moving[0], run.rx[node.output])
+        copy(run.emit, first, run.rx[node.output])
 
 
-def _hand_on(run: Pass, node: Node, dy: Any, deltas: list[Any]) -> None:
+def _hand_on(run: Pass, node: Node, dy: Buffer, deltas: list[Buffer]) -> None:
     for value, again in zip(node.inputs, node.adds, strict=True):
         if run.wants_delta(value):
             (accumulate if again else copy)(run.emit, dy, deltas[value])

@@ -1,18 +1,23 @@
 """avg_pool2d: the mean of every window, also of adaptive ones. Linear, so its tangents are means
-too."""
+too.
+
+x is [T * N images, H, W, C], y [T * N images, OH, OW, C]; a program makes BLOCK elements.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
+
+from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import blocks
-from fastmeta.kernels.max_pool2d import POOLED, _place, geometry
-from fastmeta.kernels.passes import Node, Pass, Sinks
+from fastmeta.kernels.max_pool2d import POOLED, place
+from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks
+from fastmeta.kernels.windows import Images, Window, image_sizes, window
 
 
-@triton.jit
+@jit
 def _window(o, SIZE, OUT, K, S, P, ADAPTIVE: tl.constexpr):
     """(begin, end, end within the padded image) of window o along one dimension; begin and end
     within the image."""
@@ -25,8 +30,9 @@ def _window(o, SIZE, OUT, K, S, P, ADAPTIVE: tl.constexpr):
     return tl.maximum(start, 0), tl.minimum(start + K, SIZE), padded
 
 
-@triton.jit
+@jit
 def _divisor(h0, h1, hp, w0, w1, wp, PADDING: tl.constexpr, DIVISOR: tl.constexpr):
+    """What the sum of a window is divided by, of windows that `_window` describes."""
     if DIVISOR > 0:
         return h0 * 0 + DIVISOR
     if PADDING:
@@ -34,86 +40,76 @@ def _divisor(h0, h1, hp, w0, w1, wp, PADDING: tl.constexpr, DIVISOR: tl.constexp
     return (h1 - h0) * (w1 - w0)
 
 
-@triton.jit(do_not_specialize=["size"])
+@jit
+@varies("size")
 def _gather(
-    x,
-    y,
-    size,
+    x,  # [images, H, W, C]
+    y,  # [images, OH, OW, C]
+    size,  # elements of y
     C,
-    H,
-    W,
-    OH,
-    OW,
-    KH,
-    KW,
-    SH,
-    SW,
-    PH,
-    PW,
+    images: Images,
+    window: Window,
     ADAPTIVE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    PADDING: tl.constexpr,  # counts, where a window goes beyond the image
+    DIVISOR: tl.constexpr,  # if positive, instead of how many there are
     BLOCK: tl.constexpr,
 ):
+    """y = the mean of each window."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
-    c, ow, oh, image = _place(j, C, OH, OW)
-    h0, h1, hp = _window(oh, H, OH, KH, SH, PH, ADAPTIVE)
-    w0, w1, wp = _window(ow, W, OW, KW, SW, PW, ADAPTIVE)
+    c, ow, oh, image = place(j, C, images.OH, images.OW)
+    h0, h1, hp = _window(oh, images.H, images.OH, window.KH, window.SH, window.PH, ADAPTIVE)
+    w0, w1, wp = _window(ow, images.W, images.OW, window.KW, window.SW, window.PW, ADAPTIVE)
     total = tl.zeros([BLOCK], y.dtype.element_ty)
-    for tap in range(KH * KW):
-        ih = h0 + tap // KW
-        iw = w0 + tap % KW
+    for tap in range(window.KH * window.KW):
+        ih = h0 + tap // window.KW
+        iw = w0 + tap % window.KW
         here = mask & (ih < h1) & (iw < w1)
-        total += tl.load(x + ((image * H + ih) * W + iw) * C + c, mask=here, other=0.0)
+        total += tl.load(x + ((image * images.H + ih) * images.W + iw) * C + c, mask=here, other=0.0)
     divisor = _divisor(h0, h1, hp, w0, w1, wp, PADDING, DIVISOR)
     tl.store(y + j, total / divisor.to(total.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"])
+@jit
+@varies("size")
 def _scatter(
-    dy,
-    dx,
-    size,
+    dy,  # [images, OH, OW, C]
+    dx,  # [images, H, W, C]
+    size,  # elements of dx
     C,
-    H,
-    W,
-    OH,
-    OW,
-    KH,
-    KW,
-    SH,
-    SW,
-    PH,
-    PW,
+    images: Images,
+    window: Window,
     ADD: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     PADDING: tl.constexpr,
     DIVISOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """dx = [dx +] the sum of dy over the windows that hold a pixel, divided as their means were."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < size
-    c, iw, ih, image = _place(j, C, H, W)
+    c, iw, ih, image = place(j, C, images.H, images.W)
     total = tl.zeros([BLOCK], dx.dtype.element_ty)
     if ADD:
         total = tl.load(dx + j, mask=mask, other=0.0)
-    # the windows that may hold this pixel: from the first that ends behind it on
+    # the windows that may hold this pixel: from the first that ends after it on
     first_h = ih * 0
     first_w = iw * 0
     if not ADAPTIVE:
-        first_h = tl.maximum(ih + PH - KH + SH, 0) // SH
-        first_w = tl.maximum(iw + PW - KW + SW, 0) // SW
-    most_h = OH if ADAPTIVE else (KH + SH - 1) // SH
-    most_w = OW if ADAPTIVE else (KW + SW - 1) // SW
-    for window in range(most_h * most_w):
-        oh = first_h + window // most_w
-        ow = first_w + window % most_w
-        h0, h1, hp = _window(oh, H, OH, KH, SH, PH, ADAPTIVE)
-        w0, w1, wp = _window(ow, W, OW, KW, SW, PW, ADAPTIVE)
-        here = mask & (oh < OH) & (ow < OW) & (h0 <= ih) & (ih < h1) & (w0 <= iw) & (iw < w1)
+        first_h = tl.maximum(ih + window.PH - window.KH + window.SH, 0) // window.SH
+        first_w = tl.maximum(iw + window.PW - window.KW + window.SW, 0) // window.SW
+    most_h = images.OH if ADAPTIVE else (window.KH + window.SH - 1) // window.SH
+    most_w = images.OW if ADAPTIVE else (window.KW + window.SW - 1) // window.SW
+    for one in range(most_h * most_w):
+        oh = first_h + one // most_w
+        ow = first_w + one % most_w
+        h0, h1, hp = _window(oh, images.H, images.OH, window.KH, window.SH, window.PH, ADAPTIVE)
+        w0, w1, wp = _window(ow, images.W, images.OW, window.KW, window.SW, window.PW, ADAPTIVE)
+        here = mask & (oh < images.OH) & (ow < images.OW)
+        here = here & (h0 <= ih) & (ih < h1) & (w0 <= iw) & (iw < w1)
         divisor = tl.where(here, _divisor(h0, h1, hp, w0, w1, wp, PADDING, DIVISOR), 1)
-        g = tl.load(dy + ((image * OH + oh) * OW + ow) * C + c, mask=here, other=0.0)
+        at = ((image * images.OH + oh) * images.OW + ow) * C + c
+        g = tl.load(dy + at, mask=here, other=0.0)
         total += g / divisor.to(total.dtype)
     tl.store(dx + j, total, mask=mask)
 
@@ -124,22 +120,33 @@ def _longest(size: int, out: int) -> int:
 
 
 def _options(run: Pass, node: Node) -> dict[str, Any]:
-    sizes: dict[str, Any] = geometry(run, node)
+    """Sizes of images and windows and how means are taken, as the kernels take them."""
+    x, y = run.values[node.inputs[0]], run.values[node.output]
+    sizes = image_sizes(x, y)
     adaptive = node.function == "adaptive"
     if adaptive:
-        sizes |= {"KH": _longest(sizes["H"], sizes["OH"]), "KW": _longest(sizes["W"], sizes["OW"])}
-        sizes |= {"SH": 1, "SW": 1}
-    padding, divisor = (True, 0.0) if adaptive else node.constants[6:8]
-    return sizes | {"ADAPTIVE": adaptive, "PADDING": bool(padding), "DIVISOR": int(divisor)}
+        taps = Window(_longest(sizes.H, sizes.OH), _longest(sizes.W, sizes.OW), 1, 1, 0, 0)
+        padding, divisor = 1.0, 0.0
+    else:
+        taps = window(node)
+        padding, divisor = node.constants[6:8]
+    return {
+        "C": x.cols,
+        "images": sizes,
+        "window": taps,
+        "ADAPTIVE": adaptive,
+        "PADDING": bool(padding),
+        "DIVISOR": int(divisor),
+    }
 
 
-def _means(run: Pass, node: Node, values: list[Any]) -> None:
+def _means(run: Pass, node: Node, values: list[Buffer]) -> None:
     size = run.tasks * run.elements(node.output)
     x, y = values[node.inputs[0]], values[node.output]
     run.emit(_gather, blocks(size, POOLED), x=x, y=y, size=size, BLOCK=POOLED, **_options(run, node))
 
 
-def _hand_back(run: Pass, node: Node, deltas: list[Any]) -> None:
+def _hand_back(run: Pass, node: Node, deltas: list[Buffer]) -> None:
     in_ = node.inputs[0]
     if not run.wants_delta(in_):
         return

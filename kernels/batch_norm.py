@@ -1,4 +1,9 @@
-"""batch_norm: every channel normalised over the task's own batch, or by running statistics."""
+"""batch_norm: y = w (x - mean) / std + b, every channel by itself, over the task's own batch or by
+running statistics.
+
+x and y are [T, N images of H x W, C], or rows [T, N, C]; the weight and bias of a task [C]. The
+kernels: `channel_norm`; with the convolution before it, `recomputed_conv`.
+"""
 
 from __future__ import annotations
 

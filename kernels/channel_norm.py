@@ -1,10 +1,12 @@
 """What batch norm and group norm share: docs/norms.md as sums over rows and linear combinations of
 rows.
 
-A block is what is normalised together along rows: of batch norm a task's whole batch, of group norm
-an example. A group is so many of its channels; of batch norm, one. Sums go over chunks of rows that
-the shapes alone fix. A small kernel turns them into coefficients, and one pass combines the rows. A
-max-pool over windows side by side is done on the way: what is not pooled is never written down.
+Values are [blocks, R rows, C channels]. A block is what is normalised together along rows: of batch
+norm a task's whole batch, of group norm an example. A group is so many of its channels; of batch
+norm, one. Sums go over chunks of rows that the shapes alone fix (`channel_sums`). A small kernel
+turns them into coefficients (`channel_coefficients`), and one pass combines the rows
+(`channel_combine`). A max-pool over windows side by side is done on the way: what is not pooled is
+never written down.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastmeta.kernels.channel_coefficients import (
+    Groups,
     backward_coefficients,
     forward_coefficients,
     tangent_backward_coefficients,
@@ -22,10 +27,11 @@ from fastmeta.kernels.channel_coefficients import (
 from fastmeta.kernels.channel_combine import combine, pooled
 from fastmeta.kernels.channel_sums import merged, statistics, sums
 from fastmeta.kernels.conv2d import tile_partials
-from fastmeta.kernels.elementwise import forward_end, tangent_end
+from fastmeta.kernels.elementwise import End, Epilogue, Finish, forward_end, tangent_end
 from fastmeta.kernels.launch import REGISTERS, blocks, power
-from fastmeta.kernels.passes import Node, Pass, Sinks, no_sink
+from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks, Target, target
 from fastmeta.kernels.tile_choice import FULL
+from fastmeta.kernels.windows import Images, Pool, image_sizes
 
 #: Tiles of rows and channels.
 _BR, _BC = 64, 32
@@ -78,24 +84,26 @@ class ChannelNorm:
 
     def forward(self) -> None:
         """y = w x^ + b, pooled."""
+        run, node = self.run, self.node
         parts, chunk, chunks = (None, 1, 1) if self.fixed else self._statistics()
-        mean, var = self.node.params[2:4] if self.fixed else (None, None)
-        self.run.emit(
+        running_mean = run.operand(run.theta, node, 2) if self.fixed else None
+        running_var = run.operand(run.theta, node, 3) if self.fixed else None
+        run.emit(
             forward_coefficients,
             self._programs(),
             parts=parts,
-            running_mean=None if mean is None else self.run.theta[mean].at,
-            running_var=None if var is None else self.run.theta[var].at,
+            w=run.operand(run.theta, node, 0),
+            b=run.operand(run.theta, node, 1),
+            running_mean=None if running_mean is None else running_mean.at,
+            running_var=None if running_var is None else running_var.at,
+            mean=self._state("mean"),
+            rstd=self._state("rstd"),
             chunks=chunks,
             CHUNK=chunk,
             EPS=self.eps,
-            coefficients=self._coefficients(),
-            **self._parameter("w", self.run.theta, 0),
-            **self._parameter("b", self.run.theta, 1),
-            **self._state("mean", "rstd"),
-            **self._sizes(),
+            **self._common(),
         )
-        self._combine(forward_end(self.run, self.node), None, None, None)
+        self._combine(forward_end(run, node), None, None, None)
 
     def backward(self, sinks: Sinks | None) -> None:
         """dx = r (g - <g> - x^ <g x^>), dw, db."""
@@ -104,17 +112,20 @@ class ChannelNorm:
             return
         dy = run.d[node.output]
         chunks, parts = self._products(dy, None)
+        weight_target, bias_target = self._targets(sinks, node)
         run.emit(
             backward_coefficients,
             self._programs(),
             parts=parts,
+            w=run.operand(run.theta, node, 0),
+            rstd=self._state("rstd"),
+            sum_dy=self._state("sum_dy"),
+            sum_dy_x=self._state("sum_dy_x"),
+            weight_target=weight_target,
+            bias_target=bias_target,
             chunks=chunks,
-            coefficients=self._coefficients(),
             FIXED=self.fixed,
-            **self._parameter("w", run.theta, 0),
-            **self._state("rstd", "sum_dy", "sum_dy_x"),
-            **self._sinks(sinks, node.params),
-            **self._sizes(),
+            **self._common(),
         )
         self._input_gradient(sinks, dy, None)
 
@@ -128,13 +139,14 @@ class ChannelNorm:
             tangent_coefficients,
             self._programs(),
             parts=parts,
+            w=run.operand(run.theta, node, 0),
+            vw=run.operand(run.v, node, 0),
+            vb=run.operand(run.v, node, 1),
+            rstd=self._state("rstd"),
+            mean_rx=self._state("mean_rx"),
+            mean_rx_x=self._state("mean_rx_x"),
             chunks=chunks,
-            coefficients=self._coefficients(),
-            **self._parameter("w", run.theta, 0),
-            **self._parameter("vw", run.v, 0),
-            **self._parameter("vb", run.v, 1),
-            **self._state("rstd", "mean_rx", "mean_rx_x"),
-            **self._sizes(),
+            **self._common(),
         )
         self._combine(tangent_end(run, node), None, None, self._rx)
 
@@ -143,25 +155,29 @@ class ChannelNorm:
         run, node = self.run, self.node
         dy, rdy = run.d[node.output], run.rd[node.output]
         chunks, parts = self._products(rdy, dy if self._moves else None)
+        weight_target, bias_target = self._targets(sinks, node)
         run.emit(
             tangent_backward_coefficients,
             self._programs(),
             parts=parts,
+            w=run.operand(run.theta, node, 0),
+            vw=run.operand(run.v, node, 0),
+            rstd=self._state("rstd"),
+            sum_dy=self._state("sum_dy"),
+            sum_dy_x=self._state("sum_dy_x"),
+            mean_rx=self._state("mean_rx") if self._moves else None,
+            mean_rx_x=self._state("mean_rx_x") if self._moves else None,
+            weight_target=weight_target,
+            bias_target=bias_target,
             chunks=chunks,
-            coefficients=self._coefficients(),
             FIXED=self.fixed,
-            **self._parameter("w", run.theta, 0),
-            **self._parameter("vw", run.v, 0),
-            **self._state("rstd", "sum_dy", "sum_dy_x"),
-            **(self._state("mean_rx", "mean_rx_x") if self._moves else {"mean_rx": None, "mean_rx_x": None}),
-            **self._sinks(sinks, node.params),
-            **self._sizes(),
+            **self._common(),
         )
         self._input_gradient(sinks, dy, rdy)
 
     # ---- launches
 
-    def _statistics(self) -> tuple[Any, int, int]:
+    def _statistics(self) -> tuple[Tensor, int, int]:
         """(mean and centred squares of chunks of x, rows of a chunk, chunks)."""
         if self.node.sums_from is not None:
             return self._from_tiles(self.node.sums_from, moments=True)
@@ -170,7 +186,7 @@ class ChannelNorm:
         self._by_chunks(statistics, chunk, chunks, x=self._x, parts=parts, R=self.rows, C=self.cols)
         return parts, chunk, chunks
 
-    def _tangent_sums(self) -> tuple[Any, int]:
+    def _tangent_sums(self) -> tuple[Tensor, int]:
         """(sums of chunks of rx and of rx (x - mean), chunks)."""
         if self.node.sums_from is not None:
             parts, _, chunks = self._from_tiles(self.node.sums_from, moments=False)
@@ -180,7 +196,7 @@ class ChannelNorm:
         self._column_sums(chunk, chunks, self._rx, None, parts, self.rows, pooled=False)
         return parts, chunks
 
-    def _from_tiles(self, conv: Node, moments: bool) -> tuple[Any, int, int]:
+    def _from_tiles(self, conv: Node, moments: bool) -> tuple[Tensor, int, int]:
         """(sums of chunks, rows of a chunk, chunks) from those of the convolution's tiles."""
         partials, tile = tile_partials(self.run, conv)
         tiles = blocks(self.rows, tile)
@@ -206,7 +222,7 @@ class ChannelNorm:
         )
         return parts, per * tile, chunks
 
-    def _products(self, a: Any, b: Any) -> tuple[int, Any]:
+    def _products(self, a: Buffer, b: Buffer) -> tuple[int, Tensor]:
         """(chunks, the sums over them) of a, a (x - mean) and b rx, all taken where the output
         is."""
         chunk, chunks = self._chunks(self.out_rows)
@@ -215,7 +231,14 @@ class ChannelNorm:
         return chunks, parts
 
     def _column_sums(
-        self, chunk: int, chunks: int, a: Any, b: Any, parts: Any, rows: int, pooled: bool
+        self,
+        chunk: int,
+        chunks: int,
+        a: Buffer,
+        b: Buffer,
+        parts: Tensor,
+        rows: int,
+        pooled: bool,
     ) -> None:
         self._by_chunks(
             sums,
@@ -223,7 +246,7 @@ class ChannelNorm:
             chunks,
             a=a,
             x=self._x,
-            center=self._state("mean")["mean"],
+            center=self._state("mean"),
             b=b,
             rx=self._rx if b is not None else None,
             positions=self._positions if pooled else None,
@@ -231,7 +254,8 @@ class ChannelNorm:
             R=rows,
             C=self.cols,
             IN=self.rows,
-            **self._windows(),
+            size=self._image_sizes,
+            POOL=self._pool,
         )
 
     def _by_chunks(self, kernel: Any, chunk: int, chunks: int, **arguments: Any) -> None:
@@ -239,27 +263,28 @@ class ChannelNorm:
         programs = self.blocks * chunks * blocks(self.cols, bc)
         self.run.emit(kernel, programs, CHUNK=chunk, chunks=chunks, BR=min(br, _BR_SUMS), BC=bc, **arguments)
 
-    def _input_gradient(self, sinks: Sinks | None, dy: Any, rdy: Any) -> None:
+    def _input_gradient(self, sinks: Sinks | None, dy: Buffer, rdy: Buffer) -> None:
         """dx, or with `rdy` its tangent."""
         if self.run.wants_delta(self.node.inputs[0]):
             deltas, rx = (self.run.d, None) if rdy is None else (self.run.rd, self._rx)
             self._combine(self._gradient_end(deltas), dy, rdy, rx)
 
-    def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
+    def _combine(self, epilogue: Epilogue, dy: Buffer, rdy: Buffer, rx: Buffer) -> None:
         br, bc = self._tile()
-        common = {
+        common: dict[str, Any] = {
             "x": self._x,
-            "center": self._state("mean")["mean"],
+            "center": self._state("mean"),
             "rx": rx,
             "positions": self._positions,
             "coefficients": self._coefficients(),
             "C": self.cols,
+            "size": self._image_sizes,
+            "POOL": self._pool,
             "BR": br,
             "BC": bc,
-            **self._windows(),
-            **end,
+            **epilogue._asdict(),
         }
-        if self.node.pool is not None and end["MODE"] in ("forward", "tangent"):
+        if self.node.pool is not None and epilogue.FINISH.mode in ("forward", "tangent"):
             programs = self.blocks * blocks(self.out_rows, br) * blocks(self.cols, bc)
             self.run.emit(pooled, programs, R=self.out_rows, IN=self.rows, **common)
             return
@@ -269,7 +294,7 @@ class ChannelNorm:
     # ---- arguments
 
     @property
-    def _x(self) -> Any:
+    def _x(self) -> Buffer:
         return self.run.x[self.node.inputs[0]]
 
     @property
@@ -277,11 +302,11 @@ class ChannelNorm:
         return self.run.has_tangent(self.node.inputs[0])
 
     @property
-    def _rx(self) -> Any:
+    def _rx(self) -> Buffer:
         return self.run.rx[self.node.inputs[0]] if self._moves else None
 
     @property
-    def _positions(self) -> Any:
+    def _positions(self) -> Buffer:
         if self.node.pool is None:
             return None
         return self.run.keep(self.node, "positions", self.blocks, self.out_rows, self.cols, dtype=self._index)
@@ -291,32 +316,24 @@ class ChannelNorm:
         """Of a position in a window."""
         return torch.int16
 
-    def _gradient_end(self, deltas: list[Any]) -> dict[str, Any]:
-        nothing = {"pre": None, "saved": None, "curve": None, "moved": None}
-        function = {"F": "", "C0": 0.0, "C1": 0.0, "SCALE": 1.0, "SHIFT": 0.0}
-        in_ = self.node.inputs[0]
-        return {"out": deltas[in_], "MODE": "backward", "ADD": self.node.adds[0]} | nothing | function
+    def _gradient_end(self, deltas: list[Buffer]) -> Epilogue:
+        end = End(deltas[self.node.inputs[0]], None, None, None, None)
+        return Epilogue(end, Finish("backward", self.node.adds[0]))
 
-    def _state(self, *names: str) -> dict[str, Any]:
-        return {name: self.run.keep(self.node, name, self.blocks, self.cols) for name in names}
+    def _state(self, name: str) -> Tensor:
+        """[blocks, C], kept."""
+        return self.run.keep(self.node, name, self.blocks, self.cols)
 
-    def _coefficients(self) -> Any:
+    def _coefficients(self) -> Tensor:
         return self.run.scratch("coefficients", self.blocks * 5 * self.cols)
 
-    def _parts(self, chunks: int) -> Any:
+    def _parts(self, chunks: int) -> Tensor:
         return self.run.scratch("parts", self.blocks * chunks * 3 * self.cols)
 
-    def _parameter(self, name: str, which: list[Any], at: int) -> dict[str, Any]:
-        p = self.node.params[at]
-        if p is None:
-            return {name: None, f"{name}_task": 0}
-        return {name: which[p].at, f"{name}_task": which[p].stride}
-
-    def _sinks(self, sinks: Sinks | None, params: tuple[int | None, ...]) -> dict[str, Any]:
-        weight, bias = (None if sinks is None or p is None else sinks[p] for p in params[:2])
-        return (no_sink() if weight is None else weight.arguments()) | (
-            no_sink("bias_") if bias is None else bias.arguments("bias_")
-        )
+    def _targets(self, sinks: Sinks | None, layer: Node) -> tuple[Target, Target]:
+        """Where the gradients of a layer's weight and bias go."""
+        weight, bias = (None if sinks is None or p is None else sinks[p] for p in layer.params[:2])
+        return target(weight), target(bias)
 
     def _groups_of_program(self) -> tuple[int, int]:
         """(groups, channels of each) that one program makes the coefficients of, as powers of
@@ -328,24 +345,27 @@ class ChannelNorm:
         """Of the coefficients' kernels."""
         return self.run.tasks * blocks(self.groups, self._groups_of_program()[0])
 
-    def _sizes(self) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
+        """What all coefficients' kernels take."""
         bg, bj = self._groups_of_program()
         return {
+            "coefficients": self._coefficients(),
             "per_task": self.per_task,
             "R": self.rows,
-            "C": self.cols,
-            "groups": self.groups,
-            "size": self.cols // self.groups,
+            "groups": Groups(self.cols, self.groups, self.cols // self.groups),
             "BG": bg,
             "BJ": bj,
             "warps": 1 if bg * bj <= 64 else 4 if bg * bj <= 256 else 8,
             "registers": REGISTERS,
         }
 
-    def _windows(self) -> dict[str, int]:
-        x, y = self.run.values[self.node.inputs[0]], self.run.values[self.node.output]
-        kh, kw = self.node.pool or (1, 1)
-        return {"PH": y.height, "PW": y.width, "H": x.height, "W": x.width, "KH": kh, "KW": kw}
+    @property
+    def _image_sizes(self) -> Images:
+        return image_sizes(self.run.values[self.node.inputs[0]], self.run.values[self.node.output])
+
+    @property
+    def _pool(self) -> Pool:
+        return Pool(*(self.node.pool or (1, 1)))
 
     def _tile(self) -> tuple[int, int]:
         return power(self.rows, 8, _BR), power(self.cols, 8, _BC)

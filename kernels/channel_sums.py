@@ -1,27 +1,37 @@
 """Sums over the rows of each channel, chunk by chunk: of statistics and of what a norm's gradients
 need.
 
-A chunk's results are [3, C]: mean and centred squares, or three sums. What a convolution has summed
-for each of its tiles (`tile_sums`) has the same form, and `merged` makes chunks of tiles. Chunks
-follow from shapes alone.
+A block [R, C] is what is normalised together. A chunk's results are [3, C]: mean and centred
+squares, or three sums. What a convolution has summed for each of its tiles (`tile_sums`) has the
+same form, and `merged` makes chunks of tiles. Chunks follow from shapes alone.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-
-@triton.jit
-def window_row(m, PH, PW, H, W, KH, KW, position):
-    """The row of the input that lies at `position` of the window of pooled row m."""
-    image = m // (PH * PW)
-    ph = m // PW % PH
-    pw = m % PW
-    return (image * H + ph * KH + position // KW) * W + pw * KW + position % KW
+from fastmeta.kernels.jit import jit, varies
+from fastmeta.kernels.windows import Images
 
 
-@triton.jit
+@jit
+def window_row(m, size: Images, POOL: tl.constexpr, position):
+    """The row of the input that lies at `position` of the window of pooled row m.
+
+    Args:
+        m: a block of any shape, as `position`: rows of OH x OW windows.
+        size: of the images.
+        POOL: a `Pool`.
+        position: from 0 to height * width of a window.
+    """
+    image = m // (size.OH * size.OW)
+    oh = m // size.OW % size.OH
+    ow = m % size.OW
+    h = oh * POOL.height + position // POOL.width
+    return (image * size.H + h) * size.W + ow * POOL.width + position % POOL.width
+
+
+@jit
 def _joined(count, mean, squares):
     """Mean and centred squares [BC] of what the rows [BR, BC] have seen."""
     n = tl.maximum(tl.sum(count, axis=0), 1.0)
@@ -30,8 +40,18 @@ def _joined(count, mean, squares):
     return mu, tl.sum(squares + count * off * off, axis=0)
 
 
-@triton.jit(do_not_specialize=["R", "CHUNK", "chunks"])
-def statistics(x, parts, R, C, CHUNK, chunks, BR: tl.constexpr, BC: tl.constexpr):
+@jit
+@varies("R", "CHUNK", "chunks")
+def statistics(
+    x,  # [blocks, R, C]
+    parts,  # [blocks, chunks, 3, C], of which two are written
+    R,
+    C,
+    CHUNK,  # rows of a chunk
+    chunks,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Mean and centred squares of each channel of a chunk, by Welford's recurrence over tiles."""
     tiles = tl.cdiv(C, BC)
     c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)[None, :]
@@ -58,29 +78,27 @@ def statistics(x, parts, R, C, CHUNK, chunks, BR: tl.constexpr, BC: tl.constexpr
     tl.store(parts + at + C, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["R", "IN", "CHUNK", "chunks"])
+@jit
+@varies("R", "IN", "CHUNK", "chunks")
 def sums(
     a,  # [blocks, R, C], summed as it is and times x - center
-    x,
+    x,  # [blocks, IN, C]
     center,  # [blocks, C]
-    b,  # summed times rx
-    rx,
-    positions,  # of a max-pool: then a and b have one row a window
+    b,  # [blocks, R, C], summed times rx; or None
+    rx,  # [blocks, IN, C]; or None
+    positions,  # [blocks, R, C] of a max-pool: then a and b have one row a window; or None
     parts,  # [blocks, chunks, 3, C]
     R,
     C,
-    IN,  # rows of x
-    PH,
-    PW,
-    H,
-    W,
-    CHUNK,
+    IN,
+    size: Images,
+    CHUNK,  # rows of a chunk
     chunks,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
+    POOL: tl.constexpr,  # a `Pool`
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """The sums of a, a (x - center) and b rx over the rows of each chunk."""
     tiles = tl.cdiv(C, BC)
     columns = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
     c = columns[None, :]
@@ -98,9 +116,8 @@ def sums(
         at = block * R * C + m * C + c
         row = m
         if positions is not None:
-            row = window_row(
-                m, PH, PW, H, W, KH, KW, tl.load(positions + at, mask=mask, other=0).to(tl.int32)
-            )
+            position = tl.load(positions + at, mask=mask, other=0).to(tl.int32)
+            row = window_row(m, size, POOL, position)
         at_x = block * IN * C + row * C + c
         v = tl.load(a + at, mask=mask, other=0.0)
         sum_a += v
@@ -113,7 +130,7 @@ def sums(
     tl.store(parts + at + 2 * C, tl.sum(sum_b, axis=0), mask=columns < C)
 
 
-@triton.jit
+@jit
 def tile_sums(acc, at, rows, in_m, n, N, partials, primal, center, BM: tl.constexpr):
     """What a norm needs of one tile of its input: mean and centred squares; or, with `center`, of
     its tangent: the sum and that of products with primal - center.
@@ -142,7 +159,8 @@ def tile_sums(acc, at, rows, in_m, n, N, partials, primal, center, BM: tl.conste
     tl.store(partials + N + n, two, mask=inside)
 
 
-@triton.jit(do_not_specialize=["R", "PER", "tiles", "chunks"])
+@jit
+@varies("R", "PER", "tiles", "chunks")
 def merged(
     partials,  # [blocks, tiles, 3, C]
     parts,  # [blocks, chunks, 3, C]

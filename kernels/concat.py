@@ -1,28 +1,47 @@
-"""concat: two values one behind the other: stretches of the one and of the other take turns.
-Linear."""
+"""concat: two values side by side, (a, b) along one dimension. Linear.
+
+In memory, stretches of the one and of the other take turns: a is [rows, width of a], b [rows, width
+of b], y [rows, both widths], where `rows` counts what lies before that dimension, of all tasks.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import triton
 import triton.language as tl
+
+from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import FLAT, blocks
-from fastmeta.kernels.passes import Node, Pass, Sinks
+from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks
 
 
-@triton.jit(do_not_specialize=["size"])
+class Columns(NamedTuple):
+    """Columns of a matrix [rows, ld], from column `begin` on."""
+
+    at: Buffer
+    ld: int
+    begin: int
+
+
+@jit
+@varies("size")
 def _stretches(
-    source, out, size, width, source_ld, source_at, out_ld, out_at, ADD: tl.constexpr, BLOCK: tl.constexpr
+    source: Columns,  # [rows, width]; source.at None: zeros
+    out: Columns,  # likewise
+    size,  # rows * width
+    width,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """out = [out +] source, a program BLOCK elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     row = i // width
     col = i % width
-    value = tl.zeros([BLOCK], out.dtype.element_ty)
-    if source is not None:
-        value = tl.load(source + row * source_ld + source_at + col, mask=mask, other=0.0)
-    to = out + row * out_ld + out_at + col
+    value = tl.zeros([BLOCK], out.at.dtype.element_ty)
+    if source.at is not None:
+        value = tl.load(source.at + row * source.ld + source.begin + col, mask=mask, other=0.0)
+    to = out.at + row * out.ld + out.begin + col
     if ADD:
         value += tl.load(to, mask=mask, other=0.0)
     tl.store(to, value, mask=mask)
@@ -34,27 +53,23 @@ def _geometry(run: Pass, node: Node) -> tuple[int, list[int]]:
     return run.tasks * run.examples * outer, [run.values[value].size // outer for value in node.inputs]
 
 
-def _join(run: Pass, node: Node, sources: list[Any], out: Any) -> None:
+def _join(run: Pass, node: Node, sources: list[Buffer], out: Buffer) -> None:
     rows, widths = _geometry(run, node)
     for source, width, at in zip(sources, widths, (0, widths[0]), strict=True):
         size = rows * width
         run.emit(
             _stretches,
             blocks(size, FLAT),
-            source=source,
-            out=out,
+            source=Columns(source, width, 0),
+            out=Columns(out, sum(widths), at),
             size=size,
             width=width,
-            source_ld=width,
-            source_at=0,
-            out_ld=sum(widths),
-            out_at=at,
             ADD=False,
             BLOCK=FLAT,
         )
 
 
-def _split(run: Pass, node: Node, dy: Any, deltas: list[Any]) -> None:
+def _split(run: Pass, node: Node, dy: Buffer, deltas: list[Buffer]) -> None:
     rows, widths = _geometry(run, node)
     for value, width, at, again in zip(node.inputs, widths, (0, widths[0]), node.adds, strict=True):
         if not run.wants_delta(value):
@@ -63,14 +78,10 @@ def _split(run: Pass, node: Node, dy: Any, deltas: list[Any]) -> None:
         run.emit(
             _stretches,
             blocks(size, FLAT),
-            source=dy,
-            out=deltas[value],
+            source=Columns(dy, sum(widths), at),
+            out=Columns(deltas[value], width, 0),
             size=size,
             width=width,
-            source_ld=sum(widths),
-            source_at=at,
-            out_ld=width,
-            out_at=0,
             ADD=again,
             BLOCK=FLAT,
         )

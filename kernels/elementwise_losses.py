@@ -1,62 +1,69 @@
 """Losses that compare output and target element by element: value, gradients and their tangents,
 one program a task.
 
-Formulas and denominators: docs/losses.md.
+Output z and target y are [T, N examples, E elements]. Formulas and denominators: docs/losses.md.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
-from fastmeta.kernels.elementwise import sigmoid, softplus
-from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power, tiny
+from torch import Tensor
+
+from fastmeta.kernels.functions import sigmoid, softplus
+from fastmeta.kernels.jit import jit, varies
+from fastmeta.kernels.launch import LOSS_BYTES, REGISTERS, Recorder, power
+from fastmeta.kernels.losses import Results
 
 
-@triton.jit
+@jit
 def _terms(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
     """(l, dl/dz, dl/dy) of one element; q is pos_weight."""
     d = z - y
     if KIND == "mse":
-        return d * d, 2.0 * d, -2.0 * d
+        l, lz, ly = d * d, 2.0 * d, -2.0 * d
     elif KIND == "l1":
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
-        return tl.abs(d), sign, -sign
+        l, lz, ly = tl.abs(d), sign, -sign
     elif KIND == "bce_with_logits":
         s = softplus(-z)
         a = 1.0 + (q - 1.0) * y
-        return (1.0 - y) * z + a * s, 1.0 - y - a * sigmoid(-z), -z + (q - 1.0) * s
-    else:
+        l, lz, ly = (1.0 - y) * z + a * s, 1.0 - y - a * sigmoid(-z), -z + (q - 1.0) * s
+    elif KIND == "smooth_l1":
         clipped = tl.minimum(tl.maximum(d, -BETA), BETA)
-        l = clipped * (d - 0.5 * clipped)
-        if KIND == "smooth_l1":
-            return l / BETA, clipped / BETA, -clipped / BETA
-        else:
-            tl.static_assert(KIND == "huber")
-            return l, clipped, -clipped
+        l, lz, ly = clipped * (d - 0.5 * clipped) / BETA, clipped / BETA, -clipped / BETA
+    elif KIND == "huber":
+        clipped = tl.minimum(tl.maximum(d, -BETA), BETA)
+        l, lz, ly = clipped * (d - 0.5 * clipped), clipped, -clipped
+    else:
+        tl.static_assert(False, "_terms: no such loss")
+    return l, lz, ly
 
 
-@triton.jit
+@jit
 def _second(z, y, q, KIND: tl.constexpr, BETA: tl.constexpr):
     """(d2l/dz2, d2l/dzdy) of one element."""
     d = z - y
     if KIND == "mse":
-        return tl.zeros_like(d) + 2.0, tl.zeros_like(d) - 2.0
+        lzz, lzy = tl.zeros_like(d) + 2.0, tl.zeros_like(d) - 2.0
     elif KIND == "l1":
-        return tl.zeros_like(d), tl.zeros_like(d)
+        lzz, lzy = tl.zeros_like(d), tl.zeros_like(d)
     elif KIND == "bce_with_logits":
         r = sigmoid(-z)
-        return (1.0 + (q - 1.0) * y) * r * (1.0 - r), -1.0 - (q - 1.0) * r
-    else:
+        lzz, lzy = (1.0 + (q - 1.0) * y) * r * (1.0 - r), -1.0 - (q - 1.0) * r
+    elif KIND == "smooth_l1":
         inside = tl.where(tl.abs(d) < BETA, 1.0, 0.0).to(d.dtype)
-        if KIND == "smooth_l1":
-            return inside / BETA, -inside / BETA
-        else:
-            return inside, -inside
+        lzz, lzy = inside / BETA, -inside / BETA
+    elif KIND == "huber":
+        inside = tl.where(tl.abs(d) < BETA, 1.0, 0.0).to(d.dtype)
+        lzz, lzy = inside, -inside
+    else:
+        tl.static_assert(False, "_second: no such loss")
+    return lzz, lzy
 
 
-@triton.jit
+@jit
 def _tile(z, y, rz, pos_weight, factors, task, n, e, N, E):
     """(z, y, rz or z, pos_weight, factor) of a tile, and where it is."""
     mask = (n < N)[:, None] & (e < E)[None, :]
@@ -75,7 +82,7 @@ def _tile(z, y, rz, pos_weight, factors, task, n, e, N, E):
     return zs, ys, moved, q, f, at, mask
 
 
-@triton.jit
+@jit
 def _sums(
     z, y, rz, pos_weight, factors, task, n, N, E, KIND: tl.constexpr, BETA: tl.constexpr, BE: tl.constexpr
 ):
@@ -92,30 +99,22 @@ def _sums(
     return sums
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit
+@varies("N")
 def loss(
     z,  # [T, N, E]
-    y,
-    rz,  # None: values and gradients; else the gradients' tangents along it
-    weights,  # [T, N]
-    pos_weight,  # [E]
-    factors,  # [E], of each element's term
-    task_weights,  # [T]
-    value,  # [T]
-    dz,
-    dy,
-    dweights,
+    y,  # [T, N, E]
+    rz,  # [T, N, E]; or None: values and gradients; else the gradients' tangents along it
+    weights,  # [T, N]; or None
+    pos_weight,  # [E]; or None
+    factors,  # [E], of each element's term; or None
+    task_weights,  # [T]; or None
+    results: Results,
     N,
     E,
     KIND: tl.constexpr,
     BETA: tl.constexpr,
-    SUM: tl.constexpr,
-    BY_WEIGHTS: tl.constexpr,
-    STEP: tl.constexpr,  # what the value counts for
-    SCALE: tl.constexpr,  # what the gradients count for, beside the task's weight
-    ADD_VALUE: tl.constexpr,
-    ADD: tl.constexpr,  # dy and dweights are added to
-    TINY: tl.constexpr,  # weights below count as zero
+    HOW: tl.constexpr,  # a `Reduction`
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
@@ -123,9 +122,9 @@ def loss(
     task = tl.program_id(0).to(tl.int64)
     dtype = z.dtype.element_ty
     D = tl.cast(N * E, dtype)
-    if SUM:
+    if HOW.sum:
         D = tl.cast(1, dtype)
-    elif BY_WEIGHTS and weights is not None:
+    elif HOW.by_weights and weights is not None:
         count = tl.zeros([BN], dtype=dtype)
         largest = tl.zeros([BN], dtype=dtype)
         for n0 in range(0, N, BN):
@@ -135,7 +134,7 @@ def loss(
             largest = tl.maximum(largest, tl.abs(w))
         D = tl.sum(count, axis=0) * E
         # nothing counts where there are no weights at all
-        D = tl.where(tl.max(largest, axis=0) < tl.full([], TINY, dtype), float("inf"), D)
+        D = tl.where(tl.max(largest, axis=0) < tl.full([], HOW.tiny, dtype), float("inf"), D)
     sums = tl.zeros([BN], dtype=dtype)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
@@ -144,12 +143,12 @@ def loss(
             each *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
         sums += each
     total = tl.sum(sums, axis=0) / D
-    if value is not None:
-        part = STEP * total
-        if ADD_VALUE:
-            part += tl.load(value + task)
-        tl.store(value + task, part)
-    scale = SCALE / D
+    if results.value is not None:
+        part = HOW.step * total
+        if HOW.add_value:
+            part += tl.load(results.value + task)
+        tl.store(results.value + task, part)
+    scale = HOW.scale / D
     if task_weights is not None:
         scale *= tl.load(task_weights + task)
     for n0 in range(0, N, BN):
@@ -157,7 +156,7 @@ def loss(
         w = tl.zeros([BN], dtype=dtype) + scale
         if weights is not None:
             w *= tl.load(weights + task * N + n, mask=n < N, other=0.0)
-        if dz is not None:
+        if results.dz is not None:
             for e0 in range(0, E, BE):
                 e = e0 + tl.arange(0, BE)
                 zs, ys, moved, q, f, at, mask = _tile(z, y, rz, pos_weight, factors, task, n, e, N, E)
@@ -167,26 +166,32 @@ def loss(
                     gz = lzz * moved
                     gy = lzy * moved
                 f *= w[:, None]
-                tl.store(dz + at, gz * f, mask=mask)
-                if dy is not None:
+                tl.store(results.dz + at, gz * f, mask=mask)
+                if results.dy is not None:
                     gy *= f
-                    if ADD:
-                        gy += tl.load(dy + at, mask=mask, other=0.0)
-                    tl.store(dy + at, gy, mask=mask)
-        if dweights is not None:
+                    if HOW.add:
+                        gy += tl.load(results.dy + at, mask=mask, other=0.0)
+                    tl.store(results.dy + at, gy, mask=mask)
+        if results.dweights is not None:
             each = _sums(z, y, rz, pos_weight, factors, task, n, N, E, KIND, BETA, BE)
-            if BY_WEIGHTS and not SUM:
+            if HOW.by_weights and not HOW.sum:
                 each -= E * total
             each *= scale
-            if ADD:
-                each += tl.load(dweights + task * N + n, mask=n < N, other=0.0)
-            tl.store(dweights + task * N + n, each, mask=n < N)
+            if HOW.add:
+                each += tl.load(results.dweights + task * N + n, mask=n < N, other=0.0)
+            tl.store(results.dweights + task * N + n, each, mask=n < N)
 
 
-def emit(record: Recorder, tasks: int, examples: int, elements: int, **arguments: Any) -> None:
+def emit(
+    record: Recorder,
+    tasks: int,
+    examples: int,
+    elements: int,
+    z: Tensor,
+    **arguments: Any,
+) -> None:
     """The launch for all tasks; `arguments` are those of `loss` but for sizes."""
-    tile = LOSS_BYTES // arguments["z"].element_size()
+    tile = LOSS_BYTES // z.element_size()
     be = power(elements, 1, 256)
     bn = power(examples, 1, tile // be)
-    sizes = {"N": examples, "E": elements, "BN": bn, "BE": be, "TINY": tiny(arguments["z"])}
-    record(loss, tasks, **sizes, registers=REGISTERS, **arguments)
+    record(loss, tasks, z=z, N=examples, E=elements, BN=bn, BE=be, registers=REGISTERS, **arguments)

@@ -1,4 +1,8 @@
-"""group_norm: each example normalised over groups of channels."""
+"""group_norm: y = w (x - mean) / std + b, each example by itself, over groups of channels.
+
+x and y are [T, N images of H x W, C], the weight and bias of a task [C]. The kernels:
+`channel_norm`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +21,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel with its arguments. A tensor that is absent is None, which a kernel knows when it
-    is compiled."""
+    """One kernel with its arguments: tensors, numbers, and NamedTuples of them.
+
+    What is absent is None, which a kernel knows when it is compiled.
+    """
 
     kernel: Any
     programs: int
@@ -30,13 +33,16 @@ class Launch:
     stages: int
     choices: tuple[Choice, ...] = ()
     work: int = 0  # multiply-adds, where there is something to choose
-    registers: int | None = (
-        None  # a thread may have; None: the assembler weighs them against blocks side by side
-    )
+    # a thread may have; None: the assembler weighs them against blocks side by side
+    registers: int | None = None
 
     def run(self) -> Any:
         """Launch it on the current stream; what was compiled, if it was."""
         return self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def values(self) -> dict[str, Any]:
+        """The arguments by name, the members of NamedTuples too: "end.out"."""
+        return dict(named(self.arguments))
 
     def chosen(self, choice: Choice) -> Launch:
         """The same launched in another way."""
@@ -85,6 +91,15 @@ class Recorder:
         from fastmeta.kernels.elementwise import fill
 
         self(fill, blocks(tensor.numel(), FLAT), out=tensor, size=tensor.numel(), BLOCK=FLAT)
+
+
+def named(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments by name, with the members of NamedTuples in their place: "end.out"."""
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from named({f"{name}.{member}": own for member, own in value._asdict().items()})  # type: ignore[attr-defined]
+        else:
+            yield name, value
 
 
 #: Registers that a thread can have. Asked for them, the assembler does not spill to make room for

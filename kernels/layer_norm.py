@@ -1,49 +1,45 @@
-"""layer_norm: stretches of each example normalised as one: docs/norms.md, with a weight for every
-element."""
+"""layer_norm: stretches of S elements of each example normalised as one, with a weight and a bias
+for every element.
+
+x and y are [T, groups, S], the weight and bias of a task [S]. One program a stretch, but for the
+gradients of the parameters: one a task and BLOCK elements. Formulas: docs/norms.md.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
-from fastmeta.kernels.elementwise import finish, forward_end, tangent_end
+
+from fastmeta.kernels.elementwise import End, finish, forward_end, tangent_end
+from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import blocks, power
-from fastmeta.kernels.passes import Node, Pass, Sinks, no_sink
+from fastmeta.kernels.passes import Buffer, Node, Operand, Pass, Sinks, Target, target
 from fastmeta.kernels.tile import deliver
 
 
-@triton.jit
+@jit
 def _load(at, e, S, missing: tl.constexpr):
+    """Elements e of a stretch."""
     return tl.load(at + e, mask=e < S, other=missing)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@jit
+@varies("groups")
 def _forward(
     x,  # [T, groups, S]
-    w,
-    w_task,
-    b,
-    b_task,
-    mean,  # [T, groups]
+    w: Operand,  # of a task [S]; or None
+    b: Operand,
+    mean,  # [T, groups], written
     rstd,
-    out,
-    pre,
-    saved,
-    curve,
-    moved,
+    end: End,  # each [T, groups, S]
     groups,
     S,
     EPS: tl.constexpr,
-    MODE: tl.constexpr,
-    ADD: tl.constexpr,
-    F: tl.constexpr,
-    C0: tl.constexpr,
-    C1: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """end = finish(w x^ + b)."""
     g = tl.program_id(0).to(tl.int64)
     task = g // groups
     total = tl.zeros([BLOCK], x.dtype.element_ty)
@@ -62,42 +58,31 @@ def _forward(
         e = s + tl.arange(0, BLOCK)
         y = (_load(x + g * S, e, S, 0.0) - mu) * r
         if w is not None:
-            y *= _load(w + task * w_task, e, S, 0.0)
+            y *= _load(w.at + task * w.stride, e, S, 0.0)
         if b is not None:
-            y += _load(b + task * b_task, e, S, 0.0)
-        finish(y, g * S + e, e < S, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
+            y += _load(b.at + task * b.stride, e, S, 0.0)
+        finish(y, g * S + e, e < S, end, FINISH)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@jit
+@varies("groups")
 def _tangent(
-    x,
-    rx,
-    w,
-    w_task,
-    vw,
-    vw_task,
-    vb,
-    vb_task,
-    mean,
+    x,  # [T, groups, S]
+    rx,  # likewise; or None
+    w: Operand,  # of a task [S]; or None
+    vw: Operand,
+    vb: Operand,
+    mean,  # [T, groups]
     rstd,
-    mean_rx,
+    mean_rx,  # [T, groups], written if x moves
     mean_rx_x,
-    out,
-    pre,
-    saved,
-    curve,
-    moved,
+    end: End,  # each [T, groups, S]
     groups,
     S,
-    MODE: tl.constexpr,
-    ADD: tl.constexpr,
-    F: tl.constexpr,
-    C0: tl.constexpr,
-    C1: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """end = finish(w rx^ + rw x^ + rb)."""
     g = tl.program_id(0).to(tl.int64)
     task = g // groups
     mu = tl.load(mean + g)
@@ -123,58 +108,58 @@ def _tangent(
         if rx is not None:
             y = r * (_load(rx + g * S, e, S, 0.0) - t - hat * t_x)
             if w is not None:
-                y *= _load(w + task * w_task, e, S, 0.0)
+                y *= _load(w.at + task * w.stride, e, S, 0.0)
         if vw is not None:
-            y += hat * _load(vw + task * vw_task, e, S, 0.0)
+            y += hat * _load(vw.at + task * vw.stride, e, S, 0.0)
         if vb is not None:
-            y += _load(vb + task * vb_task, e, S, 0.0)
-        finish(y, g * S + e, e < S, out, pre, saved, curve, moved, MODE, ADD, F, C0, C1, SCALE, SHIFT)
+            y += _load(vb.at + task * vb.stride, e, S, 0.0)
+        finish(y, g * S + e, e < S, end, FINISH)
 
 
-@triton.jit
-def _gradient(x, dy, w, w_task, g, task, e, S, mu, r):
+@jit
+def _gradient(x, dy, w: Operand, g, task, e, S, mu, r):
     """(x^, w dy) of a block."""
     hat = (_load(x + g * S, e, S, 0.0) - mu) * r
     d = _load(dy + g * S, e, S, 0.0)
     if w is not None:
-        d *= _load(w + task * w_task, e, S, 0.0)
+        d *= _load(w.at + task * w.stride, e, S, 0.0)
     return hat, d
 
 
-@triton.jit
-def _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x):
+@jit
+def _tangent_gradient(rx, rdy, dy, w: Operand, vw: Operand, hat, g, task, e, S, r, t, t_x):
     """(rx^, w rdy + rw dy) of a block."""
     rhat = hat * 0.0
     if rx is not None:
         rhat = r * (_load(rx + g * S, e, S, 0.0) - t - hat * t_x)
     rg = _load(rdy + g * S, e, S, 0.0)
     if w is not None:
-        rg *= _load(w + task * w_task, e, S, 0.0)
+        rg *= _load(w.at + task * w.stride, e, S, 0.0)
     if vw is not None:
-        rg += _load(vw + task * vw_task, e, S, 0.0) * _load(dy + g * S, e, S, 0.0)
+        rg += _load(vw.at + task * vw.stride, e, S, 0.0) * _load(dy + g * S, e, S, 0.0)
     return rhat, rg
 
 
-@triton.jit(do_not_specialize=["groups"])
+@jit
+@varies("groups")
 def _input_gradient(
-    x,
+    x,  # [T, groups, S]
     dy,
-    rx,
-    rdy,  # None: the gradient itself; else its tangent
-    w,
-    w_task,
-    vw,
-    vw_task,
-    mean,
+    rx,  # likewise; or None
+    rdy,  # likewise; or None: the gradient itself; else its tangent
+    w: Operand,  # of a task [S]; or None
+    vw: Operand,
+    mean,  # [T, groups]
     rstd,
     mean_rx,
     mean_rx_x,
-    out,
+    out,  # [T, groups, S]
     groups,
     S,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """out = [out +] dx, or its tangent."""
     g = tl.program_id(0).to(tl.int64)
     task = g // groups
     mu = tl.load(mean + g)
@@ -190,11 +175,11 @@ def _input_gradient(
     sum_ux = tl.zeros([BLOCK], x.dtype.element_ty)
     for s in range(0, S, BLOCK):
         e = s + tl.arange(0, BLOCK)
-        hat, d = _gradient(x, dy, w, w_task, g, task, e, S, mu, r)
+        hat, d = _gradient(x, dy, w, g, task, e, S, mu, r)
         sum_g += d
         sum_gx += d * hat
         if rdy is not None:
-            rhat, rg = _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x)
+            rhat, rg = _tangent_gradient(rx, rdy, dy, w, vw, hat, g, task, e, S, r, t, t_x)
             sum_u += rg
             sum_ux += rg * hat + d * rhat
     m_g = tl.sum(sum_g, axis=0) / S
@@ -203,42 +188,34 @@ def _input_gradient(
     m_ux = tl.sum(sum_ux, axis=0) / S
     for s in range(0, S, BLOCK):
         e = s + tl.arange(0, BLOCK)
-        hat, d = _gradient(x, dy, w, w_task, g, task, e, S, mu, r)
+        hat, d = _gradient(x, dy, w, g, task, e, S, mu, r)
         dx = r * (d - m_g - hat * m_gx)
         if rdy is not None:
-            rhat, rg = _tangent_gradient(rx, rdy, dy, w, w_task, vw, vw_task, hat, g, task, e, S, r, t, t_x)
+            rhat, rg = _tangent_gradient(rx, rdy, dy, w, vw, hat, g, task, e, S, r, t, t_x)
             dx = -r * t_x * dx + r * (rg - m_u - rhat * m_gx - hat * m_ux)
         if ADD:
             dx += _load(out + g * S, e, S, 0.0)
         tl.store(out + g * S + e, dx, mask=e < S)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@jit
+@varies("groups")
 def _parameter_gradient(
-    x,
+    x,  # [T, groups, S]
     dy,
-    rx,
+    rx,  # likewise; or None
     rdy,
-    mean,
+    mean,  # [T, groups]
     rstd,
     mean_rx,
     mean_rx_x,
     groups,
     S,
-    to,
-    to_task,
-    base,
-    base_task,
-    rate,
-    rate_task,
-    bias_to,
-    bias_to_task,
-    bias_base,
-    bias_base_task,
-    bias_rate,
-    bias_rate_task,
+    weight: Target,  # [S]
+    bias: Target,
     BLOCK: tl.constexpr,
 ):
+    """dw and db, or with `rdy` their tangents."""
     tiles = tl.cdiv(S, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -259,12 +236,10 @@ def _parameter_gradient(
             if rx is not None:
                 moved = _load(rx + g * S, e, S, 0.0)
                 dw += d * r * (moved - tl.load(mean_rx + g) - hat * tl.load(mean_rx_x + g))
-    if to is not None:
-        deliver(dw, e, e < S, task, to, to_task, base, base_task, rate, rate_task)
-    if bias_to is not None:
-        deliver(
-            db, e, e < S, task, bias_to, bias_to_task, bias_base, bias_base_task, bias_rate, bias_rate_task
-        )
+    if weight.to is not None:
+        deliver(dw, e, e < S, task, weight)
+    if bias.to is not None:
+        deliver(db, e, e < S, task, bias)
 
 
 def _sizes(run: Pass, node: Node) -> dict[str, Any]:
@@ -277,52 +252,45 @@ def _programs(run: Pass, node: Node) -> int:
 
 
 def _state(run: Pass, node: Node, *names: str) -> dict[str, Any]:
+    """[T, groups] each, kept."""
     return {name: run.keep(node, name, _programs(run, node)) for name in names}
-
-
-def _operand(which: list[Any], p: int | None, name: str) -> dict[str, Any]:
-    if p is None:
-        return {name: None, f"{name}_task": 0}
-    return {name: which[p].at, f"{name}_task": which[p].stride}
 
 
 def forward(run: Pass, node: Node) -> None:
     """y = w x^ + b."""
-    weight, bias = node.params
     run.emit(
         _forward,
         _programs(run, node),
         x=run.x[node.inputs[0]],
+        w=run.operand(run.theta, node, 0),
+        b=run.operand(run.theta, node, 1),
         EPS=node.constants[1],
-        **_operand(run.theta, weight, "w"),
-        **_operand(run.theta, bias, "b"),
         **_state(run, node, "mean", "rstd"),
-        **forward_end(run, node),
+        **forward_end(run, node)._asdict(),
         **_sizes(run, node),
     )
 
 
 def tangent(run: Pass, node: Node) -> None:
     """ry = w rx^ + rw x^ + rb."""
-    weight, bias = node.params
     in_ = node.inputs[0]
     run.emit(
         _tangent,
         _programs(run, node),
         x=run.x[in_],
         rx=run.rx[in_] if run.has_tangent(in_) else None,
-        **_operand(run.theta, weight, "w"),
-        **_operand(run.v, weight, "vw"),
-        **_operand(run.v, bias, "vb"),
+        w=run.operand(run.theta, node, 0),
+        vw=run.operand(run.v, node, 0),
+        vb=run.operand(run.v, node, 1),
         **_state(run, node, "mean", "rstd", "mean_rx", "mean_rx_x"),
-        **tangent_end(run, node),
+        **tangent_end(run, node)._asdict(),
         **_sizes(run, node),
     )
 
 
-def _gradients(run: Pass, node: Node, sinks: Sinks | None, rx: Any, rdy: Any, out: Any) -> None:
-    weight = node.params[0]
-    common = {
+def _gradients(run: Pass, node: Node, sinks: Sinks | None, rx: Buffer, rdy: Buffer, out: Buffer) -> None:
+    """The gradients of parameters and input, or with `rdy` their tangents."""
+    common: dict[str, Any] = {
         "x": run.x[node.inputs[0]],
         "dy": run.d[node.output],
         "rx": rx,
@@ -330,23 +298,23 @@ def _gradients(run: Pass, node: Node, sinks: Sinks | None, rx: Any, rdy: Any, ou
         **_state(run, node, "mean", "rstd", "mean_rx", "mean_rx_x"),
         **_sizes(run, node),
     }
-    w_sink, b_sink = (None if p is None or sinks is None else sinks[p] for p in node.params)
-    if w_sink is not None or b_sink is not None:
+    weight, bias = (None if p is None or sinks is None else sinks[p] for p in node.params)
+    if weight is not None or bias is not None:
         run.emit(
             _parameter_gradient,
             run.tasks * blocks(common["S"], common["BLOCK"]),
+            weight=target(weight),
+            bias=target(bias),
             **common,
-            **(no_sink() if w_sink is None else w_sink.arguments()),
-            **(no_sink("bias_") if b_sink is None else b_sink.arguments("bias_")),
         )
     if run.wants_delta(node.inputs[0]):
         run.emit(
             _input_gradient,
             _programs(run, node),
+            w=run.operand(run.theta, node, 0),
+            vw=None if rdy is None else run.operand(run.v, node, 0),
             out=out,
             ADD=node.adds[0],
-            **_operand(run.theta, weight, "w"),
-            **_operand(run.v if rdy is not None else [], weight if rdy is not None else None, "vw"),
             **common,
         )
 

@@ -1,5 +1,5 @@
-"""A batch norm that computes the convolution before it whenever it needs it: that image is never
-written down.
+"""A batch norm that computes the convolution before it whenever it needs it: that image
+[T, N, OH, OW, O] is never written down.
 
 For a convolution of the network's input, of few taps and channels: its output is by far the largest
 value of such a network and costs next to nothing to compute. Neither are its gradient and its
@@ -13,10 +13,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastmeta.kernels.channel_norm import ChannelNorm, cut
-from fastmeta.kernels.conv2d_gradient import sizes_of
+from fastmeta.kernels.elementwise import Epilogue
 from fastmeta.kernels.launch import blocks, power
-from fastmeta.kernels.passes import Node, Sinks
+from fastmeta.kernels.passes import Buffer, Node, Sinks
 from fastmeta.kernels.patches import (
     patch_gradient,
     patch_moments,
@@ -27,6 +29,7 @@ from fastmeta.kernels.patches import (
     patch_sums,
 )
 from fastmeta.kernels.tile_choice import sum_step
+from fastmeta.kernels.windows import Pool, image_sizes, window
 
 #: Numbers of a patch, at most: with more, the multiply-adds take longer than the image takes to be
 #: written and read.
@@ -39,8 +42,8 @@ _UNROLLED = 4
 
 def is_small(conv: Node, channels: int) -> bool:
     """Whether a convolution of an image of so many channels is worth computing again and again."""
-    sizes = sizes_of(conv)
-    return sizes["KH"] * sizes["KW"] * channels <= MOST
+    taps = window(conv)
+    return taps.KH * taps.KW * channels <= MOST
 
 
 class RecomputedConv(ChannelNorm):
@@ -49,14 +52,14 @@ class RecomputedConv(ChannelNorm):
 
     # ---- what ChannelNorm launches, from patches
 
-    def _statistics(self) -> tuple[Any, int, int]:
+    def _statistics(self) -> tuple[Tensor, int, int]:
         self._patch_moments()
         return self._with_weights("x"), self.rows, 1
 
-    def _tangent_sums(self) -> tuple[Any, int]:
+    def _tangent_sums(self) -> tuple[Tensor, int]:
         return self._with_weights("rx"), 1
 
-    def _products(self, a: Any, b: Any) -> tuple[int, Any]:
+    def _products(self, a: Buffer, b: Buffer) -> tuple[int, Tensor]:
         run, tangent = self.run, b is not None
         pixels = prod(self.node.pool or (1, 1))
         unrolled = pixels if pixels <= _UNROLLED else 1
@@ -94,7 +97,7 @@ class RecomputedConv(ChannelNorm):
         )
         return 1, parts
 
-    def _combine(self, end: dict[str, Any], dy: Any, rdy: Any, rx: Any) -> None:
+    def _combine(self, epilogue: Epilogue, dy: Buffer, rdy: Buffer, rx: Buffer) -> None:
         run = self.run
         windows = power(self.out_rows, 16, 32)
         run.emit(
@@ -108,16 +111,17 @@ class RecomputedConv(ChannelNorm):
             PRECISION=run.precision,
             BR=windows,
             BO=self._columns,
-            **self._weights(end["MODE"] == "tangent"),
+            **self._weights(epilogue.FINISH.mode == "tangent"),
             **self._geometry(pooled=True),
-            **end,
+            **epilogue._asdict(),
         )
 
-    def _input_gradient(self, sinks: Sinks | None, dy: Any, rdy: Any) -> None:
+    def _input_gradient(self, sinks: Sinks | None, dy: Buffer, rdy: Buffer) -> None:
         """That of the convolution's parameters instead."""
         if sinks is None:
             return
         tangent = rdy is not None
+        weight_target, bias_target = self._targets(sinks, self._conv)
         self.run.emit(
             patch_gradient,
             self.run.tasks * blocks(self.cols, self._columns),
@@ -126,7 +130,8 @@ class RecomputedConv(ChannelNorm):
             of_dy=self._weighted("dy"),
             of_rdy=self._weighted("rdy") if tangent else None,
             of_rx=self._weighted("rx") if tangent else None,
-            **self._sinks(sinks, self._conv.params),
+            weight_target=weight_target,
+            bias_target=bias_target,
             **self._tile_of_patches(),
         )
 
@@ -158,14 +163,13 @@ class RecomputedConv(ChannelNorm):
             BI=size,
         )
 
-    def _with_weights(self, which: str) -> Any:
+    def _with_weights(self, which: str) -> Tensor:
         """What the norm sums over the pixels of x or rx."""
-        parts, bias = self._parts(1), self._conv.params[1]
+        parts = self._parts(1)
         self.run.emit(
             patch_statistics,
             self.run.tasks * blocks(self.cols, self._columns),
-            bias=None if bias is None else self.run.theta[bias].at,
-            bias_task=0 if bias is None else self.run.theta[bias].stride,
+            bias=self.run.operand(self.run.theta, self._conv, 1),
             scatter=self._scatter,
             parts=parts,
             scattered=self._weighted(which),
@@ -183,8 +187,8 @@ class RecomputedConv(ChannelNorm):
     @property
     def _numbers(self) -> int:
         """Of a patch."""
-        sizes = sizes_of(self._conv)
-        return sizes["KH"] * sizes["KW"] * self.run.values[self._conv.inputs[0]].cols
+        taps = window(self._conv)
+        return taps.KH * taps.KW * self.run.values[self._conv.inputs[0]].cols
 
     @property
     def _patch(self) -> int:
@@ -197,11 +201,11 @@ class RecomputedConv(ChannelNorm):
         return power(self.cols, 16, 32 if self.run.wide else 64)
 
     @property
-    def _middle(self) -> Any:
+    def _middle(self) -> Tensor:
         return self.run.keep(self.node, "middle", self.run.tasks, self._patch, dtype=torch.float64)
 
     @property
-    def _scatter(self) -> Any:
+    def _scatter(self) -> Tensor:
         return self.run.keep(
             self.node, "scatter", self.run.tasks, self._patch, self._patch, dtype=torch.float64
         )
@@ -211,7 +215,7 @@ class RecomputedConv(ChannelNorm):
         # Triton 3.6 stops at a product of float64 numbers that are picked by narrower integers
         return torch.int32 if self.run.wide else torch.int16
 
-    def _weighted(self, which: str) -> Any:
+    def _weighted(self, which: str) -> Tensor:
         """[T, I, O]: the sums over pixels of patches times x, dy, rx or rdy."""
         shape = (self.run.tasks, self._numbers, self.cols)
         if which in ("x", "dy"):
@@ -221,32 +225,21 @@ class RecomputedConv(ChannelNorm):
         return self.run.scratch(name, shape[0] * shape[1] * shape[2])
 
     def _weights(self, tangent: bool) -> dict[str, Any]:
-        p = self._conv.params[0]
-        w = self.run.theta[p]  # type: ignore[index]
-        v = self.run.v[p] if tangent else None  # type: ignore[index]
-        return {
-            "w": w.at,
-            "w_task": w.stride,
-            "v": None if v is None else v.at,
-            "v_task": 0 if v is None else v.stride,
-        }
+        run = self.run
+        w, _ = run.weights(run.theta, self._conv)
+        return {"w": w, "v": run.operand(run.v, self._conv, 0) if tangent else None}
 
-    def _tile_of_patches(self) -> dict[str, int]:
+    def _tile_of_patches(self) -> dict[str, Any]:
         return {"O": self.cols, "I": self._numbers, "BI": self._patch, "BO": self._columns}
 
     def _geometry(self, pooled: bool) -> dict[str, Any]:
         x = self.run.values[self._conv.inputs[0]]
         y = self.run.values[self.node.output if pooled else self.node.inputs[0]]
-        found = {
+        return {
             "x": self.run.x[self._conv.inputs[0]],
-            "OH": y.height,
-            "OW": y.width,
-            "H": x.height,
-            "W": x.width,
+            "size": image_sizes(x, y),
             "C": x.cols,
+            "WINDOW": window(self._conv),
+            "POOL": self._pool if pooled else Pool(1, 1),
             "BI": self._patch,
-            **sizes_of(self._conv),
         }
-        if pooled:
-            found["WH"], found["WW"] = self.node.pool or (1, 1)
-        return found

@@ -1,39 +1,59 @@
 """reshape: the same numbers in PyTorch's order, between an image (channels-last here), rows and
-other images."""
+other images.
+
+x and y are [T * N examples, E elements]; an example is a matrix [rows, columns] that PyTorch reads
+column by column: the rows of an image are its pixels, its columns the channels.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import triton
 import triton.language as tl
+
+from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import FLAT, blocks
-from fastmeta.kernels.passes import Node, Pass, Sinks, Value
+from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks, Value
 
 
-@triton.jit(do_not_specialize=["size"])
-def _reorder(source, out, size, E, S_COLS, S_ROWS, O_COLS, O_ROWS, ADD: tl.constexpr, BLOCK: tl.constexpr):
+class Matrix(NamedTuple):
+    """Sizes of an example; of a value that is in PyTorch's order anyway, one column."""
+
+    cols: int
+    rows: int
+
+
+@jit
+@varies("size")
+def _reorder(
+    source,  # [examples, E]
+    out,  # likewise
+    size,  # examples * E
+    E,
+    source_size: Matrix,
+    out_size: Matrix,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = [out +] source in another order, a program BLOCK elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     example = i // E
     j = (i % E).to(tl.int32)
-    order = j % O_COLS * O_ROWS + j // O_COLS  # the place in PyTorch's order
-    at = order % S_ROWS * S_COLS + order // S_ROWS
+    order = j % out_size.cols * out_size.rows + j // out_size.cols  # the place in PyTorch's order
+    at = order % source_size.rows * source_size.cols + order // source_size.rows
     value = tl.load(source + example * E + at, mask=mask, other=0.0)
     if ADD:
         value += tl.load(out + i, mask=mask, other=0.0)
     tl.store(out + i, value, mask=mask)
 
 
-def _matrix(value: Value) -> tuple[int, int]:
-    """(columns, rows) of an image; a value that is in PyTorch's order anyway is one column."""
-    return (value.cols, value.rows) if value.channels else (1, value.size)
+def _matrix(value: Value) -> Matrix:
+    return Matrix(value.cols, value.rows) if value.channels else Matrix(1, value.size)
 
 
-def _copy(run: Pass, source: Any, a: Value, out: Any, b: Value, again: bool) -> None:
+def _copy(run: Pass, source: Buffer, a: Value, out: Buffer, b: Value, again: bool) -> None:
     size = run.tasks * run.examples * a.size
-    s_cols, s_rows = _matrix(a)
-    o_cols, o_rows = _matrix(b)
     run.emit(
         _reorder,
         blocks(size, FLAT),
@@ -41,21 +61,19 @@ def _copy(run: Pass, source: Any, a: Value, out: Any, b: Value, again: bool) -> 
         out=out,
         size=size,
         E=a.size,
-        S_COLS=s_cols,
-        S_ROWS=s_rows,
-        O_COLS=o_cols,
-        O_ROWS=o_rows,
+        source_size=_matrix(a),
+        out_size=_matrix(b),
         ADD=again,
         BLOCK=FLAT,
     )
 
 
-def _there(run: Pass, node: Node, blocks_: list[Any]) -> None:
+def _there(run: Pass, node: Node, buffers: list[Buffer]) -> None:
     a, b = node.inputs[0], node.output
-    _copy(run, blocks_[a], run.values[a], blocks_[b], run.values[b], False)
+    _copy(run, buffers[a], run.values[a], buffers[b], run.values[b], False)
 
 
-def _back(run: Pass, node: Node, deltas: list[Any]) -> None:
+def _back(run: Pass, node: Node, deltas: list[Buffer]) -> None:
     a, b = node.inputs[0], node.output
     if run.wants_delta(a):
         _copy(run, deltas[b], run.values[b], deltas[a], run.values[a], node.adds[0])

@@ -6,30 +6,31 @@ none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastmeta.kernels.jit import jit
 from fastmeta.kernels.launch import FLAT, Recorder, blocks
 from fastmeta.kernels.passes import Operand
 
 
-@triton.jit
+@jit
 def _update(
-    theta,
-    theta_task,
-    gradient,
-    momentum,  # [T, P], or None at the first step
-    rates,
-    rates_task,
-    index,
-    out,  # the next theta, or None
-    kept,  # u, or None
+    theta: Operand,  # of a task [P]
+    gradient,  # [T, P]
+    momentum,  # [T, P]; or None at the first step
+    rates: Operand,  # of a task [L]; or None
+    index,  # [P]
+    out,  # [T, P], the next theta; or None
+    kept,  # [T, P], u; or None
     P,
     MU: tl.constexpr,
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """kept = u = gradient + DECAY theta + MU momentum; out = theta - rates u."""
     tiles = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +38,7 @@ def _update(
     mask = slot >= 0
     at = task * P + e
     u = tl.load(gradient + at, mask=mask, other=0.0)
-    old = tl.load(theta + task * theta_task + e, mask=mask, other=0.0)
+    old = tl.load(theta.at + task * theta.stride + e, mask=mask, other=0.0)
     if DECAY != 0.0:
         u += DECAY * old
     if momentum is not None:
@@ -45,27 +46,46 @@ def _update(
     if kept is not None:
         tl.store(kept + at, u, mask=mask)
     if out is not None:
-        alpha = tl.load(rates + task * rates_task + slot, mask=mask, other=0.0)
+        alpha = tl.load(rates.at + task * rates.stride + slot, mask=mask, other=0.0)
         tl.store(out + at, old - alpha * u, mask=mask)
 
 
-@triton.jit
-def _direction(lam, mbar, rates, rates_task, index, out, P, BLOCK: tl.constexpr):
+@jit
+def _direction(
+    lam,  # [T, P]
+    mbar,  # [T, P]; or None
+    rates: Operand,  # of a task [L]
+    index,  # [P]
+    out,  # [T, P]
+    P,
+    BLOCK: tl.constexpr,
+):
+    """out = mbar - rates lam, zero where nothing is adapted."""
     tiles = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(index + e, mask=e < P, other=-1)
     mask = slot >= 0
     at = task * P + e
-    alpha = tl.load(rates + task * rates_task + slot, mask=mask, other=0.0)
+    alpha = tl.load(rates.at + task * rates.stride + slot, mask=mask, other=0.0)
     v = -alpha * tl.load(lam + at, mask=mask, other=0.0)
     if mbar is not None:
         v += tl.load(mbar + at, mask=mask, other=0.0)
     tl.store(out + at, v, mask=e < P)
 
 
-@triton.jit
-def _adjoint(lam, v, mbar, index, P, MU: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr):
+@jit
+def _adjoint(
+    lam,  # [T, P]
+    v,  # [T, P]
+    mbar,  # [T, P]; or None
+    index,  # [P]
+    P,
+    MU: tl.constexpr,
+    DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """lam += DECAY v; mbar = MU v."""
     tiles = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -78,14 +98,21 @@ def _adjoint(lam, v, mbar, index, P, MU: tl.constexpr, DECAY: tl.constexpr, BLOC
         tl.store(mbar + at, MU * d, mask=mask)
 
 
-@triton.jit
+class Table(NamedTuple):
+    """Of each adapted parameter [count]: where it stands in P, its size, its slot in L, and whether
+    it has one rate an element."""
+
+    start: Tensor
+    size: Tensor
+    slot: Tensor
+    elementwise: Tensor
+
+
+@jit
 def _rate_gradient(
     lam,  # [T, P]
-    u,
-    starts,  # of each adapted parameter in P
-    sizes,
-    slots,  # in L
-    elements,  # whether it has one rate an element
+    u,  # [T, P]
+    table: Table,
     out,  # [T, L]
     count,
     P,
@@ -93,12 +120,14 @@ def _rate_gradient(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """out = [out] - lam u, summed over a parameter's elements where they share a rate: one program
+    a task and parameter."""
     task = (tl.program_id(0) // count).to(tl.int64)
     p = tl.program_id(0) % count
-    start = tl.load(starts + p)
-    size = tl.load(sizes + p)
-    to = out + task * L + tl.load(slots + p)
-    each = tl.load(elements + p) != 0
+    start = tl.load(table.start + p)
+    size = tl.load(table.size + p)
+    to = out + task * L + tl.load(table.slot + p)
+    each = tl.load(table.elementwise + p) != 0
     total = tl.zeros([BLOCK], dtype=lam.dtype.element_ty)
     for i0 in range(0, size, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
@@ -120,12 +149,12 @@ def update(
     emit: Recorder,
     tasks: int,
     theta: Operand,
-    gradient: Any,
-    momentum: Any,
+    gradient: Tensor,
+    momentum: Tensor | None,
     rates: Operand | None,
-    index: Any,
-    out: Any,
-    kept: Any,
+    index: Tensor,
+    out: Tensor | None,
+    kept: Tensor | None,
     mu: float,
     decay: float,
 ) -> None:
@@ -135,12 +164,10 @@ def update(
     emit(
         _update,
         tasks * blocks(size, FLAT),
-        theta=theta.at,
-        theta_task=theta.stride,
+        theta=theta,
         gradient=gradient,
         momentum=momentum,
-        rates=None if rates is None else rates.at,
-        rates_task=0 if rates is None else rates.stride,
+        rates=rates,
         index=index,
         out=out,
         kept=kept,
@@ -151,7 +178,15 @@ def update(
     )
 
 
-def direction(emit: Recorder, tasks: int, lam: Any, mbar: Any, rates: Operand, index: Any, out: Any) -> None:
+def direction(
+    emit: Recorder,
+    tasks: int,
+    lam: Tensor,
+    mbar: Tensor | None,
+    rates: Operand,
+    index: Tensor,
+    out: Tensor,
+) -> None:
     """out = mbar - rates lam, zero where nothing is adapted."""
     size = index.numel()
     emit(
@@ -159,8 +194,7 @@ def direction(emit: Recorder, tasks: int, lam: Any, mbar: Any, rates: Operand, i
         tasks * blocks(size, FLAT),
         lam=lam,
         mbar=mbar,
-        rates=rates.at,
-        rates_task=rates.stride,
+        rates=rates,
         index=index,
         out=out,
         P=size,
@@ -169,7 +203,14 @@ def direction(emit: Recorder, tasks: int, lam: Any, mbar: Any, rates: Operand, i
 
 
 def adjoint(
-    emit: Recorder, tasks: int, lam: Any, v: Any, mbar: Any, index: Any, mu: float, decay: float
+    emit: Recorder,
+    tasks: int,
+    lam: Tensor,
+    v: Tensor,
+    mbar: Tensor | None,
+    index: Tensor,
+    mu: float,
+    decay: float,
 ) -> None:
     """lam += decay v; mbar = mu v."""
     size = index.numel()
@@ -187,11 +228,12 @@ def adjoint(
     )
 
 
-def rate_gradient(emit: Recorder, tasks: int, lam: Any, u: Any, table: Any, out: Any, add: bool) -> None:
+def rate_gradient(
+    emit: Recorder, tasks: int, lam: Tensor, u: Tensor, table: Tensor, out: Tensor, add: bool
+) -> None:
     """out [T, L] = [out] - lam u, summed over a parameter's elements where they share a rate.
 
-    `table` is [4, adapted parameters]: start in P, size, slot in L, whether there is one rate an
-    element.
+    `table` [4, adapted parameters] has the rows of `Table`.
     """
     count = table.shape[1]
     emit(
@@ -199,10 +241,7 @@ def rate_gradient(emit: Recorder, tasks: int, lam: Any, u: Any, table: Any, out:
         tasks * count,
         lam=lam,
         u=u,
-        starts=table[0],
-        sizes=table[1],
-        slots=table[2],
-        elements=table[3],
+        table=Table(*table),
         out=out,
         count=count,
         P=lam.shape[1],

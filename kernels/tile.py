@@ -1,15 +1,17 @@
-"""What the kernels with matrix products share: the product of two tiles, and where a gradient
-goes."""
+"""What the kernels with matrix products share: the product of two tiles [M, K] and [K, N], and
+where the gradient of a parameter goes."""
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from fastmeta.kernels.jit import jit
+from fastmeta.kernels.passes import Target
 
-@triton.jit
+
+@jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION is "ieee", "tf32", "tf32x3" or "bf16".
+    """acc [M, N] + a [M, K] b [K, N]; PRECISION is "ieee", "tf32", "tf32x3" or "bf16".
 
     "bf16_rounded" is the same as "bf16" for Triton's interpreter, which multiplies no bfloat16.
     """
@@ -23,23 +25,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
-@triton.jit
-def deliver(
-    gradient,
-    at,
-    mask,
-    task,
-    to,
-    to_task,
-    base,
-    base_task,
-    rate,
-    rate_task,
-):
-    """to = [base +] gradient, or base - rate * gradient: the sink of a parameter's gradient; see
-    `passes.Sink`."""
-    if rate is not None:
-        gradient = -tl.load(rate + task * rate_task) * gradient
-    if base is not None:
-        gradient += tl.load(base + task * base_task + at, mask=mask, other=0.0)
-    tl.store(to + task * to_task + at, gradient, mask=mask)
+@jit
+def deliver(gradient, at, mask, task, target: Target):
+    """Store the gradient of a task's parameter: to = [base +] gradient, or base - rate * gradient.
+
+    Args:
+        gradient: a block of any shape.
+        at: of that shape: the places within the parameter, of which `mask` are there.
+        task: whose.
+        target: where to; not nowhere.
+    """
+    if target.rate is not None:
+        gradient = -tl.load(target.rate.at + task * target.rate.stride) * gradient
+    if target.base is not None:
+        gradient += tl.load(target.base.at + task * target.base.stride + at, mask=mask, other=0.0)
+    tl.store(target.to.at + task * target.to.stride + at, gradient, mask=mask)

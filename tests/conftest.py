@@ -40,6 +40,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def seeded() -> None:
+    """The global generator begins where it always does."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Omniglot's small sets, made up: files named like the official ones, three alphabets each,

@@ -1,6 +1,5 @@
 // The arguments of one function by their names. pybind11's own message for wrong ones shows all of
-// them, and showing a
-// tensor without memory ends the process: here a message has a name and a type.
+// them, and showing a tensor without memory ends the process: here a message has a name and a type.
 #pragma once
 
 #include <pybind11/pybind11.h>

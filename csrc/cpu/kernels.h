@@ -168,6 +168,7 @@ struct PooledColumns {
 template <class S>
 struct LayerNorm {
   i64 groups, rows, cols, ld_x, ld, ld_rx, ld_out;  // ld: of the output and its gradients
+  bool centred;                                     // the mean of a group is taken away
   S eps;
   const S *x, *w, *b;                // w, b may be null
   const S *dy, *rx, *rdy, *vw, *vb;  // null where the pass has none

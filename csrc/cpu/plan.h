@@ -74,7 +74,7 @@ struct Param {
   i64 channels() const { return cols / taps; }
 };
 
-// Where the values of one batch lie inside a block, and behind them what layers keep beside their
+// Where the values of one batch lie inside a block, and after them what layers keep beside their
 // values (statistics, positions of maxima). Blocks of gradients hold no state. A large value that
 // is cheap to recompute is not kept.
 struct Geometry {

@@ -1,6 +1,5 @@
 // Vectors of FM_VECTOR_BYTES bytes by the compilers' vector extension. Included by one file per
-// instruction set,
-// inside an anonymous namespace: nothing here may be shared between those files.
+// instruction set, inside an anonymous namespace: nothing here may be shared between those files.
 
 #define FM_INLINE inline __attribute__((always_inline))
 #define FM_INLINE_LAMBDA __attribute__((always_inline))

@@ -5,10 +5,9 @@
 //   Y = A^T [ (G g G^T) . (B^T d B) ] A,    dg = G^T [ sum over tiles (A dY A^T) . (B^T d B) ] G
 //
 // where "." is, for each of the 16 elements, a product of matrices over channels (or tiles). The
-// transposed convolution
-// is the convolution with flipped taps. Tiles are transformed a block at a time, so that they stay
-// in the cache: that costs a few per cent, less than writing and reading the transformed images
-// once would.
+// transposed convolution is the convolution with flipped taps. Tiles are transformed a block at a
+// time, so that they stay in the cache: that costs a few per cent, less than writing and reading
+// the transformed images once would.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,6 @@
 // Which elements of its operands a lane of a warp holds in `mma.m16n8k8` of TF32 and `mma.m16n8k16`
-// of bfloat16, a b +
-// c with a of 16 rows and b of 8 columns. A register of a and b holds PER elements: one of TF32,
-// two of bfloat16.
+// of bfloat16, a b + c with a of 16 rows and b of 8 columns. A register of a and b holds PER
+// elements: one of TF32, two of bfloat16.
 //
 // Source: NVIDIA, Parallel Thread Execution ISA 8.x, "Matrix Fragments for mma.m16n8k8", "... for
 // mma.m16n8k16".

@@ -48,8 +48,10 @@ constexpr auto loss_terms(double beta) {
     return SmoothL1<S>{S(beta)};
   else if constexpr (KIND == LossKind::huber)
     return Huber<S>{S(beta)};
-  else
+  else {
+    static_assert(KIND == LossKind::bce_with_logits, "a loss that has no terms for each element");
     return BinaryCrossEntropy<S>{};
+  }
 }
 
 // `loss_denominator` of several positions an example, shared out among the threads.
@@ -70,8 +72,8 @@ FM_INLINE double denominator_of_positions(S* workspace, const LossCall<S>& l) {
 }
 
 // The gradient dz = scale * dL/dz and those of targets and example weights, or the tangents of all
-// along rz; a term for
-// each example. Whoever reads them waits for a barrier. VALUES_ONLY: the terms alone.
+// along rz; a term for each example. Whoever reads them waits for a barrier. VALUES_ONLY: the terms
+// alone.
 template <bool QUERY, bool TANGENT>
 FM_INLINE void loss(S* workspace, const Slice& batch, int examples, const S* z, const S* rz, S* dz, S scale,
                     bool side) {

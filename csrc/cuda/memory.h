@@ -46,8 +46,8 @@ FM_INLINE void store(S* to, const Vec<N>& value) {
   *reinterpret_cast<Vec<N>*>(to) = value;
 }
 
-// Rows of COLS elements, LD apart; WIDTH: how many may be loaded at once from a multiple of so
-// many.
+// Rows of COLS elements, LD apart. One load may read up to WIDTH elements of a row, from a column
+// that is a multiple of their number.
 template <int COLS_, int LD_, int WIDTH_>
 struct Matrix {
   static constexpr int COLS = COLS_, LD = LD_, WIDTH = WIDTH_;

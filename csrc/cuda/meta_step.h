@@ -27,7 +27,7 @@ class MetaStep : Task {
     if (K > 0 && !OPTIONS.support_per_step) load_support(0);
     barrier();
   }
-  // What a thread does behind the last barrier concerns its own elements alone: so the next task
+  // What a thread does after the last barrier concerns its own elements alone: so the next task
   // may begin.
   FM_INLINE void write_loss() const {
     if (thread() != 0) return;
@@ -40,8 +40,9 @@ class MetaStep : Task {
   // ---- the inner loop
   FM_INLINE void support_gradient(const Pass& pass, const Slice& batch, const Sink& to) const {
     run_forward<X>(pass);
-    loss<false, false>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), nullptr, delta<OUTPUT, X>(pass),
-                       S(1), false);
+    if constexpr (OPTIONS.loss.kind != LossKind::none)
+      loss<false, false>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), nullptr, delta<OUTPUT, X>(pass),
+                         S(1), false);
     barrier();
     run_backward<X, false>(pass, to);
   }
@@ -208,8 +209,9 @@ class MetaStep : Task {
   FM_INLINE void hessian_vector(const Pass& pass, const Slice& batch, int k) const {
     const Along along{args_, at_, k, t_};
     run_tangent<X>(pass, along);
-    loss<false, true>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), tangent<OUTPUT>(pass),
-                      tangent_delta<OUTPUT>(pass), S(1), true);
+    if constexpr (OPTIONS.loss.kind != LossKind::none)
+      loss<false, true>(at_, batch, OPTIONS.support, value<OUTPUT, X>(pass), tangent<OUTPUT>(pass),
+                        tangent_delta<OUTPUT>(pass), S(1), true);
     barrier();
     run_tangent_backward<X, OPTIONS.wants_support_x>(pass, along);
     if constexpr (OPTIONS.wants_support_x) add_input_gradient(pass, tangent_delta<0>(pass), batch.grad_x);

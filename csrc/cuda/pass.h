@@ -115,7 +115,7 @@ constexpr int activation_of(int value) {
 }
 
 // f'(x) and f''(x) of the activation in layer L's epilogue at N elements. Where the value before it
-// is not kept, the one behind it tells them as well.
+// is not kept, the one after it tells them as well.
 template <int L, Space X, int N>
 FM_INLINE void activation_derivatives(const Pass& pass, int at, Vec<N>& first, Vec<N>& second) {
   constexpr Layer layer = LAYERS[L];

@@ -1,12 +1,13 @@
 // A program that runs emulated kernels from a file, to be built with ThreadSanitizer together with
 // a generated source, which includes it. It prints the barriers that it came across, as
-// "file:line", and does without the one that it is told. The file, in words of 8 bytes, for each
-// launch:
+// "file:line", and does without the one that it is told. The file consists of words of 8 bytes, for
+// each launch:
 //
-//   which kernel (0: meta-step, 1: sum), blocks or clusters, blocks of a cluster, threads, bytes of
-// shared memory of a   block, bytes of a number, words of
-//   arguments, and for each of these: its value, and bytes of memory that it points to; then that
-// memory, in whole   words.
+//   - which kernel: 0 for the meta-step, 1 for the sum;
+//   - blocks or clusters; blocks of a cluster; threads; bytes of shared memory of a block;
+//   - bytes of a number; words of arguments;
+//   - for each of these words: its value, and how many bytes of memory it points to; then that
+//     memory, in whole words.
 //
 // Memory of an address that came before is the same memory.
 #include <cstdint>

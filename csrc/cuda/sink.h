@@ -77,7 +77,7 @@ struct Along {
   FM_INLINE const S* vector() const {
     return WRITES_DIRECTION ? direction<P>(workspace) : lambda<P>(workspace);
   }
-  // What the vector is multiplied by. To be asked for before a product, not behind it: a load is
+  // What the vector is multiplied by. To be asked for before a product, not after it: a load is
   // long under way.
   template <int P>
   FM_INLINE S factor() const {
@@ -120,8 +120,7 @@ struct Sink {
   }
 
   // The rate of parameter P where it has one alone and an update needs it. To be asked for before a
-  // product, not behind
-  // it: a load is long under way.
+  // product, not after it: a load is long under way.
   template <int P>
   FM_INLINE S one_rate() const {
     constexpr Param p = PARAMS[P];

@@ -182,7 +182,7 @@ struct ThreadTile {
 };
 
 // Calls add(tile) and then put(row, column, chunk) for every tile of a [rows, COLS] result. Thread
-// `first_thread` has the first tile; returns the thread behind the one that has the last.
+// `first_thread` has the first tile; returns the thread after the one that has the last.
 template <int COLS, int M, int N, int CHUNK, class Add, class Put>
 FM_INLINE int for_tiles(int first_thread, int rows, const Add& add, const Put& put) {
   constexpr int chunks = N / CHUNK, all = ceil_div(COLS, CHUNK), across = ceil_div(all, chunks);

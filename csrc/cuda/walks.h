@@ -7,12 +7,16 @@
 namespace fm::cuda {
 
 // The functions of layer L: those of its kind. The generated source includes layers/<kind>.h for
-// each kind in FM_LAYER_KINDS; a kind without such a file does not compile. In it is
+// each kind in FM_LAYER_KINDS; a kind without such a file does not compile. In it Functions<L> has
 //
-//   Functions<L>   forward, tangent, backward_input and tangent_backward_input, and with parameters
-//                  backward_params and tangent_backward_params. In a backward pass each is told
-//                  from which thread on there is nothing to do yet, and returns the same.
-//   ::PARAMS_IN_INPUT   whether backward_input makes sums that the parameters' gradients are made of
+//   forward, tangent                          as in csrc/cpu
+//   backward_input, tangent_backward_input    the gradients of the inputs
+//   backward_params, tangent_backward_params  those of the parameters, if the kind has any
+//   PARAMS_IN_INPUT                           backward_input makes sums that the parameters'
+//                                             gradients are made of
+//
+// In a backward pass each is told the first thread that has no work yet, and returns the next such
+// one.
 template <Kind KIND, int L>
 struct FunctionsOf;
 #define FM_FUNCTIONS_OF(kind)         \

@@ -50,9 +50,8 @@ struct Operand {
 };
 
 // The order in which a step of a sum is put into the registers is free, if it is the same in both
-// operands. Rows are an
-// odd number of 16 bytes apart: a load of neighbouring columns from rows 0, 2, 4 and 6 falls into
-// different banks.
+// operands. Rows are an odd number of 16 bytes apart: a load of neighbouring columns from rows 0,
+// 2, 4 and 6 falls into different banks.
 template <bool STRIDED, int PER>
 constexpr int depth_at(int k) {
   return STRIDED && PER == 1 ? k % 4 * 2 + k / 4 : k;
@@ -190,7 +189,7 @@ struct WarpTile {
 };
 
 // Calls add(tile) and then put(row, column, elements) for every tile of a [rows, cols] result. The
-// first whole warp from `first_thread` on has the first tile; returns the thread behind the warp
+// first whole warp from `first_thread` on has the first tile; returns the thread after the warp
 // that has the last. TRANSPOSED: tiles are of the result's transpose, and elements come one by one.
 template <Multiply HOW, int M, int N, bool TRANSPOSED, class Add, class Put>
 FM_INLINE int for_warp_tiles(int first_thread, int rows, int cols, const Add& add, const Put& put) {

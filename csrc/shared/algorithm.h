@@ -6,9 +6,9 @@
 //   v           = mbar - alpha_k lambda_{k+1}
 //   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
 //   d alpha_k   = -lambda_{k+1} u_k
-//   gradients of support inputs, targets and weights: by the same tangent backward pass, at the
-//   inputs and at the loss
 //
+// The gradients of support inputs, targets and weights are what the same backward pass of tangents
+// leaves at the inputs and at the loss.
 // Source: docs/architecture.md, "The mathematics".
 #pragma once
 

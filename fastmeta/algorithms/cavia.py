@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta.algorithms.machinery import MAMLMachinery
 from fastmeta.algorithms.maml import MAML
 from fastmeta.models.check import positive
 from fastmeta.network.swap import locked
@@ -104,10 +105,16 @@ class CAVIA(MAML):
                     f"{argument(self.who, 'adapt')}: {name!r} must be zero and require no grad, since every "
                     "task starts from zero: nn.Parameter(torch.zeros(...), requires_grad=False)"
                 )
+        self._machinery = _ContextMachinery(self)
+
+
+class _ContextMachinery(MAMLMachinery):
+    def bind(self, module: Any) -> None:
+        super().bind(module)
+        self.context: tuple[str, ...] = module.context
 
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As `MAML.meta_parameters`; the context is zero whatever became of it, and requires no
-        grad."""
+        """The context is zero whatever became of it, and requires no grad."""
         params, rates = super().meta_parameters(check)
         zeros = {name: torch.zeros_like(params[name], requires_grad=False) for name in self.context}
         return {**params, **zeros}, rates

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from fastmeta.algorithms.flat_parameters import views
+from fastmeta.algorithms.learner import Learner
 from fastmeta.algorithms.meta_loss import flat_gradient, found_in, leaves_of
 from fastmeta.backends._random_state import preserved
 from fastmeta.capture.capture import captured
@@ -25,25 +26,22 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import settled
 from fastmeta.ops.plan import NOTHING
 
-if TYPE_CHECKING:
-    from fastmeta.algorithms.maml import MAML
-
 _T = TypeVar("_T")
 
 # A compiled graph holds a number in place of the module.
-_modules: WeakValueDictionary[int, MAML] = WeakValueDictionary()
+_learners: WeakValueDictionary[int, Learner] = WeakValueDictionary()
 _handles = count(1)
 _sites = count(1)
 
 
-def register(maml: MAML) -> int:
+def register(learner: Learner) -> int:
     """The number under which compiled code finds a module, as long as that lives."""
     handle = next(_handles)
-    _modules[handle] = maml
+    _learners[handle] = learner
     return handle
 
 
-def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `fastmeta.algorithms.meta_loss.meta_loss` does, as torch.compile traces it.
 
     Raises:
@@ -52,10 +50,12 @@ def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Ten
     for field, x in zip(tensors._fields, tensors, strict=True):
         if x is not None and x.requires_grad:
             raise ValueError(f"MAML: `{field}` requires grad, which is not supported under torch.compile")
-    leaves = leaves_of(maml, maml.traced_parameters(), dict(maml.inner_lrs.named_parameters())).tensors
+    leaves = leaves_of(
+        learner, learner.traced_parameters(), dict(learner.inner_lrs.named_parameters())
+    ).tensors
     with_gradients = torch.is_grad_enabled()
     answered = torch.ops.fastmeta.meta_loss(
-        leaves, *tensors, support_per_step, with_gradients, maml.handle, _next_site()
+        leaves, *tensors, support_per_step, with_gradients, learner.handle, _next_site()
     )
     loss, task_losses, output, _ = answered
     return loss, task_losses.detach(), output.detach()
@@ -84,20 +84,20 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, task_losses, output, the gradients of all leaves in one vector; empty without
     gradients)."""
-    maml = _modules.get(handle)
-    if maml is None:
+    learner = _learners.get(handle)
+    if learner is None:
         raise RuntimeError("MAML: compiled code was called after the module it was compiled for is gone")
-    if maml.modules_replaced():
-        maml.meta_parameters()  # which the next call will find
+    if learner.modules_replaced():
+        learner.meta_parameters()  # which the next call will find
         raise RuntimeError(
             "MAML: modules of `net` were replaced after it was compiled; nothing was done, call again"
         )
     tensors = Tensors(support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights)
-    params, rates = maml.meta_parameters()
-    wrt = leaves_of(maml, params, rates).wrt if with_gradients else NOTHING
-    params, rates = _in_place_of(maml, params, rates, wrt, leaves)
-    captures = captures_of(True, maml.aliases()) if with_gradients else None
-    checked = maml.prepare(params, rates, tensors, support_per_step, wrt, captures)
+    params, rates = learner.meta_parameters()
+    wrt = leaves_of(learner, params, rates).wrt if with_gradients else NOTHING
+    params, rates = _in_place_of(learner, params, rates, wrt, leaves)
+    captures = captures_of(True, learner.aliases()) if with_gradients else None
+    checked = learner.prepare(params, rates, tensors, support_per_step, wrt, captures)
     run = _just_so if checked.plan.program is not None else _outside
     result = run(checked.solve)
     for read in reads(result.grads.captured, None):
@@ -106,9 +106,11 @@ def _operator(
             "is none of its arguments; under torch.compile it would get no gradient: leave the call out of "
             "what is compiled"
         )
-    found = settled(maml.who, maml.on_divergence, checked, result, run)
+    found = settled(learner.who, learner.on_divergence, checked, result, run)
     loss, task_losses, output = found_in(found)
-    gradient = flat_gradient(maml, checked, found.result) if with_gradients and leaves else loss.new_empty(0)
+    gradient = (
+        flat_gradient(learner, checked, found.result) if with_gradients and leaves else loss.new_empty(0)
+    )
     # some backends sum both up in one vector, and the outputs of an operator may not share memory
     return loss.clone(), task_losses, output, gradient
 
@@ -126,11 +128,15 @@ def _outside(function: Callable[[], _T]) -> _T:
 
 
 def _in_place_of(
-    maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor], wrt: frozenset[str], leaves: list[Tensor]
+    learner: Learner,
+    params: dict[str, Tensor],
+    rates: dict[str, Tensor],
+    wrt: frozenset[str],
+    leaves: list[Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The meta-parameters with the values of `leaves`: compiled code may not have written them back
     yet."""
-    flat = maml.flat
+    flat = learner.flat
     if flat is not None:
         names, keys = flat.names, flat.keys
         leaves = list(views(leaves[0], flat.parts(params, rates))) if leaves else []
@@ -159,11 +165,11 @@ def _fake(
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The shapes of what `_operator` returns."""
-    maml = _modules[handle]
+    learner = _learners[handle]
     tasks, examples, *input_shape = query_x.shape
     sort = tuple(int(size) for size in input_shape), query_x.dtype, query_x.device
-    output_shape = _outside(lambda: _output_shape(maml, examples, *sort))
-    dtype = next(maml.net.parameters()).dtype
+    output_shape = _outside(lambda: _output_shape(learner, examples, *sort))
+    dtype = next(learner.net.parameters()).dtype
     size = sum(leaf.numel() for leaf in leaves) if with_gradients else 0
     return (
         query_x.new_empty((), dtype=dtype),
@@ -174,19 +180,19 @@ def _fake(
 
 
 def _output_shape(
-    maml: MAML, examples: int, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    learner: Learner, examples: int, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, ...]:
     """The shape of the network's output for one example: of its layer program, or else of one run
     on zeros."""
     if dtype.is_floating_point:
-        program, _ = captured(maml.net, input_shape, dtype)
+        program, _ = captured(learner.net, input_shape, dtype)
         if program is not None:
             return program.output_shape
     # some networks look at the values or the number of examples: nothing but a real run will do
     x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
-    params, _ = maml.meta_parameters()
-    with torch.no_grad(), preserved(device, maml.net):
-        return tuple(call(maml.net, params, x, batch_stats=maml.batch_stats).shape[1:])
+    params, _ = learner.meta_parameters()
+    with torch.no_grad(), preserved(device, learner.net):
+        return tuple(call(learner.net, params, x, batch_stats=learner.batch_stats).shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

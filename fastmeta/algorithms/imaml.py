@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
-from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
+from fastmeta.algorithms.inner_loop import InnerLoop, InnerLoopMachinery, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
 from fastmeta.losses import resolve
 from fastmeta.models.check import check_count, is_finite
@@ -89,6 +89,7 @@ class IMAML(InnerLoop):
     """
 
     who = "IMAML"
+    _machinery: _IMAMLMachinery
 
     def __init__(
         self,
@@ -119,13 +120,24 @@ class IMAML(InnerLoop):
             )
         inner_lr, proximal, cg_tolerance = float(inner_lr), float(proximal), float(cg_tolerance)
         check_count("IMAML: `cg_steps`", cg_steps, 1)
-        super().__init__(net, loss, inner_lr, inner_steps, adapt, weight_norm, None, batch_stats, backend)
+        super().__init__(
+            net,
+            loss=loss,
+            inner_lr=inner_lr,
+            inner_steps=inner_steps,
+            adapt=adapt,
+            weight_norm=weight_norm,
+            update_rule=None,
+            batch_stats=batch_stats,
+            backend=backend,
+        )
         self.query_loss = self.loss if query_loss is None else resolve(query_loss, weight_norm=weight_norm)
         self.inner_lr = inner_lr
         self.proximal = proximal
         self.cg_steps = cg_steps
         self.cg_tolerance = cg_tolerance
         self.on_divergence = on_divergence
+        self._machinery = _IMAMLMachinery(self)
 
     @eager
     def forward(
@@ -166,10 +178,11 @@ class IMAML(InnerLoop):
             support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
         )
         check_no_gradients(self.who, tensors)
-        params = self.parameters_by_name()
+        own = self._machinery
+        params = own.params()
         wanted = torch.is_grad_enabled()
-        solution = self.adapted(self.who, Tensors(support_x, support_y, support_weights), self.inner_steps)
-        options = self._options(self.who)._replace(steps=0)
+        solution = own.adapted(self.who, Tensors(support_x, support_y, support_weights), self.inner_steps)
+        options = own.options(self.who)._replace(steps=0)
         wrt = frozenset({"params"} if wanted else ())
         given = options, self.net, solution, tensors, self.loss, self.query_loss, self.inner_lr, wrt
         call = prepare(*given, captures=captures_of(True, None) if wanted else None)
@@ -179,7 +192,7 @@ class IMAML(InnerLoop):
             gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
             return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
         direct = reads(result.grads.captured, None)
-        step = self._step(solution, tensors)
+        step = own.step(solution, tensors)
         if not (direct or step.captured or any(value.requires_grad for value in params.values())):
             gone = left_out(self.who, self.on_divergence, [task_losses], task_weights)
             return IMAMLLoss(gone.mean(task_losses, task_weights) if gone else loss, task_losses, output)
@@ -189,7 +202,7 @@ class IMAML(InnerLoop):
         found = [*solution.values(), *query.values()]
         if self.on_divergence == "raise":
             check_diverged(self.who, "adapted parameters or query gradients are", found, task_weights)
-        gradients, implicit, residuals, inner, indefinite = self._implicit(params, step, query)
+        gradients, implicit, residuals, inner, indefinite = own.implicit(params, step, query)
         if self.on_divergence == "raise":
             check_diverged(self.who, "linear systems are", [residuals], task_weights)
         gone = left_out(self.who, self.on_divergence, [*found, residuals], task_weights)
@@ -204,7 +217,7 @@ class IMAML(InnerLoop):
             loss = gone.mean(task_losses, task_weights)
             scale = len(residuals) / gone.counted
             gradients = {name: scale * gone.without(value) for name, value in gradients.items()}
-        self._report(residuals, indefinite)
+        _report(self, residuals, indefinite)
         total = {name: value.sum(0) for name, value in gradients.items()}
         return IMAMLLoss(attached(loss, total, params, captured), task_losses, output, residuals, inner)
 
@@ -221,6 +234,8 @@ class IMAML(InnerLoop):
         whole = super().explain(x, y, weights)
         return replace(whole, conventions=(line, *whole.conventions))
 
+
+class _IMAMLMachinery(InnerLoopMachinery):
     def adapted(
         self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False
     ) -> dict[str, Tensor]:  # name -> [T, *shape], detached
@@ -231,28 +246,29 @@ class IMAML(InnerLoop):
         """
         if not isinstance(steps, int) or steps < 1:  # nothing to do, or something to refuse
             return super().adapted(who, tensors, steps)
-        options = self._options(who)._replace(steps=1, rule=SGD(weight_decay=self.proximal))
-        params = self.parameters_by_name()
-        pull = self.inner_lr * self.proximal
+        module = self.module
+        options = self.options(who)._replace(steps=1, rule=SGD(weight_decay=module.proximal))
+        params = self.params()
+        pull = module.inner_lr * module.proximal
         theta, names = params, self.names
         with torch.no_grad():
             for _ in range(steps):
-                theta = inner_loop(options, self.net, theta, tensors, self.inner_lr, self.loss)
+                theta = inner_loop(options, self.net, theta, tensors, module.inner_lr, self.loss)
                 for name in names:
                     theta[name] += pull * params[name]
         return theta
 
-    def _step(self, solution: dict[str, Tensor], tensors: Tensors) -> _Step:
+    def step(self, solution: dict[str, Tensor], tensors: Tensors) -> _Step:
         """One inner step of rate -1 / lambda from the solution, with its graph."""
         start = {name: value.requires_grad_() for name, value in solution.items()}
         support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
-        options = self._options(self.who)._replace(steps=1, adapt=self.names)
+        options = self.options(self.who)._replace(steps=1, adapt=self.names)
         moved, captured = run_and_read(
-            Operation(options, self.net, start, support, -1 / self.proximal, self.loss)
+            Operation(options, self.net, start, support, -1 / self.module.proximal, self.loss)
         )
         return _Step(start, dict(zip(start, moved, strict=True)), captured)
 
-    def _implicit(
+    def implicit(
         self, params: dict[str, Tensor], step: _Step, query: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[Read], Tensor, Tensor, Tensor]:
         """(every task's meta-gradient by name, that of what was captured, residuals [T], inner
@@ -264,7 +280,7 @@ class IMAML(InnerLoop):
         lands on theta if the inner problem is solved. In what is not adapted the product is the
         mixed derivative.
         """
-        start, moved, names = step.start, step.moved, self.names
+        start, moved, names, module = step.start, step.moved, self.names, self.module
         adapted = [moved[name] for name in names]
         shapes = [value.shape for value in adapted]
         sizes = [value[0].numel() for value in adapted]
@@ -279,13 +295,13 @@ class IMAML(InnerLoop):
         with torch.no_grad():
             b = _flat(query, names)
             # half of it: the true residual, which is reported, is not quite that of the recursion
-            goal = 0.5 * self.cg_tolerance
-            u, indefinite = conjugate_gradient(lambda v: _flat(products(v), names), b, self.cg_steps, goal)
+            goal = 0.5 * module.cg_tolerance
+            u, indefinite = conjugate_gradient(lambda v: _flat(products(v), names), b, module.cg_steps, goal)
             left = {name: query[name] - product for name, product in products(u).items()}
             products_captured = along(u, step.captured) if step.captured else ()
             size = b.norm(dim=1)
             residuals = _flat(left, names).norm(dim=1) / torch.where(size > 0, size, 1)
-            inner = self.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(
+            inner = module.proximal * _flat({name: moved[name] - params[name] for name in names}, names).norm(
                 dim=1
             )
         own = [part.reshape(shape) for part, shape in zip(u.split(sizes, 1), shapes, strict=True)]
@@ -294,25 +310,26 @@ class IMAML(InnerLoop):
         ]
         return {**left, **dict(zip(names, own, strict=True))}, implicit, residuals, inner, indefinite
 
-    def _report(self, residuals: Tensor, indefinite: Tensor) -> None:
-        """Warn of the tasks whose systems are not solved."""
-        tasks = (residuals > self.cg_tolerance).nonzero().flatten().tolist()
-        if not tasks:
-            return
-        bent = indefinite.nonzero().flatten().tolist()
-        why = (
-            f"; I + H / lambda has negative curvature in {named(bent)}: `proximal` is too small there"
-            if bent
-            else ""
-        )
-        warnings.warn(
-            f"IMAML: after {self.cg_steps} conjugate-gradient steps at most, {len(tasks)} of "
-            f"{len(residuals)} systems are not solved to `cg_tolerance` = {self.cg_tolerance:g}: "
-            f"{named(tasks)}, largest residual {float(residuals[tasks].max()):.1e}; "
-            f"the meta-gradient is approximate{why}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+
+def _report(imaml: IMAML, residuals: Tensor, indefinite: Tensor) -> None:
+    """Warn of the tasks whose systems are not solved."""
+    tasks = (residuals > imaml.cg_tolerance).nonzero().flatten().tolist()
+    if not tasks:
+        return
+    bent = indefinite.nonzero().flatten().tolist()
+    why = (
+        f"; I + H / lambda has negative curvature in {named(bent)}: `proximal` is too small there"
+        if bent
+        else ""
+    )
+    warnings.warn(
+        f"IMAML: after {imaml.cg_steps} conjugate-gradient steps at most, {len(tasks)} of "
+        f"{len(residuals)} systems are not solved to `cg_tolerance` = {imaml.cg_tolerance:g}: "
+        f"{named(tasks)}, largest residual {float(residuals[tasks].max()):.1e}; "
+        f"the meta-gradient is approximate{why}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _flat(values: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:

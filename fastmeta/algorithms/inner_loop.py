@@ -1,15 +1,15 @@
-"""What algorithms that do not differentiate through their inner loop have in common: its options,
-adapt, predict."""
+"""What algorithms that do not differentiate through their inner loop have in common: its options
+and adapt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_rates import InnerRates, repeated
+from fastmeta.algorithms.algorithm import Algorithm, Machinery
+from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -18,15 +18,14 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
 from fastmeta.ops.plan import prepare
-from fastmeta.ops.rates import Rates
-from fastmeta.ops.task_forward import forward as task_forward
+from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
 
 
-class InnerLoop(nn.Module):
+class InnerLoop(Algorithm):
     """A network, a loss and K inner steps; a base class, whose subclasses add `forward`.
 
     Args:
@@ -37,13 +36,13 @@ class InnerLoop(nn.Module):
         TypeError, ValueError: an argument does not fit; the message names it.
     """
 
-    #: The algorithm, as messages name it.
-    who = ""
+    _machinery: InnerLoopMachinery
 
     @locked
     def __init__(
         self,
         net: nn.Module,
+        *,
         loss: object,
         inner_lr: Rates,
         inner_steps: int,
@@ -62,17 +61,13 @@ class InnerLoop(nn.Module):
         self.update_rule = rule_of(update_rule)
         self.batch_stats = batch_stats
         self.backend = backend
-        check_options(self._options(self.who))
-        params = self.parameters_by_name()
+        check_options(options_of(self, self.who))
+        params: dict[str, Tensor] = dict(net.named_parameters())
         now = adapted_now(self.who, net, self.adapts)
         self.inner_lrs = InnerRates(
-            self.who, inner_lr, None, False, inner_steps, now.names, params, now.frozen
+            self.who, inner_lr, steps=inner_steps, names=now.names, params=params, frozen=now.frozen
         )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapted parameters, as the network is frozen now."""
-        return adapted_now(self.who, self.net, self.adapts).names
+        self._machinery = InnerLoopMachinery(self)
 
     @eager
     def adapt(
@@ -90,22 +85,7 @@ class InnerLoop(nn.Module):
             name -> [T, *shape], every parameter, also those that are not adapted; detached.
         """
         steps = self.inner_steps if steps is None else steps
-        return self.adapted(f"{self.who}.adapt", Tensors(x, y, weights), steps)
-
-    @eager
-    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The network's output with adapted parameters.
-
-        Args:
-            adapted: what `adapt` returns.
-            x: inputs [T, M, *in].
-
-        Returns:
-            [T, M, *out].
-
-        Derivatives: as `fastmeta.task_forward`, where gradients are on.
-        """
-        return task_forward(f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend)
+        return self._machinery.adapted(f"{self.who}.adapt", Tensors(x, y, weights), steps)
 
     def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, at what cost, and why others do
@@ -116,33 +96,44 @@ class InnerLoop(nn.Module):
         """
         from fastmeta.explain import explain
 
-        options = self._options(f"{self.who}.adapt")._replace(order="first")
-        params, lr = self.parameters_by_name(), self.inner_lrs.as_given({})
+        own = self._machinery
+        options = own.options(f"{self.who}.adapt")._replace(order="first")
+        params, lr = own.params(), self.inner_lrs.as_given({})
         return explain(prepare(options, self.net, params, Tensors(x, y, weights), self.loss, None, lr))
+
+
+class InnerLoopMachinery(Machinery):
+    """The inner loop of such an algorithm."""
+
+    def options(self, who: str) -> Options:
+        """The options as they are now; `who` is for messages."""
+        return options_of(self.module, who)
+
+    def params(self) -> dict[str, Tensor]:
+        """The meta-parameters by name."""
+        return dict(self.net.named_parameters())
 
     def adapted(
         self, who: str, tensors: Tensors, steps: int, support_per_step: bool = False
     ) -> dict[str, Tensor]:  # name -> [T, *shape], detached
         """The inner loop on the support sets in `tensors`; `who` is for messages."""
-        options = self._options(who)._replace(steps=steps, support_per_step=support_per_step)
+        options = self.options(who)._replace(steps=steps, support_per_step=support_per_step)
         check_options(options)
         lr = repeated(self.inner_lrs.as_given({}), steps)
         with torch.no_grad():
-            return inner_loop(options, self.net, self.parameters_by_name(), tensors, lr, self.loss)
+            return inner_loop(options, self.net, self.params(), tensors, lr, self.loss)
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        """The meta-parameters."""
-        return dict(self.net.named_parameters())
 
-    def _options(self, who: str) -> Options:
-        return Options(
-            who,
-            self.inner_steps,
-            adapt=self.adapts,
-            rule=self.update_rule,
-            batch_stats=self.batch_stats,
-            backend=self.backend,
-        )
+def options_of(module: Any, who: str) -> Options:
+    """The options of an `InnerLoop` as they are now; `who` is for messages."""
+    return Options(
+        who,
+        module.inner_steps,
+        adapt=module.adapts,
+        rule=module.update_rule,
+        batch_stats=module.batch_stats,
+        backend=module.backend,
+    )
 
 
 def check_no_gradients(who: str, tensors: Tensors) -> None:

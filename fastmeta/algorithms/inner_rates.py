@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmeta.ops.options import argument, check_flag
-from fastmeta.ops.patterns import keys_by_name, matching
 from fastmeta.ops.rates import Rates, plan_rates
 
 _SORTS = ("scalar", "tensor", "element")
@@ -43,23 +41,15 @@ class InnerRates(nn.ParameterDict):
         self,
         who: str,
         lr: Rates,
-        learn_lr: str | None,
-        per_step: bool,
+        *,
+        learn_lr: str | None = None,
+        per_step: bool = False,
         steps: int,
         names: tuple[str, ...],
         params: Mapping[str, Tensor],
         frozen: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        kept = names
-        if isinstance(lr, Mapping):
-            given = lr
-            keys_by_name(argument(who, "lr"), given, names, frozen)
-            if learn_lr is None:
-                own = (*names, *frozen)
-                kept = tuple(n for n in params if n in own and any(matching(str(key), (n,)) for key in given))
-            keys = keys_by_name(argument(who, "lr"), given, kept, frozen)
-            lr = {name: given[key] for name, key in keys.items()}
         check_flag(who, "lr_per_step", per_step)
         if learn_lr is not None and (not isinstance(learn_lr, str) or learn_lr not in _SORTS):
             raise ValueError(
@@ -71,7 +61,22 @@ class InnerRates(nn.ParameterDict):
         shapes = {name: tuple(params[name].shape) for name in names}
         first = params[names[0]]
         tasks = 1 if learn_lr else _tasks(lr)
-        start = plan_rates(who, lr, names, shapes, steps, tasks, first.device, first.dtype, frozen).spread(lr)
+        plan = plan_rates(
+            who,
+            lr,
+            names=names,
+            shapes=shapes,
+            steps=steps,
+            tasks=tasks,
+            device=first.device,
+            dtype=first.dtype,
+            unused=frozen,
+        )
+        start, kept = plan.spread(lr), names
+        if isinstance(lr, Mapping):
+            if learn_lr is None:  # also those of parameters that are frozen now
+                kept = tuple(name for name in params if name in plan.keys)
+            lr = {name: lr[plan.keys[name]] for name in kept}
         #: the rate, where it is one number for everything
         self.number = float(lr) if learn_lr is None and not isinstance(lr, (Tensor, Mapping)) else None
         self._numbers: dict[str, float] | None = None  # those in a dict
@@ -133,67 +138,6 @@ class InnerRates(nn.ParameterDict):
         rate = next(iter(start.values())).reshape(-1)  # [1] or [K]
         rate = _expanded(what, rate, (steps if per_step else 1,), lr)
         self["all"] = rate if per_step else rate.reshape(())
-
-
-def repeated(lr: Rates, steps: int) -> Rates:
-    """Rates for `steps` inner steps out of rates for K: beyond K the last step's repeat.
-
-    Derivatives: those of indexing.
-    """
-    if isinstance(lr, Mapping):
-        return {
-            name: _rows(rate, steps) if isinstance(rate, Tensor) and rate.dim() > 1 else rate
-            for name, rate in lr.items()
-        }
-    return _rows(lr, steps) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
-
-
-def at_step(lr: Rates, k: int) -> Rates:
-    """The rates of inner step k alone: beyond the last one its rates repeat.
-
-    Derivatives: those of indexing.
-    """
-    if isinstance(lr, Mapping):
-        return {
-            name: _row(rate, k).unsqueeze(0) if isinstance(rate, Tensor) and rate.dim() > 1 else rate
-            for name, rate in lr.items()
-        }
-    return _row(lr, k) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
-
-
-def of_tasks(lr: Rates, tasks: Tensor) -> Rates:
-    """The rates of the tasks numbered `tasks`.
-
-    Derivatives: those of indexing.
-    """
-    if not isinstance(lr, Mapping):
-        return lr
-    own = {
-        name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1
-    }
-    return {
-        name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()
-    }
-
-
-def _row(rate: Tensor, k: int) -> Tensor:
-    return _not_empty(rate)[min(k, rate.shape[0] - 1)]
-
-
-def _rows(rate: Tensor, steps: int) -> Tensor:
-    """`steps` rows of [K, ...]; of one full-rank row there is no need for more."""
-    have = rate.shape[0]
-    if have == steps or (have == 1 and rate.dim() > 1):
-        return rate
-    return _not_empty(rate)[torch.arange(max(steps, 1), device=rate.device).clamp_max(have - 1)]
-
-
-def _not_empty(rate: Tensor) -> Tensor:
-    if rate.shape[0] == 0:
-        raise ValueError(
-            f"`inner_lr` has a rate for each of 0 inner steps, got {tuple(rate.shape)}: none to repeat"
-        )
-    return rate
 
 
 def _tasks(lr: Rates) -> int:

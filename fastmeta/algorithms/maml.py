@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms import compiled
-from fastmeta.algorithms.flat_parameters import FlatParameters, views
-from fastmeta.algorithms.inner_rates import InnerRates, of_tasks, repeated
+from fastmeta.algorithms.algorithm import Algorithm
+from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.algorithms.machinery import MAMLMachinery, options_of
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
-from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
-from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors, check_net
 from fastmeta.ops.divergence import check_choice, check_diverged
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, check_options, names_of, numbers_of, rule_of
-from fastmeta.ops.plan import NOTHING, Call, prepare
-from fastmeta.ops.rates import Rates
-from fastmeta.ops.task_forward import forward as task_forward
-from fastmeta.problem import Captures
+from fastmeta.ops.options import Adapt, check_options, names_of, numbers_of, rule_of
+from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
-
-_NO_RATES: dict[str, Tensor] = {}
-# Attributes that `_start` makes anew for every copy.
-_OWN = ("_params", "_rates", "_extra", "_number", "handle")
 
 
 class MetaLoss(NamedTuple):
@@ -46,7 +38,7 @@ class MetaLoss(NamedTuple):
     output: Tensor  # [T, M, *out]
 
 
-class MAML(nn.Module):
+class MAML(Algorithm):
     """Model-agnostic meta-learning: an initialisation from which a few inner steps adapt to any
     task.
 
@@ -104,9 +96,9 @@ class MAML(nn.Module):
         (2017).
     """
 
-    #: The algorithm, as messages name it.
     who = "MAML"
     on_divergence = "raise"
+    _machinery: MAMLMachinery
 
     @locked
     def __init__(
@@ -146,13 +138,20 @@ class MAML(nn.Module):
         self.batch_stats = batch_stats
         self.backend = backend
         self.on_divergence = on_divergence
-        check_options(self._options(self.who))
+        check_options(options_of(self, self.who))
         params: dict[str, Tensor] = dict(net.named_parameters())
         now = adapted_now(self.who, net, self.adapts)
-        rates = inner_lr, learn_lr, lr_per_step
-        self.inner_lrs = InnerRates(self.who, *rates, inner_steps, now.names, params, now.frozen)
-        self.flat: FlatParameters | None = None
-        self._start()
+        self.inner_lrs = InnerRates(
+            self.who,
+            inner_lr,
+            learn_lr=learn_lr,
+            per_step=lr_per_step,
+            steps=inner_steps,
+            names=now.names,
+            params=params,
+            frozen=now.frozen,
+        )
+        self._machinery = MAMLMachinery(self)
 
     def forward(
         self,
@@ -207,9 +206,11 @@ class MAML(nn.Module):
         tensors = Tensors(
             support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
         )
+        own = self._machinery
         if torch.compiler.is_compiling():
-            return MetaLoss(*compiled.meta_loss(self, tensors, support_per_step))
-        return self.checked(MetaLoss(*meta_loss(self, tensors, support_per_step)), task_weights)
+            return MetaLoss(*compiled.meta_loss(own, tensors, support_per_step))
+        out = MetaLoss(*meta_loss(own, tensors, support_per_step))
+        return checked(out, self.who, self.on_divergence, task_weights)
 
     @eager
     def adapt(
@@ -228,31 +229,15 @@ class MAML(nn.Module):
 
         Derivatives: as `fastmeta.inner_sgd`, where gradients are on.
         """
-        options = self._options(f"{self.who}.adapt")._replace(step_weights=None)
-        params, rates = self._differentiable()
-        lr = self.lr_of(rates)
+        own = self._machinery
+        options = own.options(f"{self.who}.adapt")._replace(step_weights=None)
+        params, rates = own.differentiable()
+        lr = own.lr_of(rates)
         if steps is not None:
             options = options._replace(steps=steps)
             check_options(options)
             lr = repeated(lr, steps)
-        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss, self.aliases())
-
-    @eager
-    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The network's output with adapted parameters.
-
-        Args:
-            adapted: what `adapt` returns.
-            x: inputs [T, M, *in].
-
-        Returns:
-            [T, M, *out].
-
-        Derivatives: as `fastmeta.task_forward`, where gradients are on.
-        """
-        return task_forward(
-            f"{self.who}.predict", self.net, adapted, x, self.batch_stats, self.backend, self.task_chunk
-        )
+        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss, own.aliases())
 
     def explain(
         self,
@@ -277,123 +262,26 @@ class MAML(nn.Module):
         tensors = Tensors(
             support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
         )
-        params, rates = self.meta_parameters()
-        wrt = leaves_of(self, params, rates).wrt
-        return explain(self.prepare(params, rates, tensors, support_per_step, wrt))
+        own = self._machinery
+        params, rates = own.meta_parameters()
+        wrt = leaves_of(own, params, rates).wrt
+        return explain(own.prepare(params, rates, tensors, support_per_step, wrt))
 
-    def checked(self, out: MetaLoss, task_weights: Tensor | None) -> MetaLoss:
-        """`out`, unless tasks of other weights than zero diverged.
 
-        Raises:
-            FloatingPointError: as `forward` says.
-        """
-        # one loss that is not finite leaves no finite mean: reading that alone costs a quarter of a
-        # microsecond
-        watched = out.loss.is_cpu and self.on_divergence == "raise" and torch.is_grad_enabled()
-        if watched and not isfinite(out.loss.item()):
-            check_diverged(self.who, "query losses are", [out.task_losses], task_weights)
-        return out
+def checked(out: MetaLoss, who: str, on_divergence: str, task_weights: Tensor | None) -> MetaLoss:
+    """`out`, unless tasks of other weights than zero diverged.
 
-    def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(the network's parameters by name, the learned rates by key); not to be modified.
+    Args:
+        out: of a call.
+        who, on_divergence: of the algorithm.
+        task_weights: of the call.
 
-        Args:
-            check: whether a flattened module must still have its parameters in its vector.
-
-        Raises:
-            RuntimeError: the module was flattened, and they are no longer views of its vector.
-        """
-        params = self._params.current()
-        rates = _NO_RATES if self._rates is None else self._rates.current()
-        if check and self.flat is not None:
-            self.flat.check(params, rates)
-        return params, rates
-
-    def traced_parameters(self) -> dict[str, Tensor]:
-        """The network's parameters by name, while torch.compile traces."""
-        return self._params.without_modules() if self._params.recurrent else dict(self.net.named_parameters())
-
-    def modules_replaced(self) -> bool:
-        """Whether compiled code that was traced by `traced_parameters` may run with parameters that
-        are gone."""
-        return self._params.recurrent and self._params.modules_replaced()
-
-    def prepare(
-        self,
-        params: dict[str, Tensor],
-        rates: dict[str, Tensor],
-        tensors: Tensors,
-        support_per_step: bool = False,
-        wrt: frozenset[str] = NOTHING,
-        captures: Captures | None = None,
-    ) -> Call:
-        """A call of this module on its `meta_parameters`, checked and with its backend chosen."""
-        options = self._options(self.who, support_per_step)
-        flat = self.flat is None or len(self.flat.names) == len(params)
-        frozen = NOTHING
-        if "params" in wrt and self.flat is None:
-            still = [name for name, value in params.items() if not value.requires_grad]
-            frozen = frozenset(still) if 0 < len(still) < len(params) else NOTHING
-        given = options, self.net, params, tensors, self.loss, self.query_loss, self.lr_of(rates), wrt
-        return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures)
-
-    def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
-        """The rates as an operator takes them, from the learned ones by their keys; with `tasks`,
-        of those alone."""
-        number = self._number
-        lr = self.inner_lrs.as_given(rates) if number is None else number
-        return lr if tasks is None else of_tasks(lr, tasks)
-
-    def aliases(self) -> Aliases | None:
-        """What a loss may read of a flattened module: the parameters, which autograd knows as
-        pieces of its vector."""
-        flat = self.flat
-        if flat is None:
-            return None
-
-        def parts() -> list[Tensor]:
-            return flat.parts(*self.meta_parameters(check=False))
-
-        return Aliases(parts, lambda: views(flat.vector, parts()))
-
-    def _options(self, who: str, support_per_step: bool = False) -> Options:
-        return Options(
-            who,
-            self.inner_steps,
-            self.order,
-            self.adapts,
-            self.step_weights,
-            support_per_step,
-            self.update_rule,
-            self.memory,
-            self.batch_stats,
-            self.backend,
-            self.task_chunk,
-        )
-
-    def _differentiable(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`meta_parameters` as functions of the leaves."""
-        params, rates = self.meta_parameters()
-        flat = self.flat
-        if flat is None:
-            return params, rates
-        pieces = views(flat.vector, flat.parts(params, rates))
-        at = len(flat.names)
-        return (
-            {**params, **dict(zip(flat.names, pieces[:at], strict=True))},
-            {**rates, **dict(zip(flat.keys, pieces[at:], strict=True))},
-        )
-
-    def _start(self) -> None:
-        """What neither a copy nor a checkpoint of this module can share with it."""
-        self._params = ParameterTable(self.net)
-        self._rates = ParameterTable(self.inner_lrs) if self.inner_lrs.learned else None
-        self._number = self.inner_lrs.number
-        self.handle = compiled.register(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._start()
+    Raises:
+        FloatingPointError: as `MAML.forward` says.
+    """
+    # one loss that is not finite leaves no finite mean: reading that alone costs a quarter of a
+    # microsecond
+    watched = out.loss.is_cpu and on_divergence == "raise" and torch.is_grad_enabled()
+    if watched and not isfinite(out.loss.item()):
+        check_diverged(who, "query losses are", [out.task_losses], task_weights)
+    return out

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_rates import at_step
 from fastmeta.algorithms.maml import MAML, MetaLoss
-from fastmeta.algorithms.stepwise import Stepwise, support_of
+from fastmeta.algorithms.stepwise import Stepwise, StepwiseMachinery, support_of
 from fastmeta.models.check import check_count
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import BY_GRAD, adapted_names
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_flag, names_of
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, at_step
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
@@ -73,9 +72,6 @@ class MAMLPlusPlus(Stepwise):
     """
 
     who = "MAMLPlusPlus"
-    # what `adapt` says before norms are left out of it
-    _asked: str | tuple[str, ...] = "all"
-    _norms: frozenset[str] = frozenset()
 
     @locked
     def __init__(
@@ -104,10 +100,10 @@ class MAMLPlusPlus(Stepwise):
             check_count(f"{self.who}: `{name}`", count, 0)
         check_count(argument(self.who, "steps"), inner_steps, 1)
         norms = _norm_parameters(net) if per_step_norms and isinstance(net, nn.Module) else {}
+        asked: str | tuple[str, ...] = "all"
         if norms:
-            self._asked, self._norms = names_of(self.who, net, adapt), frozenset(norms)
-            names = adapted_names(self.who, net, self._asked)
-            adapt = [name for name in names if name not in norms]
+            asked = names_of(self.who, net, adapt)
+            adapt = [name for name in adapted_names(self.who, net, asked) if name not in norms]
         super().__init__(
             net,
             loss=loss,
@@ -118,23 +114,15 @@ class MAMLPlusPlus(Stepwise):
             lr_per_step=lr_per_step,
             **options,
         )
-        self._keys = {name: name.replace(".", "__") for name in norms}
+        keys = {name: name.replace(".", "__") for name in norms}
         if inner_steps > 1:
             for name, value in norms.items():
                 copies = value.detach().expand(inner_steps - 1, *value.shape).clone()
-                self.extra[self._keys[name]] = nn.Parameter(copies, requires_grad=value.requires_grad)
+                self.extra[keys[name]] = nn.Parameter(copies, requires_grad=value.requires_grad)
         self.multi_step_epochs = multi_step_epochs
         self.first_order_epochs = first_order_epochs
         self.set_epoch(0)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As `Stepwise.names`, without the norms."""
-        if not self._norms:
-            return super().names
-        return tuple(
-            name for name in adapted_names(self.who, self.net, self._asked) if name not in self._norms
-        )
+        self._machinery = _PerStepNorms(self, asked, keys)
 
     def set_epoch(self, epoch: int) -> None:
         """Set `order` and `step_weights` to those of an epoch; to be called at its start.
@@ -160,13 +148,34 @@ class MAMLPlusPlus(Stepwise):
         """As `MAML.explain`."""
         return super().explain(*args, **kwargs) if len(self.extra) else MAML.explain(self, *args, **kwargs)
 
-    def _options(self, who: str, support_per_step: bool = False) -> Options:
-        options = super()._options(who, support_per_step)
-        return options._replace(adapt=self.names) if self._norms and self._asked in BY_GRAD else options
+
+class _PerStepNorms(StepwiseMachinery):
+    """`StepwiseMachinery` with norms of their own for every step.
+
+    Args:
+        module: as of `Machinery`.
+        asked: what `adapt` says before norms are left out of it.
+        norms: their weights and biases, name -> key in `extra`.
+    """
+
+    def __init__(self, module: Any, asked: str | tuple[str, ...], norms: dict[str, str]) -> None:
+        super().__init__(module)
+        self.asked, self.norms = asked, norms
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As `Machinery.names`, without the norms."""
+        if not self.norms:
+            return super().names
+        return tuple(name for name in adapted_names(self.who, self.net, self.asked) if name not in self.norms)
+
+    def options(self, who: str, support_per_step: bool = False) -> Options:
+        options = super().options(who, support_per_step)
+        return options._replace(adapt=self.names) if self.norms and self.asked in BY_GRAD else options
 
     def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
         lr = super().lr_of(rates, tasks)
-        if not self._norms or not isinstance(lr, Mapping):
+        if not self.norms or not isinstance(lr, Mapping):
             return lr
         names = self.names  # to the operators these are named ones, which have rates for themselves alone
         return {name: rate for name, rate in lr.items() if name in names}
@@ -174,19 +183,22 @@ class MAMLPlusPlus(Stepwise):
     def path(
         self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """As `Stepwise.path`; norms of theta_k, k > 0, are those of step k."""
-        params, rates = self._differentiable()
+        """As `StepwiseMachinery.path`; norms of theta_k, k > 0, are those of step k."""
+        params, rates = self.differentiable()
         lr = self.lr_of(rates, tasks)
         theta = {**params}
         yield theta
         for k in range(steps):
             if k:
-                later = {name: rates[f"extra.{key}"] for name, key in self._keys.items()}  # [K - 1, *shape]
+                later = {name: rates[f"extra.{key}"] for name, key in self.norms.items()}  # [K - 1, *shape]
                 theta = {**theta, **{name: rows[min(k, len(rows)) - 1] for name, rows in later.items()}}
             tensors = support_of(support, k, per_step)
             moved = inner_loop(options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases())
             theta = {**theta, **{name: moved[name] for name in self.names}}
             yield theta
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "asked": self.asked, "norms": self.norms}
 
 
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.inner_rates import at_step
-from fastmeta.algorithms.stepwise import Stepwise, support_of
+from fastmeta.algorithms.stepwise import Stepwise, StepwiseMachinery, support_of
 from fastmeta.network.swap import locked
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
-from fastmeta.ops.rates import Rates
+from fastmeta.ops.rates import Rates, at_step
 from fastmeta.ops.task_gradient import gradient
 
 _DIMENSIONS = ("out", "in", "taps")
@@ -61,12 +60,15 @@ class MetaCurvature(Stepwise):
             value = params[name]
             for key, size in zip(_keys(name), _sizes(value.shape), strict=False):
                 self.extra[key] = nn.Parameter(torch.eye(size, dtype=value.dtype, device=value.device))
+        self._machinery = _Curved(self)
 
+
+class _Curved(StepwiseMachinery):
     def path(
         self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """As `Stepwise.path`."""
-        params, rates = self._differentiable()
+        """As `StepwiseMachinery.path`."""
+        params, rates = self.differentiable()
         lr = self.lr_of(rates, tasks)
         late = [name for name in self.names if f"extra.{_keys(name)[0]}" not in rates]
         if late:
@@ -83,7 +85,7 @@ class MetaCurvature(Stepwise):
             moved = {}
             for name, value in g.items():
                 matrices = [rates[f"extra.{key}"] for key in _keys(name) if f"extra.{key}" in rates]
-                curved = transformed(value.detach() if self.order == "first" else value, matrices)
+                curved = transformed(value.detach() if options.order == "first" else value, matrices)
                 rate = alpha[name] if isinstance(alpha, Mapping) else alpha
                 # a rate of full rank has one row, this step's, before what belongs to tasks
                 rate = rate[0] if isinstance(rate, Tensor) and rate.dim() else rate

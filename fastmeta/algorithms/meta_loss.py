@@ -4,13 +4,14 @@ scales them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
+from fastmeta.algorithms.learner import Learner
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import Replay
@@ -24,9 +25,6 @@ from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ordinary import savable
 from fastmeta.problem import Captures, Result
-
-if TYPE_CHECKING:
-    from fastmeta.algorithms.maml import MAML
 
 _WRT = {
     (params, rates): frozenset(["params"] * params + ["lr"] * rates)
@@ -42,36 +40,48 @@ class Leaves(NamedTuple):
     wrt: frozenset[str]  # "params", "lr"
 
 
-def meta_loss(maml: MAML, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and
     wanted."""
-    params, rates = maml.meta_parameters()
+    params, rates = learner.meta_parameters()
     if not torch.is_grad_enabled():
-        call = maml.prepare(params, rates, tensors, support_per_step)
-        return found_in(settled(maml.who, maml.on_divergence, call, call.solve()))
-    leaves, wrt = leaves_of(maml, params, rates)
+        call = learner.prepare(params, rates, tensors, support_per_step)
+        return found_in(settled(learner.who, learner.on_divergence, call, call.solve()))
+    leaves, wrt = leaves_of(learner, params, rates)
     inputs = inputs_of(tensors)
     if inputs:
         wrt = wrt.union(inputs) - {"task_weights"}
-    flat = maml.flat
-    aliases = None if flat is None else maml.aliases()
-    call = maml.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
+    flat = learner.flat
+    aliases = None if flat is None else learner.aliases()
+    call = learner.prepare(params, rates, tensors, support_per_step, wrt, again.captures_of(True, aliases))
     run = None if call.plan.program is not None else again_of(call)
-    found = settled(maml.who, maml.on_divergence, call, call.solve())
+    found = settled(learner.who, learner.on_divergence, call, call.solve())
     loss, task_losses, output = found_in(found)
     result = found.result
     captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
     if leaves or inputs or captured:
-        gradients = [flat_gradient(maml, call, result)] if leaves else []
+        gradients = [flat_gradient(learner, call, result)] if leaves else []
         if inputs:
             gradients += [
                 found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
                 for field in inputs
             ]
-        how = call.options, maml.net, maml.loss, maml.query_loss, maml.lr_of, wrt, run, flat
-        own = None if flat is None else (params, rates)
-        parts = tuple([read.part for read in captured]) if captured else ()
-        recipe = Recipe(*how, tuple(params), tuple(rates), inputs, parts, own, found.rest is None)
+        recipe = Recipe(
+            options=call.options,
+            net=learner.net,
+            loss=learner.loss,
+            query_loss=learner.query_loss,
+            lr_of=learner.lr_of,
+            wrt=wrt,
+            rerun=run,
+            flat=flat,
+            names=tuple(params),
+            keys=tuple(rates),
+            inputs=inputs,
+            parts=tuple([read.part for read in captured]) if captured else (),
+            own=None if flat is None else (params, rates),
+            whole=found.rest is None,
+        )
         loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
     return loss, task_losses, output
 
@@ -84,14 +94,14 @@ def again_of(call: Call) -> tuple[Replay, torch.dtype | None] | None:
     return Replay(RandomState.of(call.problem)), autocast_dtype(call.plan.shapes.device)
 
 
-def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
+def leaves_of(learner: Learner, params: dict[str, Tensor], rates: dict[str, Tensor]) -> Leaves:
     """What a backward pass fills the gradients of.
 
     Args:
-        maml: the module.
+        learner: the algorithm.
         params, rates: its `meta_parameters`.
     """
-    flat = maml.flat
+    flat = learner.flat
     if flat is not None:
         return Leaves([flat.vector], _WRT[bool(flat.names), bool(flat.keys)])
     leaves = [*params.values()]
@@ -102,14 +112,14 @@ def leaves_of(maml: MAML, params: dict[str, Tensor], rates: dict[str, Tensor]) -
     return Leaves((leaves if has_params else []) + [*rates.values()] * has_rates, _WRT[has_params, has_rates])
 
 
-def flat_gradient(maml: MAML, call: Call, result: Result) -> Tensor:
+def flat_gradient(learner: Learner, call: Call, result: Result) -> Tensor:
     """The gradients of all leaves in one vector, in their order."""
-    grads, flat = result.grads, maml.flat
+    grads, flat = result.grads, learner.flat
     whole = grads.flat_params if call.problem.prefer_flat else None
     if grads.lr is None and whole is not None:
         return whole
     params = grads.params or {}
-    rates = {} if grads.lr is None else maml.inner_lrs.by_key(call.plan.rates.fold(grads.lr, call.lr))
+    rates = {} if grads.lr is None else learner.inner_lrs.by_key(call.plan.rates.fold(grads.lr, call.lr))
     parts = [params[name] for name in (params if flat is None else flat.names)] if whole is None else [whole]
     parts += [rates[key] for key in (rates if flat is None else flat.keys)]
     return torch.cat([part.reshape(-1) for part in parts])

@@ -4,6 +4,7 @@ costs."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -24,8 +25,8 @@ class ParameterTable:
         "_children",
         "_entries",
         "_module",
-        "_module_dicts",
-        "_parameter_dicts",
+        "_module_views",
+        "_parameter_views",
         "_places",
         "named",
         "recurrent",
@@ -41,7 +42,7 @@ class ParameterTable:
             return self._current()
 
     def _current(self) -> dict[str, Tensor]:
-        entries = [entry for own in self._parameter_dicts for entry in own.values()]
+        entries = [*chain.from_iterable(self._parameter_views)]
         if (
             self.modules_replaced()
             or len(entries) != len(self._entries)
@@ -52,7 +53,7 @@ class ParameterTable:
 
     def modules_replaced(self) -> bool:
         """Whether a submodule was replaced, added or removed since this was read."""
-        children = [child for own in self._module_dicts for child in own.values()]
+        children = [*chain.from_iterable(self._module_views)]
         return len(children) != len(self._children) or not all(map(is_, children, self._children))
 
     def without_modules(self) -> dict[str, Tensor]:
@@ -62,10 +63,11 @@ class ParameterTable:
 
     def _read(self) -> None:
         modules = list(self._module.modules())
-        self._module_dicts = [module._modules for module in modules]
-        self._parameter_dicts = [module._parameters for module in modules]
-        self._children = [child for own in self._module_dicts for child in own.values()]
-        self._entries = [entry for own in self._parameter_dicts for entry in own.values()]
+        # views follow what becomes of their dicts, and are quicker to go through
+        self._module_views = [module._modules.values() for module in modules]
+        self._parameter_views = [module._parameters.values() for module in modules]
+        self._children = [*chain.from_iterable(self._module_views)]
+        self._entries = [*chain.from_iterable(self._parameter_views)]
         self.named: dict[str, Tensor] = dict(self._module.named_parameters())
         self._places: list[tuple[str, Mapping[str, Any], str]] = []
         for name in self.named:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -10,25 +10,7 @@ from fastmeta.algorithms.maml import MAML
 from fastmeta.ops.rates import Rates
 
 
-class _Relative(MAML):
-    """`MAML` with some options fixed."""
-
-    fixed: ClassVar[dict[str, str]] = {}
-
-    def __init__(
-        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
-    ) -> None:
-        for name, value in self.fixed.items():
-            if name in options:
-                raise TypeError(
-                    f"{self.who}: `{name}` is no argument, {self.who} is MAML with {name}={value!r}"
-                )
-        super().__init__(
-            net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **{**options, **self.fixed}
-        )
-
-
-class FOMAML(_Relative):
+class FOMAML(MAML):
     """First-order MAML: the meta-gradient is the query gradient at the adapted parameters.
 
     Args:
@@ -38,10 +20,15 @@ class FOMAML(_Relative):
     """
 
     who = "FOMAML"
-    fixed: ClassVar[dict[str, str]] = {"order": "first"}
+
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
+        options = _with(self.who, options, order="first")
+        super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
 
 
-class ANIL(_Relative):
+class ANIL(MAML):
     """Almost no inner loop: the inner loop adapts the head only, the last layer with parameters.
 
     The gradient of the body is exact through the adaptation of the head. For a head of several
@@ -54,10 +41,15 @@ class ANIL(_Relative):
     """
 
     who = "ANIL"
-    fixed: ClassVar[dict[str, str]] = {"adapt": "head"}
+
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
+        options = _with(self.who, options, adapt="head")
+        super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
 
 
-class BOIL(_Relative):
+class BOIL(MAML):
     """Body only update in inner loop: everything adapts but the head, which the outer loop alone
     moves.
 
@@ -71,10 +63,15 @@ class BOIL(_Relative):
     """
 
     who = "BOIL"
-    fixed: ClassVar[dict[str, str]] = {"adapt": "body"}
+
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
+        options = _with(self.who, options, adapt="body")
+        super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
 
 
-class MetaSGD(_Relative):
+class MetaSGD(MAML):
     """Meta-SGD: a learned inner learning rate, of any sign, for every scalar weight.
 
     Args:
@@ -86,4 +83,21 @@ class MetaSGD(_Relative):
     """
 
     who = "MetaSGD"
-    fixed: ClassVar[dict[str, str]] = {"learn_lr": "element"}
+
+    def __init__(
+        self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
+    ) -> None:
+        options = _with(self.who, options, learn_lr="element")
+        super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
+
+
+def _with(who: str, options: dict[str, Any], **fixed: str) -> dict[str, Any]:
+    """`options` with those that an algorithm fixes.
+
+    Raises:
+        TypeError: one of these was given.
+    """
+    for name, value in fixed.items():
+        if name in options:
+            raise TypeError(f"{who}: `{name}` is no argument, {who} is MAML with {name}={value!r}")
+    return {**options, **fixed}

@@ -74,11 +74,19 @@ class Reptile(InnerLoop):
         check_flag(self.who, "normalise", normalise)
         check_choice(self.who, on_divergence)
         super().__init__(
-            net, loss, inner_lr, inner_steps, adapt, weight_norm, update_rule, batch_stats, backend
+            net,
+            loss=loss,
+            inner_lr=inner_lr,
+            inner_steps=inner_steps,
+            adapt=adapt,
+            weight_norm=weight_norm,
+            update_rule=update_rule,
+            batch_stats=batch_stats,
+            backend=backend,
         )
         self.normalise = normalise
         self.on_divergence = on_divergence
-        self._scale()
+        _scale(self)
 
     @eager
     def forward(
@@ -114,9 +122,9 @@ class Reptile(InnerLoop):
         """
         tensors = Tensors(support_x, support_y, support_weights, task_weights=task_weights)
         check_no_gradients(self.who, tensors)
-        scale = self._scale()
-        adapted = self.adapted(self.who, tensors, self.inner_steps, support_per_step)
-        params = self.parameters_by_name()
+        scale, own = _scale(self), self._machinery
+        adapted = own.adapted(self.who, tensors, self.inner_steps, support_per_step)
+        params = own.params()
         with torch.no_grad():
             way = {name: scale * (value - adapted[name]) for name, value in params.items()}  # [T, *shape]
             squares = [d.reshape(len(d), -1).square().sum(1) for d in way.values()]
@@ -135,13 +143,14 @@ class Reptile(InnerLoop):
             loss = attached(loss, {name: torch.tensordot(weights, d, 1) for name, d in way.items()}, params)
         return ReptileLoss(loss, task_losses, adapted)
 
-    def _scale(self) -> float:
-        """1, or 1 / (inner_lr * inner_steps)."""
-        if not self.normalise:
-            return 1.0
-        rate = self.inner_lrs.number
-        if not rate or not self.inner_steps:
-            given = self.inner_steps if rate else "zero" if rate is not None else "tensors"
-            which = argument(self.who, "steps" if rate else "lr")
-            raise ValueError(f"{which} must be a number other than zero with `normalise`, got {given}")
-        return 1 / (rate * self.inner_steps)
+
+def _scale(reptile: Reptile) -> float:
+    """1, or 1 / (inner_lr * inner_steps)."""
+    if not reptile.normalise:
+        return 1.0
+    who, rate, steps = reptile.who, reptile.inner_lrs.number, reptile.inner_steps
+    if not rate or not steps:
+        given = steps if rate else "zero" if rate is not None else "tensors"
+        which = argument(who, "steps" if rate else "lr")
+        raise ValueError(f"{which} must be a number other than zero with `normalise`, got {given}")
+    return 1 / (rate * steps)

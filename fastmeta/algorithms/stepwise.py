@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.machinery import MAMLMachinery
+from fastmeta.algorithms.maml import MAML, MetaLoss, checked
 from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, input_gradient, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.backends._captured import leaves_behind
 from fastmeta.network.swap import locked
-from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import all_finite, leave_out, looked_for
@@ -28,46 +28,30 @@ if TYPE_CHECKING:
 
 
 class Stepwise(MAML):
-    """A base class: `MAML` whose subclass says in `path` how theta_0 becomes theta_K.
+    """A base class: `MAML` whose machinery says in `path` how theta_0 becomes theta_K.
 
     Autograd links the steps. It keeps every theta_k, not what is inside a step, which its backward
     pass runs again.
 
-    Meta-parameters besides those of the network and the rates are in `extra`.
-
     Args:
         net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one
             call to the next.
+
+    Attributes:
+        extra: the meta-parameters besides those of the network and the rates.
     """
+
+    extra: nn.ParameterDict
+    _machinery: StepwiseMachinery
 
     @locked
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
         self.extra = nn.ParameterDict()
-        self._extra = ParameterTable(self.extra)
         if self.update_rule.momentum:
             raise ValueError(
                 f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}"
             )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapted parameters, as the network is frozen now."""
-        return adapted_names(self.who, self.net, self.adapts)
-
-    def path(
-        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """theta_0 .. theta_K, with their graph where gradients are on.
-
-        Args:
-            options: of one inner step.
-            support: x, y and weights.
-            steps: K.
-            per_step: there is a support set of its own for every step.
-            tasks: the numbers of the tasks that these are of all; None: they are all.
-        """
-        raise NotImplementedError
 
     @eager
     def forward(
@@ -86,25 +70,25 @@ class Stepwise(MAML):
         tensors = Tensors(
             support_x, support_y, support_weights, query_x, query_y, query_weights, task_weights
         )
-        self.prepare(
-            *self.meta_parameters(), tensors, support_per_step
-        )  # checks everything before the first step
-        if looked_for(self.on_divergence, support_x.is_cpu, task_weights):
-            return self.checked(self._settled(tensors, support_per_step), task_weights)
-        return self.checked(self._chain(tensors, support_per_step), task_weights)
+        own = self._machinery
+        # checks everything before the first step
+        own.prepare(*own.meta_parameters(), tensors, support_per_step)
+        watched = looked_for(self.on_divergence, support_x.is_cpu, task_weights)
+        out = (own.settled if watched else own.chain)(tensors, support_per_step)
+        return checked(out, self.who, self.on_divergence, task_weights)
 
     @eager
     def adapt(
         self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop; as `MAML.adapt`."""
-        who = f"{self.who}.adapt"
+        who, own = f"{self.who}.adapt", self._machinery
         steps = self.inner_steps if steps is None else steps
-        options = self._options(who)._replace(steps=steps, step_weights=None)
+        options = own.options(who)._replace(steps=steps, step_weights=None)
         check_options(options)
         support = Tensors(x, y, weights)
-        prepare(options, self.net, self.meta_parameters()[0], support, self.loss, None, 0.0)
-        *_, theta = self.path(self._step(), support, steps, False)
+        prepare(options, self.net, own.meta_parameters()[0], support, self.loss, None, 0.0)
+        *_, theta = own.path(own.step(), support, steps, False)
         shapes = {name: value.shape for name, value in self.net.named_parameters()}
         return {n: v.expand(len(x), *v.shape) if v.shape == shapes[n] else v for n, v in theta.items()}
 
@@ -115,22 +99,50 @@ class Stepwise(MAML):
         weights = self.step_weights or (1.0,)
         return in_steps(super().explain(*args, **kwargs), sum(weight != 0 for weight in weights[:-1]) + 1)
 
+
+class StepwiseMachinery(MAMLMachinery):
+    """`MAMLMachinery` with extra meta-parameters, and the chain of steps."""
+
+    def bind(self, module: Any) -> None:
+        """As `Machinery.bind`."""
+        super().bind(module)
+        self.extra = ParameterTable(module.extra)
+
+    def path(
+        self, options: Options, support: Tensors, steps: int, per_step: bool, tasks: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """theta_0 .. theta_K, with their graph where gradients are on.
+
+        Args:
+            options: of one inner step.
+            support: x, y and weights.
+            steps: K.
+            per_step: there is a support set of its own for every step.
+            tasks: the numbers of the tasks that these are of all; None: they are all.
+        """
+        raise NotImplementedError
+
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As `MAML.meta_parameters`; the extra ones are among the rates, under keys that no rate
-        has."""
-        rates = {} if self._rates is None else self._rates.current()
-        extra = {f"extra.{key}": value for key, value in self._extra.current().items()}
-        params, rates = self._params.current(), {**rates, **extra}
+        """As `MAMLMachinery.meta_parameters`; the extra ones are among the rates, under keys that
+        no rate has."""
+        rates = {} if self.rates is None else self.rates.current()
+        extra = {f"extra.{key}": value for key, value in self.extra.current().items()}
+        params, rates = self.params.current(), {**rates, **extra}
         if check and self.flat is not None:
             self.flat.check(params, rates)
         return params, rates
 
-    def _chain(self, tensors: Tensors, per_step: bool, tasks: Tensor | None = None) -> MetaLoss:
+    def step(self) -> Options:
+        """The options of one inner step."""
+        return self.options(self.who)._replace(steps=1, step_weights=None)
+
+    def chain(self, tensors: Tensors, per_step: bool, tasks: Tensor | None = None) -> MetaLoss:
         """All steps and query losses, `loss` with its graph; of `tasks`, as in `path`."""
         support = Tensors(tensors.support_x, tensors.support_y, tensors.support_weights)
-        last = self.inner_steps
-        weights = self.step_weights or (0.0,) * last + (1.0,)
-        path = self.path(self._step(), support, last, per_step, tasks)
+        module = self.module
+        last = module.inner_steps
+        weights = module.step_weights or (0.0,) * last + (1.0,)
+        path = self.path(self.step(), support, last, per_step, tasks)
         parts = [
             (weight, self._query(theta, tensors))
             for k, (weight, theta) in enumerate(zip(weights, path, strict=True))
@@ -140,7 +152,7 @@ class Stepwise(MAML):
         task_losses = torch.stack([weight * part.task_losses for weight, part in parts]).sum(0)
         return MetaLoss(loss, task_losses, parts[-1][1].output)
 
-    def _settled(self, tensors: Tensors, per_step: bool) -> MetaLoss:
+    def settled(self, tensors: Tensors, per_step: bool) -> MetaLoss:
         """As `_chain`, without tasks that diverged: the gradients have to be there to be looked
         at."""
         leaves, inputs = [], []
@@ -155,7 +167,7 @@ class Stepwise(MAML):
             part = tensors
             if tasks is not None:
                 part = Tensors(*[None if x is None else x.index_select(0, tasks) for x in tensors])
-            out = self._chain(part, per_step, tasks)
+            out = self.chain(part, per_step, tasks)
             known = {id(leaf) for leaf in (*leaves, *inputs)}
             captured.extend(leaf for leaf in leaves_behind(out.loss) if id(leaf) not in known)
             captured[:] = {id(leaf): leaf for leaf in captured}.values()
@@ -175,10 +187,6 @@ class Stepwise(MAML):
             output = output.index_copy(0, rest.tasks, part.output)
         return MetaLoss(attached_to(loss, found, leaves, [*inputs, *captured]), task_losses, output)
 
-    def _step(self) -> Options:
-        """The options of one inner step."""
-        return self._options(self.who)._replace(steps=1, step_weights=None)
-
     def _query(self, theta: dict[str, Tensor], tensors: Tensors) -> MetaLoss:
         """The query losses at theta, `loss` with its graph."""
         query = tensors._replace(support_x=None, support_y=None, support_weights=None)
@@ -186,7 +194,7 @@ class Stepwise(MAML):
         fields = inputs_of(query) if grad else []
         wanted = grad and any(value.requires_grad for value in theta.values())
         wrt = frozenset(["params"] * wanted + fields) - {"task_weights"}
-        options = self._step()._replace(steps=0)
+        options = self.step()._replace(steps=0)
         aliases = self.aliases()
         captures = captures_of(True, aliases) if grad else None
         call = prepare(options, self.net, theta, query, None, self.query_loss, 0.0, wrt, captures=captures)
@@ -198,16 +206,24 @@ class Stepwise(MAML):
             params = result.grads.params or {}
             gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
             gradients += [input_gradient(field, result) for field in fields]
-            how = options, self.net, None, self.query_loss, lambda rates: 0.0, wrt, run, None
-            recipe = Recipe(*how, tuple(theta), (), fields, tuple(read.part for read in captured), None)
+            recipe = Recipe(
+                options=options,
+                net=self.net,
+                loss=None,
+                query_loss=self.query_loss,
+                lr_of=lambda rates: 0.0,
+                wrt=wrt,
+                rerun=run,
+                flat=None,
+                names=tuple(theta),
+                keys=(),
+                inputs=fields,
+                parts=tuple(read.part for read in captured),
+                own=None,
+            )
             leaves = [*theta.values()] if wanted else []
             loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)
         return MetaLoss(loss, task_losses, output)
-
-    def _start(self) -> None:
-        super()._start()
-        if hasattr(self, "extra"):  # in a copy; __init__ makes it after the base class has started
-            self._extra = ParameterTable(self.extra)
 
 
 @dataclass(slots=True)

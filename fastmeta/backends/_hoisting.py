@@ -62,10 +62,10 @@ class Hoisted:
         """The body's output for the examples of one pass; with a cotangent its way back."""
         names = [name for name, _ in self.halves.body.params]
         return Problem(
-            problem.net,
-            {name: problem.params[name] for name in names},
-            problem.per_task.intersection(names),
-            problem.tasks,
+            net=problem.net,
+            params={name: problem.params[name] for name in names},
+            per_task=problem.per_task.intersection(names),
+            tasks=problem.tasks,
             steps=0,
             query=Batch(_inputs(problem, run.role)),
             memory=problem.memory,

@@ -16,7 +16,8 @@ from fastmeta.benchmark import check, cost, machine, memory
 from fastmeta.benchmark.peers import NOOP, OURS, PEERS, Prepared
 from fastmeta.benchmark.rows import Row
 from fastmeta.benchmark.timing import Protocol, Times, measure
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.errors import BackendUnavailable
 
 Say = Callable[[str], None]

@@ -23,7 +23,8 @@ from fastmeta.benchmark.memory import ALLOCATOR
 from fastmeta.benchmark.peers import Peer
 from fastmeta.benchmark.peers.autograd_loop import AutogradLoop
 from fastmeta.benchmark.peers.ours import MetaGradientPeer
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 
 WORKLOAD = "transformer"
 STEPS = (1, 5, 20)

@@ -11,7 +11,7 @@ import torch
 
 from fastmeta.benchmark import machine
 from fastmeta.benchmark.peers import PEERS
-from fastmeta.cases import WORKLOADS
+from fastmeta.cases.workloads import WORKLOADS
 
 #: glibc gives memory back to the system as soon as it is free, so that the high water is that of
 #: what is in use.

@@ -15,7 +15,8 @@ from fastmeta.benchmark.cost import flops
 from fastmeta.benchmark.peers import Prepared
 from fastmeta.benchmark.peers.ours import MetaGradientPeer
 from fastmeta.benchmark.timing import Protocol, measure
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 
 #: What second order may cost, in units of first order: docs/architecture.md, "Cost".
 LIMITS = {"store": 3.0, "recompute": 4.0}

@@ -12,34 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Every element-wise layer by name.
+from fastmeta.cases.case import Case
+from fastmeta.layers.functions import FUNCTIONS
+
+#: Every element-wise layer that is a module, by name.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-    "elu": lambda: nn.ELU(1.3),
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "softplus": lambda: nn.Softplus(beta=1.5, threshold=20.0),
-    "sin": lambda: Sine(2.0),
+    name: row.module for name, row in FUNCTIONS.items() if row.make is not None or row.modules
 }
-
-#: Those whose first or second derivative jumps at zero: two correct float32 runs may fall on two
-#: sides of it.
-KINKED = frozenset({"relu", "leaky_relu", "elu"})
-
-
-class Sine(nn.Module):
-    """sin(w0 * x), the activation of SIREN."""
-
-    def __init__(self, w0: float) -> None:
-        super().__init__()
-        self.w0 = w0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(self.w0 * x)
 
 
 class Residual(nn.Module):
@@ -88,6 +67,13 @@ def half_frozen_norms() -> nn.Module:
     return nn.Sequential(
         *images, nn.Linear(12, 9), norms[2], nn.Tanh(), nn.Linear(9, 9), norms[3], nn.Linear(9, 3)
     )
+
+
+def frozen(norm: Callable[[], nn.modules.batchnorm._BatchNorm]) -> nn.Module:
+    """A batch norm in eval mode, with running statistics of its own."""
+    made = norm()
+    _freeze([made])
+    return made
 
 
 def _freeze(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
@@ -156,6 +142,14 @@ def mlp(
             layers.append(NORMS[norm](outputs))
         layers.append(ACTIVATIONS[activation]())
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=bias))
+
+
+def mlp_case(widths: Sequence[int], activation: str = "tanh", **options: object) -> Case:
+    """A case of an MLP, labelled by its widths and activation."""
+    label = f"{activation}-{'x'.join(map(str, widths))}"
+    # two correct float32 runs may fall on two sides of a kink
+    kinks = bool(FUNCTIONS[activation].kinks)
+    return Case(label, partial(mlp, tuple(widths), activation), (widths[0],), kinks=kinks, **options)  # type: ignore[arg-type]
 
 
 def normed_rows() -> nn.Sequential:

@@ -1,60 +1,23 @@
 """The cases that every backend is verified on: small, not round, and together through every layer
-and option."""
+and option. Those of one layer kind stand in its record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
-from torch import nn
-
 from fastmeta.cases.case import RATES, Case
-from fastmeta.cases.convolutional import convolutions, first_layers, norms, pooled_norms, pools
 from fastmeta.cases.losses import LOSSES
-from fastmeta.cases.networks import (
-    ACTIVATIONS,
-    KINKED,
-    HalfNorms,
-    Residual,
-    Tied,
-    grid,
-    half_frozen_norms,
-    half_frozen_norms_mlp,
-    mlp,
-    normed_rows,
-    segments,
-    sequence,
-)
+from fastmeta.cases.networks import HalfNorms, grid, mlp, mlp_case, normed_rows, segments, sequence
+from fastmeta.layers.registry import KINDS
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
 
 
-def _mlp(widths: Sequence[int], activation: str = "tanh", **options: object) -> Case:
-    """A case of an MLP, labelled by its widths and activation."""
-    label = f"{activation}-{'x'.join(map(str, widths))}"
-    kinks = activation in KINKED
-    return Case(label, partial(mlp, tuple(widths), activation), (widths[0],), kinks=kinks, **options)  # type: ignore[arg-type]
-
-
-def _networks() -> Iterator[Case]:
-    for activation in ACTIVATIONS:
-        yield _mlp((3, 13, 7, 2), activation)
-    yield Case("no_bias", partial(mlp, (4, 13, 6, 3), "tanh", bias=False), (4,))
-    yield Case("tied", partial(Tied, 3, 13, 2), (3,))
-    yield Case("tied", partial(Tied, 3, 9, 2), (3,), memory="recompute", steps=3)
-    yield Case("residual", partial(Residual, 3, 13, 5, ACTIVATIONS["silu"]), (3,), loss="ce")
-    yield Case("residual_relu", partial(Residual, 3, 13, 5, ACTIVATIONS["relu"]), (3,), kinks=True)
-    yield Case("image", partial(mlp, (25, 13, 5), "tanh", flatten=True), (1, 5, 5), loss="ce")
-    yield Case("rows", partial(mlp, (3, 13, 2), "tanh"), (4, 3))
-    yield Case("rows", partial(mlp, (3, 13, 2), "gelu"), (2, 2, 3), steps=1)
-    yield Case("linear", lambda: nn.Linear(6, 3), (6,))
-    yield Case("sigmoid_head", lambda: nn.Sequential(nn.Linear(3, 5), nn.Sigmoid()), (3,))
-
-
 def _shapes() -> Iterator[Case]:
     for widths in ((1, 16, 16, 1), (2, 48, 1), (5, 64, 64, 5), (5, 65, 17, 3), (7, 100, 20)):
-        yield _mlp(widths)
-    yield _mlp((1, 40, 40, 1), "relu", tasks=4, shots=10, queries=10, steps=5, lr=0.01)
+        yield mlp_case(widths)
+    yield mlp_case((1, 40, 40, 1), "relu", tasks=4, shots=10, queries=10, steps=5, lr=0.01)
     yield _SMOOTH(tasks=1)
     yield _SMOOTH(shots=1, queries=1)
     yield _SMOOTH(tasks=1, shots=1, queries=1, steps=1)
@@ -67,7 +30,7 @@ def _shapes() -> Iterator[Case]:
 
 def _wide() -> Iterator[Case]:
     """A first layer wide enough for its weights' change to be kept as factors."""
-    wide = partial(_mlp, (300, 61, 13, 3), lr=0.003, wrt_inputs=False)
+    wide = partial(mlp_case, (300, 61, 13, 3), lr=0.003, wrt_inputs=False)
     yield wide()
     yield wide("relu", loss="ce", memory="recompute", steps=3)
     yield wide(tasks=18, shots=3, queries=2)
@@ -82,22 +45,10 @@ def _wide() -> Iterator[Case]:
     yield Case("wide_rows", partial(mlp, (272, 64, 2), "tanh"), (3, 272), lr=0.003, wrt_inputs=False)
 
 
-def _normed() -> Iterator[Case]:
-    """Norms between linear layers, and of rows of several features."""
-    for norm, widths in (("bn", (3, 15, 13, 5)), ("ln", (3, 15, 13, 5)), ("gn", (3, 30, 26, 5))):
-        net = partial(Case, f"{norm}_mlp", partial(mlp, widths, "tanh", norm=norm), (3,), loss="ce")
-        yield net()
-        yield net(memory="recompute", steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05)
-        yield net(order="first", step_weights=True, weighted="sqt", per_task="some")
-        yield net(operator="inner_sgd", rates="head", per_step=True)
-    yield Case("bn_relu_mlp", partial(mlp, (3, 15, 13, 5), "relu", norm="bn"), (3,), loss="ce", kinks=True)
-    yield Case("bn_gelu_mlp", partial(mlp, (3, 15, 5), "gelu", norm="bn_plain"), (3,), shots=33, queries=21)
-    yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
+def _together() -> Iterator[Case]:
+    """Several norms in one network."""
     yield Case("rows_normed", normed_rows, (6, 4))
     yield Case("half_norms", HalfNorms, (13,), loss="ce")
-    half = partial(Case, loss="ce", batch_stats="module", tasks=2, shots=4, queries=3)
-    yield half("half_frozen_norms", half_frozen_norms_mlp, (3,), rates="rows", memory="recompute")
-    yield half("half_frozen_image_norms", half_frozen_norms, (2, 5, 4))
 
 
 def _losses() -> Iterator[Case]:
@@ -142,7 +93,7 @@ def _options() -> Iterator[Case]:
     for own in ("all", "some"):
         yield _SMOOTH(per_task=own)
         yield _SMOOTH(per_task=own, rates="element", order="first")
-    yield _mlp(
+    yield mlp_case(
         (3, 13, 13, 5), "relu", weighted="sqt", rates="element", momentum=0.5, step_weights=True, loss="ce"
     )
 
@@ -169,8 +120,9 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 def _all() -> Iterator[Case]:
-    images = (convolutions, norms, pooled_norms, first_layers, pools)
-    for family in (_networks, _shapes, _wide, _normed, *images, _losses, _positions, _options, _operators):
+    for kind in KINDS.values():
+        yield from kind.cases()
+    for family in (_shapes, _wide, _together, _losses, _positions, _options, _operators):
         yield from family()
 
 

@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, engine, machine, run, write_chart, write_csv
-from fastmeta.cases import WORKLOADS
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.cli import folder
+from fastmeta.cli.bench_layers import bench_layers
 from fastmeta.cli.files import told
+from fastmeta.layers.registry import KINDS
 
 #: Columns of the tables where the output is no terminal.
 WIDTH = 128
@@ -36,6 +38,15 @@ BUSY = 0.15
     "--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise."
 )
 @click.option("--out", type=folder.Folder(), default=Path("runs/bench"))
+@click.option(
+    "--layer",
+    "layers",
+    type=click.Choice(list(KINDS)),
+    multiple=True,
+    help="Instead of workloads and peers: fastmeta on the cases of this layer kind; repeatable.",
+)
+@click.option("--backend", default="auto", help="With --layer: the backend.")
+@click.option("--base", default="", help="With --layer: a commit, or a layers.csv, to compare with.")
 def bench(
     workloads: tuple[str, ...],
     tasks: tuple[int, ...],
@@ -45,15 +56,30 @@ def bench(
     peers: str,
     quick: bool,
     out: Path,
+    layers: tuple[str, ...],
+    backend: str,
+    base: str,
 ) -> None:
     """Time the meta-gradient of fastmeta and of other libraries in one process on the same tensors.
 
     Every peer's result is compared with the float64 reference first; one that is wrong is not
     timed. Writes bench.csv and bench.png. Exit code 1 if fastmeta itself was wrong or broke.
+
+    With --layer: the time of the forward pass and of all gradients of each case of a layer kind,
+    beside that of another commit or of an earlier layers.csv. Writes layers.csv.
     """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    if layers:
+        if workloads or peers or shots or steps or len(tasks) > 1:
+            raise click.UsageError(
+                "--layer goes with --tasks (once), --threads, --quick, --backend and --base"
+            )
+        bench_layers(console, layers, backend, tasks, threads, quick, base, out)
+        return
+    if base or backend != "auto":
+        raise click.UsageError("--base and --backend go with --layer")
     names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:

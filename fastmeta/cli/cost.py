@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastmeta import backends
 from fastmeta.benchmark import QUICK, Protocol, inner_memory, machine, orders, write_csv
-from fastmeta.cases import WORKLOADS
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.cli import folder
 from fastmeta.cli.files import told
 

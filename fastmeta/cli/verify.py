@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -13,9 +15,12 @@ from rich.progress import track
 from rich.table import Table
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.layers.registry import KINDS
 from fastmeta.verify import DTYPES, Row, present
 from fastmeta.verify import verify_case as run_case
+from fastmeta.verify.layer import examples
+from fastmeta.verify.layer import verify_example as run_layer
 
 
 @click.command()
@@ -26,34 +31,52 @@ from fastmeta.verify import verify_case as run_case
     "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable."
 )
 @click.option("--case", "pattern", default="", help="Only cases whose name contains this.")
+@click.option(
+    "--layer",
+    "layers",
+    type=click.Choice(list(KINDS)),
+    multiple=True,
+    help="Instead of the cases: layers of this kind alone; repeatable.",
+)
 @click.option("--all", "every", is_flag=True, help="A line for every comparison too.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and stop.")
 def verify(
-    names: tuple[str, ...], dtypes: tuple[str, ...], pattern: str, every: bool, only_list: bool
+    names: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    pattern: str,
+    layers: tuple[str, ...],
+    every: bool,
+    only_list: bool,
 ) -> None:
     """Compare every backend present, in value and in every gradient, with the float64 reference.
 
     In float64 the relative error may be 1e-9; in float32 twice the error that PyTorch itself makes,
     plus 4 eps (4.8e-7). Exit code 1 if anything fails.
+
+    With --layer the layers of a kind are compared one by one, each of their four functions with
+    torch.func: forward, vjp, jvp, and the jvp of the vjp.
     """
     console = Console()
-    cases = [case for case in VERIFICATION if pattern in case.id]
+    cases = {id: run for id, run in _cases(layers).items() if pattern in id}
     if not cases:
         raise click.UsageError(f"--case: no case has {pattern!r} in its name; --list shows them")
     if only_list:
-        for case in cases:
-            click.echo(case.id)
+        for id in cases:
+            click.echo(id)
         return
     for name in names:
         reason = backends.get(name).missing()
         if reason:
             raise click.ClickException(f"backend {name!r} cannot run here: {reason}")
     jobs = [
-        (case, name, dtype) for case in cases for name in names or present() for dtype in dtypes or DTYPES
+        partial(run, name, dtype)
+        for run in cases.values()
+        for name in names or present()
+        for dtype in dtypes or DTYPES
     ]
     rows: list[Row] = []
-    for case, name, dtype in track(jobs, "verifying", console=console):
-        rows += run_case(case, name, dtype)
+    for job in track(jobs, "verifying", console=console):
+        rows += job()
 
     console.print(_table(rows))
     failed = [row for row in rows if not row.passed]
@@ -68,6 +91,14 @@ def verify(
     console.print(f"{len(cases)} cases, {ran} comparisons, {len(failed)} failed, {skipped} calls skipped")
     if failed or not ran:
         raise click.exceptions.Exit(1)
+
+
+def _cases(layers: tuple[str, ...]) -> dict[str, Callable[[str, str], list[Row]]]:
+    """Name -> what gives the rows of a backend and a dtype: of the cases, or of layers alone."""
+    if not layers:
+        return {case.id: partial(run_case, case) for case in VERIFICATION}
+    chosen = [(kind, example) for kind in layers for example in examples(kind)]
+    return {f"{kind} {example.label}": partial(run_layer, kind, example) for kind, example in chosen}
 
 
 def _badness(row: Row) -> float:

@@ -7,6 +7,7 @@ from math import prod
 
 from fastmeta.graph.nodes import Graph, Node, Value
 from fastmeta.graph.program import Layer, Program
+from fastmeta.layers.kind import Order
 from fastmeta.layers.registry import KINDS
 
 
@@ -45,7 +46,7 @@ def lay_out(program: Program, output_channels: bool = False) -> Graph:
 
     place(0, _wanted(program, 0, output_channels))
     for output, layer in enumerate(program.layers, start=1):
-        order = KINDS[layer.kind].order
+        order = _order(program, layer)
         channels = order == "image"
         if order == "either" and layer.kind != "reshape":
             channels = next(iter(places[layer.inputs[0]]))
@@ -71,6 +72,10 @@ def layout(shape: tuple[int, ...], channels: bool) -> Value:
     return Value(prod(shape[1:]), shape[0], prod(shape[1:-1]), width, True)
 
 
+def _order(program: Program, layer: Layer) -> Order:
+    return KINDS[layer.kind].order_of(layer, *map(program.value_shape, layer.inputs))
+
+
 def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
     """A concat with the constant that kernels take, and whether it reads channels-last.
 
@@ -88,7 +93,7 @@ def _wanted(program: Program, value: int, output_channels: bool) -> bool:
     for output, layer in enumerate(program.layers, start=1):
         if same.isdisjoint(layer.inputs):
             continue
-        order = KINDS[layer.kind].order
+        order = _order(program, layer)
         if order != "either" or layer.kind == "reshape":
             return order == "image"
         same.add(output)

@@ -3,7 +3,7 @@ an image too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Refused, Value, integer
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 from fastmeta.layers.reshape import reshaped
 from fastmeta.layers.windows import as_image, constants, image, pooling, positions, two
 
@@ -92,6 +94,20 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     raise ValueError(f"avg_pool2d: no {list(windows)} windows fit into {list(x.shape)}: {layer}")
 
 
+def cases() -> Iterator[Case]:
+    """Windows side by side, overlapping, padded, with a divisor of their own, and adaptive."""
+    first = (conv(2, 5, 3, padding=1), nn.Tanh)
+    yield image_case("avg_pool", (2, 6, 7), *first, partial(nn.AvgPool2d, 2))
+    last = (conv(2, 5, 2), nn.Tanh)
+    up = partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True)
+    yield image_case("avg_pool_3_2", (2, 6, 7), up, *last)
+    inside = partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False)
+    yield image_case("avg_pool_inside", (2, 5, 5), inside, *last)
+    divided = partial(nn.AvgPool2d, 3, 1, divisor_override=7)
+    yield image_case("avg_pool_divisor", (2, 5, 5), *last, divided)
+    yield image_case("adaptive", (2, 7, 5), *first, partial(nn.AdaptiveAvgPool2d, (3, 2)))
+
+
 KIND = LayerKind(
     name="avg_pool2d",
     family="linear_map",
@@ -113,4 +129,13 @@ KIND = LayerKind(
         torch.mean: mean,
     },
     methods={"mean": mean},
+    examples=(
+        Example("side by side", partial(nn.AvgPool2d, 2), ((3, 6, 5),)),
+        Example("overlapping, padded", partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True), ((2, 6, 7),)),
+        Example("without padding", partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False), ((2, 5, 5),)),
+        Example("divisor", partial(nn.AvgPool2d, 3, 1, divisor_override=7), ((2, 4, 5),)),
+        Example("adaptive", partial(nn.AdaptiveAvgPool2d, (3, 2)), ((2, 7, 5),)),
+        Example("signal", partial(nn.AvgPool1d, 4, 3, 2), ((3, 9),)),
+    ),
+    cases=cases,
 )

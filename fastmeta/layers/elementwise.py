@@ -7,7 +7,7 @@ its own: gelu, whose `approximate` says which function it is, and arithmetic wit
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Functions, Methods, Modules, Refused, Value, number
+from fastmeta.cases.case import Case
+from fastmeta.cases.networks import ACTIVATIONS, mlp_case
 from fastmeta.graph.program import Layer
 from fastmeta.layers.functions import FUNCTIONS, added, function_of, tables
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Apply, Example, LayerKind
 
 
 def gelu(build: Builder, input: Any, *, approximate: str = "none") -> Value:
@@ -127,6 +129,46 @@ def kinks(layer: Layer, x: Tensor) -> Tensor:
     return torch.stack(found).min() if found else x.new_tensor(float("inf"))
 
 
+def cases() -> Iterator[Case]:
+    """Every function between linear layers, and one at the end."""
+    for name in ACTIVATIONS:
+        yield mlp_case((3, 13, 7, 2), name)
+    yield Case("sigmoid_head", lambda: nn.Sequential(nn.Linear(3, 5), nn.Sigmoid()), (3,))
+
+
+class AfterSum(nn.Module):
+    """A function of a sum, in whose kernel it cannot be: a layer of its own."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """[N, ...] and [N, ...] -> [N, ...]."""
+        return self.function(a + b)
+
+
+def _examples() -> Iterator[Example]:
+    """Every function with all of its tested constants: after a linear layer, whose kernel may apply
+    it; alone; and between two linear layers."""
+    for row in FUNCTIONS.values():
+        for constants in row.tested:
+            label = f"{row.name}{list(constants) if constants else ''}"
+            make = partial(Apply, row.forward, *constants)
+            yield Example(label, make, ((3, 5),), extra=True)
+            more = row.name not in ("relu", "tanh", "gelu")
+            yield Example(f"{label} alone", partial(_after_sum, make), ((13,), (13,)), extra=more)
+            yield Example(f"{label} between", partial(_before_linear, make), ((7,),))
+
+
+def _after_sum(make: Callable[[], nn.Module]) -> nn.Module:
+    return AfterSum(make())
+
+
+def _before_linear(make: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(make(), nn.Linear(7, 4))
+
+
 KIND = LayerKind(
     name="elementwise",
     family="pointwise",
@@ -136,4 +178,6 @@ KIND = LayerKind(
     functions=_FUNCTIONS,
     methods=_METHODS,
     kinks=kinks,
+    examples=tuple(_examples()),
+    cases=cases,
 )

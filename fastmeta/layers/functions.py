@@ -1,7 +1,7 @@
 """The functions of the layer kind `elementwise`: one row a function, with its forward.
 
 A row says everything in Python about a function; the formulas of its value and of its first two
-derivatives are in csrc/shared/functions.inl and kernels/elementwise.py.
+derivatives are in csrc/shared/functions.inl and kernels/functions.py.
 """
 
 from __future__ import annotations

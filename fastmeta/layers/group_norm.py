@@ -3,7 +3,7 @@ one a group."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Refused, Value, integer, number
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
-from fastmeta.layers.norms import affine, normalised
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
+from fastmeta.layers.norms import affine, image_cases, normalised, pooled, relu_cases, row_cases
 from fastmeta.layers.windows import image
 
 
@@ -69,6 +71,20 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 _ATTRIBUTES = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+def cases() -> Iterator[Case]:
+    """Some groups, one, and one for each channel; of rows and of images."""
+    yield from row_cases("gn", (3, 30, 26, 5))
+    yield from image_cases("gn2", partial(nn.GroupNorm, 2, 6))
+    yield from image_cases("gn1_plain", partial(nn.GroupNorm, 1, 6, affine=False))
+    yield from image_cases("in", partial(nn.InstanceNorm2d, 6, affine=True))
+    yield from relu_cases("gn", partial(nn.GroupNorm, 3, 6))
+    pooled = (nn.ReLU, partial(nn.MaxPool2d, 2), conv(6, 4, 2), nn.Tanh)
+    first = (conv(1, 6, 3, padding=1), partial(nn.GroupNorm, 3, 6), *pooled)
+    yield image_case("first_gn", (1, 7, 6), *first, wrt_inputs=False, kinks=True)
+
+
 KIND = LayerKind(
     name="group_norm",
     family="norm",
@@ -83,4 +99,14 @@ KIND = LayerKind(
     },
     functions={F.group_norm: group_norm, F.instance_norm: instance_norm},
     epilogue=True,
+    groups=lambda constants, size: int(constants[0]),
+    examples=(
+        Example("image", partial(nn.GroupNorm, 2, 6), ((6, 4, 3),)),
+        Example("rows", partial(nn.GroupNorm, 2, 6), ((6,),)),
+        Example("one group, plain", partial(nn.GroupNorm, 1, 5, affine=False), ((5, 3),)),
+        Example("a group for each channel", partial(nn.InstanceNorm2d, 4, affine=True), ((4, 3, 3),)),
+        Example("relu and max-pool after it", partial(pooled, partial(nn.GroupNorm, 3, 6)), ((6, 4, 5),)),
+        Example("between tanh", partial(tanh_around, partial(nn.GroupNorm, 2, 6)), ((6, 3),)),
+    ),
+    cases=cases,
 )

@@ -29,11 +29,13 @@ class Example:
         label: what is special about it.
         make: the layer as a module that is called with one tensor for each of its inputs.
         shapes: of the inputs, of one example each, without the batch dimension.
+        extra: others reach the same kernels: left out where a backend is slow to test.
     """
 
     label: str
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +55,13 @@ class LayerKind:
         matrix: the first parameter is a weight [O, I, *taps], and each element of the output is a
             product of one of its rows.
         constants: the least and the most numbers in `Layer.constants`.
-        order: in which order it reads its inputs.
+        order: in which order it reads its inputs; of some layers their shapes decide it:
+            `order(layer, *shapes)`.
         modules, functions, methods: what is captured as this kind; see `fastmeta.capture.kinds`.
         epilogue: its kernels can apply the element-wise layer after it.
         prologue: its kernels can go on to the gradient of the element-wise layer before it.
+        groups: of a norm, how many groups of values it makes of each example: `groups(constants,
+            size)`, the size in elements; None: a group for each channel, of the whole batch.
         reads_batch: whether what a layer makes of an example depends on the others of its batch:
             `reads_batch(layer)`; None: it never does.
         kinks: the distance of the nearest input from a point where a derivative jumps, of
@@ -75,17 +80,22 @@ class LayerKind:
     buffers: int = 0
     matrix: bool = False
     constants: tuple[int, int] = (0, 0)
-    order: Order = "either"
+    order: Order | Callable[..., Order] = "either"
     modules: Modules = field(default_factory=dict)
     functions: Functions = field(default_factory=dict)
     methods: Methods = field(default_factory=dict)
     epilogue: bool = False
     prologue: bool = False
+    groups: Callable[[tuple[float, ...], int], int] | None = None
     reads_batch: Callable[[Layer], bool] | None = None
     kinks: Callable[..., Tensor] | None = None
     refuses: Callable[[Layer, int], str] | None = None
     examples: tuple[Example, ...] = ()
     cases: Callable[[], Iterable[Case]] = tuple
+
+    def order_of(self, layer: Layer, *shapes: tuple[int, ...]) -> Order:
+        """In which order a layer reads inputs of these shapes, of one example each."""
+        return self.order(layer, *shapes) if callable(self.order) else self.order
 
 
 class Apply(nn.Module):
@@ -98,3 +108,8 @@ class Apply(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The function of the inputs, and of the constants after them."""
         return self.function(*inputs, *self.constants)
+
+
+def tanh_around(make: Callable[[], nn.Module]) -> nn.Module:
+    """A layer between two functions, for examples of kinds whose kernels take them over."""
+    return nn.Sequential(nn.Tanh(), make(), nn.Tanh())

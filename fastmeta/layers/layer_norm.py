@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Refused, Value, batched, integer, number
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import image_case
+from fastmeta.cases.networks import mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
-from fastmeta.layers.norms import affine, normalised
+from fastmeta.layers.kind import Example, LayerKind, tanh_around
+from fastmeta.layers.norms import affine, image_cases, normalised, row_cases
 
 
 def layer_norm(
@@ -37,6 +41,16 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return F.layer_norm(x.reshape(-1, size), (size,), weight, bias, eps).reshape(x.shape)
 
 
+def cases() -> Iterator[Case]:
+    """Over one dimension and over several, of rows, of images and of the input."""
+    yield from row_cases("ln", (3, 15, 13, 5))
+    yield Case("ln_mlp", partial(mlp, (3, 15, 13, 5), "tanh", norm="ln"), (3,), shots=1, queries=1)
+    yield from image_cases("ln", partial(nn.LayerNorm, (6, 4, 9)))
+    yield from image_cases("ln_last", partial(nn.LayerNorm, 9))
+    first, second = partial(nn.LayerNorm, (2, 21)), partial(nn.LayerNorm, 7)
+    yield image_case("ln_input", (2, 21), first, partial(nn.Linear, 21, 7), second)
+
+
 KIND = LayerKind(
     name="layer_norm",
     family="norm",
@@ -47,4 +61,14 @@ KIND = LayerKind(
     modules={nn.LayerNorm: (layer_norm, ("normalized_shape", "weight", "bias", "eps"))},
     functions={F.layer_norm: layer_norm},
     epilogue=True,
+    groups=lambda constants, size: size // int(constants[0]),
+    examples=(
+        Example("rows", partial(nn.LayerNorm, 7), ((3, 7),)),
+        Example("one row", partial(nn.LayerNorm, 13), ((13,),)),
+        Example("several dimensions", partial(nn.LayerNorm, (3, 5)), ((2, 3, 5),)),
+        Example("no bias", partial(nn.LayerNorm, 5, bias=False), ((2, 5),)),
+        Example("plain", partial(nn.LayerNorm, 9, elementwise_affine=False), ((9,),)),
+        Example("between tanh", partial(tanh_around, partial(nn.LayerNorm, 7)), ((3, 7),)),
+    ),
+    cases=cases,
 )

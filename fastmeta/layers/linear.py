@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Parameter, Refused, Value, batched, described
+from fastmeta.cases.case import Case
+from fastmeta.cases.networks import Tied, mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 
 
 def linear(build: Builder, input: Value, weight: Parameter, bias: Parameter | None = None) -> Value:
@@ -37,6 +40,16 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(x, weight, bias)  # type: ignore[arg-type]
 
 
+def cases() -> Iterator[Case]:
+    """With and without a bias, alone, with a weight in two places, of rows."""
+    yield Case("no_bias", partial(mlp, (4, 13, 6, 3), "tanh", bias=False), (4,))
+    yield Case("tied", partial(Tied, 3, 13, 2), (3,))
+    yield Case("tied", partial(Tied, 3, 9, 2), (3,), memory="recompute", steps=3)
+    yield Case("rows", partial(mlp, (3, 13, 2), "tanh"), (4, 3))
+    yield Case("rows", partial(mlp, (3, 13, 2), "gelu"), (2, 2, 3), steps=1)
+    yield Case("linear", partial(nn.Linear, 6, 3), (6,))
+
+
 KIND = LayerKind(
     name="linear",
     family="bilinear",
@@ -49,4 +62,11 @@ KIND = LayerKind(
     functions={F.linear: linear},
     epilogue=True,
     prologue=True,
+    examples=(
+        Example("bias", partial(nn.Linear, 13, 7), ((13,),)),
+        Example("rows, no bias", partial(nn.Linear, 5, 3, bias=False), ((2, 3, 5),)),
+        Example("to one", partial(nn.Linear, 7, 1), ((7,),)),
+        Example("wide", partial(nn.Linear, 33, 70), ((33,),), extra=True),
+    ),
+    cases=cases,
 )

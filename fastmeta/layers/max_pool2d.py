@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta.capture.build import Builder, Refused, Value
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 from fastmeta.layers.windows import as_image, constants, image, numbers, pooling, positions, two
 
 
@@ -76,6 +78,19 @@ def kinks(layer: Layer, x: Tensor) -> Tensor:
     return (largest[..., 0] - largest[..., 1]).min()
 
 
+def cases() -> Iterator[Case]:
+    """Windows side by side, overlapping, padded and rounded up, of images and of signals; those of
+    a smooth network have no ties."""
+    net = partial(image_case, kinks=True)
+    yield net("max_pool", (2, 6, 7), conv(2, 5, 3, padding=1), nn.Tanh, partial(nn.MaxPool2d, 2))
+    overlapping = partial(nn.MaxPool2d, 3, 2, 1)
+    yield net("max_pool_3_2", (2, 7, 7), conv(2, 5, 3, padding=1), overlapping, nn.Tanh)
+    up = partial(nn.MaxPool2d, 2, 2, ceil_mode=True)
+    yield net("max_pool_ceil", (3, 5, 5), partial(nn.MaxPool2d, 2, 1), up)
+    signal = (partial(nn.Conv1d, 2, 4, 3), nn.Tanh, partial(nn.AvgPool1d, 3, 2))
+    yield net("pool1d", (2, 11), *signal, partial(nn.MaxPool1d, 2))
+
+
 KIND = LayerKind(
     name="max_pool2d",
     family="free",
@@ -90,4 +105,11 @@ KIND = LayerKind(
         torch.max_pool2d: max_pool2d,
     },
     kinks=kinks,
+    examples=(
+        Example("side by side", partial(nn.MaxPool2d, 2), ((3, 6, 5),)),
+        Example("overlapping, padded", partial(nn.MaxPool2d, 3, 2, 1), ((2, 7, 6),)),
+        Example("rounded up", partial(nn.MaxPool2d, (3, 2), 2, ceil_mode=True), ((2, 4, 5),)),
+        Example("signal", partial(nn.MaxPool1d, 3, 2), ((2, 9),)),
+    ),
+    cases=cases,
 )

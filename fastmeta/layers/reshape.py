@@ -5,7 +5,8 @@ Values are row-major, so that a reshape moves nothing: only the shape of one exa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.capture.build import BATCH, Builder, Refused, Value, batched, described, integer
+from fastmeta.cases.case import Case
+from fastmeta.cases.convolutional import Reshaped
+from fastmeta.cases.networks import mlp
 from fastmeta.graph.program import Layer
-from fastmeta.layers.kind import LayerKind
+from fastmeta.layers.kind import Example, LayerKind
 
 
 def reshape(build: Builder, input: Any, shape: Any) -> Value:
@@ -118,6 +122,22 @@ def forward(layer: Layer, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return x.reshape(len(x), *layer.shape)
 
 
+def _after_convolution(make: Callable[[], nn.Module]) -> nn.Module:
+    """Of an image that kernels keep channels-last."""
+    return nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), make())
+
+
+def _before_convolution(shape: tuple[int, ...]) -> nn.Module:
+    """To an image that kernels keep channels-last."""
+    return nn.Sequential(nn.Unflatten(1, shape), nn.Conv2d(shape[0], 2, 1, bias=False))
+
+
+def cases() -> Iterator[Case]:
+    """From an image to rows, and from rows to images of two shapes."""
+    yield Case("image", partial(mlp, (25, 13, 5), "tanh", flatten=True), (1, 5, 5), loss="ce")
+    yield Case("reshaped_image", Reshaped, (5,), 2, 4, 3, loss="ce", kinks=True)
+
+
 KIND = LayerKind(
     name="reshape",
     family="linear_map",
@@ -141,4 +161,10 @@ KIND = LayerKind(
         "squeeze": squeeze,
         "unsqueeze": unsqueeze,
     },
+    examples=(
+        Example("image to vector", partial(_after_convolution, nn.Flatten), ((2, 4, 3),)),
+        Example("vector to image", partial(_before_convolution, (3, 2, 4)), ((24,),)),
+        Example("rows", partial(nn.Unflatten, 1, (2, 3)), ((6, 5),)),
+    ),
+    cases=cases,
 )

@@ -153,13 +153,17 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    fused: bool = False,
 ) -> Tensor:
-    """Rows of `weight`, [..., D]. PyTorch's own, under vmap, takes an index out of range for a row
-    of another task.
+    """Rows of `weight`, [..., D]; with `fused` by PyTorch's own function where that has a second
+    derivative, which under vmap takes an index out of range for a row of another task.
 
     Rows whose norm is above `max_norm` are renormalised; as PyTorch, which does so in place
     beforehand, this has the derivative one. The gradient is never sparse.
     """
+    if fused and max_norm is None and not scale_grad_by_freq:
+        return F.embedding(input, weight, padding_idx)
     index = input.long().reshape(-1, 1).expand(-1, weight.shape[1])
     rows = weight.gather(0, index)
     if max_norm is not None:

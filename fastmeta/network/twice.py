@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,21 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.network import elementary
-
-
-def embedding(
-    input: Tensor,  # [...], int
-    weight: Tensor,  # [E, D]
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Rows of `weight`, [..., D]; the gradient is dense, and nothing is renormalised in place."""
-    if max_norm is None and not scale_grad_by_freq:
-        return F.embedding(input, weight, padding_idx)
-    return elementary.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
 def embedding_bag(
@@ -125,7 +111,8 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 REPLACED: dict[Any, Callable[..., Any]] = {
-    F.embedding: embedding,
+    # dense gradients, and nothing is renormalised in place
+    F.embedding: partial(elementary.embedding, fused=True),
     F.embedding_bag: embedding_bag,
     torch.cdist: cdist,
 } | {

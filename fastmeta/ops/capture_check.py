@@ -56,9 +56,9 @@ def _forward_of_one_task(problem: Problem) -> Problem:
     x = batch.x[:1, 0] if batch.per_step else batch.x[:1]  # [1, N, *in]
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
     return Problem(
-        problem.net,
-        params,
-        frozenset(),
+        net=problem.net,
+        params=params,
+        per_task=frozenset(),
         tasks=1,
         steps=0,
         query=Batch(x),

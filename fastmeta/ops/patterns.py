@@ -17,7 +17,7 @@ def keys_by_name(
     what: str, given: Mapping[str, object], names: tuple[str, ...], unused: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """name -> the key of `given` that it comes under: the name itself, or else the first pattern
-    that matches it.
+    that matches it; of `unused` those that come under one.
 
     Args:
         what: the argument, for messages.
@@ -28,11 +28,12 @@ def keys_by_name(
     Raises:
         ValueError: a name without a key, or a key without a name.
     """
-    keys: dict[str, str] = {name: name for name in names if name in given}
+    keys: dict[str, str] = {name: name for name in (*names, *unused) if name in given}
     for key in given:
         found = matching(key, names) if isinstance(key, str) else ()
-        if isinstance(key, str) and matching(key, unused):
-            for name in found:
+        of_unused = matching(key, unused) if isinstance(key, str) else ()
+        if of_unused:
+            for name in (*found, *of_unused):
                 keys.setdefault(name, key)
             continue
         if not found:
@@ -45,4 +46,4 @@ def keys_by_name(
     missing = [name for name in names if name not in keys]
     if missing:
         raise ValueError(f"{what} must have a rate for every adapted parameter, none for {missing[0]!r}")
-    return {name: keys[name] for name in names}
+    return keys

@@ -175,21 +175,8 @@ def prepare(
         params, tensors, lr = plain(params), plain(tensors), plain(lr)
         adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
-            cotangents = adapted_grad, output_grad
-            given = _Given(
-                options,
-                net,
-                params,
-                tensors,
-                loss,
-                query_loss,
-                lr,
-                wrt,
-                *cotangents,
-                prefer_flat,
-                frozen,
-                captures,
-            )
+            how = adapted_grad, output_grad, prefer_flat, frozen, captures
+            given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, *how)
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
         raise RuntimeError(
@@ -206,21 +193,8 @@ def prepare(
         masks = masked(tensors)
         if masks:
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-        cotangents = adapted_grad, output_grad
-        given = _Given(
-            options,
-            net,
-            params,
-            tensors,
-            loss,
-            query_loss,
-            lr,
-            wrt,
-            *cotangents,
-            prefer_flat,
-            frozen,
-            captures,
-        )
+        how = adapted_grad, output_grad, prefer_flat, frozen, captures
+        given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, *how)
         return _prepared(given, masks)
 
 
@@ -316,16 +290,32 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     names, frozen = Adapted(()) if tensors.support_x is None else adapted_now(options.who, net, options.adapt)
     if options.steps:
         check_renormalised(options.who, net, names)
-    sort = shapes.device, shapes.dtype
     rates = plan_rates(
-        options.who, given.lr, names, shapes.params, options.steps, shapes.tasks, *sort, frozen
+        options.who,
+        given.lr,
+        names=names,
+        shapes=shapes.params,
+        steps=options.steps,
+        tasks=shapes.tasks,
+        device=shapes.device,
+        dtype=shapes.dtype,
+        unused=frozen,
     )
     program, refused = _capture(options, net, tensors, shapes, (given.loss, given.query_loss))
     if program is not None:
         _check_targets(given, shapes, program.output_shape)
     own = tuple(shapes.params)
     given_order = None if own == tuple(given.params) else own
-    plan = Plan(backends, program, refused, shapes, rates, given_order, Scratch(), None)
+    plan = Plan(
+        backend=backends,  # chosen below
+        program=program,
+        refused=refused,
+        shapes=shapes,
+        rates=rates,
+        order=given_order,
+        scratch=Scratch(),
+        flags=None,
+    )
     problem = _problem(plan, given)
     check_layers(options, masks, problem)
     try:
@@ -365,28 +355,30 @@ def _problem(plan: Plan, given: _Given) -> Problem:
     if plan.order is not None:
         params = {name: params[name] for name in plan.order}
     return Problem(
-        net,
-        params,  # type: ignore[arg-type]
-        shapes.per_task,
-        shapes.tasks,
-        options.steps,
-        None if support_x is None else Batch(support_x, support_y, support_weights, options.support_per_step),
-        None if query_x is None else Batch(query_x, query_y, query_weights),
-        loss,
-        query_loss,
-        plan.rates.spread(lr),
-        None if support_x is None else options.rule,
-        options.order,
-        options.step_weights,
-        task_weights,
-        options.memory,
-        options.task_chunk,
-        options.batch_stats,
-        adapted_grad,
-        output_grad,
-        plan.program,
-        plan.refused,
-        prefer_flat,
+        net=net,
+        params=params,  # type: ignore[arg-type]
+        per_task=shapes.per_task,
+        tasks=shapes.tasks,
+        steps=options.steps,
+        support=None
+        if support_x is None
+        else Batch(support_x, support_y, support_weights, options.support_per_step),
+        query=None if query_x is None else Batch(query_x, query_y, query_weights),
+        loss=loss,
+        query_loss=query_loss,
+        rates=plan.rates.spread(lr),
+        rule=None if support_x is None else options.rule,
+        order=options.order,
+        step_weights=options.step_weights,
+        task_weights=task_weights,
+        memory=options.memory,
+        task_chunk=options.task_chunk,
+        batch_stats=options.batch_stats,
+        adapted_grad=adapted_grad,
+        output_grad=output_grad,
+        program=plan.program,
+        refused=plan.refused,
+        prefer_flat=prefer_flat,
         scratch=plan.scratch,
         frozen=given.frozen,
         captures=given.captures,

@@ -3,7 +3,7 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import cast
@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fastmeta.backends._rates import RateForm, form_of
 from fastmeta.models.check import is_finite
 from fastmeta.ops.options import argument
 from fastmeta.ops.patterns import keys_by_name
@@ -18,6 +19,8 @@ from fastmeta.ordinary import check_ordinary
 
 Rate = float | Tensor
 Rates = Rate | Mapping[str, Rate]
+
+_ONE = RateForm(element=False, per_task=False, per_step=False)
 
 
 def rates_key(lr: Rates) -> object:
@@ -37,7 +40,8 @@ class RatePlan:
         shapes: adapted parameter -> the shape of its rate in a `Problem`: [K or 1, T or 1, *S], or
             *1s in place of *S.
         constants: the rates given as numbers; they cost nothing per call.
-        keys: adapted parameter -> the key of its rate, where the rates are a dict.
+        keys: adapted parameter -> the key of its rate, where the rates are a dict; those of
+            parameters that would be adapted if they required grad are there too.
         device, dtype: of the parameters.
     """
 
@@ -98,6 +102,7 @@ class RatePlan:
 def plan_rates(
     who: str,
     lr: Rates,
+    *,
     names: tuple[str, ...],
     shapes: dict[str, tuple[int, ...]],
     steps: int,
@@ -127,9 +132,11 @@ def plan_rates(
     constants: dict[str, Tensor] = {}
     if isinstance(lr, Mapping):
         keys = keys_by_name(what, lr, names, unused)
-        for name, key in keys.items():
-            rate, label = lr[key], f"{what}[{key!r}]"
-            layout[name] = _shape_of_entry(label, rate, shapes[name], steps, tasks)
+        for name in names:
+            rate, label = lr[keys[name]], f"{what}[{keys[name]!r}]"
+            layout[name] = _form_of_entry(label, rate, shapes[name], steps, tasks).shape(
+                steps, tasks, shapes[name]
+            )
             if isinstance(rate, Tensor):
                 _check_sort(label, rate, device, dtype)
             else:
@@ -141,11 +148,53 @@ def plan_rates(
         _check_sort(what, lr, device, dtype)
         if lr.shape not in ((), (steps,)) and not (steps == 0 and lr.shape == (1,)):
             raise ValueError(f"{what} must be a number, () or [K] = ({steps},), got {tuple(lr.shape)}")
-        rows = max(lr.numel(), 1)
-        return RatePlan({name: (rows, 1, *[1] * len(shapes[name])) for name in names}, {}, {}, device, dtype)
+        form = RateForm(element=False, per_task=False, per_step=lr.numel() > 1)
+        layout = {name: form.shape(steps, tasks, shapes[name]) for name in names}
+        return RatePlan(layout, {}, {}, device, dtype)
     value = torch.full((), _number(what, lr, dtype), dtype=dtype, device=device)
-    layout = {name: (1, 1, *[1] * len(shapes[name])) for name in names}
+    layout = {name: _ONE.shape(steps, tasks, shapes[name]) for name in names}
     return RatePlan(layout, {name: value.view(shape) for name, shape in layout.items()}, {}, device, dtype)
+
+
+def repeated(lr: Rates, steps: int) -> Rates:
+    """Rates for `steps` inner steps out of rates for K: beyond K the last step's repeat.
+
+    Derivatives: those of indexing.
+    """
+    if isinstance(lr, Mapping):
+        return {
+            name: _rows(rate, steps) if isinstance(rate, Tensor) and rate.dim() > 1 else rate
+            for name, rate in lr.items()
+        }
+    return _rows(lr, steps) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
+
+
+def at_step(lr: Rates, k: int) -> Rates:
+    """The rates of inner step k alone: beyond the last one its rates repeat.
+
+    Derivatives: those of indexing.
+    """
+    if isinstance(lr, Mapping):
+        return {
+            name: _row(rate, k).unsqueeze(0) if isinstance(rate, Tensor) and rate.dim() > 1 else rate
+            for name, rate in lr.items()
+        }
+    return _row(lr, k) if isinstance(lr, Tensor) and lr.dim() == 1 else lr
+
+
+def of_tasks(lr: Rates, tasks: Tensor) -> Rates:
+    """The rates of the tasks numbered `tasks`.
+
+    Derivatives: those of indexing.
+    """
+    if not isinstance(lr, Mapping):
+        return lr
+    own = {
+        name for name, rate in lr.items() if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1
+    }
+    return {
+        name: cast(Tensor, rate).index_select(1, tasks) if name in own else rate for name, rate in lr.items()
+    }
 
 
 def check_ordinary_rates(who: str, lr: Rates) -> None:
@@ -154,11 +203,8 @@ def check_ordinary_rates(who: str, lr: Rates) -> None:
     Raises:
         TypeError, ValueError: names the rate.
     """
-    what = argument(who, "lr")
-    named = {f"{what}[{key!r}]": rate for key, rate in lr.items()} if isinstance(lr, Mapping) else {what: lr}
-    for label, rate in named.items():
-        if isinstance(rate, Tensor):
-            check_ordinary(label, rate)
+    for label, rate in _tensors(who, lr):
+        check_ordinary(label, rate)
 
 
 def check_finite(who: str, lr: Rates) -> None:
@@ -167,19 +213,25 @@ def check_finite(who: str, lr: Rates) -> None:
     Raises:
         ValueError: names the rate.
     """
-    what = argument(who, "lr")
-    named = {f"{what}[{key!r}]": rate for key, rate in lr.items()} if isinstance(lr, Mapping) else {what: lr}
-    for label, rate in named.items():
-        if isinstance(rate, Tensor) and not rate.isfinite().all():
+    for label, rate in _tensors(who, lr):
+        if not rate.isfinite().all():
             raise ValueError(f"{label} must hold finite numbers, got {rate[~rate.isfinite()][0].item()}")
 
 
-def _shape_of_entry(
-    label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int
-) -> tuple[int, ...]:
-    ones = (1,) * len(shape)
+def _tensors(who: str, lr: Rates) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in `lr`, as messages name them."""
+    what = argument(who, "lr")
+    named = {f"{what}[{key!r}]": rate for key, rate in lr.items()} if isinstance(lr, Mapping) else {what: lr}
+    for label, rate in named.items():
+        if isinstance(rate, Tensor):
+            yield label, rate
+
+
+def _form_of_entry(label: str, rate: Rate, shape: tuple[int, ...], steps: int, tasks: int) -> RateForm:
+    """The form of an entry of a dict, which may broadcast to the parameter in any way: rates for
+    rows or columns become rates for elements."""
     if not isinstance(rate, Tensor) or rate.dim() == 0:
-        return (1, 1, *ones)
+        return _ONE
     full = (steps, tasks, *shape)
     if rate.dim() != len(full) or any(
         have not in (1, want) for have, want in zip(rate.shape, full, strict=True)
@@ -188,12 +240,11 @@ def _shape_of_entry(
             f"{label} must be a number, () or [K or 1, T or 1, *(S or 1s)] with K, T, *S = {full}, "
             f"got {tuple(rate.shape)}"
         )
-    given = tuple(rate.shape)
-    return (max(given[0], 1), given[1], *(ones if given[2:] == ones else shape))
+    return form_of(tuple(rate.shape))
 
 
 def _laid_out(rate: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An entry of a dict as `_shape_of_entry` has it."""
+    """An entry of a dict in the shape of its form."""
     if rate.dim() == 0:
         return rate.reshape(shape)
     if rate.shape[0] == 0:  # no steps, and one rate for each of them
@@ -232,3 +283,23 @@ def _value(rate: Rate | Rates, graph: bool) -> Tensor:
 
 def _shape(lr: object) -> tuple[int, ...]:
     return tuple(lr.shape) if isinstance(lr, Tensor) else ()
+
+
+def _row(rate: Tensor, k: int) -> Tensor:
+    return _not_empty(rate)[min(k, rate.shape[0] - 1)]
+
+
+def _rows(rate: Tensor, steps: int) -> Tensor:
+    """`steps` rows of [K, ...]; of one full-rank row there is no need for more."""
+    have = rate.shape[0]
+    if have == steps or (have == 1 and rate.dim() > 1):
+        return rate
+    return _not_empty(rate)[torch.arange(max(steps, 1), device=rate.device).clamp_max(have - 1)]
+
+
+def _not_empty(rate: Tensor) -> Tensor:
+    if rate.shape[0] == 0:
+        raise ValueError(
+            f"`inner_lr` has a rate for each of 0 inner steps, got {tuple(rate.shape)}: none to repeat"
+        )
+    return rate

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, Case
+from fastmeta.cases import Case
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of, wanted
-from fastmeta.verify.rule import Row
+from fastmeta.verify.rule import DTYPES, Row
 
 __all__ = ["DTYPES", "SEEDS", "Row", "present", "verify", "verify_case"]
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 #: Seeds of a case with kinks, whose median error counts in float32.
 SEEDS = 20

@@ -23,8 +23,16 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
     query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
     program, refused = captured(made.net, case.input_shape, dtype, case.batch_stats)
     shapes = {name: tuple(value.shape) for name, value in made.net.named_parameters()}
-    sort = next(iter(made.params.values())).device, dtype
-    rates = plan_rates("verify", made.rates, tuple(made.rates), shapes, case.steps, case.tasks, *sort)
+    rates = plan_rates(
+        "verify",
+        made.rates,
+        names=tuple(made.rates),
+        shapes=shapes,
+        steps=case.steps,
+        tasks=case.tasks,
+        device=next(iter(made.params.values())).device,
+        dtype=dtype,
+    )
     return Problem(
         net=made.net,
         params=made.params,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmeta.verify.quantities import Key, groups, relative_error
 
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
 #: Relative tolerance in float64, for every tensor of every case.
 FLOAT64 = 1e-9
 

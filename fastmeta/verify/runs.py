@@ -44,11 +44,8 @@ def truth(case: Case, seed: int) -> Truth:
 def _own_errors(case: Case, seed: int) -> dict[str, float]:
     problem = problem_of(case, torch.float32, seed)
     ref = truth(case, seed).tensors
-    with warnings.catch_warnings():
-        # PyTorch warns of a TF32 setting of other devices that nobody asked for.
-        warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            plain = _reference(problem, case)
+    with without_onednn():
+        plain = _reference(problem, case)
     permutation = Permutation(problem, seed)
     permuted = permutation.undo(problem, _reference(permutation.apply(problem), case))
     runs = [
@@ -72,7 +69,7 @@ def run(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[Key, Te
     can do that."""
     module = backends.get(backend)
     problem = problem_of(case, dtype, seed, backends.device(backend))
-    with _poisoned(module):
+    with poisoned(module):
         found = quantities(module.solve(problem, wanted(case, problem), case.operator == "inner_sgd"))
     return {key: tensor.cpu() for key, tensor in found.items()}
 
@@ -85,7 +82,18 @@ def _reference(problem: Problem, case: Case) -> Result:
 
 
 @contextmanager
-def _poisoned(module: ModuleType) -> Iterator[None]:
+def without_onednn() -> Iterator[None]:
+    """PyTorch's other kernels on the CPU."""
+    with warnings.catch_warnings():
+        # PyTorch warns of a TF32 setting of other devices that nobody asked for.
+        warnings.simplefilter("ignore", UserWarning)
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+@contextmanager
+def poisoned(module: ModuleType) -> Iterator[None]:
+    """Workspace and outputs of a backend full of NaN before every call, where it can do that."""
     poison = getattr(module, "poison", None)
     if poison is None:
         yield

@@ -248,7 +248,18 @@ def test_outputs_of_the_operator_share_no_memory(monkeypatch: pytest.MonkeyPatch
     support_x, support_y, query_x, query_y = episodes(dtype=torch.float32)
     leaves = [parameter.detach() for parameter in maml.parameters()]
     outputs = torch.ops.fastmeta.meta_loss(
-        leaves, support_x, support_y, None, query_x, query_y, None, None, False, True, maml.handle, 0
+        leaves,
+        support_x,
+        support_y,
+        None,
+        query_x,
+        query_y,
+        None,
+        None,
+        False,
+        True,
+        maml._machinery.handle,
+        0,
     )
     assert outputs[3].numel() == sum(leaf.numel() for leaf in leaves)
     assert len({output.untyped_storage().data_ptr() for output in outputs}) == len(outputs)

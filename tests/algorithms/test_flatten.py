@@ -162,5 +162,5 @@ def test_rejects_what_cannot_be_flat() -> None:
     maml.net[0].float()
     with pytest.raises(TypeError, match="one dtype and device"):
         fm.flatten(maml)
-    assert maml.flat is None
+    assert maml._machinery.flat is None
     assert all(value.requires_grad for value in maml.parameters())

@@ -7,26 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from head_features import F64, SHAPES, C, T, features
 from plain_autograd import error
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.heads import Logistic, logistic
 
-T, C = 3, 3
 TOLERANCE = 1e-9
-F64 = torch.float64
-#: (T, N, M, D): fewer examples than features, as many, more; one of everything
-SHAPES = pytest.mark.parametrize(
-    "shape", [(T, 7, 5, 13), (T, 6, 5, 6), (T, 13, 4, 5), (1, 1, 1, 1), (1, 1, 1, 4)]
-)
-
-
-def _features(tasks: int, support: int, query: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """support_features, support_y, query_features."""
-    random = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(tasks, n, width, generator=random, dtype=F64) for n in (support, query))
-    return x, torch.randint(C, (tasks, support), generator=random), q
 
 
 def _objective(x: Tensor, y: Tensor, w: Tensor, penalty: Tensor) -> Callable[[Tensor], Tensor]:
@@ -69,7 +57,7 @@ def _implicit(
 
 @SHAPES
 def test_logistic_matches_reference(shape: tuple[int, int, int, int]) -> None:
-    x, y, q = _features(*shape)
+    x, y, q = features(*shape)
     w = torch.rand(shape[:2], dtype=F64) + 0.1
     penalty = torch.linspace(0.3, 0.9, shape[0], dtype=F64)
     leaves = [value.requires_grad_() for value in (x, w, penalty)]
@@ -89,7 +77,7 @@ def test_logistic_matches_reference(shape: tuple[int, int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 2, 2, 3), (2, 3, 2, 2)], ids=["N<D", "N>D"])
 def test_derivatives_match_finite_differences(shape: tuple[int, int, int, int]) -> None:
-    x, y, q = _features(*shape)
+    x, y, q = features(*shape)
     w, penalty = torch.rand(shape[:2], dtype=F64) + 0.1, torch.tensor([0.3, 0.9], dtype=F64)
     inputs = [value.requires_grad_() for value in (x, q, w, penalty)]
 
@@ -102,7 +90,7 @@ def test_derivatives_match_finite_differences(shape: tuple[int, int, int, int]) 
 
 @pytest.mark.parametrize("width", [3, 13])
 def test_a_weight_of_zero_leaves_the_example_out(width: int) -> None:
-    x, y, q = _features(T, 7, 5, width)
+    x, y, q = features(T, 7, 5, width)
     w = torch.ones(T, 7, dtype=F64)
     w[0, 4:] = 0
     w.requires_grad_()
@@ -117,7 +105,7 @@ def test_a_weight_of_zero_leaves_the_example_out(width: int) -> None:
 @pytest.mark.parametrize("width", [3, 40])
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_hard_tasks_converge_in_float32(width: int, size: float) -> None:
-    x, y, q = _features(T, 30, 5, width)
+    x, y, q = features(T, 30, 5, width)
     x[0, 1], y[0, 1] = x[0, 0], (y[0, 0] + 1) % C  # one example, two classes
     x = size * x.float()
     want = logistic(x.double(), y, q)
@@ -125,24 +113,24 @@ def test_hard_tasks_converge_in_float32(width: int, size: float) -> None:
 
 
 def test_a_loose_tolerance_is_made_up_for_by_the_last_steps() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     assert error(logistic(x, y, q, tolerance=1e-2), logistic(x, y, q, tolerance=1e-12)) < 1e-6
 
 
 def test_a_task_does_not_depend_on_the_others() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     x[1] *= 30
     alone = torch.cat([logistic(x[t : t + 1], y[t : t + 1], q[t : t + 1], ways=C) for t in range(T)])
     assert error(logistic(x, y, q, ways=C), alone) < 1e-13
 
 
 def test_one_class_has_logits_of_zero() -> None:
-    x, _, q = _features(T, 7, 5, 13)
+    x, _, q = features(T, 7, 5, 13)
     assert not logistic(x, torch.zeros(T, 7, dtype=torch.int64), q).any()
 
 
 def test_module_learns_its_penalty() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     head = Logistic(penalty=0.5).double()
     got = head(x, y, q)
     assert error(got.detach(), logistic(x, y, q, penalty=0.5)) < 1e-6  # log 0.5 was rounded
@@ -151,7 +139,7 @@ def test_module_learns_its_penalty() -> None:
 
 
 def test_rejects_tasks_that_have_not_converged() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     x[1] *= 30
     message = (
         r"logistic: tasks \[1\] have not converged in 6 iterations: their logits still change by \d\.\de"
@@ -161,7 +149,7 @@ def test_rejects_tasks_that_have_not_converged() -> None:
 
 
 def test_rejects_bad_options() -> None:
-    episode = _features(T, 7, 5, 13)
+    episode = features(T, 7, 5, 13)
     with pytest.raises(ValueError, match="logistic: `max_iterations` must be positive, got 0"):
         logistic(*episode, max_iterations=0)
     for tolerance in (0.0, float("nan")):

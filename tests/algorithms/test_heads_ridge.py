@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from head_features import F64, SHAPES, C, T, features
 from plain_autograd import error
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.heads import Ridge, ridge
 
-T, C = 3, 3
 TOLERANCE = 1e-9
-F64 = torch.float64
-#: (T, N, M, D): fewer examples than features, as many, more; one of everything
-SHAPES = pytest.mark.parametrize(
-    "shape", [(T, 7, 5, 13), (T, 6, 5, 6), (T, 13, 4, 5), (1, 1, 1, 1), (1, 1, 1, 4)]
-)
-
-
-def _features(tasks: int, support: int, query: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """support_features, support_y, query_features."""
-    random = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(tasks, n, width, generator=random, dtype=F64) for n in (support, query))
-    return x, torch.randint(C, (tasks, support), generator=random), q
 
 
 def _plain(
@@ -42,7 +30,7 @@ def _plain(
 @SHAPES
 @pytest.mark.parametrize("sort", ["classes", "targets"])
 def test_ridge_matches_reference(shape: tuple[int, int, int, int], sort: str) -> None:
-    x, y, q = _features(*shape)
+    x, y, q = features(*shape)
     targets = F.one_hot(y, C).double() if sort == "classes" else torch.randn(*shape[:2], 2, dtype=F64)
     w = torch.rand(shape[:2], dtype=F64) + 0.1
     factors = [torch.tensor(value, dtype=F64) for value in (0.3, 1.7, -0.2)]
@@ -70,7 +58,7 @@ def test_ridge_matches_reference(shape: tuple[int, int, int, int], sort: str) ->
 @pytest.mark.parametrize("shape", [(2, 3, 2, 4), (2, 4, 2, 3)], ids=["N<D", "N>D"])
 @pytest.mark.parametrize("left_out", [False, True])
 def test_derivatives_match_finite_differences(shape: tuple[int, int, int, int], left_out: bool) -> None:
-    x, _, q = _features(*shape)
+    x, _, q = features(*shape)
     targets, w = torch.randn(*shape[:2], 2, dtype=F64), torch.rand(shape[:2], dtype=F64) + 0.1
     penalty = torch.tensor([0.3, 0.9], dtype=F64)
     if left_out:  # a check of weights at zero would step below it
@@ -88,7 +76,7 @@ def test_derivatives_match_finite_differences(shape: tuple[int, int, int, int], 
 
 @pytest.mark.parametrize("width", [4, 13])
 def test_the_gradient_of_a_weight_of_zero_is_the_limit(width: int) -> None:
-    x, y, q = _features(1, 7, 5, width)
+    x, y, q = features(1, 7, 5, width)
     gradients = []
     for weight in (0.0, 1e-9):
         w = torch.ones(1, 7, dtype=F64)
@@ -100,7 +88,7 @@ def test_the_gradient_of_a_weight_of_zero_is_the_limit(width: int) -> None:
 
 @pytest.mark.parametrize("width", [3, 13])
 def test_a_weight_of_zero_leaves_the_example_out(width: int) -> None:
-    x, y, q = _features(T, 7, 5, width)
+    x, y, q = features(T, 7, 5, width)
     w = torch.ones(T, 7, dtype=F64)
     w[0, 4:] = 0
     got = ridge(x, y, q, ways=C, support_weights=w)
@@ -109,7 +97,7 @@ def test_a_weight_of_zero_leaves_the_example_out(width: int) -> None:
 
 
 def test_module_learns_penalty_scale_and_shift() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     head = Ridge(penalty=0.5, scale=2.0, shift=-1.0).double()
     got = head(x, y, q)
     assert (
@@ -121,7 +109,7 @@ def test_module_learns_penalty_scale_and_shift() -> None:
 
 @pytest.mark.parametrize("width", [3, 13], ids=["N>D", "N<D"])
 def test_rejects_a_singular_system(width: int) -> None:
-    x, y, q = (value.float() if value.is_floating_point() else value for value in _features(T, 7, 5, width))
+    x, y, q = (value.float() if value.is_floating_point() else value for value in features(T, 7, 5, width))
     x[1, 1] = x[1, 0]  # the Gram matrix of the examples is singular, for N < D
     x[1, :, 1] = x[1, :, 0]  # and that of the features, for N > D
     with pytest.raises(
@@ -136,7 +124,7 @@ def test_rejects_a_singular_system(width: int) -> None:
 
 
 def test_rejects_bad_targets() -> None:
-    x, y, q = _features(T, 7, 5, 13)
+    x, y, q = features(T, 7, 5, 13)
     targets = torch.randn(T, 7, 2, dtype=F64)
     with pytest.raises(
         ValueError, match=r"ridge: `support_y` must be \[T, N, O\] with \(3, 7\) in front, got \(3, 7\)"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from plain_autograd import MSE, error, meta_losses, network
 from plain_autograd import episodes as vectors
+from tensors import drawn
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,9 +33,7 @@ def _network() -> nn.Sequential:
 
 
 def _episode() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(3, 5, 2, 5, 5), (3, 5, 1), (3, 7, 2, 5, 5), (3, 7, 1)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return drawn((3, 5, 2, 5, 5), (3, 5, 1), (3, 7, 2, 5, 5), (3, 7, 1), seed=1)
 
 
 def _make(**options: Any) -> fm.MAMLPlusPlus:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import RATE, STEPS, TOLERANCE, maml
 from plain_autograd import MSE, adapt, episodes, error, leaves, meta_losses, network
 from torch import Tensor, nn
 
@@ -16,21 +17,10 @@ import fastmeta as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
-TOLERANCE = 1e-9
 BACKENDS = ("auto", "torch", "reference")
-STEPS, RATE = 2, 0.1
-
-
-@pytest.fixture
-def seeded() -> None:
-    torch.manual_seed(0)
 
 
 FEW = episodes(tasks=2, shots=3, queries=3)
-
-
-def maml(net: nn.Module, **options: Any) -> fm.MAML:
-    return fm.MAML(net, **{"loss": "mse", "inner_lr": RATE, "inner_steps": STEPS, **options})
 
 
 def twice(value: Tensor, by: Sequence[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from plain_autograd import error, leaves, meta_losses
+from tensors import drawn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -122,11 +123,8 @@ def _network(name: str) -> nn.Module:
 
 
 def _episode(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(SHOTS, TOKENS, INPUTS), (SHOTS, 1), (QUERIES, TOKENS, INPUTS), (QUERIES, 1)]
-    return [
-        torch.randn(TASKS, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    ]
+    shapes = (SHOTS, TOKENS, INPUTS), (SHOTS, 1), (QUERIES, TOKENS, INPUTS), (QUERIES, 1)
+    return drawn(*[(TASKS, *shape) for shape in shapes], seed=1, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, Case
+from fastmeta.cases import Case
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.problem import Batch, Problem
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted

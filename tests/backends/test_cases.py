@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.case import OPERATORS, RATES
 from fastmeta.cases.losses import LOSSES
 from fastmeta.cases.networks import ACTIVATIONS
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.losses import resolve
 from fastmeta.verify import rule, runs, verify_case
 from fastmeta.verify.kinks import KinkDistance

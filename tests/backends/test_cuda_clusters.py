@@ -15,7 +15,8 @@ from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
 from fastmeta.backends.cuda import plan as plans
 from fastmeta.backends.cuda import run as runs
-from fastmeta.cases import VERIFICATION, Case
+from fastmeta.cases import Case
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted
 

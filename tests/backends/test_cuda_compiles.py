@@ -14,8 +14,10 @@ import torch
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
 from fastmeta.backends.cuda import plan as plans
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.networks import mlp
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.skipif(bool(compiler.missing_compiler()), reason=compiler.missing_compiler())

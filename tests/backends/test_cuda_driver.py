@@ -13,17 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from stand_in_driver import STAND_IN
 
 from fastmeta.backends.cuda import compile as compiler
 
-pytestmark = [
-    pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a driver"),
-    pytest.mark.skipif(
-        torch.version.cuda is not None, reason="this build of PyTorch would take the stand-in for a GPU"
-    ),
-    pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is loaded by its name on Linux"),
-]
+pytestmark = STAND_IN
 
 #: Handles are small numbers; a function's is the address of its name.
 _LIBRARY = r"""
@@ -75,7 +69,7 @@ from types import SimpleNamespace
 import torch
 from fastmeta.backends import get
 from fastmeta.backends.cuda import compile as compiler, launch, plan as plans, run
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 
 cuda, chip = torch.cuda, plans.Chip(4_000)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import mlp
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.models import Conv4
 from fastmeta.problem import Problem
 from fastmeta.verify.problems import problem_of, wanted

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tensors import equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastmeta as fm
+from fastmeta.network.swap import LOCK
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 BACKENDS = ("cpu", "torch", "reference")
@@ -51,12 +53,10 @@ def step(net: nn.Module, seed: int, backend: str = "cpu") -> list[Tensor]:
     """Loss, task losses and every gradient of a meta-step; nothing is written into `net`."""
     maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=2, backend=backend)
     out = maml(*batch(seed))
-    gradients = torch.autograd.grad(out.loss, list(net.parameters()))
+    with LOCK:  # another thread may be running the same network
+        parameters = list(net.parameters())
+    gradients = torch.autograd.grad(out.loss, parameters)
     return [out.loss.detach(), out.task_losses.detach(), *gradients]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def close(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -85,11 +85,11 @@ def in_fork(work: Callable[[], bool]) -> str:
 def test_forked_after_use_matches_its_parent():
     net = network()
     want = step(net, 0)
-    assert in_fork(lambda: same(step(net, 0), want)) == "right"
+    assert in_fork(lambda: equal(step(net, 0), want)) == "right"
     # A network that only the child captures, and a child of the child.
-    assert in_fork(lambda: same(step(network(), 0), want)) == "right"
-    assert in_fork(lambda: in_fork(lambda: same(step(net, 0), want)) == "right") == "right"
-    assert same(step(net, 0), want)
+    assert in_fork(lambda: equal(step(network(), 0), want)) == "right"
+    assert in_fork(lambda: in_fork(lambda: equal(step(net, 0), want)) == "right") == "right"
+    assert equal(step(net, 0), want)
 
 
 @FORKS
@@ -101,14 +101,14 @@ def test_forked_while_another_thread_computes_and_captures():
     def compute() -> None:
         while not done.is_set():
             # A new network each time, so that captures are under way too when the process forks.
-            if not same(step(copy.deepcopy(net), 0), want):
+            if not equal(step(copy.deepcopy(net), 0), want):
                 failed.append("parent")
 
     workers = [threading.Thread(target=compute) for _ in range(2)]
     for worker in workers:
         worker.start()
     try:
-        ends = [in_fork(lambda: same(step(copy.deepcopy(net), 0), want)) for _ in range(12)]
+        ends = [in_fork(lambda: equal(step(copy.deepcopy(net), 0), want)) for _ in range(12)]
     finally:
         done.set()
         for worker in workers:
@@ -131,7 +131,7 @@ def test_spawned_matches_its_parent(method):
         context.set_forkserver_preload(["fastmeta", __name__])
     with context.Pool(1) as pool:
         got = pool.apply_async(_spawned, (3,)).get(LIMIT)
-    assert same([torch.tensor(values, dtype=torch.float64) for values in got], want)
+    assert equal([torch.tensor(values, dtype=torch.float64) for values in got], want)
 
 
 @FORKS
@@ -250,7 +250,7 @@ def test_threads_on_the_cpu_backend_give_the_same_bits(two_threads):
     want = [step(net, seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as threads:
         assert all(
-            threads.map(lambda seed: all(same(step(net, seed), want[seed]) for _ in range(10)), range(3))
+            threads.map(lambda seed: all(equal(step(net, seed), want[seed]) for _ in range(10)), range(3))
         )
 
 
@@ -279,7 +279,7 @@ def test_signals_during_a_call_are_handled_and_change_nothing():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert seen
-    assert all(same(one, want) for one in got)
+    assert all(equal(one, want) for one in got)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
@@ -301,7 +301,7 @@ def test_ctrl_c_during_a_call_leaves_the_next_call_right():
                 signal.pause()
             except KeyboardInterrupt:
                 stopped += 1
-            assert same(call(), want)
+            assert equal(call(), want)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

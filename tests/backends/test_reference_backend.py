@@ -181,7 +181,13 @@ def test_task_forward_needs_no_support_set() -> None:
     x = torch.randn(3, 5, 2, dtype=torch.float64)
     params = {name: value.detach() for name, value in TINY.named_parameters()}
     problem = Problem(
-        TINY, params, frozenset(), 3, 0, query=Batch(x), output_grad=torch.ones(3, 5, 1).double()
+        net=TINY,
+        params=params,
+        per_task=frozenset(),
+        tasks=3,
+        steps=0,
+        query=Batch(x),
+        output_grad=torch.ones(3, 5, 1).double(),
     )
     result = reference.solve(problem, EVERYTHING, False)
     assert error(result.output, TINY(x).detach()) < 1e-12

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from plain_autograd import error
+from tensors import drawn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -171,9 +172,7 @@ def _network(name: str) -> nn.Module:
 
 
 def _episode() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(TASKS, N, 3), (TASKS, N, 2), (TASKS, M, 3), (TASKS, M, 2)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return drawn((TASKS, N, 3), (TASKS, N, 2), (TASKS, M, 3), (TASKS, M, 2), seed=1)
 
 
 def _assign(net: nn.Module, names: list[str], theta: list[Tensor]) -> None:

@@ -205,7 +205,13 @@ def test_task_forward_matches_reference() -> None:
     whole = make_problem(mlp(), per_task="some", cotangents=True)
     query = Batch(whole.query.x)
     problem = Problem(
-        whole.net, whole.params, whole.per_task, 3, 0, query=query, output_grad=whole.output_grad
+        net=whole.net,
+        params=whole.params,
+        per_task=whole.per_task,
+        tasks=3,
+        steps=0,
+        query=query,
+        output_grad=whole.output_grad,
     )
     found = backend.solve(problem, EVERYTHING, False)
     assert found.task_losses is None

@@ -29,14 +29,22 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton import JITFunction
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
+from triton.compiler import CompilationError
 
 from fastmeta import kernels
 from fastmeta.backends.triton import compile as ahead
 from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import grid
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
+from fastmeta.kernels.elementwise import End, Finish, apply
+from fastmeta.kernels.jit import jit, varies
+from fastmeta.kernels.launch import Launch, named
 from fastmeta.models import Siren
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -44,7 +52,7 @@ EVERYTHING = os.environ.get("FASTMETA_EVERY_KERNEL") == "1"
 CAPABILITIES = sorted(ahead.SHARED)
 _TILES = ("BM", "BN", "BO", "BI", "BR", "BC", "BG", "BLOCK")
 #: What two launches of one sort share, besides the kernel.
-_SORT = ("MODE", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
+_SORT = ("FINISH.mode", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
 
 _SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01)
 _DEEP = Case(
@@ -120,15 +128,15 @@ def _sources() -> list[Any]:
         return list(dict.fromkeys([*sources, *losses]))
     largest: dict[object, tuple[int, Any]] = {}
     for source in sources:
-        constants = dict(source.constants)
-        double = any(kind == "*fp64" for _, kind in source.signature)
-        function = constants.get("F")
+        constants = source.known()
+        double = "*fp64" in source.types.values()
+        function = constants.get("FINISH.function")
         if (
             "BM" in constants and function != "sin"
         ):  # in an epilogue, the one that takes most registers stands for all
             function = None
         absent = frozenset(constants) & {
-            "partials",
+            "sums.partials",
             "w",
         }  # convolutions that sum nothing for a norm, norms without weight
         sort = (source.kernel, double, absent, function, *(str(constants.get(name)) for name in _SORT))
@@ -139,10 +147,8 @@ def _sources() -> list[Any]:
 
 
 def _described(source: Any) -> str:
-    constants = dict(source.constants)
-    return "-".join(
-        [source.kernel.__name__, *(str(constants[n]) for n in ("F", *_SORT, *_TILES) if constants.get(n))]
-    )
+    constants, names = source.known(), ("FINISH.function", *_SORT, *_TILES)
+    return "-".join([source.kernel.__name__, *(str(constants[n]) for n in names if constants.get(n))])
 
 
 def _hardest(sources: list[Any]) -> list[int]:
@@ -150,12 +156,12 @@ def _hardest(sources: list[Any]) -> list[int]:
     shared memory are scarce, which is where there are tiles."""
     hardest: dict[object, tuple[int, int]] = {}
     for i, source in enumerate(sources):
-        constants = dict(source.constants)
+        constants = source.known()
         sort: tuple[object, ...] = (source.kernel,)
         if not constants.keys().isdisjoint(_TILES[:-1]):
-            double = any(kind == "*fp64" for _, kind in source.signature)
+            double = "*fp64" in source.types.values()
             sort += (double, constants.get("PRECISION"), constants.get("BACKWARD"))
-        tensors = sum(kind.startswith("*") for _, kind in source.signature)
+        tensors = sum(kind.startswith("*") for kind in source.types.values())
         hardest[sort] = max(hardest.get(sort, (0, 0)), (tensors, i))
     return [i for _, i in hardest.values()]
 
@@ -199,6 +205,68 @@ def test_kernels_fit(capability: int, workers: Executor) -> None:
     found = list(workers.map(_usage, [(i, capability) for i in chosen], chunksize=4))
     assert [f"{said}: {usage}" for said, usage in found if not usage.fits] == []
     assert {usage.kernel for _, usage in found} == workers.submit(_kernels).result()
+
+
+def _unlike_triton() -> list[str]:
+    """Arguments that `source` specialises in another way than Triton at run time."""
+    found = []
+    for launch in _launches(_verification("bn_relu_pool"), "ieee"):
+        one = ahead.source(launch)
+        types, known = one.types, one.known()
+        aligned = {one._name(path) for path in one.aligned}
+        for parameter in launch.kernel.params:
+            if parameter.is_constexpr:
+                continue
+            value, specialize = launch.arguments[parameter.name], not parameter.do_not_specialize
+            kind, special = native_specialize_impl(BaseBackend, value, False, specialize, True)
+            own, facts = dict(named({parameter.name: kind})), dict(named({parameter.name: special}))
+            found += [
+                f"{launch.kernel.__name__}: {name}"
+                for name, kind in own.items()
+                if kind != types[name]
+                or (kind == "constexpr") != (name in known)
+                or (facts[name] == "D") != (name in aligned)
+            ]
+    return found
+
+
+def test_launches_are_specialised_as_at_run_time(workers: Executor) -> None:
+    assert workers.submit(_unlike_triton).result() == []
+
+
+def _complaints() -> list[str]:
+    """What is said of an element-wise layer with an unknown function, in each of its modes."""
+    said = []
+    for mode in ("forward", "backward", "tangent", "sideways"):
+        function = "relu" if mode == "sideways" else "no_such_function"
+        x = torch.empty(16, device="meta")
+        end, finish = End(x, None, x, x, None), Finish(mode, False, function)
+        arguments = {"source": x, "end": end, "size": 16, "FINISH": finish, "BLOCK": 16}
+        try:
+            ahead.compile_source(ahead.source(Launch(apply, 1, arguments, 4, 1)), 90)
+        except CompilationError as error:
+            while error.__cause__ is not None:
+                error = error.__cause__
+            said.append(str(error).splitlines()[-1])
+    return said
+
+
+def test_unknown_functions_and_modes_do_not_compile(workers: Executor) -> None:
+    assert workers.submit(_complaints).result() == [
+        "value: no such function",
+        "second: no such function",
+        "first: no such function",
+        "finish: no such mode",
+    ]
+
+
+def test_an_argument_that_is_not_there_cannot_vary() -> None:
+    @varies("m")
+    def kernel(M):
+        pass
+
+    with pytest.raises(TypeError, match=r"kernel has no arguments \{'m'\}"):
+        jit(kernel)
 
 
 def test_large_windows_of_a_recomputed_convolution_fit():

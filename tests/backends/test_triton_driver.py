@@ -14,18 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from stand_in_driver import STAND_IN
 
 from fastmeta.backends.cuda import compile as compiler
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = [
-    pytest.mark.skipif(not compiler.host_compiler(), reason="no C++ compiler to stand in for a driver"),
-    pytest.mark.skipif(
-        torch.version.cuda is not None, reason="this build of PyTorch would take the stand-in for a GPU"
-    ),
-    pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is loaded by its name on Linux"),
-]
+pytestmark = STAND_IN
 
 #: A launch on another stream than 77 fails, and so does code that is not machine code.
 _LIBRARY = r"""
@@ -61,7 +55,7 @@ assert triton.runtime.driver.active.get_current_target().arch == 90
 torch.cuda.is_available = lambda: False
 from fastmeta.backends.triton import compile as triton_compile, run
 from fastmeta.backends.triton.step import MetaStep
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 case = next(case for case in VERIFICATION if case.id == "tanh-T18-N3-M2-K2-mse")
 problem, compiled = problem_of(case, torch.float32, 0), []

@@ -13,8 +13,10 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION, WORKLOADS, Case
+from fastmeta.cases import Case
 from fastmeta.cases.networks import mlp
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.models import Conv4
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted

@@ -22,7 +22,6 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
-from fastmeta.kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 
 from fastmeta.backends import _disk_cache
@@ -31,6 +30,7 @@ from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
+from fastmeta.kernels.launch import Launch
 from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.skipif(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from captured import RATE, STEPS, TOLERANCE, maml
 from plain_autograd import MSE, episodes, error, network
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -18,11 +18,6 @@ import fastmeta as fm
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ("auto", "torch", "reference")
-STEPS, RATE, TOLERANCE = 2, 0.1, 1e-9
-
-
-def maml(net: nn.Module, **options: Any) -> fm.MAML:
-    return fm.MAML(net, **{"loss": "mse", "inner_lr": RATE, "inner_steps": STEPS, **options})
 
 
 def _scaled_mse(scale: Tensor, output: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensors import drawn
 from torch import Tensor, nn
 from unchanged import checked, differences, global_state, module_state
 
@@ -18,9 +19,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 
 
 def _episode() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 3), (2, 4, 2), (2, 5, 3), (2, 5, 2)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return drawn((2, 4, 3), (2, 4, 2), (2, 5, 3), (2, 5, 2))
 
 
 class _Keeps(nn.Module):

@@ -21,7 +21,8 @@ from fastmeta.benchmark.check import Verdict, judge
 from fastmeta.benchmark.cost import flops
 from fastmeta.benchmark.peers import NOOP, OURS, Prepared
 from fastmeta.benchmark.timing import measure
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import rows, same_run, sinusoid
+from training import resume, rows, same_run
 
-from fastmeta.cli.train import plots, sealed
+from fastmeta.cli.train import sealed
 
 #: What makes a file change, or last.
 CALLS = ("open", "write", "fsync", "replace", "link", "unlink", "ftruncate")
@@ -21,27 +21,9 @@ CALLS = ("open", "write", "fsync", "replace", "link", "unlink", "ftruncate")
 REASONS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO)
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "no_plots"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "_figure", lambda *given, **options: None)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """A run of nine iterations, and one that was stopped after four."""
-    folder = tmp_path_factory.mktemp("runs")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(plots, "_figure", lambda *given, **options: None)
-    whole, begun = folder / "whole", folder / "begun"
-    assert sinusoid(whole, "--iterations", "9").exit_code == 0
-    assert sinusoid(begun, "--iterations", "4").exit_code == 0
-    patch.undo()
-    return whole, begun
 
 
 class Injector:
@@ -60,10 +42,6 @@ class Injector:
             return call(*given, **options)
 
         return wrapped
-
-
-def resume(out: Path):
-    return sinusoid(out, "--iterations", "9", "--resume")
 
 
 def check_between(out: Path) -> None:

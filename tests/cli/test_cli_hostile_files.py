@@ -15,31 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import checkpoint, rows, same_run, sinusoid
+from training import checkpoint, resume, rows, same_run, sinusoid
 
 from fastmeta.cli import folder, main
-from fastmeta.cli.train import plots, sealed
+from fastmeta.cli.train import sealed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "_figure", lambda *given, **options: None)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """A run of nine iterations, and one that was stopped after four, with a checkpoint after three
-    before it."""
-    folder = tmp_path_factory.mktemp("runs")
-    whole, begun = folder / "whole", folder / "begun"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_figure", lambda *given, **options: None)
-        assert sinusoid(whole, "--iterations", "9").exit_code == 0
-        assert sinusoid(begun, "--iterations", "4").exit_code == 0
-    return whole, begun
 
 
 @pytest.fixture
@@ -47,10 +29,6 @@ def begun(tmp_path, runs) -> Path:
     out = tmp_path / "begun"
     shutil.copytree(runs[1], out)
     return out
-
-
-def resume(out: Path):
-    return sinusoid(out, "--iterations", "9", "--resume")
 
 
 def one_sentence(done, *parts: str, code: int = 1) -> None:

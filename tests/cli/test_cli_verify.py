@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from click.testing import CliRunner
 
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.cli import main
 from fastmeta.verify import Row
 
@@ -84,3 +85,28 @@ def test_rejects_a_backend_that_cannot_run(monkeypatch):
     done = CliRunner().invoke(main, ["verify", "--backend", "torch"])
     assert done.exit_code == 1
     assert "out of order" in done.output
+
+
+def test_verifies_layers_alone():
+    done = CliRunner().invoke(main, ["verify", "--layer", "add", "--backend", "torch", "--dtype", "float64"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"torch +float64 +jvp .*passed", done.output)
+
+
+def test_lists_layers_and_chooses_among_them():
+    done = CliRunner().invoke(main, ["verify", "--layer", "add", "--layer", "concat", "--list"])
+    assert "add vectors" in done.output.splitlines()
+    assert "concat rows" in done.output.splitlines()
+    done = CliRunner().invoke(main, ["verify", "--layer", "add", "--case", "concat", "--list"])
+    assert done.exit_code == 2
+
+
+def test_fails_on_a_wrong_layer(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(
+        sys.modules[MODULE], "run_layer", lambda kind, example, name, dtype: [row(error=1e-3)]
+    )
+    done = CliRunner().invoke(main, ["verify", "--layer", "add", "--backend", "torch"])
+    assert done.exit_code == 1
+    assert "FAILED" in done.output

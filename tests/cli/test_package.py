@@ -34,7 +34,7 @@ def test_package_is_typed():
 def test_kernels_are_part_of_the_package():
     import fastmeta.kernels
 
-    assert Path(fastmeta.kernels.__file__).parent == ROOT / "kernels"
+    assert Path(fastmeta.kernels.__file__).resolve().parent == ROOT / "kernels"
 
 
 def test_module_runs_as_command():
@@ -72,3 +72,18 @@ def test_rejects_a_missing_or_old_compiler(tmp_path, compiler, complaint):
     assert complaint in last
     assert "FASTMETA_NO_EXT=1" in last
     assert "Traceback" not in done.stderr
+
+
+def test_layer_kinds_are_those_of_the_folder_and_written_when_they_change(tmp_path):
+    command = [sys.executable, str(ROOT / "csrc" / "layer_kinds.py"), str(tmp_path)]
+    subprocess.run(command, check=True)
+    kinds, files = tmp_path / "layer_kinds.h", tmp_path / "layer_files.h"
+    for path in (ROOT / "csrc" / "cpu" / "layers").glob("*.h"):
+        assert f" X({path.stem})" in kinds.read_text()
+        assert f'#include "cpu/layers/{path.name}"' in files.read_text()
+    for header in (kinds, files):
+        os.utime(header, (1, 1))
+    files.write_text(files.read_text() + "// of an older list")
+    subprocess.run(command, check=True)
+    assert kinds.stat().st_mtime == 1
+    assert "older" not in files.read_text()

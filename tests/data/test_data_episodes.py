@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from tensors import equal
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastmeta.data import Episode, Episodes
@@ -17,10 +18,6 @@ def images() -> torch.Tensor:
     """[9, 6, 1, 2]: every example is (class, number within the class)."""
     grid = torch.cartesian_prod(torch.arange(CLASSES), torch.arange(EXAMPLES))
     return grid.reshape(CLASSES, EXAMPLES, 1, 2).float()
-
-
-def same(a: Episode, b: Episode) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 class Pairs(Dataset):
@@ -87,9 +84,9 @@ def test_everything_can_be_used_up():
 
 def test_items_depend_on_seed_and_index_alone():
     one, two = Episodes(images(), **SIZES, seed=3), Episodes(images(), **{**SIZES, "iterations": 99}, seed=3)
-    assert all(same(one[i], two[i]) for i in (29, 0, 7, 29))
-    assert not same(one[0], one[1])
-    assert not same(one[0], Episodes(images(), **SIZES, seed=4)[0])
+    assert all(equal(one[i], two[i]) for i in (29, 0, 7, 29))
+    assert not equal(one[0], one[1])
+    assert not equal(one[0], Episodes(images(), **SIZES, seed=4)[0])
 
 
 def test_indices_name_the_examples():
@@ -104,22 +101,22 @@ def test_workers_give_the_same_sequence_as_the_loop():
     data = Episodes(images(), **SIZES, seed=1)
     loaded = list(DataLoader(data, batch_size=None, num_workers=2))
     assert len(loaded) == 30
-    assert all(isinstance(a, Episode) and same(a, b) for a, b in zip(loaded, data, strict=True))
+    assert all(isinstance(a, Episode) and equal(a, b) for a, b in zip(loaded, data, strict=True))
 
 
 def test_pickled_data_gives_the_same_items():
     data = Episodes(images(), **SIZES, seed=9)
-    assert same(pickle.loads(pickle.dumps(data))[18], data[18])
+    assert equal(pickle.loads(pickle.dumps(data))[18], data[18])
 
 
 def test_labelled_tensors_and_datasets_match_the_images():
     x = images().flatten(0, 1)
     y = torch.arange(CLASSES).repeat_interleave(EXAMPLES) * 10 - 7
     expected = Episodes(images(), **SIZES)[3]
-    assert same(Episodes((x, y), **SIZES)[3], expected)
-    assert same(Episodes(TensorDataset(x, y), **SIZES)[3], expected)
-    assert same(Episodes(Pairs(x, y.tolist()), **SIZES)[3], expected)
-    assert same(Episodes(Subset(Pairs(x, y.tolist()), range(len(x))), **SIZES)[3], expected)
+    assert equal(Episodes((x, y), **SIZES)[3], expected)
+    assert equal(Episodes(TensorDataset(x, y), **SIZES)[3], expected)
+    assert equal(Episodes(Pairs(x, y.tolist()), **SIZES)[3], expected)
+    assert equal(Episodes(Subset(Pairs(x, y.tolist()), range(len(x))), **SIZES)[3], expected)
 
 
 def test_shuffled_unequal_classes_are_sampled_from_their_own_examples():

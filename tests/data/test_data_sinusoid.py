@@ -6,13 +6,10 @@ import pickle
 
 import pytest
 import torch
+from tensors import equal
 from torch.utils.data import DataLoader
 
 from fastmeta.data import Episode, Sinusoid
-
-
-def same(a: Episode, b: Episode) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_items_are_episodes_of_the_right_shapes():
@@ -27,14 +24,14 @@ def test_the_loop_has_iterations_items():
     data = Sinusoid(2, 3, iterations=37)
     episodes = list(data)
     assert len(data) == len(episodes) == 37
-    assert same(data[-1], episodes[36])
+    assert equal(data[-1], episodes[36])
     assert len({e.support_x[0, 0, 0].item() for e in episodes}) == 37
 
 
 def test_items_depend_on_seed_and_index_alone():
     one, two = Sinusoid(4, 5, iterations=40, seed=3), Sinusoid(4, 5, iterations=100, seed=3)
-    assert all(same(one[i], two[i]) for i in (39, 0, 17, 16, 15, 39))
-    assert not same(one[0], Sinusoid(4, 5, iterations=40, seed=4)[0])
+    assert all(equal(one[i], two[i]) for i in (39, 0, 17, 16, 15, 39))
+    assert not equal(one[0], Sinusoid(4, 5, iterations=40, seed=4)[0])
 
 
 def test_items_are_the_callers_own():
@@ -43,7 +40,7 @@ def test_items_are_the_callers_own():
     amplitude = data.parameters(0)[0]
     for tensor in (*data[0], data.parameters(0)[0]):
         tensor.fill_(math.nan)
-    assert same(data[0], before)
+    assert equal(data[0], before)
     assert torch.equal(data.parameters(0)[0], amplitude)
 
 
@@ -51,12 +48,12 @@ def test_workers_give_the_same_sequence_as_the_loop():
     data = Sinusoid(2, 3, iterations=35, seed=1)
     loaded = list(DataLoader(data, batch_size=None, num_workers=2))
     assert len(loaded) == 35
-    assert all(isinstance(a, Episode) and same(a, b) for a, b in zip(loaded, data, strict=True))
+    assert all(isinstance(a, Episode) and equal(a, b) for a, b in zip(loaded, data, strict=True))
 
 
 def test_pickled_data_gives_the_same_items():
     data = Sinusoid(2, 3, iterations=20, seed=9)
-    assert same(pickle.loads(pickle.dumps(data))[18], data[18])
+    assert equal(pickle.loads(pickle.dumps(data))[18], data[18])
 
 
 def test_targets_match_reference():
@@ -71,7 +68,7 @@ def test_targets_match_reference():
 
 def test_float32_is_the_rounded_float64():
     low, high = (Sinusoid(4, 5, iterations=1, dtype=t)[0] for t in (torch.float32, torch.float64))
-    assert same(low, Episode(*(t.float() for t in high)))
+    assert equal(low, Episode(*(t.float() for t in high)))
 
 
 def test_parameters_and_inputs_match_the_uniform_distributions():

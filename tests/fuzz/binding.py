@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastmeta import _C, backends
 from fastmeta.backends.cpu import plan as plans
-from fastmeta.cases import VERIFICATION
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 
 REFUSALS = (TypeError, ValueError, MemoryError)

@@ -38,7 +38,7 @@ from click.testing import CliRunner, Result
 from fastmeta.backends import NAMES as BACKENDS
 from fastmeta.benchmark import PEERS, engine, inner_memory, orders
 from fastmeta.benchmark import machine as bench_machine
-from fastmeta.cases import WORKLOADS
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.cli import main as fastmeta
 from fastmeta.cli.train import interrupt, plots
 from fastmeta.verify import Row as Verified

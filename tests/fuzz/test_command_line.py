@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_fuzzers import python
+from commands import python
 
 pytest.importorskip("PIL.Image", reason="Pillow not installed")
 

@@ -8,22 +8,11 @@ other tests.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import python
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-
-
-def python(*arguments: str) -> str:
-    """What Python prints, run with these arguments in this folder, where it ends by itself with 0
-    or 1."""
-    done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(("name", "calls"), [("public_api", 600), ("arguments", 1000)])
@@ -37,15 +26,16 @@ def test_fuzzer_finds_and_reduces_a_planted_fault() -> None:
     # a loop that forgets weight decay stands for a library that does
     script = """
 import public_api
+import solving
 from running import fuzz
 
-plain = public_api.solve
+plain = solving.solve
 
 def forgetful(meta):
     meta.weight_decay = 0.0
     return plain(meta)
 
-public_api.solve = forgetful
+solving.solve = forgetful
 fuzz(public_api.draw, public_api.check, 200, seed=0, most_faults=1)
 """
     assert "Spec(weight_decay=0.1)" in python("-c", script)

@@ -162,7 +162,7 @@ def test_a_matrix_shared_with_a_norm_runs_elsewhere() -> None:
     params = dict(net.named_parameters())
     x, y = torch.randn(3, 5, 3, 4), torch.randint(2, (3, 5))
     with pytest.raises(
-        fm.BackendUnavailable, match=r"`body\.weight` belongs to a norm and is the weight of another"
+        fm.BackendUnavailable, match=r"`body\.weight` belongs to layer_norm and is the weight of another"
     ):
         fm.meta_gradient(net, params, (x, y), (x, y), **CPU)
     out = fm.meta_gradient(net, params, (x, y), (x, y), **{**CPU, "backend": "auto"})

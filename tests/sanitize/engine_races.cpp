@@ -29,8 +29,9 @@ struct Buffers {
   }
 };
 
-fm::Value value(i64 rows, i64 cols) {
+fm::Value value(i64 rows, i64 cols, bool from_params = true) {
   fm::Value v;
+  v.from_params = from_params;
   v.rows = rows, v.cols = cols, v.height = rows;
   return v;
 }
@@ -45,7 +46,7 @@ fm::Layer layer(fm::Kind kind, int in, int out, int weight = -1) {
 fm::Plan network(i64 width, i64 hidden, i64 examples) {
   fm::Plan plan;
   plan.is_double = true;
-  plan.values = {value(1, width), value(1, hidden), value(1, hidden), value(1, 3)};
+  plan.values = {value(1, width, false), value(1, hidden), value(1, hidden), value(1, 3)};
   plan.layers = {layer(fm::Kind::linear, 0, 1, 0), layer(fm::Kind::elementwise, 1, 2),
                  layer(fm::Kind::linear, 2, 3, 1)};
   plan.layers[1].function = fm::Function::tanh;

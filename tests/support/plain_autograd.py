@@ -3,9 +3,10 @@ the library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from tensors import drawn
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -24,9 +25,8 @@ def episodes(
     tasks: int = 3, shots: int = 5, queries: int = 7, seed: int = 1, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
     """support_x [T, N, 2], support_y [T, N, 1], query_x [T, M, 2], query_y [T, M, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(tasks, shots, 2), (tasks, shots, 1), (tasks, queries, 2), (tasks, queries, 1)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    shapes = (tasks, shots, 2), (tasks, shots, 1), (tasks, queries, 2), (tasks, queries, 1)
+    return drawn(*shapes, seed=seed, dtype=dtype)
 
 
 def adapt(
@@ -71,6 +71,11 @@ def meta_losses(
 def leaves(net: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that require grad."""
     return {name: value.detach().clone().requires_grad_() for name, value in net.named_parameters()}
+
+
+def all_near(got: Iterable[Tensor | None], want: Iterable[Tensor], tolerance: float = 1e-9) -> bool:
+    """Whether all of `got` are there and within a relative tolerance."""
+    return all(g is not None and error(g, w) < tolerance for g, w in zip(got, want, strict=True))
 
 
 def error(got: Tensor, want: Tensor) -> float:

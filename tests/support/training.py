@@ -17,6 +17,10 @@ def sinusoid(out: Path, *arguments: str):
     return CliRunner().invoke(main, ["train", "sinusoid", *SMALL, "--out", str(out), *arguments])
 
 
+def resume(out: Path):
+    return sinusoid(out, "--iterations", "9", "--resume")
+
+
 def checkpoint(out: Path) -> dict:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 

@@ -5,8 +5,8 @@
 //   y      = w x^ + b
 //   dx     = r (g - <g> - x^ <g x^>),                         g = w dy, <> the mean over the group
 //   ry     = w rx^ + rw x^ + rb,                              rx^ = r (rx - <rx> - x^ <rx x^>)
-//   R(dx)  = -r <rx x^> dx + r (Rg - <Rg> - rx^ <g x^> - x^ (<Rg x^> + <g rx^>)),   Rg = w rdy + rw
-// dy
+//   R(dx)  = -r <rx x^> dx + r (Rg - <Rg> - rx^ <g x^> - x^ (<Rg x^> + <g rx^>))
+//                                                             with Rg = w rdy + rw dy
 //
 // Every one is a sum of rows times coefficients that are constant in a block's column: see
 // docs/norms.md.
@@ -30,8 +30,8 @@ struct Blocks {
 enum State { MEAN, RSTD, SUM_DY, SUM_DY_X, STATES };
 enum TangentState { MEAN_RX, MEAN_RX_X };
 
-// Behind them, where a max-pool is in the epilogue, for every window the place of its maximum
-// within it, and x there (beside the tangents rx there).
+// After them, where the norm does a max-pool too: for every window the place of its maximum within
+// it, and x there (beside the tangents: rx there).
 inline i64 state_size(const Plan& plan, const Layer& layer, const Blocks& blocks, i64 examples) {
   const Value& y = plan.values[layer.output];
   return (blocks.count * STATES + (layer.pool_h ? 2 * examples * y.rows : 0)) * plan.padded(y.cols);

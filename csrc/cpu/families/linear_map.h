@@ -1,5 +1,6 @@
 // Layer kinds that are linear in their inputs: y = sum over inputs j of F_j x_j. Their tangents are
-// themselves, and the gradients of their inputs are dx_j = F_j^T dy. A kind has a struct with
+// themselves, and the gradients of their inputs are dx_j = F_j^T dy, for the tangents as for the
+// values. A kind has a struct with
 //
 //   apply(pass, layer, x, ld_x, y)            y = F x. x[j] is null where an input counts as zero;
 //                                             rows of x[j] are ld_x[j] apart.

@@ -2,7 +2,7 @@
 // are given.
 #pragma once
 
-#include "../families/norm.h"
+#include "../families/norm_by_channel.h"
 
 namespace fm::batch_norm {
 
@@ -19,7 +19,6 @@ struct Groups {
 using Functions = NormByChannel<Groups>;
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
-  check_norm(plan, layer, plan.values[layer.output].cols);
   require((layer.params[2] < 0) == (layer.params[3] < 0), "running statistics are a mean and a variance");
   return Functions::needs(plan, layer, examples);
 }

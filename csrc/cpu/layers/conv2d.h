@@ -3,6 +3,7 @@
 //
 // Images of very few channels are gathered tap by tap into rows [taps * C] instead, and multiplied
 // like any matrix.
+//
 // Where the output is not kept, nothing is done here: its reader does it, see ../recomputed_conv.h.
 #pragma once
 
@@ -63,7 +64,7 @@ inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   return {0, zeros + (transforms(plan, layer, examples) ? winograd::temporary(in, out) : 0)};
 }
 
-// The scratch memory behind the row of zeros.
+// The scratch memory after the row of zeros.
 template <class S>
 S* memory(const Pass<S>& pass, const Layer& layer) {
   const auto& values = pass.plan.values;

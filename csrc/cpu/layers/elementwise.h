@@ -1,4 +1,5 @@
-// Element-wise layers that no epilogue has taken: the arguments of the kernels in elementwise.inl.
+// elementwise: y = f(x), where no other layer does it at its end. The kernels are in
+// elementwise.inl, the functions in shared/functions.inl.
 #pragma once
 
 #include "../pass.h"

@@ -2,7 +2,7 @@
 // group.
 #pragma once
 
-#include "../families/norm.h"
+#include "../families/norm_by_channel.h"
 
 namespace fm::group_norm {
 
@@ -20,10 +20,8 @@ struct Groups {
 using Functions = NormByChannel<Groups>;
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
-  const Value& y = plan.values[layer.output];
-  check_norm(plan, layer, y.cols);
-  const i64 groups = i64(layer.constants[0]);
-  require(groups > 0 && y.cols % groups == 0, "a group norm's groups do not divide its channels");
+  const i64 channels = plan.values[layer.output].cols, groups = i64(layer.constants[0]);
+  require(groups > 0 && channels % groups == 0, "a group norm's groups do not divide its channels");
   return Functions::needs(plan, layer, examples);
 }
 

@@ -1,5 +1,6 @@
-// Layer norm: groups of `rows` consecutive rows, each normalised as one; the formulas of
-// channel_norm.h with a weight for every element of a group.
+// Norms of groups of `rows` consecutive rows, each normalised as one: the formulas of
+// families/channel_norm.h with a weight for every element of a group. Where the mean of a group is
+// not taken away, all means are zero but those of products with x^.
 
 // The sum of term(r, c) over a group, by a line of partial sums.
 template <class S, class Term>
@@ -42,7 +43,12 @@ struct NormGroup {
   FM_INLINE S average(const Term& term) const {
     return group_sum<S>(n.rows, n.cols, term) / S(n.rows * n.cols);
   }
-  // out = [out +] element, and zeros behind it
+  // The same of what is taken away.
+  template <class Term>
+  FM_INLINE S level(const Term& term) const {
+    return n.centred ? average(term) : S(0);
+  }
+  // out = [out +] element, and zeros after it
   template <class Element>
   FM_INLINE void write(i64 group, const Element& element) const {
     for (i64 r = 0; r < n.rows; ++r) {
@@ -71,7 +77,7 @@ void layer_norm_forward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
     n.state[2 * g] = 0, n.state[2 * g + 1] = 1;
     n.state[2 * g] =
-        NormGroup<S>(n, g).average([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
+        NormGroup<S>(n, g).level([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
     const NormGroup<S> centred(n, g);
     const S var = centred.average([&](i64 r, i64 c) { return centred.hat(r, c) * centred.hat(r, c); });
     n.state[2 * g + 1] = S(1) / sqrt_(var + n.eps);
@@ -87,7 +93,7 @@ void layer_norm_backward(const LayerNorm<S>& n) {
     at.collect([&](i64 r, i64 c) { return at.dy[r * n.ld + c] * at.hat(r, c); },
                [&](i64 r, i64 c) { return at.dy[r * n.ld + c]; });
     if (!n.out) continue;
-    const S mean = at.average([&](i64 r, i64 c) { return at.g(r, c); });
+    const S mean = at.level([&](i64 r, i64 c) { return at.g(r, c); });
     const S mean_x = at.average([&](i64 r, i64 c) { return at.g(r, c) * at.hat(r, c); });
     at.write(g, [&](i64 r, i64 c) { return at.rstd * (at.g(r, c) - mean - at.hat(r, c) * mean_x); });
   }
@@ -97,7 +103,7 @@ template <class S>
 void layer_norm_tangent(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
     const NormGroup<S> at(n, g);
-    const S t = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
+    const S t = n.rx ? at.level([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
     const S t_x = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c) * at.hat(r, c); }) : S(0);
     at.write(g, [&](i64 r, i64 c) {
       const S rhat = at.rstd * (at.moved(r, c) - t - at.hat(r, c) * t_x);
@@ -110,7 +116,7 @@ template <class S>
 void layer_norm_tangent_backward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
     const NormGroup<S> at(n, g);
-    const S t = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
+    const S t = n.rx ? at.level([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
     const S t_x = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c) * at.hat(r, c); }) : S(0);
     const auto rhat = [&](i64 r, i64 c)
                           FM_INLINE_LAMBDA { return at.rstd * (at.moved(r, c) - t - at.hat(r, c) * t_x); };
@@ -118,9 +124,9 @@ void layer_norm_tangent_backward(const LayerNorm<S>& n) {
         [&](i64 r, i64 c) { return at.rdy[r * n.ld + c] * at.hat(r, c) + at.dy[r * n.ld + c] * rhat(r, c); },
         [&](i64 r, i64 c) { return at.rdy[r * n.ld + c]; });
     if (!n.out) continue;
-    const S mean = at.average([&](i64 r, i64 c) { return at.g(r, c); });
+    const S mean = at.level([&](i64 r, i64 c) { return at.g(r, c); });
     const S mean_x = at.average([&](i64 r, i64 c) { return at.g(r, c) * at.hat(r, c); });
-    const S u = at.average([&](i64 r, i64 c) { return at.rg(r, c); });
+    const S u = at.level([&](i64 r, i64 c) { return at.rg(r, c); });
     const S u_x =
         at.average([&](i64 r, i64 c) { return at.rg(r, c) * at.hat(r, c) + at.g(r, c) * rhat(r, c); });
     at.write(g, [&](i64 r, i64 c) {

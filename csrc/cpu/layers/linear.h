@@ -1,4 +1,4 @@
-// linear: y = x W^T + b on the last dimension, optionally with the following relu in its epilogue.
+// linear: y = x W^T + b on the last dimension, optionally with the relu after it.
 //
 // W is [O, I]. Wide: kept as W^T [I, O] in panels, with W itself as the mirror for the input
 // gradient. Narrow (few outputs): kept as W [O, I], and y by inner products, since a padded vector
@@ -60,7 +60,8 @@ struct Products {
     pass.kernels.gemm(gemm);
   }
 
-  // Where the product is known as a low-rank change of another: base + scale * gram * factor.
+  // Makes `gemm` that product where it is known as a low-rank change of another: base + scale * gram
+  // * factor. Without a base, the base is the product with theta, computed here.
   template <class S>
   static void low_rank(const Pass<S>& pass, const Layer& layer, const LowRank<S>& low, Gemm<S>& gemm) {
     const Param& p = pass.plan.params[layer.weight()];

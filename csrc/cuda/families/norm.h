@@ -38,7 +38,8 @@ FM_INLINE S* tangent_statistics(const Pass& pass, int group) {
                           pass.rx + pass.examples * at.each + at.fixed + group * STATISTICS);
 }
 
-template <class Groups, int L>
+// CENTRED: the mean of a group is taken away first.
+template <class Groups, int L, bool CENTRED = true>
 struct Norm {
   static constexpr int IN = LAYERS[L].inputs[0], Y = LAYERS[L].pre >= 0 ? LAYERS[L].pre : LAYERS[L].output;
   static constexpr int W = LAYERS[L].weight, B = LAYERS[L].bias;
@@ -113,9 +114,10 @@ struct Norm {
         at.mean = theta<LAYERS[L].mean>(pass.workspace, pass.k)[g];
         at.rstd = S(1) / sqrt_(theta<LAYERS[L].var>(pass.workspace, pass.k)[g] + eps);
       } else {
-        at.mean =
-            Crowd::template sum<1>(size, [&](int e) { return one(value<IN, X>(pass)[at.in(e)]); }).at[0] /
-            S(size);
+        if constexpr (CENTRED)
+          at.mean =
+              Crowd::template sum<1>(size, [&](int e) { return one(value<IN, X>(pass)[at.in(e)]); }).at[0] /
+              S(size);
         const auto square = [&](int e) { return one(at.hat(e) * at.hat(e)); };
         at.rstd = S(1) / sqrt_(Crowd::template sum<1>(size, square).at[0] / S(size) + eps);
       }
@@ -135,7 +137,7 @@ struct Norm {
   static FM_INLINE Vec<2> means(const Vec<2>& sums, S w, int size) {
     if constexpr (FIXED) return {{S(0), S(0)}};
     const S share = (CHANNELS ? w : S(1)) / S(size);
-    return {{sums.at[0] * share, sums.at[1] * share}};
+    return {{CENTRED ? sums.at[0] * share : S(0), sums.at[1] * share}};
   }
 
   template <Space X, bool INPUT>
@@ -172,7 +174,7 @@ struct Norm {
       if constexpr (has_tangent<IN> && !FIXED) {
         const Vec<2> sums = Crowd::template sum<2>(
             size, [&](int e) { return Vec<2>{{at.moved(e), at.moved(e) * at.hat(e)}}; });
-        at.rx = sums.at[0] / S(size), at.rx_x = sums.at[1] / S(size);
+        at.rx = CENTRED ? sums.at[0] / S(size) : S(0), at.rx_x = sums.at[1] / S(size);
         if (Crowd::lane(0) == 0) {
           S* const to = tangent_statistics<L>(pass, g);
           to[RX] = at.rx, to[RX_X] = at.rx_x;
@@ -194,7 +196,7 @@ struct Norm {
       at.read(), at.read_tangent();
       const int size = at.size();
       const auto dy = [&](int e) { return has_tangent<Y> ? at.dy(e) : S(0); };
-      // Rg = w rdy + rw dy; of a channel w and rw follow behind the sums
+      // Rg = w rdy + rw dy; of a channel w and rw follow after the sums
       const auto rg = [&](int e) {
         return at.w(e) * at.rdy(e) + at.template v<W>(along, w_factor, e) * dy(e);
       };

@@ -46,7 +46,7 @@ struct Functions {
         });
   }
 
-  // dx = [dy V scale +] dy W by tiles, `add` says which; returns the thread behind the last one that
+  // dx = [dy V scale +] dy W by tiles, `add` says which; returns the thread after the last one that
   // has a tile.
   template <class Add, class Put>
   static FM_INLINE int input_gradient(const Pass& pass, const Add& add, const Put& put) {
@@ -73,7 +73,7 @@ struct Functions {
   }
 
   // The gradients of W, by tiles of what `add` sums up, and of b, the sums of dy's columns, from
-  // thread `first` on; returns the thread behind the last one.
+  // thread `first` on; returns the thread after the last one.
   template <class Add, class Dy>
   static FM_INLINE int weight_gradient(const Pass& pass, const Add& add, const Dy& dy, const Sink& sink,
                                        int first) {

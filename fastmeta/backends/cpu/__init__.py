@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 
 from fastmeta.backends import _hoisting
+from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
-from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
-from fastmeta.graph.program import Program
 from fastmeta.problem import Problem, Result
 
 try:
@@ -42,9 +41,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return f"tensors are on {first.device}"
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    if reason := _without_kernels(program):
+    if reason := without_kernels(program, *_known()):
         return reason
-    if reason := refuses_norms(problem):
+    if reason := refuses_layers(problem):
         return reason
     if not plans.used_params(program):
         return "the output depends on no parameter"
@@ -53,17 +52,6 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
             return f"the network's input is {batch.x.dtype}"
         if loss is not None and (reason := refuses_loss(loss)):
             return reason
-    return ""
-
-
-def _without_kernels(program: Program) -> str:
-    """The first layer that the extension knows nothing of, "" if it knows all."""
-    kinds, functions = _known()
-    for layer in program.layers:
-        if layer.kind not in kinds:
-            return f"{layer.kind} has no kernels"
-        if layer.kind == "elementwise" and layer.function not in functions:
-            return f"{layer.function} has no kernels"
     return ""
 
 

@@ -7,13 +7,14 @@ are compiled at run time for one network, its shapes and options.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 import torch
 
 from fastmeta.backends import _hoisting
+from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
-from fastmeta.backends._norms import refuses_norms
 from fastmeta.backends._precision import exact as exact
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
@@ -57,9 +58,9 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return reason
     if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
         return f"parameters must all be float32 or all float64, got {first.dtype} first"
-    if unknown := [layer.kind for layer in program.layers if layer.kind not in _kinds()]:
-        return f"{unknown[0]} has no kernels"
-    if reason := refuses_norms(problem):
+    if reason := without_kernels(program, *_known()):
+        return reason
+    if reason := refuses_layers(problem):
         return reason
     if not used_params(program):
         return "the output depends on no parameter"
@@ -72,10 +73,13 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _kinds() -> frozenset[str]:
-    """The layer kinds that have a file of CUDA kernels."""
-    files = compiler.source_folder() / "cuda" / "layers"
-    return frozenset(kind for kind in KINDS if (files / f"{kind}.h").exists())
+def _known() -> tuple[frozenset[str], frozenset[str]]:
+    """The layer kinds that have a file of CUDA kernels, and the element-wise functions of the list
+    `FM_FUNCTIONS` in csrc/shared/types.h."""
+    csrc = compiler.source_folder()
+    kinds = frozenset(kind for kind in KINDS if (csrc / "cuda" / "layers" / f"{kind}.h").exists())
+    rows = (csrc / "shared" / "types.h").read_text().partition("#define FM_FUNCTIONS(X)")[2]
+    return kinds, frozenset(re.findall(r"X\((\w+), ", rows.partition("\n\n")[0]))
 
 
 def _refuses_device(device: torch.device) -> str:

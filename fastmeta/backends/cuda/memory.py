@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmeta.backends._norms import NORMS
 from fastmeta.backends.cuda.tables import SCRATCH, Area, Layer, Plan
 from fastmeta.layers.functions import FUNCTIONS
+from fastmeta.layers.registry import KINDS
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64
 #: Functions whose derivatives follow from the value alone, and whose formulas in
 #: csrc/shared/functions.inl read the argument all the same.
 _READS_ARGUMENT = frozenset({"elu"})
-#: Numbers that a norm keeps of each group: csrc/cuda/norm.h.
+#: Numbers that a norm keeps of each group: csrc/cuda/families/norm.h.
 STATISTICS = 4
 
 
@@ -142,7 +142,7 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
     flags = plan.flags
     vector = 16 // plan.itemsize
     tensor = any(layer.multiply != "fma" for layer in plan.layers)
-    norms = [layer for layer in plan.layers if layer.kind == "batch_norm"]
+    norms = [layer for layer in plan.layers if _is_norm(layer) and _by_channel(layer)]
     normed = {v for layer in norms for v in (*layer.inputs, layer.output, layer.pre)}
     for number, v in enumerate(plan.values):
         v.vector = vector if v.cols >= vector else 1
@@ -194,7 +194,7 @@ def _lay_out_statistics(plan: Plan, sizes: dict[str, list[int]]) -> dict[str, _B
     """What norms keep of their groups, behind the values and, if there are any, behind their
     tangents."""
     kept = {"x": STATISTICS, "d": 0, "rx": STATISTICS if plan.flags["second_order"] else 0, "rd": 0}
-    norms = [layer for layer in plan.layers if layer.kind in NORMS]
+    norms = [layer for layer in plan.layers if _is_norm(layer)]
     for layer in norms:
         rank = plan.values[layer.output].rank
         layer.statistics, layer.tangent_statistics = (sizes["x"][rank], 0), (sizes["rx"][rank], 0)
@@ -203,18 +203,25 @@ def _lay_out_statistics(plan: Plan, sizes: dict[str, list[int]]) -> dict[str, _B
     each = {block: max(size) for block, size in sizes.items()}
     fixed = 0
     for layer in norms:
-        if layer.kind == "batch_norm":  # as many groups in any number of examples
+        if _by_channel(layer):  # as many groups in any number of examples
             layer.statistics, layer.tangent_statistics = (each["x"], fixed), (each["rx"], fixed)
             fixed += STATISTICS * plan.values[layer.output].cols
     return {block: _Block(size, fixed if kept[block] else 0) for block, size in each.items()}
 
 
+def _is_norm(layer: Layer) -> bool:
+    return KINDS[layer.kind].family == "norm"
+
+
+def _by_channel(layer: Layer) -> bool:
+    """Whether a norm's groups are the channels, of the whole batch."""
+    return KINDS[layer.kind].groups is None
+
+
 def _groups_each(plan: Plan, layer: Layer) -> int:
     """Groups that a norm makes of each example."""
-    out = plan.values[layer.output]
-    if layer.kind == "layer_norm":
-        return out.rows * out.cols // int(layer.constants[0])
-    return int(layer.constants[0]) if layer.kind == "group_norm" else 0
+    groups, out = KINDS[layer.kind].groups, plan.values[layer.output]
+    return 0 if groups is None else groups(layer.constants, out.rows * out.cols)
 
 
 def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
 from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.evaluation import evaluate_one
 from fastmeta.backends.torch.features import Features
 from fastmeta.backends.torch.sweep import goes_back
 from fastmeta.losses import Loss
@@ -115,7 +116,7 @@ class _Task:
         replayed = [] if known is None else known.values
         forwards = None if known is None else known.replaying(replayed) if replayed else known.recording()
         value, output, _ = self.captured.evaluated(
-            lambda: tasks.evaluate_one(self.p, self.theta, examples, loss, forwards=forwards),
+            lambda: evaluate_one(self.p, self.theta, examples, loss, forwards=forwards),
             [*self.theta.values(), *examples, *replayed],
         )
         return value, output

@@ -114,7 +114,7 @@ def recorded(
     batch: Batch,
     vectorised: bool,
 ) -> tuple[Tensor, ...]:
-    """What all tasks have of `features`: [T, ...] each. Arguments as of `tasks.evaluate`."""
+    """What all tasks have of `features`: [T, ...] each. Arguments as of `Evaluation`."""
 
     net = problem.exchange or problem.net
 

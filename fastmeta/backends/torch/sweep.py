@@ -16,7 +16,8 @@ from torch import Tensor
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured, Watch
 from fastmeta.backends._random_state import RandomState, preserved_for
-from fastmeta.backends.torch import tasks, watched
+from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.backends.torch.features import Body, Features, recorded
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.losses import Loss
@@ -245,14 +246,16 @@ class Sweep:
         batch = replace(batch, **data)  # type: ignore[arg-type]
         params |= theta
         body = self.bodies.get(role)
-        rest = (
-            ()
-            if body is None
-            else (body.features, [others.get(key, value) for key, value in body.values.items()])
-        )
-        return watched.evaluate(
-            self.p, params, self.stacked, batch, loss, self.vectorised, self.captured, *rest
-        )
+        return Evaluation(
+            problem=self.p,
+            params=params,
+            stacked=self.stacked,
+            batch=batch,
+            loss=loss,
+            vectorised=self.vectorised,
+            features=None if body is None else body.features,
+            values=() if body is None else [others.get(key, value) for key, value in body.values.items()],
+        ).watched(self.captured)
 
     def _bodies(self, standing: Mapping[str, tuple[str, ...]]) -> dict[str, Body]:
         """What stands still, of the support and the query sets, computed; its gradients get places

@@ -3,22 +3,19 @@ the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from math import inf, isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
-from fastmeta.backends._autocast import autocast
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
-from fastmeta.backends.torch.features import Features
+from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.bounded import Known
-from fastmeta.losses import Loss
-from fastmeta.network.functional import call_then, own
+from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Problem
 from fastmeta.undisturbed import asynchronous
 
@@ -32,106 +29,6 @@ _graphs: Known[tuple[int, bool], float] = Known(_MOST_SORTS)
 _stored: Known[int, bool] = Known(_MOST_SORTS)
 _twice: Known[tuple[int, bool], bool] = Known(_MOST_SORTS)
 _shapes: Known[int, tuple[int, ...]] = Known(_MOST_SORTS)
-
-
-def evaluate(
-    problem: Problem,
-    params: Mapping[str, Tensor],
-    stacked: frozenset[str],
-    batch: Batch,
-    loss: Loss | None,
-    vectorised: bool,
-    features: Features | None = None,
-    values: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor]:
-    """The losses and the outputs of all tasks.
-
-    Args:
-        problem: says how the network is called.
-        params: every parameter, [T, *shape] if its name is in `stacked`, else [*shape].
-        stacked: names of the parameters that every task has its own of.
-        batch: x [T, N, *in], y [T, N, ...], weights [T, N]; of one step.
-        loss: None: the losses are zero.
-        vectorised: by vmap instead of a loop.
-        features, values: what is not to be computed again, and what it was: [T, ...] each.
-
-    Returns:
-        (losses [T], output [T, N, *out]).
-
-    Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed
-    under vmap.
-    """
-
-    def one_task(
-        theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None, *known: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        forwards = None if features is None else features.replaying(known)
-        return evaluate_one(problem, theta, (x, y, weights), loss, vectorised, forwards)
-
-    if vectorised:
-        dims = {name: 0 if name in stacked else None for name in params}
-        in_dims = (
-            dims,
-            0,
-            None if batch.y is None else 0,
-            None if batch.weights is None else 0,
-            *[0] * len(values),
-        )
-        every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
-        return every_task(dict(params), batch.x, batch.y, batch.weights, *values)
-
-    # unbind once: the backward of one select a task would write all of [T, *shape] T times
-    columns = {name: value.unbind() for name, value in params.items() if name in stacked}
-    nothing = (None,) * batch.x.shape[0]
-    data = zip(
-        batch.x.unbind(),
-        nothing if batch.y is None else batch.y.unbind(),
-        nothing if batch.weights is None else batch.weights.unbind(),
-        *[value.unbind() for value in values],
-        strict=True,
-    )
-    answers = [
-        one_task({**params, **{name: column[task] for name, column in columns.items()}}, *entry)
-        for task, entry in enumerate(data)
-    ]
-    losses, outputs = zip(*answers, strict=True)
-    return torch.stack(losses), torch.stack(outputs)
-
-
-def evaluate_one(
-    problem: Problem,
-    theta: Mapping[str, Tensor],
-    examples: tuple[Tensor, Tensor | None, Tensor | None],
-    loss: Loss | None,
-    decompose: bool = False,
-    forwards: Mapping[str, Callable[..., Any]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loss, (), and the output, [N, *out], of one task.
-
-    Args:
-        problem: says how the network is called.
-        theta: every parameter, [*shape].
-        examples: x [N, *in], y [N, ...], weights [N].
-        loss: None: the loss is zero.
-        decompose, forwards: as of `call`.
-    """
-    (x, y, weights), dtype = examples, next(iter(theta.values())).dtype
-    net, decompose = problem.exchange or problem.net, decompose or problem.third
-
-    def value_of(output: Tensor) -> Tensor:
-        # losses and their targets are those of the parameters' dtype
-        output = output if problem.autocast is None else output.to(dtype)
-        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        return value if problem.autocast is None else value.to(dtype)
-
-    with autocast(x.device, problem.autocast):
-        how: dict[str, Any] = {
-            "batch_stats": problem.batch_stats,
-            "decompose": decompose,
-            "forwards": forwards,
-        }
-        value, output = call_then(net, theta, x, value_of, **how)
-        return value, output if problem.autocast is None else output.to(dtype)
 
 
 def stack(problem: Problem, name: str) -> Tensor:
@@ -297,9 +194,14 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
     theta = {name: own(stack(problem, name), requires_grad=True) for name in names}
     sets = _inputs.any_batch(problem)
     batch, loss = step_of(sets, 0), problem.query_loss if sets is problem.query else problem.loss
-    losses, output = evaluate(
-        problem, {**problem.params, **theta}, problem.per_task | theta.keys(), batch, loss, vectorised
-    )
+    losses, output = Evaluation(
+        problem=problem,
+        params={**problem.params, **theta},
+        stacked=problem.per_task | theta.keys(),
+        batch=batch,
+        loss=loss,
+        vectorised=vectorised,
+    ).run()
     generator = torch.Generator("cpu").manual_seed(0)
     objective = losses.sum() + (output * _random_like(output, generator)).sum()
     leaves = list(theta.values())

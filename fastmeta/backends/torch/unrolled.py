@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
-from fastmeta.backends.torch import tasks, watched
+from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Problem
 
@@ -32,9 +33,14 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
     terms: list[Tensor] = []
 
     def evaluated(theta: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> tuple[Tensor, Tensor]:
-        losses, output, _ = watched.evaluate(
-            p, {**p.params, **theta}, stacked, batch, loss, vectorised, captured
-        )
+        losses, output, _ = Evaluation(
+            problem=p,
+            params={**p.params, **theta},
+            stacked=stacked,
+            batch=batch,
+            loss=loss,
+            vectorised=vectorised,
+        ).watched(captured)
         return losses, output
 
     for k, weight in enumerate(p.step_weights or ()):

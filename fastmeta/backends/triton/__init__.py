@@ -9,7 +9,7 @@ import torch
 
 from fastmeta.backends import _hoisting
 from fastmeta.backends._inputs import check_class_indices, check_rates
-from fastmeta.backends._norms import refuses_norms
+from fastmeta.backends._layers import refuses_layers
 from fastmeta.backends._precision import exact as exact
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
@@ -63,7 +63,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     for layer in program.layers:
         if layer.kind not in runs.KINDS:
             return f"{layer.kind} has no kernels"
-    if reason := refuses_norms(problem):
+    if reason := refuses_layers(problem):
         return reason
     if not any(name for layer in program.layers for name in layer.params):
         return "the output depends on no parameter"

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastmeta.backends.triton.memory import Memory
 from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import cross_entropy, elementwise_losses
-from fastmeta.kernels.launch import Recorder
+from fastmeta.kernels.launch import Recorder, tiny
+from fastmeta.kernels.losses import Reduction, Results
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients
 
@@ -148,16 +149,16 @@ class StaticBatch:
             "rz": rz,
             "weights": self.step("weights", k),
             "task_weights": task_weights,
-            "value": value,
-            "dz": dz,
-            "dy": dy,
-            "dweights": dweights,
-            "SUM": loss.reduction == "sum",
-            "BY_WEIGHTS": loss.weight_norm == "sum",
-            "STEP": float(step),
-            "SCALE": float(scale),
-            "ADD_VALUE": add_value,
-            "ADD": add_y or add_weights,
+            "results": Results(value, dz, dy, dweights),
+            "HOW": Reduction(
+                sum=loss.reduction == "sum",
+                by_weights=loss.weight_norm == "sum",
+                step=float(step),
+                scale=float(scale),
+                add_value=add_value,
+                add=add_y or add_weights,
+                tiny=tiny(z),
+            ),
         }
         if loss.kind == "cross_entropy":
             target = self.tensors["y"]
@@ -168,9 +169,9 @@ class StaticBatch:
                 out.rows,
                 out.cols,
                 class_weights=self.constants.get("class_weights"),
-                INDICES=not target.is_floating_point(),
-                SMOOTHING=float(loss.label_smoothing),
-                IGNORE=loss.ignore_index,
+                TARGET=cross_entropy.Target(
+                    not target.is_floating_point(), float(loss.label_smoothing), loss.ignore_index
+                ),
                 **common,
             )
         else:

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmeta.kernels.launch import Launch
+from fastmeta.kernels.launch import Launch, named
 
 #: Bytes of shared memory that one block may have, by compute capability.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -47,35 +47,66 @@ class Usage:
         return self.spilled == 0 and self.shared <= SHARED[self.capability]
 
 
+#: Where an argument stands in a kernel's list of arguments, and then in tuples of tuples.
+Path = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What decides about the machine code of a launch: hashable, so that each is compiled once."""
 
     kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    signature: tuple[tuple[str, Any], ...]  # by argument: its type, or a NamedTuple of types
+    constants: tuple[tuple[Path, Any], ...]
+    aligned: tuple[Path, ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def types(self) -> dict[str, str]:
+        """By argument, and member of one: "end.out"."""
+        return dict(named(dict(self.signature)))
+
+    def known(self) -> dict[str, Any]:
+        """The constants by name, and by that of a member: "end.out", "FINISH.mode"."""
+        names = {path: self._name(path) for path, _ in self.constants}
+        return dict(named({names[path]: value for path, value in self.constants}))
+
+    def _name(self, path: Path) -> str:
+        name, types = self.signature[path[0]]
+        for index in path[1:]:
+            name, types = f"{name}.{types._fields[index]}", types[index]
+        return name
 
 
 def source(launch: Launch) -> Source:
     """Specialise a launch as Triton does at run time: 1 is a constant, multiples of 16 are known to
-    be such."""
-    signature, constants, aligned = [], [], []
-    for parameter in launch.kernel.params:
-        name, value = parameter.name, launch.arguments[parameter.name]
-        known = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (known and isinstance(value, int) and value == 1):
-            signature.append((name, "constexpr"))
-            constants.append((name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((name, _TYPES[value.dtype]))
+    be such; of members of NamedTuples always."""
+    constants: list[tuple[Path, Any]] = []
+    aligned: list[Path] = []
+
+    def typed(value: Any, path: Path, known: bool) -> Any:
+        if isinstance(value, tuple):
+            types = (typed(member, (*path, i), True) for i, member in enumerate(value))
+            return type(value)(*types)
+        if value is None or (known and isinstance(value, int) and value == 1):
+            constants.append((path, value))
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
-                aligned.append(name)
+                aligned.append(path)
+            return _TYPES[value.dtype]
+        if known and value % 16 == 0:
+            aligned.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = []
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants.append(((i,), value))
+            signature.append((parameter.name, "constexpr"))
         else:
-            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if known and value % 16 == 0:
-                aligned.append(name)
+            signature.append((parameter.name, typed(value, (i,), not parameter.do_not_specialize)))
     return Source(
         launch.kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(launch.options.items())
     )
@@ -87,7 +118,7 @@ def sources(launches: Iterable[Launch]) -> list[Source]:
 
 
 #: Signatures that this process can launch.
-_launchable: set[tuple[str, ...]] = set()
+_launchable: set[tuple[Any, ...]] = set()
 
 
 def compile_together(launches: Iterable[Launch]) -> None:
@@ -102,7 +133,7 @@ def compile_together(launches: Iterable[Launch]) -> None:
             ]
         # Triton 3.6 builds a C program to launch each signature, when it is launched first: that
         # takes longer than to compile the kernel, and would be one after the other.
-        new: dict[tuple[str, ...], Any] = {}
+        new: dict[tuple[Any, ...], Any] = {}
         for one, future in zip(different, made, strict=True):
             kernel = future.kernel if hasattr(future, "finalize_compile") else future
             signature = tuple(kind for _, kind in one.signature)
@@ -121,8 +152,7 @@ def _make_launcher(kernel: Any) -> None:
 def compile_source(one: Source, capability: int) -> Usage:
     """Compile for compute capability 80, 90 or 100 with the tools in Triton's own package, past its
     cache."""
-    names = [parameter.name for parameter in one.kernel.params]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
+    attributes = {path: [["tt.divisibility", 16]] for path in one.aligned}
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,

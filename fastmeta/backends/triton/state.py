@@ -12,7 +12,7 @@ from fastmeta.backends.triton.pass_memory import PassMemory
 from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import reduce
 from fastmeta.kernels.launch import Recorder
-from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks
+from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
 from fastmeta.problem import Problem
 
 
@@ -124,7 +124,7 @@ class StepState:
             return Operand(self.buffers[p - count], 0)
         if k == 0 or not self._moves(p):
             return self.layout.operand(self.theta0, p)
-        return self.layout.operand(self.thetas[k - 1], p)  # type: ignore[index]
+        return self.layout.operand(there(self.thetas)[k - 1], p)
 
     def _moves(self, p: int) -> bool:
         """Whether an inner step writes parameter p: one without a gradient moves by weight decay

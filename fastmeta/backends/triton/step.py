@@ -17,7 +17,7 @@ from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.backends.triton.state import StepState
 from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import add, reduce, sgd
-from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks
+from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
 from fastmeta.layers import registry as layers
 from fastmeta.problem import Problem
 
@@ -61,7 +61,7 @@ class MetaStep(StepState):
     def _forward(self, run: Pass) -> Tensor:
         for node in self.net.nodes:
             KINDS[node.kind].forward(run, node)
-        return run.x[self.net.output]
+        return there(run.x[self.net.output])
 
     def _backward(self, run: Pass, sinks: Sinks | None) -> None:
         for node in reversed(self.net.nodes):
@@ -77,7 +77,7 @@ class MetaStep(StepState):
         elif self.query is not None:
             self._query_values_only(problem)
         if self.losses is not None:
-            reduce.mean_loss(self.emit, self.losses, self.task_weights, self.loss)
+            reduce.mean_loss(self.emit, self.losses, self.task_weights, there(self.loss))
 
     def _support_gradient(self, run: Pass, k: int, sinks: Sinks | None) -> None:
         z = self._forward(run)
@@ -98,31 +98,32 @@ class MetaStep(StepState):
             self._support_gradient(run, k, sinks)
             return
         if k == 0 and self._some_unused():
-            self.emit.zero(self.gradient)
-        self._support_gradient(run, k, self._sinks(self.gradient, adapted=True))  # type: ignore[arg-type]
+            self.emit.zero(there(self.gradient))
+        self._support_gradient(run, k, self._sinks(there(self.gradient), adapted=True))
         kept = None
         if self.keeps_updates:
-            kept = self.updates[k]  # type: ignore[index]
+            kept = there(self.updates)[k]
         momentum = None
         if self.mu:
-            momentum = (self.updates[k - 1] if self.keeps_updates else self.momentum) if k else None  # type: ignore[index]
+            if k:
+                momentum = there(self.updates)[k - 1] if self.keeps_updates else self.momentum
             kept = kept if self.keeps_updates else self.momentum
         sgd.update(
             self.emit,
             self.tasks,
             self._theta_rows(k),
-            self.gradient,
+            there(self.gradient),
             momentum,
             self._rates(k),
             self.index,
-            self.thetas[k],  # type: ignore[index]
+            there(self.thetas)[k],
             kept,
             self.mu,
             self.decay,
         )
 
     def _theta_rows(self, k: int) -> Operand:
-        rows = self.theta0 if k == 0 else self.thetas[k - 1]  # type: ignore[index]
+        rows = self.theta0 if k == 0 else there(self.thetas)[k - 1]
         return Operand(rows, self.layout.size if rows.dim() > 1 else 0)
 
     def _some_unused(self) -> bool:
@@ -190,7 +191,7 @@ class MetaStep(StepState):
             add.copy(self.emit, self.output_grad, dz)
         else:
             return
-        self._backward(run, self._sinks(self.lam, base=not self.fresh))  # type: ignore[arg-type]
+        self._backward(run, self._sinks(there(self.lam), base=not self.fresh))
         self.fresh = False
         self._input_gradient(self.query, 0, run.d[0])
 
@@ -208,10 +209,10 @@ class MetaStep(StepState):
         self.seeded = problem.adapted_grad is not None
         self.fresh = not self.seeded and not self._some_unused()
         if not self.seeded and self._some_unused():
-            self.emit.zero(self.lam)
+            self.emit.zero(there(self.lam))
         self._query_gradient(problem, self.steps, weights[self.steps])
         if self.fresh:
-            self.emit.zero(self.lam)
+            self.emit.zero(there(self.lam))
             self.fresh = False
         for k in reversed(range(self.steps)):
             self._step_back(k)
@@ -221,37 +222,40 @@ class MetaStep(StepState):
         for batch in (self.support, self.query):
             for tensor in () if batch is None else batch.unwritten():
                 self.emit.zero(tensor)
-        reduce.over_tasks(self.emit, self.lam, self.ranges, self.total)
+        ranges = there(self.ranges)
+        reduce.over_tasks(self.emit, there(self.lam), ranges, there(self.total))
         if self.wants_rates:
+            sums, totals = there(self.rate_sums), there(self.rate_total)
             for k in range(self.rate_steps):
-                reduce.over_tasks(self.emit, self.rate_sums[k], self.ranges, self.rate_total[k])  # type: ignore[index]
+                reduce.over_tasks(self.emit, sums[k], ranges, totals[k])
 
     def _step_back(self, k: int) -> None:
         run = self._support_pass(k)
         needs_updates = self.wants_rates and not self.keeps_updates
         if not self.store and (self.second or needs_updates):
-            sinks = self._sinks(self.gradient, adapted=True) if needs_updates else None  # type: ignore[arg-type]
+            sinks = self._sinks(there(self.gradient), adapted=True) if needs_updates else None
             self._support_gradient(run, k, sinks)
         if self.wants_rates:
             self._rate_gradient(k)
         if self.v is None:
             return
         mbar = self.mbar if self.mu and k < self.steps - 1 else None
-        sgd.direction(self.emit, self.tasks, self.lam, mbar, self._rates(k), self.index, self.v)
+        sgd.direction(self.emit, self.tasks, there(self.lam), mbar, self._rates(k), self.index, self.v)
         if self.second:
             self._hessian_vector(run, k)
         if not self.plain:
-            sgd.adjoint(self.emit, self.tasks, self.lam, self.v, self.mbar, self.index, self.mu, self.decay)
+            lam = there(self.lam)
+            sgd.adjoint(self.emit, self.tasks, lam, self.v, self.mbar, self.index, self.mu, self.decay)
 
     def _rate_gradient(self, k: int) -> None:
         """d alpha_k = -lambda_{k+1} u_k."""
-        u = self.updates[k if self.keeps_updates else 0]  # type: ignore[index]
+        u = there(self.updates)[k if self.keeps_updates else 0]
         if not self.keeps_updates:
             sgd.update(
                 self.emit,
                 self.tasks,
                 self._theta_rows(k),
-                self.gradient,
+                there(self.gradient),
                 None,
                 None,
                 self.index,
@@ -262,19 +266,21 @@ class MetaStep(StepState):
             )
         step = k if self.rate_steps > 1 else 0
         again = self.rate_steps == 1 and k < self.steps - 1
-        sgd.rate_gradient(self.emit, self.tasks, self.lam, u, self.table, self.rate_sums[step], again)  # type: ignore[index]
+        sums = there(self.rate_sums)[step]
+        sgd.rate_gradient(self.emit, self.tasks, there(self.lam), u, self.table, sums, again)
 
     def _hessian_vector(self, run: Pass, k: int) -> None:
         """lambda += H v; the mixed derivatives likewise into the gradients of the support set."""
-        run.v = [self.layout.operand(self.v, p) for p in range(len(self.layout.names))]  # type: ignore[arg-type]
+        v = there(self.v)
+        run.v = [self.layout.operand(v, p) for p in range(len(self.layout.names))]
         for node in self.net.nodes:
             if run.has_tangent(node.output):
                 KINDS[node.kind].tangent(run, node)
         out = self.net.output
         self.support.emit_loss(  # type: ignore[union-attr]
-            self.emit, self.net, k, run.x[out], rz=run.rx[out], dz=run.rd[out], gradients=True
+            self.emit, self.net, k, there(run.x[out]), rz=run.rx[out], dz=run.rd[out], gradients=True
         )
-        sinks = self._sinks(self.lam, base=True)  # type: ignore[arg-type]
+        sinks = self._sinks(there(self.lam), base=True)
         for node in reversed(self.net.nodes):
             KINDS[node.kind].tangent_backward(run, node, sinks)
         self._input_gradient(self.support, k, run.rd[0])  # type: ignore[arg-type]

@@ -30,7 +30,16 @@ SHARE = 0.9
 #: What another choice must gain over the first one: less is noise.
 _GAIN = 0.03
 #: What kernels with choices write.
-_WRITTEN = ("out", "pre", "curve", "to", "bias_to", "parts", "partials")
+_WRITTEN = (
+    "out",
+    "end.out",
+    "end.pre",
+    "end.curve",
+    "weight.to.at",
+    "bias.to.at",
+    "parts",
+    "sums.partials",
+)
 
 
 class Timer(Protocol):
@@ -87,7 +96,7 @@ def place(*facts: str) -> Path:
 def key(launch: Launch) -> str:
     """Of what decides how long a launch takes: source, constants, signature, sizes, and of what
     there is to choose."""
-    made, sizes = source(launch), [(n, v) for n, v in launch.arguments.items() if isinstance(v, int)]
+    made, sizes = source(launch), [(n, v) for n, v in launch.values().items() if isinstance(v, int)]
     parts = (
         made.kernel.__module__,
         made.kernel.cache_key,
@@ -224,13 +233,14 @@ class OnDevice:
 def _outputs(launch: Launch) -> dict[str, Tensor]:
     """What it writes when all its memory was filled with the same numbers before."""
     generator: torch.Generator | None = None
-    for tensor in launch.arguments.values():
+    values = launch.values()
+    for tensor in values.values():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             if generator is None:
                 generator = torch.Generator(tensor.device).manual_seed(0)
             tensor.normal_(generator=generator)
     launch.run()
-    return {n: launch.arguments[n].clone() for n in _WRITTEN if isinstance(launch.arguments.get(n), Tensor)}
+    return {n: values[n].clone() for n in _WRITTEN if isinstance(values.get(n), Tensor)}
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from fastmeta.capture.capture import captured
 from fastmeta.errors import BackendUnavailable
 from fastmeta.graph.program import Layer
+from fastmeta.layers.registry import kind_of
 
 Params = dict[str, Any]
 
@@ -41,7 +42,7 @@ def forward(net: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Params, A
 
 
 def _name(layer: Layer) -> str:
-    return layer.function if layer.kind == "elementwise" else layer.kind
+    return layer.function if kind_of(layer).family == "pointwise" else layer.kind
 
 
 def _linear(layer: Layer, params: list[Any], x: Any) -> Any:
@@ -64,7 +65,9 @@ def _batch_norm(layer: Layer, params: list[Any], x: Any) -> Any:
     from jax import lax
     from jax import numpy as jnp
 
-    weight, bias = params[:2]
+    weight, bias, *statistics = params
+    if any(value is not None for value in statistics) or (weight is None) != (bias is None):
+        raise ValueError("benchmark: of the batch norms the JAX peers have those over the task's own batch")
     axes = (0, *range(2, x.ndim))
     shape = (-1, *[1] * (x.ndim - 2))
     centred = x - x.mean(axes, keepdims=True)

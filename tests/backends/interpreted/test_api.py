@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.cases import VERIFICATION
 from fastmeta.cases.networks import mlp
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import quantities
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastmeta.cases import VERIFICATION, Case
+from fastmeta.cases import Case
+from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify import verify_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from fastmeta.kernels.channel_sums import merged, statistics
-from fastmeta.kernels.conv2d import product
 from torch import nn
 
 import fastmeta as fm
@@ -16,6 +14,8 @@ from fastmeta.backends.triton import run as runs
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
+from fastmeta.kernels.channel_sums import merged, statistics
+from fastmeta.kernels.conv2d import product
 from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -56,9 +56,9 @@ def test_the_image_is_not_read_for_statistics():
         launches = _launches(_case(_CONV, _NORM, *tail))
         assert not any(launch.kernel is statistics for launch in launches)
         modes = [
-            x.arguments["MODE"]
+            x.arguments["FINISH"].mode
             for x in launches
-            if x.kernel is product and x.arguments["partials"] is not None
+            if x.kernel is product and x.arguments["sums"].partials is not None
         ]
         assert modes.count("forward") == 2  # the inner step, the query
         assert modes.count("tangent") == 1
@@ -77,7 +77,7 @@ def test_the_image_is_not_read_for_statistics():
 def test_other_producers_leave_it_to_the_norm(layers: tuple):
     launches = _launches(_case(*layers))
     assert any(launch.kernel is statistics for launch in launches)
-    assert all(x.arguments["partials"] is None for x in launches if x.kernel is product)
+    assert all(x.arguments["sums"].partials is None for x in launches if x.kernel is product)
 
 
 def test_running_statistics_need_no_sums():

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastmeta.kernels.launch import Launch
 from torch import nn
 
 from fastmeta.backends.triton import run as runs
@@ -15,6 +14,7 @@ from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
+from fastmeta.kernels.launch import Launch
 from fastmeta.verify.problems import problem_of, wanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +38,10 @@ def _sorts(dtype: torch.dtype) -> list[Launch]:
     found: dict[object, Launch] = {}
     for launch in step.emit.launches:
         if launch.choices:
-            given = launch.arguments
-            pair, bias = (given.get("x1") is None, given.get("bias_to") is None)
-            found.setdefault((launch.kernel, given.get("MODE"), pair, bias, given.get("BACKWARD")), launch)
+            given = launch.values()
+            pair, bias = (given.get("x1") is None, given.get("bias.to.at") is None)
+            sort = (launch.kernel, given.get("FINISH.mode"), pair, bias, given.get("BACKWARD"))
+            found.setdefault(sort, launch)
     return list(found.values())
 
 

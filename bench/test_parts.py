@@ -1,7 +1,10 @@
-"""Microbenchmarks from the one case list: `pytest bench` (needs pytest-benchmark).
+"""The parts of a meta-gradient on the cpu backend, from the one case list: `pytest bench` (needs
+pytest-benchmark).
 
-`fastmeta bench` compares with other libraries; this times the cpu backend alone, part by part, to
-find what a change did. A meta-gradient is compared with the float64 reference before it is timed.
+The forward pass alone, query losses after the inner loop, and meta-gradients in float64, to find
+what a change did. `fastmeta bench` times the whole in float32 beside other libraries, `fastmeta
+cost` both orders in both memory modes. A meta-gradient is compared with the float64 reference
+before it is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastmeta import _C, backends
 from fastmeta.benchmark.cost import flops
-from fastmeta.cases import WORKLOADS, Case
+from fastmeta.cases import Case
+from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of
 
@@ -50,18 +54,6 @@ def _check(case: Case) -> None:
     out = runs.run(case, "cpu", torch.float64, 0)
     errors = rule.errors(out, runs.truth(case, 0).tensors, torch.float64)
     assert max(errors.values()) <= rule.FLOAT64
-
-
-@pytest.mark.parametrize("memory", ["store", "recompute"])
-@pytest.mark.parametrize("order", ["second", "first"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_meta_gradient(
-    benchmark: BenchmarkFixture, case: Case, order: str, memory: str, threads: int
-) -> None:
-    case = replace(case, order=order, memory=memory)
-    _check(case)
-    benchmark.group = case.id
-    _time(benchmark, case, PARAMS, threads, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
