@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
+import torch
 
 from fastmeta.cli import main
+from fastmeta.graph.program import Layer
+from fastmeta.layers.kind import LayerKind
 
 ROOT = Path(__file__).parents[2]
 #: Every page but the history, which names what is gone.
@@ -23,8 +28,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 #: A path: words of these characters with a slash between them; `<kind>` and `*` stand for anything.
 _PATH = re.compile(r"\.?[\w.<>*-]+(?:/[\w.<>*-]+)*/?")
-#: What a command makes, and so need not be there.
-_MADE = re.compile(r"runs/.*|\.venv/.*|lambda/2")
+#: What a command makes, and the files of the layer kind that a page has the reader write.
+_MADE = re.compile(r"runs/.*|\.venv/.*|lambda/2|.*/flip\.\w+")
 #: Whatever may stand before the command: an environment variable, the folder of an environment.
 _BEFORE = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?")
 
@@ -42,13 +47,14 @@ def _quoted(text: str) -> list[str]:
     return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", text)]
 
 
-def _there(path: str) -> bool:
-    return any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/")))
+def _there(path: str, folder: Path = ROOT) -> bool:
+    pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+    return any(ROOT.glob(pattern)) or any(folder.glob(pattern))
 
 
-def _missing_paths(text: str) -> list[str]:
+def _missing_paths(text: str, folder: Path = ROOT) -> list[str]:
     paths = [word for word in _quoted(text) if "/" in word and _PATH.fullmatch(word)]
-    return [path for path in paths if not _MADE.fullmatch(path) and not _there(path)]
+    return [path for path in paths if not _MADE.fullmatch(path) and not _there(path, folder)]
 
 
 def _anchors(page: Path) -> set[str]:
@@ -112,7 +118,7 @@ def _is_subcommand(group: click.Command, words: list[str]) -> bool:
 
 @each_page
 def test_paths_are_there(page: Path) -> None:
-    assert not _missing_paths(page.read_text())
+    assert not _missing_paths(page.read_text(), page.parent)
 
 
 @each_page
@@ -136,6 +142,37 @@ def test_finds_what_is_wrong(tmp_path: Path) -> None:
     wrong = ["fastmeta prove", "fastmeta verify --nothing", "make nothing", "python bench/nothing.py"]
     wrong += ["python bench/sinusoid.py --nothing", "pytest tests/nothing"]
     assert _wrong_commands(" ".join(f"`{command}`" for command in wrong)) == wrong
+
+
+def _from_page(name: str, folder: Path) -> ModuleType:
+    """A file of Python that docs/adding-a-layer.md shows, imported."""
+    text = (ROOT / "docs" / "adding-a-layer.md").read_text()
+    shown = re.search(rf"`{re.escape(name)}`:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    path = folder / name.replace("/", "_")
+    path.write_text(shown.group(1))
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def test_the_layer_kind_that_the_reader_writes_is_one(tmp_path: Path) -> None:
+    kind = _from_page("fastmeta/layers/flip.py", tmp_path).KIND
+    assert isinstance(kind, LayerKind)
+    for example in kind.examples:
+        x = torch.randn(3, *example.shapes[0])
+        assert torch.equal(example.make()(x), kind.forward(Layer("flip", (0,), example.shapes[0]), {}, x))
+    assert [case.build().net is not None for case in kind.cases()] == [True, True]
+
+
+def test_the_triton_kernels_that_the_reader_writes_are_some(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    module = _from_page("kernels/flip.py", tmp_path)
+    assert all(
+        callable(getattr(module, name)) for name in ("forward", "backward", "tangent", "tangent_backward")
+    )
 
 
 def test_tree_has_every_folder() -> None:
