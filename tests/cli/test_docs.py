@@ -179,7 +179,7 @@ def test_tree_has_every_folder() -> None:
     """The tree that docs/architecture.md begins with, and the folders that files are in."""
     tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
     named, top = set(), ""
-    for line in tree.strip().splitlines():
+    for line in re.findall(r"^ {0,2}\w.*", tree, re.MULTILINE):
         folder = line.split()[0].rstrip("/")
         top = top if line.startswith(" ") else folder
         named.add(f"{top}/{folder}" if line.startswith(" ") else top)
