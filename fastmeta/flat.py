@@ -37,7 +37,7 @@ def flatten(maml: MAML) -> Tensor:
         TypeError: not a MAML, or parameters of different dtypes or on different devices.
         ValueError: no parameter requires grad.
 
-    Source: docs/architecture.md, "The outer loop".
+    Source: docs/algorithms.md, "Flat meta-parameters".
     """
     if not isinstance(maml, MAML):
         raise TypeError(f"flatten: `maml` must be a fastmeta.MAML, got {type(maml).__name__}")

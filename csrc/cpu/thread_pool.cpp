@@ -79,8 +79,8 @@ class Pool {
   }
 
  private:
-  // As many threads as there are, the caller's among them, at most `threads`: those that cannot be
-  // started are done without, which changes no bit, and tried again at the next run.
+  // The number of threads, the caller's among them, at most `threads`. A thread that cannot be
+  // started is left out, which changes no bit, and is tried again at the next run.
   int start(int threads) {
     while (workers_ < threads - 1) try {
         if (int(scratch.size()) < workers_ + 2) scratch.emplace_back();
@@ -105,7 +105,7 @@ class Pool {
     }
   }
 
-  // After open_ is false a worker that is late sees so and leaves; those inside are waited for.
+  // A worker that comes late sees that open_ is false and leaves; those inside are waited for.
   void close() {
     open_.store(false);
     while (active_.load() != 0) relax();
@@ -177,8 +177,8 @@ void parallel(int threads, int jobs, const std::function<void(int, int)>& job) {
 
 namespace {
 
-// Asked for more than the machine has: an allocation would succeed, and the process be killed when
-// it is used.
+// For a request of more than the machine has: the allocation would succeed, and the process would
+// be killed when it uses the memory.
 class OutOfMemory : public std::bad_alloc {
  public:
   OutOfMemory(std::size_t bytes, std::size_t there)

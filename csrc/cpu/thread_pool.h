@@ -8,17 +8,18 @@ namespace fm {
 
 // Runs job(i, worker) for i in [0, jobs) on up to `threads` threads, the caller (worker 0) among
 // them, and returns when all are done. Jobs are claimed one by one, so a thread that is held up
-// stalls nobody but its own job. One run at a time: a second caller waits. Denormals are flushed to
-// zero inside a job. A run of a single job may start others from inside it. A job that throws stops
-// no other; one of the exceptions is thrown when all are done. Where threads cannot be started
-// there are fewer.
+// delays its own job only. There is one run at a time: a second caller waits. Denormals are flushed
+// to zero inside a job. A run of a single job may start others from inside it.
+//
+// A job that throws stops no other; one of the exceptions is thrown when all are done. If threads
+// cannot be started, the run has fewer.
 void parallel(int threads, int jobs, const std::function<void(int job, int worker)>& job);
 
 // Scratch memory of one worker, aligned to 64 bytes, at least `bytes` long; kept between runs. Only
 // inside a job, or for worker 0 by the caller of `parallel` between runs while it holds a Session.
 void* scratch(int worker, std::size_t bytes);
 
-// The same for the caller alone, while it holds a Session: no job has it.
+// The same for the caller alone, while it holds a Session: no job uses it.
 void* caller_scratch(std::size_t bytes);
 
 // Bytes of scratch memory held by all workers and the caller.

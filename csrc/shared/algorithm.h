@@ -22,8 +22,8 @@
 
 namespace fm {
 
-// A Task says how many steps there are, whether anybody wants gradients and whether the query
-// counts at all steps, and can do each of the rest.
+// A Task says how many steps there are, whether gradients are wanted and whether the query loss of
+// every step counts; it does each of the steps below.
 template <class Task>
 FM_ALGORITHM void meta_step(Task& task) {
   using Step = typename Task::Step;

@@ -12,8 +12,9 @@ struct LossCall {
   double scale;                  // of dz
   double side_scale;             // of dtarget and dweights
   const S* z;                    // [examples * rows, ld] network output
-  // Cross-entropy of rows > 1 positions, and what shares its output, is channels-last: rows of one
-  // number a class or channel. Targets stand in torch's order [cols, rows] then.
+  // Whether z is channels-last: a row for each position, a column for each class or channel. It is
+  // for cross-entropy of more than one position, and for any other loss of the same output. Targets
+  // are then in torch's order, [cols, rows].
   bool channels;
   const void* target;  // i64 [examples, rows] or S [examples, rows * cols]
   const S* weights;    // [examples] or null

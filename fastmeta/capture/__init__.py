@@ -1,2 +1,1 @@
-"""From an `nn.Module` to a layer program: the trace, the rules of what is captured, the guards of a
-capture."""
+"""From an `nn.Module` to a layer program: tracing, the rules of capture, and guards."""

@@ -1,5 +1,4 @@
-"""What a layer kind's rules work with: traced values, parameters, and the list of layers that they
-add to."""
+"""What the rules of a layer kind work with: traced values, parameters, and the list of layers."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ Methods = dict[str, Rule]
 
 
 class Refused(BaseException):
-    """A network, or an operator in it, that no layer program stands for; the message says why.
+    """A network, or an operator in it, cannot be a layer program; the message says why.
 
     Never seen outside of capture. It is no `Exception`, so that a forward's own `except Exception`
     cannot hide it.
@@ -28,8 +27,7 @@ class Refused(BaseException):
 
 
 class Batch:
-    """The batch dimension in a traced size. It has no arithmetic: a program holds for every batch
-    size."""
+    """The batch dimension in a traced size. It has no arithmetic: a program holds for any batch."""
 
     def __repr__(self) -> str:
         return "N"
@@ -40,8 +38,7 @@ BATCH: Final = Batch()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A traced tensor [N, *shape]: which of the program's values it is, and whose memory it may
-    share."""
+    """A traced tensor [N, *shape]: its number in the program, and whose memory it may share."""
 
     index: int
     shape: tuple[int, ...]
@@ -66,8 +63,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Buffer(Constant):
-    """A buffer of the network, under its first name in `named_buffers()`: only a norm's running
-    statistics are read."""
+    """A buffer, under its first name in `named_buffers()`; only running statistics are read."""
 
     shape: tuple[int, ...]
 

@@ -23,13 +23,12 @@ from fastmeta.capture.trace import Root, function_name, traced
 from fastmeta.graph.program import Layer, Program
 
 _Result = tuple[Program | None, str]
-#: Captures kept of one network, one for each shape of its input, and the bytes that they may take
-#: in all.
+#: The most captures of one network that are kept (one an input shape), and their bytes in all.
 _MOST_CAPTURES, _MOST_BYTES = 256, 8 << 20
 
 
 class _Captures:
-    """What is known of one network: its captures, and the guard that they all stand on."""
+    """What is known of one network: its captures, and the guard that they depend on."""
 
     def __init__(self, net: nn.Module, known: Bounded[Program, Program]) -> None:
         key = id(net)
@@ -86,8 +85,7 @@ def captured(
 
 
 def frozen_flags(net: nn.Module) -> tuple[bool, ...]:
-    """Which parameters of a network require grad, module by module; to be asked right after
-    `captured`."""
+    """Which parameters of a network require grad, by module; call it right after `captured`."""
     return _CAPTURES[id(net)].guard.requires_grad()
 
 

@@ -3,9 +3,9 @@
 A guard is a flat record of everything that a forward can read besides its input: the modules and
 their types, their attributes (the training flag among them), hooks, which parameters there are,
 which of them are tied, their shapes, and those of buffers. Values of tensors are no part of it, so
-that parameters may be trained or replaced. It
-is checked at every training step: what is in it is compared by identity first, in a handful of C
-calls. Globals and closures that a user's own code reads are part of it as well (`outside.py`).
+that parameters may be trained or replaced. The guard is checked at every training step. It compares
+by identity first, in a few calls of C code. Globals and closures that the user's own code reads are
+part of it too (`fastmeta/network/outside.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _joined = chain.from_iterable
 
 
 class Guard:
-    """What a network was when it was captured; see the module's text.
+    """What a network was when it was captured; see the top of this file.
 
     The guard holds no reference to the network itself, so that it does not keep it alive.
     """
@@ -108,8 +108,7 @@ class Guard:
             return False
 
     def requires_grad(self) -> tuple[bool, ...]:
-        """Which of the parameters that `holds` has seen last require grad; no part of the
-        record."""
+        """Which of the parameters that `holds` saw last require grad; no part of the record."""
         return tuple(map(_requires_grad, self._tensors))
 
     def _same_parameters(self) -> bool:
@@ -150,8 +149,7 @@ class Guard:
         return frozen
 
     def _frozen(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
-        """`_frozen_as_it_is`, unless the user's own code in it raises: then it cannot be
-        watched."""
+        """`_frozen_as_it_is`; a value whose own code raises there cannot be watched."""
         try:
             return self._frozen_as_it_is(value, place, parents)
         except Exception:
@@ -159,8 +157,7 @@ class Guard:
             return value
 
     def _frozen_as_it_is(self, value: Any, place: str, parents: tuple[int, ...]) -> Any:
-        """Something that equals `value` until `value` changes: a copy of a container, a stand-in
-        for a tensor."""
+        """What equals `value` until it changes: a copy of a container, a stand-in for a tensor."""
         kind = type(value)  # what `__class__` says may be anything
         if issubclass(kind, Tensor):
             return ANY_TENSOR
@@ -195,8 +192,10 @@ class Guard:
         return value
 
     def _watch(self, value: Any, place: str, parents: tuple[int, ...]) -> None:
-        """Guard the attributes of an object; state in slots, in C or in a module that fx cannot see
-        is not watched."""
+        """Guard the attributes of an object.
+
+        State in slots, in C, or in a module that torch.fx cannot see is not watched.
+        """
         if isinstance(value, (functools.partial, SimpleNamespace)):
             attributes = value.keywords if isinstance(value, functools.partial) else vars(value)
             self._objects[id(value)] = (attributes, self._frozen(attributes, place, parents))
@@ -223,7 +222,7 @@ ANY_TENSOR = _AnyTensor()
 
 
 class _Anything:
-    """Equal to everything: what is watched elsewhere."""
+    """Equal to everything: stands for what is watched elsewhere."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -249,7 +248,7 @@ class _Method:
 
 
 class _Function:
-    """Equal to one function, without keeping alive what that holds: often the network."""
+    """Equal to one function, without keeping alive what it holds: often the network."""
 
     def __init__(self, function: FunctionType) -> None:
         self.function = ref(function)
@@ -288,7 +287,7 @@ def _watched(live: ref[Any] | dict[str, Any]) -> dict[str, Any]:
 
 
 def _ties(parameters: list[Tensor | None]) -> list[int]:
-    """For each parameter, the place where its tensor stands first; -1 for None."""
+    """For each parameter, the first place of its tensor; -1 for None."""
     first: dict[int, int] = {}
     return [-1 if p is None else first.setdefault(id(p), at) for at, p in enumerate(parameters)]
 

@@ -1,5 +1,4 @@
-"""Operators that change nothing and so become no layer: identity, dropout that is off,
-contiguous."""
+"""Operators that change nothing and become no layer: identity, dropout when off, contiguous."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Sizes in a forward: x.shape, x.size(0), and arithmetic on plain numbers. No layer comes of
-them."""
+"""Sizes in a forward: x.shape, x.size(0), arithmetic on numbers. They become no layer."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from fastmeta.capture.build import (
 )
 
 _OPERATORS = "add sub mul truediv floordiv mod pow neg getitem"
-#: Functions of numbers and sizes, evaluated while capturing; the batch size itself has no
-#: arithmetic.
+#: Functions of numbers and sizes, evaluated during capture; the batch size has no arithmetic.
 ARITHMETIC: frozenset[Callable[..., Any]] = frozenset(
     (*(getattr(operator, name) for name in _OPERATORS.split()), math.prod, math.sqrt, math.log, math.exp)
 )

@@ -32,8 +32,7 @@ from fastmeta.undisturbed import abandon, asynchronous, undisturbed
 
 
 class Root(nn.Module):
-    """Holds the network as `net`, so that any forward is called as a user calls it: with one
-    tensor."""
+    """Holds the network as `net`, so that its forward is called as a user does, with one tensor."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -172,7 +171,7 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self._thread:  # somebody else's module, called while we trace
+        if threading.get_ident() != self._thread:  # a module that another thread calls during the trace
             return forward(*args, **kwargs)
         self.patchers.add(getattr(_fx, "CURRENT_PATCHER", None))
         try:
@@ -204,8 +203,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Patched:
-    """What tracing patches for the whole process, as it was before; what an interrupted trace
-    leaves is put back."""
+    """What tracing patches in the whole process, as it was before: undoes an interrupted trace."""
 
     def __init__(self) -> None:
         self.methods = [(cls, name, vars(cls)[name]) for cls, name in _METHODS if name in vars(cls)]
@@ -241,12 +239,10 @@ class _Patched:
 
 
 class _RealTensorsRefused(TorchFunctionMode):
-    """Refuses what is computed without the traced input: its result would be baked into the
-    program."""
+    """Refuses what is computed without the traced input: it would become a constant."""
 
     def gone(self) -> None:
-        """Make sure that it was left: leaving may have been interrupted, and nothing else could be
-        put back."""
+        """Leave the mode if leaving it was interrupted: nothing else could be put back."""
         while self in _get_current_function_mode_stack():
             torch._C._pop_torch_function_stack()
 
@@ -270,8 +266,7 @@ def _class_name(net: nn.Module) -> str:
 
 
 def _copied(net: nn.Module) -> nn.Module:
-    """A copy of the modules with the very same tensors: a forward may set attributes, and must not
-    on the original."""
+    """A copy of the modules with the same tensors, so that a forward sets attributes only here."""
     tensors = [*net.parameters(), *net.buffers()]
     tensors += [
         value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)
@@ -291,8 +286,7 @@ def _ambient() -> tuple[bool, ...]:
 
 @contextmanager
 def _autograd_functions_refused() -> Iterator[None]:
-    """Refuses `torch.autograd.Function`s of the user's: tracing sees their forward and not their
-    backward."""
+    """Refuses the user's `torch.autograd.Function`s: tracing sees only their forward."""
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,8 +303,7 @@ def _autograd_functions_refused() -> Iterator[None]:
 
 @contextmanager
 def _random_draws_refused() -> Iterator[None]:
-    """Refuses a forward that draws from Python's or NumPy's global generator, and gives their
-    states back."""
+    """Refuses draws from the global generators of Python and NumPy, and restores their states."""
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), pickle.dumps(numpy.random.get_state()) if numpy else b""
     drawn = False

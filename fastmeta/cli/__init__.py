@@ -20,13 +20,13 @@ COMMANDS = (info, verify, train, bench, cost)
 
 
 class _Commands(click.Group):
-    """The commands; output that cannot be written is said in one sentence."""
+    """The commands; a failure to write the output becomes one sentence."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except OSError as error:
-            # Files have names; the output has none.
+            # An error about a file has its name; one about the output has none.
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             raise click.ClickException(f"cannot write the output: {error.strerror}") from error

@@ -99,7 +99,7 @@ def _times(rows: list[orders.OrderRow]) -> Table:
 
 
 def _peaks(rows: list[inner_memory.MemoryRow]) -> Table:
-    """One line a way, one column a number of inner steps."""
+    """One line for each way, one column for each number of inner steps."""
     counts = list(dict.fromkeys(row.steps for row in rows))
     table = Table(title=f"peak MiB of a meta-gradient, {rows[0].case}, float32")
     table.add_column("way", no_wrap=True)

@@ -16,7 +16,7 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 @contextmanager
 def told(path: Path, doing: str) -> Iterator[None]:
-    """What the operating system refuses meanwhile becomes one sentence.
+    """Turn an error of the operating system inside the block into one sentence.
 
     Args:
         path: the file or folder.
@@ -61,8 +61,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def keep(path: Path, other: Path) -> None:
-    """Make the content of `path` that of `other` too, which is the old or the new one at any
-    moment.
+    """Give `path` the content of `other`; at any moment it has the old or the new one.
 
     Raises:
         click.ClickException: it cannot be done; both are as they were.
@@ -99,7 +98,7 @@ def discard(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Write the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

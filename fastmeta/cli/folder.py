@@ -19,18 +19,18 @@ try:
 except ImportError:  # no POSIX
     fcntl = None  # type: ignore[assignment]
 
-#: In the folder of a run; holds the id of the process that works in there.
+#: In the folder of a run; holds the id of the process that works there.
 LOCK = "lock"
 
 
 class Folder(click.Path):
-    """A folder, which need not be there; the value is a `Path`."""
+    """A folder, which need not exist; the value is a `Path`."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path, file_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As `click.Path`; an empty string, which would be the current folder, is none."""
+        """As `click.Path`; an empty string (the current folder) is refused."""
         if not os.fspath(value) or "\0" in os.fspath(value):
             self.fail(f"{os.fspath(value)!r} is no name of a folder.", param, ctx)
         return super().convert(value, param, ctx)
@@ -44,8 +44,7 @@ def make(out: Path, files: Sequence[str] = ()) -> None:
         files: names of what will be written into it.
 
     Raises:
-        click.ClickException: nothing can be written there, or something stands there that is no
-        file.
+        click.ClickException: nothing can be written there, or one of the files is no file.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,10 +58,10 @@ def make(out: Path, files: Sequence[str] = ()) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Let pass what is a file, or not there.
+    """Refuse a path that exists and is not a file.
 
     Raises:
-        click.ClickException: it is a folder, a device or a pipe, or cannot be looked at.
+        click.ClickException: it is a folder, a device or a pipe, or cannot be examined.
     """
     with told(path, "look at"):
         try:
@@ -76,7 +75,7 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile; the lock of a process that died is none.
+    """Keep other processes out of a folder inside the block; a dead process holds no lock.
 
     Raises:
         click.ClickException: another process works in there.

@@ -18,8 +18,7 @@ def total() -> int:
 
 
 def need(size: int, options: str) -> None:
-    """Refuse what cannot fit: a system that promises more memory than it has ends the process
-    without a word.
+    """Refuse what cannot fit: the system might promise the memory and then kill the process.
 
     Args:
         size: bytes that are needed at least.
@@ -37,7 +36,7 @@ def need(size: int, options: str) -> None:
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """An allocation that fails meanwhile becomes one sentence.
+    """Turn an allocation that fails inside the block into one sentence.
 
     Raises:
         click.ClickException: in place of Python's, NumPy's, PyTorch's and C++'s own exceptions.
@@ -47,7 +46,7 @@ def enough_memory() -> Iterator[None]:
     except MemoryError as error:
         raise click.ClickException(f"not enough memory: {error or 'allocation failed'}") from error
     except RuntimeError as error:
-        # PyTorch has no type for it.
+        # PyTorch has no exception type for it.
         if "allocate memory" not in str(error) and "Storage size calculation overflowed" not in str(error):
             raise
         raise click.ClickException(f"not enough memory: {str(error).splitlines()[0]}") from error

@@ -16,10 +16,10 @@ _Indices = NDArray[np.int64]
 class Episodes(MetaBatches):
     """Meta-batches of N-way K-shot classification tasks, a map-style data set.
 
-    Every task draws `ways` classes without replacement and, of each, `shots` support and `query`
-    query examples without replacement. The classes come in random order and are labelled 0 .. ways
-    - 1 in it; within a task the examples stand label by label. Item i depends on `seed`, i, the
-      sizes and the data alone.
+    Every task draws `ways` classes without replacement and, from each, `shots` support and `query`
+    query examples without replacement. The classes are labelled 0 .. ways - 1 in random order;
+    within a task the examples are sorted by label. Item i depends only on `seed`, i, the sizes and
+    the data.
 
     Args:
         data: the labelled examples, one of
@@ -106,20 +106,21 @@ class Episodes(MetaBatches):
 
 
 def _distinct(random: np.random.Generator, limits: _Indices, number: int) -> _Indices:
-    """`number` distinct integers below limits[r] for every row r, all ordered choices equally
-    likely: [R, number].
+    """`number` distinct integers below limits[r] for each row r, in random order: [R, number].
+
+    All ordered choices are equally likely.
 
     Source: Bentley and Floyd 1987, A sample of brilliance (Floyd's algorithm), here for all rows at
     once.
     """
     tops = limits[:, None] - number + np.arange(number)  # [R, number]
-    # A fraction below 1 times an integer below 2**53 rounds down to less than it; one draw for all
-    # columns is fast.
+    # A fraction below 1 times an integer below 2**53 rounds down to less than the integer. One draw
+    # for all columns is fast.
     picks = (random.random(tops.shape) * (tops + 1)).astype(np.int64)  # in 0 .. tops
     chosen = np.empty_like(picks)
     for column in range(number):
         pick, top = picks[:, column], tops[:, column]
         taken = (chosen[:, :column] == pick[:, None]).any(axis=1)
         chosen[:, column] = np.where(taken, top, pick)
-    # Floyd's sets are fair, their order is not.
+    # Floyd's algorithm makes all sets equally likely, but not all orders.
     return random.permuted(chosen, axis=1)

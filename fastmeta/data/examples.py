@@ -19,8 +19,7 @@ Data: TypeAlias = "Tensor | Omniglot | tuple[Tensor, Tensor] | Dataset[Any]"
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """E examples of C classes: those of class c are number order[starts[c] : starts[c] +
-    counts[c]]."""
+    """E examples of C classes; class c has order[starts[c] : starts[c] + counts[c]]."""
 
     x: Tensor | Dataset[Any]  # [E, ...], or (x, label) pairs
     labels: NDArray[np.int64]  # [C] as the user has them, ascending

@@ -1,4 +1,4 @@
-"""Where data files are, and how they get there: a folder of the user's, or a verified download."""
+"""Where data files are, and how they get there: the user's folder, or a verified download."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def data_root(caller: str, root: str | os.PathLike[str] | None) -> Path:
 
 
 def find(caller: str, root: Path, folder: str, remote: RemoteFile, download: bool) -> Path:
-    """The local copy of `remote`: in `root`, in root/folder, or downloaded into root/folder if
-    `download`.
+    """The local copy of `remote`, in `root` or root/folder; with `download` it is fetched there.
+
 
     Raises:
         FileNotFoundError: it is in neither place and `download` is false.
@@ -58,7 +58,7 @@ def find(caller: str, root: Path, folder: str, remote: RemoteFile, download: boo
 
 
 def fetch(caller: str, remote: RemoteFile, path: Path) -> Path:
-    """Download `remote` to `path`, which appears, or is replaced, only once the checksum is right.
+    """Download `remote` to `path`, which is made, or replaced, only when the checksum is right.
 
     Raises:
         OSError: the download failed; nothing is left behind.
@@ -66,8 +66,8 @@ def fetch(caller: str, remote: RemoteFile, path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     checksum = hashlib.new(remote.algorithm, usedforsecurity=False)
-    # In the same folder, so that the rename at the end is atomic; a name of its own, so that
-    # downloads may race.
+    # In the same folder, so that the rename at the end is atomic; with its own name, so that two
+    # downloads may run at once.
     partial = path.with_name(f"{path.name}.{uuid4().hex}.part")
     try:
         with urlopen(remote.url, timeout=_TIMEOUT) as answer, open(partial, "xb") as file:

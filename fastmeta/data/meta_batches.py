@@ -15,8 +15,7 @@ from fastmeta.models.check import MOST
 
 
 class Episode(NamedTuple):
-    """The support and query sets of T tasks: one meta-batch, in the order `maml(*episode)` takes
-    it.
+    """The support and query sets of T tasks: one meta-batch, in the order that MAML takes it.
 
     Args:
         support_x: [T, N, *in].
@@ -36,16 +35,15 @@ class Episode(NamedTuple):
 
 
 class MetaBatches(Dataset[Episode]):
-    """A map-style data set of `iterations` meta-batches; a subclass makes the i-th from (seed, i)
-    alone.
+    """A map-style data set of `iterations` meta-batches; item i follows from (seed, i) alone.
 
     Loop over it, index it, or give it to `DataLoader(data, batch_size=None, num_workers=...)`: the
     episodes are the same, in any order and in any process, and each owns its memory.
 
     Raises:
-        TypeError: an integer argument is none.
-        ValueError: `tasks` or `iterations` is not in 1 .. 2**31 - 1, or `seed` is not in 0 .. 2**64
-            - 1.
+        TypeError: an integer argument is no integer.
+        ValueError: `tasks` or `iterations` is not in 1 .. 2**31 - 1, or `seed` not in
+            0 .. 2**64 - 1.
     """
 
     def __init__(self, tasks: int, iterations: int, seed: int) -> None:
@@ -64,8 +62,7 @@ class MetaBatches(Dataset[Episode]):
             yield self[index]
 
     def _position(self, index: int) -> int:
-        """`index` as a number in 0 .. iterations - 1; negative ones count from the end, as in a
-        list."""
+        """`index` in 0 .. iterations - 1; a negative one counts from the end, as in a list."""
         name = type(self).__name__
         try:
             position = as_index(index)

@@ -1,5 +1,4 @@
-"""mini-ImageNet, 100 classes of ImageNet with 600 images each, in the layouts that it is passed
-around in."""
+"""mini-ImageNet, 100 classes of ImageNet with 600 images each, in its three usual layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 #: Mean and standard deviation of ImageNet's channels, of values in 0 .. 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Types of the arrays in a pickle: plain numbers, no objects, which would be pointers.
+#: Types of the arrays in a pickle: plain numbers. Objects would be pointers.
 _NUMBERS = {"f4", "f8"} | {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 _MODULES = ("multiarray", "numeric")
 
@@ -45,7 +44,7 @@ class MiniImageNet(Dataset[tuple[Tensor, int]]):
             0 .. 1.
 
     Attributes:
-        classes: names of the classes, sorted; a label is a place in it.
+        classes: names of the classes, sorted; a label is an index into it.
         targets: the label of every image.
 
     Returns:
@@ -122,7 +121,7 @@ def _from_pickle(path: Path) -> list[tuple[Any, str]]:
     with path.open("rb") as file:
         try:
             held = _NumbersOnly(file, encoding="latin1").load()
-        except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+        except Exception as error:  # a damaged pickle may raise anything
             raise ValueError(f"MiniImageNet: {path} cannot be read: {error}") from error
     try:
         images = _plain(held["image_data"])
@@ -202,8 +201,9 @@ class _Array:
 
 
 class _NumbersOnly(pickle.Unpickler):
-    """Reads strings, numbers, lists, dicts and arrays of numbers; anything else could run code, and
-    is refused.
+    """Reads strings, numbers, lists, dicts and arrays of numbers, and refuses all else.
+
+    Anything else in a pickle could run code.
 
     NumPy's own constructors are not called: they make arrays of pointers out of the bytes of a
     file.

@@ -32,10 +32,9 @@ class Omniglot:
     """Drawings of characters in memory, class by class; `Episodes` samples tasks from it.
 
     A drawing becomes grey, is resized with Pillow's antialiasing LANCZOS filter, and is inverted as
-    in the
-    literature: 1 is ink, 0 is paper. A rotation by 90, 180 or 270 degrees, counter-clockwise, makes
-    a class of its own. Classes are in the order of the rotations, then of the parts, then of their
-    names.
+    in the literature: 1 is ink, 0 is paper. A rotation by 90, 180 or 270 degrees,
+    counter-clockwise, makes another class. Classes are sorted by rotation, then by part, then by
+    name.
 
     Args:
         root: folder that holds the zip files, or holds a folder `omniglot` that does; None means
@@ -105,8 +104,7 @@ class Omniglot:
     def small_split(
         cls, root: str | os.PathLike[str] | None = None, *, size: int = 28, download: bool = False
     ) -> tuple[Omniglot, Omniglot]:
-        """The split of the two small background sets that has no alphabet on both sides: (train,
-        test).
+        """The split (train, test) of the two small background sets, with no alphabet in both.
 
         Meta-training: all of small2 in four rotations, 624 classes. Meta-testing: Balinese,
         Early_Aramaic and Korean of small1, upright, 86 classes. Arguments and errors are those of
@@ -173,8 +171,7 @@ def _alphabet(character: str) -> str:
 
 
 def _choose(parts: Sequence[str], held: Sequence[_Files], alphabets: Iterable[str] | None) -> set[str]:
-    """The alphabets to take: known, and each in one part only, for the same drawings are no second
-    class."""
+    """The alphabets to take: each is known, and in one part only, as a class may not come twice."""
     owner: dict[str, str] = {}
     wanted = None if alphabets is None else set(alphabets)
     for part, files in zip(parts, held, strict=True):
@@ -195,13 +192,12 @@ def _image(pillow: Any, archive: ZipFile, name: str, size: int) -> np.ndarray[An
     """One drawing as grey levels [size, size], uint8, 255 is paper."""
     try:
         with archive.open(name) as file, pillow.open(file) as image:
-            # Grey first: Pillow resizes one-bit images by nearest neighbour, whatever the filter
-            # asked for.
+            # Grey first: Pillow resizes one-bit images by nearest neighbour, with any filter.
             grey = image.convert("L")
             return np.asarray(grey.resize((size, size), pillow.Resampling.LANCZOS))
     except MemoryError:
         raise
-    except Exception as error:  # whatever damage does to zipfile, zlib and Pillow
+    except Exception as error:  # a damaged file may make zipfile, zlib and Pillow raise anything
         where = f"{name} in {archive.filename}"
         message = f"Omniglot: {where} cannot be read ({error}); delete the file, then download it"
         raise ValueError(message) from error

@@ -15,8 +15,8 @@ AMPLITUDE = (0.1, 5.0)
 PHASE = (0.0, np.pi)
 INPUT = (-5.0, 5.0)
 
-# Meta-batches drawn together: the cost of a random stream and of a dozen array operations is shared
-# among them. Part of what a seed means, so never change it with the shapes.
+# Meta-batches drawn together: they share the cost of a random stream and of a dozen array
+# operations. The number is part of what a seed means, so it must not depend on the shapes.
 BLOCK = 16
 
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -36,8 +36,8 @@ class Sinusoid(MetaBatches):
     """Meta-batches of sinusoids y = amplitude * sin(x - phase), a map-style data set.
 
     Every task draws its amplitude from U[0.1, 5], its phase from U[0, pi] (radians) and its inputs
-    from U[-5, 5]. Item i depends on `seed`, i, `tasks`, `shots` and `query` alone; it is drawn in
-    float64 and then rounded to `dtype`. Test on another seed than the one trained on.
+    from U[-5, 5]. Item i depends only on `seed`, i, `tasks`, `shots` and `query`; it is drawn in
+    float64 and then rounded to `dtype`. Test with another seed than in training.
 
     Args:
         tasks: T, tasks of a meta-batch.
@@ -103,6 +103,5 @@ class Sinusoid(MetaBatches):
 
 
 def _own(array: NDArray[np.floating]) -> Tensor:
-    """A tensor with a copy of `array`: the block stays as it was drawn, whatever is done to the
-    episode."""
+    """A tensor with a copy of `array`, so that changing an episode leaves the block as it is."""
     return torch.from_numpy(array.copy())

@@ -9,8 +9,7 @@ from fastmeta.layers.registry import kind_of
 
 
 def multiply_adds(program: Program) -> tuple[int, int]:
-    """Multiply-adds of the forward pass of one example: (f, f1), f1 the share of layers fed by the
-    input.
+    """Multiply-adds (f, f1) of one example's forward pass; f1 are those of layers fed by the input.
 
     Source: the letters of docs/architecture.md, "Cost".
     """
@@ -26,6 +25,6 @@ def multiply_adds(program: Program) -> tuple[int, int]:
 
 
 def batch_readers(program: Program) -> list[Layer]:
-    """The layers that make of an example what depends on the others of its batch."""
+    """The layers whose output for an example depends on the other examples of its batch."""
     found = [(layer, kind_of(layer).reads_batch) for layer in program.layers]
     return [layer for layer, reads in found if reads is not None and reads(layer)]

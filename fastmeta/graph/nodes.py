@@ -44,7 +44,7 @@ class Node:
     constants: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()  # of the output of one example, as the program has it
     # The backward pass goes through the nodes in reverse. For each input: another reader has
-    # written its gradient already; nobody else adds to it afterwards.
+    # written its gradient already (`adds`); no other reader adds to it afterwards (`last`).
     adds: list[bool] = field(default_factory=list)
     last: list[bool] = field(default_factory=list)
     # ---- element-wise layers
@@ -55,12 +55,12 @@ class Node:
     # ---- other layers
     epilogue: Node | None = None  # the element-wise layer that is done at the end of this one
     before: int | None = None  # the value between the two, where the node's output is the epilogue's
-    prologues: list[Node | None] = field(default_factory=list)  # of inputs: whose gradient is done here
+    prologues: list[Node | None] = field(default_factory=list)  # by input: its gradient is done here
     bias_cancels: bool = False  # a norm after it takes the bias away again: its gradient is zero
     # ---- norms
     pool: tuple[int, int] | None = None  # the windows of a max-pool that is done here
     sums_from: Node | None = None  # the conv2d whose kernel sums its tiles for this norm
-    recomputes: Node | None = None  # a conv2d that is done here, where what it makes is read
+    recomputes: Node | None = None  # a conv2d that is computed here instead of being kept
     norm: Node | None = None  # of a conv2d: the norm that its tiles are summed for
 
 
@@ -76,7 +76,7 @@ class Graph:
     parameters: int  # so many of `params` are parameters
     root: list[int] = field(default_factory=list)
     from_params: list[bool] = field(default_factory=list)  # by value: depends on a parameter
-    # Roots that need no memory for their value, tangent or gradient: a neighbour goes on at once.
+    # Roots that need no memory for their value, tangent or gradient: a neighbour uses it at once.
     no_value: set[int] = field(default_factory=set)
     no_tangent: set[int] = field(default_factory=set)
     no_delta: set[int] = field(default_factory=set)
@@ -117,12 +117,12 @@ class Graph:
         return len(self.root) - 1
 
     def replace_value(self, old: int, new: int) -> None:
-        """Let everybody who reads `old` read `new`."""
+        """Make all readers of `old` read `new`."""
         for node in self.nodes:
             node.inputs = tuple(new if v == old else v for v in node.inputs)
         if self.output == old:
             self.output = new
 
 
-#: Who reads the network's output.
+#: Stands for the reader of the network's output.
 OUTPUT = Node(-1, "output", (), -1, ())

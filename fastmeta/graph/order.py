@@ -77,8 +77,10 @@ def _order(program: Program, layer: Layer) -> Order:
 
 
 def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
-    """Which order a concat reads, and with the constant that kernels take: 0 where columns lie side
-    by side, else the number of times that its blocks of rows alternate."""
+    """A concat with the constant that kernels take, and whether it reads channels-last.
+
+    The constant is 0 where columns lie side by side, else how often its blocks of rows alternate.
+    """
     at = int(layer.constants[0])
     channels = channels and at == 0 and len(layer.shape) > 1
     side_by_side = channels or at == len(layer.shape) - 1
@@ -86,8 +88,7 @@ def _concat(layer: Layer, channels: bool) -> tuple[Layer, bool]:
 
 
 def _wanted(program: Program, value: int, output_channels: bool) -> bool:
-    """Whether the first layer that cares, or else whoever reads the output, reads this value as an
-    image."""
+    """Whether a value is read as an image, by the first layer with an order or as the output."""
     same = {value}
     for output, layer in enumerate(program.layers, start=1):
         if same.isdisjoint(layer.inputs):

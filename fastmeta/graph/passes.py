@@ -33,9 +33,10 @@ class Capabilities:
         windows: some kernels slide windows over images, and so read their height and width.
         folds_affine: element-wise kernels compute f(scale x + shift).
         absorbs: a layer and the element-wise layer after it are one, in all four functions.
-        ends: `epilogue` and `prologue` of the records hold: the layer before an element-wise one
-            goes on to it in the forward pass, the layer after it in the backward pass.
-        pools: a norm, and the max-pool after it, are one.
+        ends: the kernel of the layer before an element-wise one applies it in the forward pass, and
+            that of the layer after it in the backward pass, as `epilogue` and `prologue` of the
+            records allow.
+        pools: a norm and the max-pool after it are one.
         pools_first: a relu between the two then comes after both.
         sums_tiles: a convolution sums its tiles for the norm after it.
         recomputes: a norm computes the convolution before it for itself.
@@ -138,7 +139,7 @@ def _drop_views(graph: Graph, can: Capabilities) -> None:
         if not can.padded:  # each keeps its own rows and columns
             graph.root[output] = graph.root[source]
             continue
-        if b.channels or says_how:  # whoever reads it as an image has its height and width from there
+        if b.channels or says_how:  # its readers take height and width from there
             graph.values[source] = b
         graph.replace_value(output, source)
 
@@ -208,7 +209,7 @@ def _fuse_ends(graph: Graph) -> None:
 
 
 def _cancel_biases(graph: Graph) -> None:
-    """A norm by the batch's own mean of each channel takes the bias of the layer before it away."""
+    """Mark biases that the norm after the layer subtracts again, with the mean of each channel."""
     for node in graph.nodes:
         norm = graph.only_reader(node.output)
         if not KINDS[node.kind].matrix or norm is None:
@@ -220,8 +221,11 @@ def _cancel_biases(graph: Graph) -> None:
 
 
 def _fuse_pools(graph: Graph, can: Capabilities) -> None:
-    """A norm takes over the max-pool after it. A relu between the two may come after both: it is
-    monotone, and where it is flat no gradient passes."""
+    """A norm takes over the max-pool after it.
+
+    A relu between the two may come after both: it is monotone, and where it is flat no gradient
+    passes.
+    """
     for norm in [node for node in graph.nodes if channel_norm(node)]:
         after = graph.only_reader(norm.output)
         relu = None
@@ -249,8 +253,7 @@ def _sum_tiles(graph: Graph, can: Capabilities) -> None:
 
 
 def _recompute(graph: Graph, can: Capabilities) -> None:
-    """The norm after a convolution of the input computes it for itself, so that nothing of it need
-    be kept."""
+    """A norm computes the convolution of the input before it for itself, so that it is not kept."""
     for norm in list(graph.nodes):
         conv = graph.maker(norm.inputs[0])
         if conv is None or conv.kind != "conv2d" or graph.root[conv.inputs[0]] != graph.root[0]:
@@ -263,8 +266,10 @@ def _recompute(graph: Graph, can: Capabilities) -> None:
 
 
 def _order_gradients(graph: Graph) -> None:
-    """Who of several readers of a value writes its gradient first, and who is last; the backward
-    pass goes through the nodes in reverse."""
+    """Which of several readers of a value writes its gradient first, and which is the last.
+
+    The backward pass goes through the nodes in reverse.
+    """
     written: set[int] = set()
     final: dict[int, tuple[Node, int]] = {}
     for node in graph.nodes:

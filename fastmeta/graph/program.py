@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One entry of a program. Value 0 is the network's input; value i + 1 is the output of layer
-    i."""
+    """One layer. Value 0 is the network's input; value i + 1 is the output of layer i."""
 
     kind: str  # the stem of its files
     inputs: tuple[int, ...]  # values read
@@ -23,7 +22,7 @@ class Program:
     """A network as a list of layers, each naming its inputs: residual networks are lists too.
 
     `params` maps every parameter of the module, used or not, to its shape, in `named_parameters()`
-    order; a tied parameter stands once, under its first name.
+    order; a tied parameter is listed once, under its first name.
     """
 
     input_shape: tuple[int, ...]  # one example

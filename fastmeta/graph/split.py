@@ -1,5 +1,4 @@
-"""A layer program in two: a body that depends on none of some parameters, and the rest, which reads
-one value of it."""
+"""A layer program in two: a body without some parameters, and a rest that reads one value of it."""
 
 from __future__ import annotations
 
@@ -11,23 +10,25 @@ from fastmeta.graph.program import Layer, Program
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """`rest` of `body` is the whole program."""
+    """The parts: `rest`, applied to the output of `body`, is the whole program."""
 
     body: Program
-    # reads the body's output; its parameters are all that the body does not read, or not alone
+    # reads the body's output; has all parameters but those that only the body reads
     rest: Program
 
 
 def split(program: Program, moving: Collection[str]) -> Halves | None:
-    """The largest body that depends on no parameter in `moving`, in front of a rest that reads
-    nothing else.
+    """Cut off the largest body that depends on no parameter in `moving`.
+
+    The rest reads the output of the body, and no other value of it.
 
     Args:
         program: the whole.
         moving: names of parameters.
 
     Returns:
-        None: there is no such body with parameters, or nothing in `moving` matters.
+        The parts; None if there is no such body with parameters, or if the output depends on
+        nothing in `moving`.
     """
     still = _independent(program, moving)
     if program.output in still:
@@ -60,7 +61,7 @@ def _independent(program: Program, moving: Collection[str]) -> set[int]:
 
 
 def _needed(program: Program, value: int, given: int = 0) -> set[int]:
-    """The values that `value` is computed from and itself, back to the input and to `given`."""
+    """`value` and the values that it is computed from, back to the input and to `given`."""
     found, todo = set(), [value]
     while todo:
         at = todo.pop()
@@ -79,8 +80,10 @@ def _behind(program: Program, cut: int) -> set[int] | None:
 
 
 def _part(program: Program, values: set[int], first: int, last: int) -> Program:
-    """The layers of `values` as a program from value `first` to value `last`; its parameters are
-    the whole's."""
+    """The layers of `values` as a program from value `first` to value `last`.
+
+    It lists the parameters of the whole program.
+    """
     number = {first: 0}
     layers: list[Layer] = []
     for value in sorted(values - {first}):

@@ -1,5 +1,4 @@
-"""Heads that are solved, not trained: from features of a support set to the logits of a query set,
-for all tasks."""
+"""Heads that are solved, not trained: support features to query logits, for all tasks."""
 
 from fastmeta.heads.logistic import Logistic, logistic
 from fastmeta.heads.prototypes import Prototypes, prototypes

@@ -1,5 +1,4 @@
-"""The checks that all heads share. They read values too: a head is asked once a meta-batch, not
-once an inner step."""
+"""The checks that all heads share. They read values: a head is called once for a meta-batch."""
 
 from __future__ import annotations
 

@@ -32,10 +32,9 @@ def logistic(
 ) -> Tensor:
     """Multinomial logistic regression of the classes on the features, for all tasks at once.
 
-    Per task W = argmin sum_n w_n cross_entropy(x_n W, y_n) + penalty / 2 ||W||^2, and the logits
-    are query W. Newton's
-    method with damped steps, on C times the smaller of N and D unknowns. W has no bias: append a
-    feature of ones to have one.
+    For each task W = argmin sum_n w_n cross_entropy(x_n W, y_n) + penalty / 2 ||W||^2, and the
+    logits are query W. It is solved by Newton's method with damped steps, for C min(N, D) unknowns.
+    W has no bias: append a feature of ones to have one.
 
     Args:
         support_features: [T, N, D], float32 or float64.
@@ -53,7 +52,7 @@ def logistic(
         Logits, [T, M, C].
 
     Derivatives: first and second, in everything that is float, by the implicit function theorem at
-    the solution; they do not depend on the iterations. Third ones are wrong.
+    the solution; they do not depend on the iterations. Third derivatives are wrong.
 
     Raises:
         TypeError, ValueError: bad input.
@@ -146,8 +145,7 @@ def _check_newton(who: str, max_iterations: int, tolerance: float | None) -> Non
 class _Equation(NamedTuple):
     """penalty V = basis^T (weights (targets - softmax(design V))), solved by V [T, R, C].
 
-    Logits are design V. W = V is the case design = basis = X; W = X^T V is design = X X^T, basis =
-    1.
+    Logits are design V. For W = V, design = basis = X; for W = X^T V, design = X X^T and basis = 1.
     """
 
     design: Tensor  # [T, N, R]
@@ -180,8 +178,7 @@ def _solve(who: str, equation: _Equation, max_iterations: int, tolerance: float)
     with torch.no_grad():
         solution = _newton(who, equation, max_iterations, tolerance)
         factors = equation.factors(solution)
-    # Every step with the constant Jacobian makes one more order of derivatives right:
-    # docs/heads.md.
+    # Each step with the constant Jacobian makes one more order of derivatives right: docs/heads.md.
     for _ in range(2):
         solution = solution - _step(factors, equation.residual(solution))
     return solution
@@ -208,8 +205,7 @@ def _newton(who: str, equation: _Equation, max_iterations: int, tolerance: float
             return solution - step
         candidate = solution - length * step
         candidate_residual = equation.residual(candidate)
-        # The step must shrink, judged with the same Jacobian. A task that is done stays, whatever
-        # the others need.
+        # The step must shrink, judged with the same Jacobian. Converged tasks stay.
         better = (_largest(equation.design @ _step(factors, candidate_residual)) < change) & ~done
         solution = torch.where(better, candidate, solution)
         residual = torch.where(better, candidate_residual, residual)

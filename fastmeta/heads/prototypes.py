@@ -44,9 +44,8 @@ def prototypes(
         RuntimeError: the logits overflow.
 
     Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning" (2017), sections
-        2.2 and 2.3; the
-    scaled cosine: Gidaris, Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting" (2018),
-        section 3.2.
+        2.2 and 2.3; the scaled cosine: Gidaris, Komodakis, "Dynamic Few-Shot Visual Learning
+        without Forgetting" (2018), section 3.2.
     """
     who = "prototypes"
     check_metric(metric)
@@ -123,8 +122,8 @@ def _minus_squared_distance(
     query: Tensor,  # [T, M, D]
     means: Tensor,  # [T, C, D]
 ) -> Tensor:
-    # |q|^2 - 2 qm + |m|^2 cancels least amid the means; distances do not depend on the origin, so
-    # it needs no gradient.
+    # |q|^2 - 2 qm + |m|^2 cancels least if the origin is among the means. Distances do not depend
+    # on the origin, so it needs no gradient.
     origin = means.detach().mean(1, keepdim=True)
     query, means = query - origin, means - origin
     return 2 * query @ means.mT - query.square().sum(2)[..., None] - means.square().sum(2)[:, None]

@@ -34,10 +34,9 @@ def ridge(
 ) -> Tensor:
     """Ridge regression of the targets on the features, for all tasks at once.
 
-    Per task W = argmin sum_n w_n ||x_n W - y_n||^2 + penalty ||W||^2, and the output is scale *
-    query W + shift. The
-    system solved has the smaller of N and D unknowns. W has no bias: append a feature of ones to
-    have one.
+    For each task W = argmin sum_n w_n ||x_n W - y_n||^2 + penalty ||W||^2, and the output is
+    scale * query W + shift. The system that is solved has min(N, D) unknowns. W has no bias: append
+    a feature of ones to have one.
 
     Args:
         support_features: [T, N, D], float32 or float64.
@@ -158,8 +157,7 @@ def _check_regular(
     who: str,
     system: Tensor,  # [T, R, R], symmetric, positive definite but for rounding
 ) -> None:
-    """Refuse systems with a pivot that is no larger than the rounding errors of the elimination
-    which left it."""
+    """Refuse a system with a pivot no larger than the rounding errors of its elimination."""
     factor, info = torch.linalg.cholesky_ex(system)
     pivots, diagonal = factor.diagonal(dim1=1, dim2=2).square(), system.diagonal(dim1=1, dim2=2)  # [T, R]
     noise = system.shape[1] * torch.finfo(system.dtype).eps * diagonal

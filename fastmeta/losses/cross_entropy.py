@@ -1,8 +1,7 @@
-"""Cross-entropy over dimension 1, as PyTorch defines it, out of operators that differentiate twice
-and under vmap.
+"""PyTorch's cross-entropy over dimension 1, from operators that differentiate twice under vmap.
 
-Both functions return (values, shares), each [N, d...]: the loss of each position, and what it
-counts for in the denominator of the mean (None: one each).
+Both functions return (values, shares), each [N, d...]: the loss of each position, and its share of
+the denominator of the mean (None: one each).
 
 The closed form, for one position with logits z, p = softmax(z), q_c = class_weight_c *
 smoothed_target_c, weight w_n of its example and denominator D (1 for reduction "sum"):
@@ -48,8 +47,7 @@ def of_probabilities(
     weight: Tensor | None,  # [C]
     label_smoothing: float,
 ) -> tuple[Tensor, None]:
-    """Targets are probabilities. PyTorch's mean leaves the class weights out of the denominator
-    here."""
+    """Targets are probabilities. As in PyTorch, the mean's denominator has no class weights."""
     log_p = F.log_softmax(output, 1)
     if label_smoothing:
         target = target * (1 - label_smoothing) + label_smoothing / output.shape[1]

@@ -1,9 +1,7 @@
-"""Element-wise losses, as PyTorch defines them, out of operators that differentiate any number of
-times and under vmap.
+"""PyTorch's element-wise losses, from operators that differentiate many times and under vmap.
 
 Every function takes output and target of one shape, [N, *out], and returns the loss of each element
-in that shape.
-First and second derivatives, as the kernels use them: docs/losses.md.
+in that shape. The first and second derivatives that the kernels use are in docs/losses.md.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ def l1(output: Tensor, target: Tensor) -> Tensor:
 def huber(output: Tensor, target: Tensor, delta: float) -> Tensor:
     """Half the squared difference below `delta`, a line of slope `delta` from there on."""
     difference = output - target
-    # As PyTorch does: the second derivative is 1 at zero (abs() would make it 0) and 0 at the
-    # joint.
+    # As in PyTorch: the second derivative is 1 at zero (abs() would make it 0) and 0 at the joint.
     clipped = torch.where(difference.abs() < delta, difference, delta * difference.sign())
     return clipped * (difference - 0.5 * clipped)
 
@@ -40,8 +37,7 @@ def smooth_l1(output: Tensor, target: Tensor, beta: float) -> Tensor:
 def bce_with_logits(
     output: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """Binary cross-entropy of logits; `weight` and `pos_weight` broadcast to one example's output,
-    [*out]."""
+    """Binary cross-entropy of logits; `weight` and `pos_weight` broadcast to one output [*out]."""
     # logsigmoid is exact everywhere; softplus turns into a line at 20
     log_sigmoid = F.logsigmoid(output)
     if pos_weight is not None:

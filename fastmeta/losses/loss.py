@@ -35,13 +35,14 @@ class Loss:
             output [*out], so it cannot tell examples apart (example weights do).
         pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
         function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
-        weight_norm: what the mean over examples with weights w divides by: "count", sum(w * l) / N,
-            or "sum", sum(w * l) / sum(w), which is zero where all weights are. Where torch's own
-            denominator is not N (cross_entropy of class indices counts class weights of the
-            positions that are not ignored), it takes the place of N, and w multiplies its terms.
+        weight_norm: the denominator of the mean over examples with weights w. "count": the mean is
+            sum(w * l) / N. "sum": it is sum(w * l) / sum(w), and zero where all weights are zero.
+            Where torch's own denominator is not N (cross_entropy of class indices counts the class
+            weights of the positions that are not ignored), it takes the place of N, and w
+            multiplies its terms.
 
-    A weight that requires grad gets its gradient as anything that a custom loss reads, on the
-    backends that run the module itself.
+    A `weight` or `pos_weight` that requires grad gets its gradient on the backends that run the
+    module itself, as any tensor does that a custom loss reads.
 
     Raises:
         ValueError: an option is out of range, or this kind of loss does not have it.
@@ -57,7 +58,7 @@ class Loss:
     pos_weight: Tensor | None = None
     function: Callable[[Tensor, Tensor], Tensor] | None = None
     weight_norm: str = "count"
-    #: All of it but the values of the tensors: two losses with the same key run the same code.
+    #: Everything but the values of the tensors: two losses with the same key run the same code.
     key: tuple[object, ...] = field(init=False, repr=False)
     plain: bool = field(init=False, repr=False)  # it has no weights
 
@@ -122,7 +123,7 @@ class Loss:
         if self.weight_norm != "sum" or self.reduction == "sum":
             return self._reduce(weights * values, shares)
         total = (weights.expand_as(values) if shares is None else weights * shares).sum()
-        # no weights at all: nothing counts, and no derivative is left
+        # all weights are zero: nothing counts, and all derivatives are zero
         nothing = (weights.abs() < finfo(weights.dtype).tiny).all()
         return (weights * values).sum() / total.masked_fill(nothing, inf)
 
@@ -135,8 +136,7 @@ class Loss:
         )
 
     def needs_class_indices(self, target: Tensor) -> bool:
-        """Whether `target` is read as class indices, whose range is worth checking
-        (`check_values`)."""
+        """Whether `target` is read as class indices, whose range `check_values` checks."""
         return self.kind == "cross_entropy" and not target.is_floating_point()
 
     def check_target(
@@ -299,8 +299,9 @@ def _check_options(loss: Loss) -> None:
 
 
 def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: Exception) -> None:
-    """Check that a loss can be called with an output and a target; an error of its own making
-    passes.
+    """Check that a loss can be called with an output and a target.
+
+    An error that the loss itself raises is not looked at.
 
     Raises:
         TypeError: it cannot; `error` is what its call raised.

@@ -42,15 +42,16 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
         loss: a name ("mse", "l1", "smooth_l1", "huber", "cross_entropy", "bce_with_logits"); the
             function of `torch.nn.functional` or the module of `torch.nn` of that loss; any other
             callable f(output [N, *out], target) -> scalar, called for one task at a time, possibly
-            under `torch.func.vmap`; or a `Loss`, which is returned as it is, with a `weight_norm`
-            of its own. A loss module that was subclassed or carries hooks is just a callable. A
-            loss module of PyTorch's is read once, here. A callable
-            may read tensors that require grad, its own parameters or any others: they get their
-            gradients. In the network it finds what the forward pass has just left in attributes and
-            buffers (a penalty, features), but as parameters the meta-parameters, where the inner
-            loop starts, and not the adapted ones: weight decay of those is
-                `fastmeta.SGD(weight_decay=)`.
+            under `torch.func.vmap`; or a `Loss`, which is returned as it is, with its own
+            `weight_norm`. A loss module of PyTorch is read once, here; one that was subclassed or
+            has hooks is just a callable.
         weight_norm: "count" or "sum", see `Loss`.
+
+    A callable may read tensors that require grad, its own parameters or any others: they get their
+    gradients. In the network it finds what the forward pass has just left in attributes and buffers
+    (a penalty, features). But the parameters that it finds there are the meta-parameters, where the
+    inner loop starts, and not the adapted ones. For weight decay of those use
+    `fastmeta.SGD(weight_decay=)`.
 
     Raises:
         ValueError: an unknown name, or an option that is not supported; the message names it.

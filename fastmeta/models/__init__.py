@@ -1,5 +1,4 @@
-"""Networks that the few-shot literature uses, with its usual initialisations; ordinary modules that
-are captured."""
+"""Networks of the few-shot literature, with their usual initialisation: ordinary modules."""
 
 from fastmeta.models.conv4 import Conv4
 from fastmeta.models.mlp import MLP

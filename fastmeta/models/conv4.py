@@ -18,10 +18,10 @@ class Conv4(nn.Module):
         in_channels: C of the images: 1 for Omniglot, 3 for mini-ImageNet.
         width: filters of every block: 64 for Omniglot, 32 for mini-ImageNet's MAML.
         image_size: H = W of the images, at least 16.
-        form: "max_pool" halves by a 2x2 max-pool behind each block and flattens what is left;
-            "strided" by convolutions of stride 2, and takes the mean over what is left, as MAML
-            does on Omniglot (whose code pads as TensorFlow
-            does: images of even size on the right and below only, here on all sides).
+        form: "max_pool" halves by a 2x2 max-pool after each block, and flattens the last image.
+            "strided" halves by convolutions of stride 2, and takes the mean over the last image, as
+            MAML does on Omniglot. (Its code pads as TensorFlow does, images of even size only on
+            the right and below; here they are padded on all sides.)
 
     Shapes: [N, C, H, W] -> [N, ways].
 

@@ -63,7 +63,7 @@ def task_gradient(
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: the backend named cannot run this call.
 
-    Source: docs/architecture.md, "Other algorithms".
+    Source: docs/meta-gradient.md, "One inner step as an operator".
     """
     options = Options(
         "task_gradient",

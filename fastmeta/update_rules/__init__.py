@@ -1,5 +1,4 @@
-"""Update rules of the inner loop: one file a rule, each with its update and the adjoint of its
-update."""
+"""Update rules of the inner loop, a file each: the update and its adjoint."""
 
 from fastmeta.update_rules.sgd import SGD
 

@@ -18,8 +18,9 @@ class SGD:
         m'     = mu m + g + omega theta          m = 0 before the first step
         theta' = theta - alpha m'
 
-    The adjoint takes lambda = dJ/dtheta' and mbar = dJ/dm', what later steps have added to it (0
-    after the last one), to the same of the step before; H is the Hessian of L at theta:
+    The adjoint goes back one step. It is given lambda = dJ/dtheta' and mbar, the part of dJ/dm'
+    that comes from later steps (0 after the last one), and returns the same for the step before. H
+    is the Hessian of L at theta:
 
         v           = mbar - alpha lambda
         dJ/dalpha   = -lambda m'                 with the lambda of this line, before the next
@@ -62,7 +63,7 @@ class SGD:
             alpha: the learning rate, broadcasts to theta.
 
         Returns:
-            (theta', m'), fresh but for m', which is g itself where there is nothing to add to it.
+            (theta', m'): new tensors, except that m' is g itself where nothing is added to g.
         """
         if self.weight_decay:
             g = g + self.weight_decay * theta
@@ -71,8 +72,7 @@ class SGD:
         return theta - alpha * g, g
 
     def direction(self, lam: Tensor, mbar: Tensor | None, alpha: Tensor | float) -> Tensor:
-        """The direction v = mbar - alpha lambda of the Hessian-vector product; mbar None means
-        zero."""
+        """The direction v = mbar - alpha lambda of the Hessian-vector product; None is zero."""
         v = -alpha * lam
         return v if mbar is None else mbar + v
 

@@ -45,6 +45,7 @@ from fastmeta.cases.workloads import WORKLOADS
 from fastmeta.kernels.elementwise import End, Finish, apply
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import Launch, named
+from fastmeta.layers.registry import KINDS
 from fastmeta.models import Siren
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -117,6 +118,8 @@ def _sources() -> list[Any]:
     launches += _launches(_SIREN, "ieee") + _launches(_DEEP, "ieee")
     for rounded in ("tf32", "bf16"):
         launches += _launches(WORKLOADS["omniglot"][-1], rounded)
+    for kind in KINDS.values():
+        launches += _launches(next(iter(kind.cases())), "ieee")
     for label in _LABELS:
         launches += _launches(_verification(label), "ieee")
     for case in VERIFICATION:

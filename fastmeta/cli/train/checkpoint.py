@@ -70,18 +70,19 @@ def _whole(run: Run) -> bool:
 
 
 def begin(run: Run, maml: nn.Module, optimizer: torch.optim.Optimizer, columns: Sequence[str]) -> State:
-    """The state to start from: a fresh one, or with --resume the checkpoint's, loaded into `maml`
-    and `optimizer`.
+    """The state to start from: a new one, or with --resume that of the checkpoint.
+
+    The checkpoint is loaded into `maml` and `optimizer`.
 
     A damaged checkpoint is passed over, with a sentence, if the one before is whole.
 
     Raises:
         click.UsageError: --resume without a checkpoint or with other settings, or a run that would
-        be overwritten.
+            be overwritten.
         click.ClickException: no checkpoint is whole, or it cannot be read, or is of another
-        version.
+            version.
     """
-    # Path.exists raises where a folder may not be looked into.
+    # Path.exists raises where the folder may not be read.
     there = [path for path in (run.checkpoint, run.previous) if os.path.lexists(path)]
     if not run.resume:
         if there and not run.overwrite:
@@ -120,7 +121,7 @@ def _load(path: os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a pickle that somebody made up does to the reader
+    except Exception as error:  # a made-up pickle may make the reader raise anything
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise Damaged(f"expected a checkpoint, got what PyTorch cannot load: {first[:200]}") from error
 
@@ -138,7 +139,7 @@ def _fits(run: Run, path: os.PathLike[str], content: dict[str, Any]) -> None:
 
 
 def forget(run: Run) -> None:
-    """Remove the checkpoints of a run that is overwritten, so that none is taken for the new run's.
+    """Remove the checkpoints of a run that is overwritten, so that the new run finds none.
 
     Raises:
         click.ClickException: they cannot be removed.

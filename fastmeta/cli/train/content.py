@@ -18,12 +18,11 @@ _NAMES = ("settings", "maml", "optimizer", "iteration", "seconds", "losses", "co
 
 
 class OtherVersion(ValueError):
-    """A checkpoint that another version of fastmeta wrote; the message says what was expected and
-    what came."""
+    """A checkpoint of another version of fastmeta; the message says what was expected and came."""
 
 
 def check(content: Any, columns: Sequence[str]) -> None:
-    """Let pass a checkpoint of a run with these metrics, whatever its network.
+    """Check that this is a checkpoint of a run with these metrics, of any network.
 
     Raises:
         Damaged: something is missing or is not of its kind, shape or range.
@@ -48,7 +47,7 @@ def check(content: Any, columns: Sequence[str]) -> None:
 
 
 def check_weights(content: Mapping[str, Any], maml: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let pass weights and an optimiser's state that are of this network.
+    """Check that the weights and the optimiser's state are those of this network.
 
     Raises:
         Damaged: a tensor is missing, or has another shape or dtype.
@@ -66,7 +65,7 @@ def check_weights(content: Mapping[str, Any], maml: nn.Module, optimizer: torch.
         return
     _need(list(states) == [0], "the state of one parameter", list(states))
     _like("optimizer", states[0], {"step": torch.zeros(()), "exp_avg": flat, "exp_avg_sq": flat})
-    # Counted in float32, which knows no odd numbers behind this one.
+    # Counted in float32, which has no odd numbers above this one.
     steps, step = min(content["iteration"], 2**24), float(states[0]["step"])
     _need(step == steps, f"{steps} steps of the optimiser", step)
 
@@ -90,7 +89,7 @@ def _settings(settings: Any) -> None:
 
 def _losses(losses: Any, count: int) -> None:
     plain = isinstance(losses, Tensor) and losses.dim() == 1 and losses.dtype == torch.float32
-    # What is not contiguous may be far longer than the file.
+    # A tensor that is not contiguous may be far longer than the file.
     right = plain and losses.device.type == "cpu" and losses.is_contiguous() and len(losses) == count
     _need(right, f"the {count} losses since the last row", losses)
 

@@ -18,18 +18,17 @@ from fastmeta.cli.train.run import Run
 
 
 class Metrics:
-    """Writes one row per logged iteration to metrics.csv, and scalars for TensorBoard if the run
-    wants them.
+    """Writes a row for each logged iteration to metrics.csv, and to TensorBoard if asked for.
 
-    The rows that a checkpoint counts on are in the checkpoint: from these the file is written anew
-    when a run goes on, so neither a crash nor what became of the file meanwhile loses any.
+    A checkpoint holds all rows up to its iteration. When a run goes on, the file is written again
+    from them, so no row is lost by a crash or by a change of the file.
 
     Args:
         run: its folder must exist.
         columns: names of the metrics, after `iteration`.
-        rows: those of the checkpoint that the run goes on from; new ones are appended to this list
+        rows: those of the checkpoint that the run goes on from; new rows are appended to this list
             too.
-        start: the iteration the run starts at; rows behind it, left by a run that was cut off, are
+        start: the iteration that the run starts at; rows after it, from a run that was cut off, are
             dropped.
 
     Raises:
@@ -65,16 +64,15 @@ class Metrics:
                     self._board.add_scalar(name, value, iteration)
 
     def _compare(self, content: bytes, start: int) -> None:
-        """Let pass a file that begins with `content`, or is a part of it: one that a crash or a
-        full disk cut off.
+        """Accept a file that begins with `content`, or that a crash or a full disk has cut off.
+
 
         Raises:
             click.ClickException: the file holds something else, which is not overwritten.
         """
         check_file(self._path)
         with told(self._path, "read"):
-            # After a power failure some file systems leave zeros in place of what did not reach the
-            # disk.
+            # After a power failure some file systems have zeros where data did not reach the disk.
             held = self._path.read_bytes().rstrip(b"\0") if self._path.exists() else b""
         held, content = held.replace(b"\r\n", b"\n"), content.replace(b"\r\n", b"\n")
         if held.startswith(content):

@@ -23,8 +23,7 @@ from fastmeta.data import Episode
 
 #: Test tasks computed at once.
 EVAL_BATCH = 20
-#: What an MLP and what a network with batch norm, whose rates may be larger, are trained with where
-#: nothing is said.
+#: The defaults for an MLP, and for networks with batch norm, whose rates may be larger.
 _MLP = {"inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5}
 _NORMED = {"inner_lr": 0.4, "inner_steps": 1, "eval_steps": 3}
 DEFAULTS = {"mlp": _MLP, "mlp-bn": _NORMED, "conv4": _NORMED, "conv4-strided": _NORMED}
@@ -38,8 +37,7 @@ class Accuracy(NamedTuple):
 
     @classmethod
     def over(cls, episodes: Tensor) -> Accuracy:
-        """Of the accuracies of test episodes, [E]; the interval is that of a normal distribution of
-        their mean."""
+        """Of the accuracies [E] of test episodes; the interval is that of a normal mean."""
         return cls(float(episodes.mean()), 1.96 * float(episodes.std()) / math.sqrt(len(episodes)))
 
     def __str__(self) -> str:
@@ -167,8 +165,7 @@ def network(model: str, ways: int, width: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def _plot_episode(path: Path, console: Console, maml: fm.MAML, episode: Episode, steps: int) -> None:
-    """The first test task: its drawings, and what the network takes them for before and after
-    adaptation."""
+    """The first test task: its drawings, and the predictions before and after adaptation."""
     one = Episode(*(tensor[:1] for tensor in episode))
     guesses = {}
     for k in (0, steps):
@@ -205,7 +202,7 @@ def _mean_accuracy(output: Tensor, episode: Episode) -> float:
 
 
 def table(accuracies: list[Accuracy], ways: int, shots: int, episodes: int) -> Table:
-    """The result; for 5-way 1-shot beside what others report, which is not the same experiment."""
+    """The result; for 5-way 1-shot next to what others report, which is not the same experiment."""
     table = Table(title=f"{ways}-way {shots}-shot accuracy on held-out alphabets")
     table.add_column("what")
     table.add_column("accuracy", justify="right")

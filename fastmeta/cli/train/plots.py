@@ -91,8 +91,7 @@ def episode(
     query: tuple[Tensor, Tensor],
     guesses: Mapping[int, Tensor],
 ) -> None:
-    """A task's drawings, a class in each row: a support drawing, then query drawings with what they
-    are taken for.
+    """A task's drawings, a class in each row: a support drawing, then queries with predictions.
 
     Args:
         path: the PNG file.

@@ -1,5 +1,4 @@
-"""Numbers that others, or a plain reproduction, have reported for the experiments of
-`fastmeta train`."""
+"""Numbers that others, or a plain reproduction, have reported for the same experiments."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ SINUSOID: dict[Setting, tuple[str, str, str, str]] = {
 SINUSOID_STEPS = (0, 1, 5, 10)
 SINUSOID_SOURCE = f"JAX reproduction of {PAPER}"
 
-#: 5-way 1-shot accuracies on Omniglot that stand near an MLP's on the small sets: (what, accuracy,
-#: source).
+#: 5-way 1-shot accuracies on Omniglot to show next to an MLP's: (what, accuracy, source).
 OMNIGLOT_5_WAY_1_SHOT = (
     ("MLP with batch norm, full Omniglot, 60,000 iterations", "89.7 %", PAPER),
     ("Conv4 with batch norm, these small sets, 1,000 iterations", "90.4 ± 2.0 %", "per-task autograd loop"),

@@ -25,8 +25,7 @@ COUNT = click.IntRange(1, 2**31 - 1)
 
 
 class Finite(click.FloatRange):
-    """A number of the range, neither NaN nor infinite, in float32 either: the networks are of
-    that."""
+    """A number of the range that is finite, in float32 too: the networks are of float32."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -73,12 +72,11 @@ class Run:
 
 
 def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that all training commands share, with these defaults; the command gets them as
-    `run`.
+    """The options of all training commands, with these defaults; the command gets them as `run`.
 
-    `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run unless
-    its name begins
-    with one of `FREE`: testing, where the data is and what computes may change when a run goes on.
+    `seed` and `outer_lr` are passed on as well. Every other option is a setting of the run, unless
+    its name begins with one of `FREE`: how it is tested, where the data is and which backend runs
+    may change when a run goes on.
     """
     options = [
         click.option("--iterations", type=COUNT, default=iterations, help="Outer steps in all."),
@@ -138,7 +136,7 @@ def run_options(iterations: int, out: str) -> Callable[[Callable[..., None]], Ca
 
 
 def held_out_seed(seed: int) -> int:
-    """The seed of the test tasks: none that `--seed` can name."""
+    """The seed of the test tasks: one that `--seed` cannot be."""
     return 2**63 + seed
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's archives with a digest, in one file that `torch.load` reads as any other."""
+"""PyTorch's archives with a digest, in one file that `torch.load` reads like any other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _TAIL = _DIGEST_BYTES.to_bytes(2, "little")
 
 
 class Damaged(ValueError):
-    """A file does not hold what was written into it; the message says what was expected and what is
-    there."""
+    """A file does not hold what was written; the message says what was expected and is there."""
 
 
 def seal(archive: bytes) -> bytes:
@@ -30,7 +29,7 @@ def seal(archive: bytes) -> bytes:
 
 
 def check(path: Path) -> None:
-    """Let pass a file that is whole.
+    """Check that a file is whole.
 
     Raises:
         Damaged: it is no sealed archive, or a bit of it is not as it was written.
@@ -46,7 +45,7 @@ def _check(file: BinaryIO, size: int) -> None:
     length = size - len(_TAIL) - _DIGEST_BYTES
     if length < _END_BYTES:
         raise Damaged(f"expected a checkpoint, got {size} bytes")
-    # The end first: a file of something else, however large, is not read.
+    # The end first, so that a large file of another kind is not read.
     file.seek(length - _END_BYTES + 2)
     end = file.read()
     tail, kept = end[-len(_TAIL) - _DIGEST_BYTES : -_DIGEST_BYTES], end[-_DIGEST_BYTES:]

@@ -24,8 +24,7 @@ from fastmeta.data.sinusoid import BLOCK
 #: A query MSE above this has diverged: predicting zero gives 12.5 at most, at amplitude 5.
 DIVERGED = 100.0
 
-#: Query points of a test task. More than in training make the mean over tasks less noisy and do not
-#: shift it.
+#: Query points of a test task: more than in training, for a mean with less noise and no shift.
 TEST_QUERY = 50
 
 
@@ -35,8 +34,7 @@ class Errors(NamedTuple):
     mse: Tensor  # [eval_steps + 1, tasks]
 
     def row(self, steps: int) -> tuple[float, float, int]:
-        """Mean, median and number of diverged tasks after `steps` inner steps; NaN counts as
-        diverged."""
+        """Mean, median and diverged tasks after `steps` inner steps; NaN counts as diverged."""
         mse = self.mse[steps]
         return float(mse.mean()), float(mse.nanmedian()), len(self.diverged(steps))
 
@@ -110,7 +108,7 @@ def sinusoid(
 
 
 class Trained(NamedTuple):
-    """What an experiment leaves."""
+    """The result of an experiment."""
 
     maml: fm.MAML
     test: fm.data.Sinusoid  # one meta-batch, all test tasks
@@ -130,8 +128,7 @@ def experiment(
     seed: int,
     backend: str = "auto",
 ) -> Trained:
-    """Train MAML in a setting and test it; arguments and errors are those of the command and of
-    `fit`."""
+    """Train MAML in a setting and test it; arguments and errors are the command's and `fit`'s."""
     maml = fm.MAML(
         network(seed),
         loss="mse",
@@ -147,8 +144,7 @@ def experiment(
 
 
 def network(seed: int) -> nn.Sequential:
-    """1-40-40-1 with ReLU; weights normal of 0.01 truncated at two standard deviations, biases
-    zero.
+    """1-40-40-1 with ReLU; weights normal (deviation 0.01, cut at two deviations), biases zero.
 
     Source: code of Finn et al. 2017 (cbfinn/maml, `construct_fc_weights`).
     """
@@ -174,8 +170,7 @@ def evaluate(maml: fm.MAML, episode: fm.data.Episode, steps: int) -> Errors:
 
 
 def table(errors: Errors, others: tuple[str, ...] | None) -> Table:
-    """The result beside what a reproduction of the paper has measured in this setting, if there is
-    one."""
+    """The result, next to that of a reproduction of the paper if there is one for this setting."""
     tasks = errors.mse.shape[1]
     table = Table(title=f"query MSE over {tasks} test tasks")
     for heading in ("inner steps", "mean", "median", "diverged"):
