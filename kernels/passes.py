@@ -160,7 +160,7 @@ class Pass:
 
     def operand(self, which: list[Operand], node: Node, index: int) -> Operand | None:
         """A layer's parameter, of `theta` or `v`; None where it has none."""
-        p = node.params[index]
+        p = node.params[index] if index < len(node.params) else None
         return None if p is None else which[p]
 
     def keep(self, node: Node, name: str, *shape: int, dtype: dtype | None = None) -> Tensor:

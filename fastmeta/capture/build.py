@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta.graph.program import Layer
@@ -81,8 +82,11 @@ class Builder:
         input_shape: tuple[int, ...],
         parameters: Mapping[int, Parameter],
         buffers: Mapping[int, Buffer],
+        dtype: torch.dtype,
         batch_stats: str = "task",
     ) -> None:
+        #: of the input
+        self.dtype = dtype
         #: what norms of the batch normalise by, as in `fastmeta.network.functional.call`
         self.batch_stats = batch_stats
         self.layers: list[Layer] = []

@@ -100,7 +100,7 @@ def _captured(
     try:
         _check(net, guard, dtype)
         root, graph = traced(net)
-        return _program(root, graph, input_shape, batch_stats), ""
+        return _program(root, graph, input_shape, dtype, batch_stats), ""
     except Refused as reason:
         return None, str(reason)
 
@@ -133,11 +133,13 @@ def _check(net: nn.Module, guard: Guard, dtype: torch.dtype) -> None:
         raise Refused(f"cannot watch {guard.unwatched[0]} for changes")
 
 
-def _program(root: Root, graph: fx.Graph, input_shape: tuple[int, ...], batch_stats: str) -> Program:
+def _program(
+    root: Root, graph: fx.Graph, input_shape: tuple[int, ...], dtype: torch.dtype, batch_stats: str
+) -> Program:
     """Turn the traced operators into layers, one by one."""
     parameters = {id(p): Parameter(name, tuple(p.shape)) for name, p in root.net.named_parameters()}
     buffers = {id(b): Buffer(name, tuple(b.shape)) for name, b in root.net.named_buffers()}
-    build = Builder(input_shape, parameters, buffers, batch_stats)
+    build = Builder(input_shape, parameters, buffers, dtype, batch_stats)
     results: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         try:

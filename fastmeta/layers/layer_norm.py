@@ -10,24 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.capture.build import Builder, Refused, Value, batched, integer, number
+from fastmeta.capture.build import Builder, Value, number
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import image_case
 from fastmeta.cases.networks import mlp
 from fastmeta.graph.program import Layer
 from fastmeta.layers.kind import Example, LayerKind, tanh_around
-from fastmeta.layers.norms import affine, image_cases, normalised, row_cases
+from fastmeta.layers.norms import affine, image_cases, last_dimensions, row_cases
 
 
 def layer_norm(
     build: Builder, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
 ) -> Value:
     """[N, ..., *normalized_shape] with weight and bias of that shape -> the same shape."""
-    normalised(input)
-    given = normalized_shape if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
-    shape = tuple(map(integer, given))
-    if not shape or input.shape[-len(shape) :] != shape:
-        raise Refused(f"it takes [N, ..., {', '.join(map(str, shape))}], got {batched(input.shape)}")
+    shape = last_dimensions(input, normalized_shape)
     size = float(prod(shape))
     return build.layer(
         "layer_norm", (input,), input.shape, affine(weight, bias, shape), constants=(size, number(eps))

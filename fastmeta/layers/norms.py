@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastmeta.capture.build import Parameter, Refused, Value, described
+from fastmeta.capture.build import Parameter, Refused, Value, batched, described, integer
 from fastmeta.cases.case import Case
 from fastmeta.cases.convolutional import conv, image_case
 from fastmeta.cases.networks import mlp
@@ -21,6 +21,16 @@ def normalised(input: Any) -> Value:
     if not input.shape:
         raise Refused("it takes [N, C, ...], got [N]")
     return input
+
+
+def last_dimensions(input: Any, normalized_shape: Any) -> tuple[int, ...]:
+    """The last dimensions of an input that a norm goes over, as PyTorch is told them."""
+    shape = normalised(input).shape
+    given = normalized_shape if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    found = tuple(map(integer, given))
+    if not found or shape[-len(found) :] != found:
+        raise Refused(f"it takes [N, ..., {', '.join(map(str, found))}], got {batched(shape)}")
+    return found
 
 
 def affine(weight: Any, bias: Any, shape: tuple[int, ...]) -> tuple[str | None, ...]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -75,7 +76,7 @@ _RULES = _rules()
 
 def _distance(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What the record says of the layer that a call is captured as."""
-    build, tensors = Builder((), {}, {}), {}
+    build, tensors = Builder((), {}, {}, torch.float64), {}
 
     def traced(given: Any) -> Any:
         if not isinstance(given, Tensor):
