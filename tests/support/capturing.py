@@ -1,5 +1,5 @@
-"""Capture in tests: a network's program, the reason why it has none, and a plain interpreter of
-programs."""
+"""Capture in tests: a network's program, the reason why it has none, and the program against the
+network."""
 
 from __future__ import annotations
 
