@@ -68,8 +68,14 @@ class ReadAgain(nn.Module):
 
 @lru_cache(maxsize=64)
 def examples(kind: str) -> tuple[Example, ...]:
-    """The examples of a record, and the first one of them with its inputs read again."""
+    """The examples of a record, and the first one of them with its inputs read again.
+
+    Raises:
+        ValueError: the record has none.
+    """
     found = KINDS[kind].examples
+    if not found:
+        raise ValueError(f"the layer kind {kind} has no examples")
     first = found[0]
     again = Example(f"{first.label}, inputs read again", partial(_read_again, first.make), first.shapes)
     return (*found, again)

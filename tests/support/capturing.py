@@ -1,5 +1,5 @@
-"""Capture in tests: a network's program, the reason why it has none, and a plain interpreter of
-programs."""
+"""Capture in tests: a network's program, the reason why it has none, and the program against the
+network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.capture.capture import captured
 from fastmeta.graph.program import Program
-from fastmeta.layers.registry import kind_of
-
-
-def run(program: Program, params: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What a program computes, in plain PyTorch."""
-    values = [x]
-    for layer in program.layers:
-        out = kind_of(layer).forward(layer, params, *(values[i] for i in layer.inputs))
-        assert tuple(out.shape) == (len(x), *layer.shape)
-        values.append(out)
-    return values[program.output]
+from fastmeta.verify.plain import run
 
 
 def program_of(net: nn.Module, shape: tuple[int, ...] = (6,)) -> Program:
