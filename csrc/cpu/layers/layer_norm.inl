@@ -17,8 +17,8 @@ FM_INLINE S group_sum(i64 rows, i64 cols, const Term& term) {
   return total;
 }
 
-// One group: where it lies, and its statistics.
-template <class S>
+// One group: where it lies, and its statistics. CENTRED: its mean is taken away first.
+template <class S, bool CENTRED>
 struct NormGroup {
   const LayerNorm<S>& n;
   const S *x, *dy, *rx, *rdy;
@@ -46,7 +46,8 @@ struct NormGroup {
   // The same of what is taken away.
   template <class Term>
   FM_INLINE S level(const Term& term) const {
-    return n.centred ? average(term) : S(0);
+    if constexpr (CENTRED) return average(term);
+    return S(0);
   }
   // out = [out +] element, and zeros after it
   template <class Element>
@@ -72,24 +73,24 @@ struct NormGroup {
   }
 };
 
-template <class S>
-void layer_norm_forward(const LayerNorm<S>& n) {
+template <class S, bool CENTRED>
+void norm_forward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
     n.state[2 * g] = 0, n.state[2 * g + 1] = 1;
     n.state[2 * g] =
-        NormGroup<S>(n, g).level([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
-    const NormGroup<S> centred(n, g);
+        NormGroup<S, CENTRED>(n, g).level([&](i64 r, i64 c) { return n.x[(g * n.rows + r) * n.ld_x + c]; });
+    const NormGroup<S, CENTRED> centred(n, g);
     const S var = centred.average([&](i64 r, i64 c) { return centred.hat(r, c) * centred.hat(r, c); });
     n.state[2 * g + 1] = S(1) / sqrt_(var + n.eps);
-    const NormGroup<S> at(n, g);
+    const NormGroup<S, CENTRED> at(n, g);
     at.write(g, [&](i64 r, i64 c) { return at.w(r, c) * at.hat(r, c) + (n.b ? n.b[r * n.cols + c] : S(0)); });
   }
 }
 
-template <class S>
-void layer_norm_backward(const LayerNorm<S>& n) {
+template <class S, bool CENTRED>
+void norm_backward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
-    const NormGroup<S> at(n, g);
+    const NormGroup<S, CENTRED> at(n, g);
     at.collect([&](i64 r, i64 c) { return at.dy[r * n.ld + c] * at.hat(r, c); },
                [&](i64 r, i64 c) { return at.dy[r * n.ld + c]; });
     if (!n.out) continue;
@@ -99,10 +100,10 @@ void layer_norm_backward(const LayerNorm<S>& n) {
   }
 }
 
-template <class S>
-void layer_norm_tangent(const LayerNorm<S>& n) {
+template <class S, bool CENTRED>
+void norm_tangent(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
-    const NormGroup<S> at(n, g);
+    const NormGroup<S, CENTRED> at(n, g);
     const S t = n.rx ? at.level([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
     const S t_x = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c) * at.hat(r, c); }) : S(0);
     at.write(g, [&](i64 r, i64 c) {
@@ -112,10 +113,10 @@ void layer_norm_tangent(const LayerNorm<S>& n) {
   }
 }
 
-template <class S>
-void layer_norm_tangent_backward(const LayerNorm<S>& n) {
+template <class S, bool CENTRED>
+void norm_tangent_backward(const LayerNorm<S>& n) {
   for (i64 g = 0; g < n.groups; ++g) {
-    const NormGroup<S> at(n, g);
+    const NormGroup<S, CENTRED> at(n, g);
     const S t = n.rx ? at.level([&](i64 r, i64 c) { return at.moved(r, c); }) : S(0);
     const S t_x = n.rx ? at.average([&](i64 r, i64 c) { return at.moved(r, c) * at.hat(r, c); }) : S(0);
     const auto rhat = [&](i64 r, i64 c)
@@ -134,4 +135,21 @@ void layer_norm_tangent_backward(const LayerNorm<S>& n) {
       return at.rstd * (at.rg(r, c) - u - rhat(r, c) * mean_x - at.hat(r, c) * u_x - t_x * dx);
     });
   }
+}
+
+template <class S>
+void layer_norm_forward(const LayerNorm<S>& n) {
+  n.centred ? norm_forward<S, true>(n) : norm_forward<S, false>(n);
+}
+template <class S>
+void layer_norm_backward(const LayerNorm<S>& n) {
+  n.centred ? norm_backward<S, true>(n) : norm_backward<S, false>(n);
+}
+template <class S>
+void layer_norm_tangent(const LayerNorm<S>& n) {
+  n.centred ? norm_tangent<S, true>(n) : norm_tangent<S, false>(n);
+}
+template <class S>
+void layer_norm_tangent_backward(const LayerNorm<S>& n) {
+  n.centred ? norm_tangent_backward<S, true>(n) : norm_tangent_backward<S, false>(n);
 }
