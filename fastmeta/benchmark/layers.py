@@ -210,8 +210,9 @@ def tree_of(commit: str, say: Say = lambda _: None) -> Iterator[Path]:
         try:
             say(f"building {commit}")
             _command(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree)
-            # where an installed package has its Triton kernels
-            (tree / "fastmeta" / "kernels").symlink_to(tree / "kernels")
+            installed = tree / "fastmeta" / "kernels"  # where Python looks for the Triton kernels
+            if not installed.exists():
+                installed.symlink_to(tree / "kernels")
             yield tree
         finally:
             _command("git", "-C", str(root), "worktree", "remove", "--force", str(tree))
