@@ -32,6 +32,7 @@ class Function:
         piecewise_linear: the second derivative is zero wherever it exists.
         from_output: whether both derivatives follow from the value alone, for all constants or for
             those of which it is true: `from_output(*constants)`.
+        reads_argument: the formula in csrc/shared/functions.inl reads x even so.
         kinks: where the first or the second derivative jumps.
         modules: types of modules that are captured as it, with the constants as attributes.
         functions: what is captured as it, called with (input, *constants, inplace=False).
@@ -47,6 +48,7 @@ class Function:
     constants: Mapping[str, float] = field(default_factory=dict)
     piecewise_linear: bool = False
     from_output: bool | Callable[..., bool] = False
+    reads_argument: bool = False
     kinks: tuple[float, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
     functions: tuple[Callable[..., Any], ...] = ()
@@ -108,6 +110,7 @@ _ROWS = (
         forward=F.elu,
         constants={"alpha": 1.0},
         from_output=lambda alpha: alpha >= 0,
+        reads_argument=True,
         kinks=(0.0,),
         modules=(nn.ELU,),
         functions=(F.elu,),

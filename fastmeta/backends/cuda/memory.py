@@ -15,9 +15,6 @@ from fastmeta.layers.registry import KINDS
 
 #: Layers from so many inputs to so many outputs are multiplied on tensor cores.
 WIDE = 64
-#: Functions whose derivatives follow from the value alone, and whose formulas in
-#: csrc/shared/functions.inl read the argument all the same.
-_READS_ARGUMENT = frozenset({"elu"})
 #: Numbers that a norm keeps of each group: csrc/cuda/families/norm.h.
 STATISTICS = 4
 
@@ -177,7 +174,7 @@ def _lay_out_values(plan: Plan, user_input: bool) -> dict[str, _Block]:
             layer = taken[number]
             function = FUNCTIONS[layer.function]
             told = function.told_by_output(layer.function_constants)
-            keeps["x"] = function.name in _READS_ARGUMENT or not told
+            keeps["x"] = function.reads_argument or not told
             keeps["rx"] = keeps["rx"] and not function.piecewise_linear
         elif number in behind:
             smooth = not FUNCTIONS[behind[number].function].piecewise_linear
