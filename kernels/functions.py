@@ -92,6 +92,16 @@ def softplus(x):
 
 
 @jit
+def _tanh_softplus(x):
+    # t = tanh(softplus(x)), and 1 - t t, which does not cancel
+    q = tl.exp(-tl.abs(x))
+    m = tl.where(x < 0, q * (q + 2.0), 1.0 + 2.0 * q)
+    n = m + 2.0 * tl.where(x < 0, 1.0, q * q)
+    h = 2.0 * tl.where(x < 0, 1.0, q) * (1.0 + q) / n
+    return m / n, h * h
+
+
+@jit
 def _cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
 
@@ -116,6 +126,8 @@ def value(x, F: tl.constexpr):
         y = 0.5 * u * (1.0 + _tanh(0.79788456080286535588 * (u + 0.044715 * u * u * u)))
     elif F.function == "silu":
         y = u * sigmoid(u)
+    elif F.function == "mish":
+        y = u * _tanh_softplus(u)[0]
     elif F.function == "tanh":
         y = _tanh(u)
     elif F.function == "sigmoid":
@@ -161,6 +173,9 @@ def first(s, F: tl.constexpr):
         elif F.function == "silu":
             p = sigmoid(u)
             d = p * (1.0 + u * (1.0 - p))
+        elif F.function == "mish":
+            t, r = _tanh_softplus(u)
+            d = t + u * r * sigmoid(u)
         elif F.function == "softplus":
             d = tl.where(u * F.c0 > F.c1, 1.0, sigmoid(u * F.c0))
         elif F.function == "sin":
@@ -195,6 +210,10 @@ def second(s, F: tl.constexpr):
         elif F.function == "silu":
             p = sigmoid(u)
             d = p * (1.0 - p) * (2.0 + u * (1.0 - 2.0 * p))
+        elif F.function == "mish":
+            p = sigmoid(u)
+            t, r = _tanh_softplus(u)
+            d = 2.0 * r * p + u * r * p * (1.0 - p - 2.0 * t * p)
         elif F.function == "softplus":
             p = sigmoid(u * F.c0)
             d = tl.where(u * F.c0 > F.c1, 0.0, F.c0 * p * (1.0 - p))

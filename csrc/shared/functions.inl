@@ -87,6 +87,28 @@ struct Silu {
   }
 };
 template <class S>
+struct Mish {
+  S c0, c1;
+  // With q = exp(-|x|), which does not overflow: tanh(softplus(x)) = m / n.
+  FM_INLINE void ratio(S x, S& q, S& m, S& n) const {
+    q = exp_(x < 0 ? x : -x);
+    m = x < 0 ? q * (q + S(2)) : S(1) + S(2) * q, n = m + S(2) * (x < 0 ? S(1) : q * q);
+  }
+  FM_INLINE S value(S x) const {
+    S q, m, n;
+    ratio(x, q, m, n);
+    return x * (m / n);
+  }
+  FM_INLINE void derivatives(S x, S, S& d1, S& d2) const {
+    S q, m, n;
+    ratio(x, q, m, n);
+    const S t = m / n, s = (x < 0 ? q : S(1)) / (S(1) + q);
+    const S h = S(2) * (x < 0 ? S(1) : q) * (S(1) + q) / n;  // h h = 1 - t t
+    const S p = h * h * s, xp = x * p;
+    d1 = t + xp, d2 = S(2) * p + xp * (S(1) - s - S(2) * t * s);
+  }
+};
+template <class S>
 struct Tanh {
   S c0, c1;
   FM_INLINE S value(S x) const { return tanh_(x); }

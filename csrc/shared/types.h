@@ -34,6 +34,7 @@ enum class Kind : int { FM_LAYER_KINDS(FM_ENUMERATOR) };
   X(gelu, Gelu)            \
   X(gelu_tanh, GeluTanh)   \
   X(silu, Silu)            \
+  X(mish, Mish)            \
   X(tanh, Tanh)            \
   X(sigmoid, Sigmoid)      \
   X(softplus, Softplus)    \

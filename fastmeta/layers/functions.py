@@ -125,6 +125,7 @@ _ROWS = (
         make=partial(nn.GELU, approximate="tanh"),
     ),
     Function(name="silu", forward=F.silu, modules=(nn.SiLU,), functions=(F.silu,)),
+    Function(name="mish", forward=F.mish, modules=(nn.Mish,), functions=(F.mish,)),
     Function(
         name="tanh",
         forward=torch.tanh,
