@@ -67,7 +67,7 @@ def _product(
 
 @jit
 @varies("size")
-def _sums(
+def _summed_product(
     first,  # as the output
     second,
     also,  # a second product to add; None: there is none
@@ -121,7 +121,7 @@ def _write(
     common: dict[str, Any] = {"out": out, "size": size, "SHAPE": shape, "ADD": again, "BLOCK": FLAT}
     if to == 1 and not (shape.all_rows and shape.all_cols):
         run.emit(
-            _sums,
+            _summed_product,
             blocks(size, FLAT),
             first=first,
             second=second,

@@ -61,7 +61,7 @@ REFUSALS = {
     "method": (lambda net, x: x.clamp(0), "`Tensor.clamp` (node clamp, called in net)"),
     "power": (lambda net, x: x**2, "`operator.pow`"),
     "matmul": (lambda net, x: x @ net.fc.weight.t(), "`Tensor.t`"),
-    "product": (lambda net, x: x * x, "`operator.mul` (node mul, called in net): no layer does it to"),
+    "product": (lambda net, x: x.unsqueeze(1) * x.unsqueeze(2), "broadcast [N, 1, 6] and [N, 6, 1]"),
     "difference": (lambda net, x: net.fc(x) - x, "`operator.sub`"),
     "alpha": (lambda net, x: torch.add(x, x, alpha=2), "alpha must be 1, got 2"),
     "broadcast": (lambda net, x: x.unsqueeze(1) + x.unsqueeze(2), "broadcast [N, 1, 6] and [N, 6, 1]"),

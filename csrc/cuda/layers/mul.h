@@ -45,7 +45,6 @@ struct Functions {
     for_each<0, 2>([&](auto index) {
       constexpr int J = decltype(index)::value, IN = J ? B : A, OTHER = J ? A : B;
       if constexpr (wants_delta<IN, INPUT>) {
-        if constexpr (J == 1 && A == B) barrier();
         collect<J>(
             pass,
             [&](int r, int c) {
@@ -74,7 +73,6 @@ struct Functions {
     for_each<0, 2>([&](auto index) {
       constexpr int J = decltype(index)::value, IN = J ? B : A, OTHER = J ? A : B;
       if constexpr (wants_delta<IN, INPUT>) {
-        if constexpr (J == 1 && A == B) barrier();
         collect<J>(
             pass,
             [&](int r, int c) {
