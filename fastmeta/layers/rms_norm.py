@@ -50,11 +50,9 @@ def network() -> nn.Module:
 
 def cases() -> Iterator[Case]:
     """Norms of rows, of several rows, of the input, in all modes of memory."""
-    rows = partial(Case, "rms_rows", network, (3, 4))
+    rows = partial(Case, "rms_rows", network, (3, 4), lr=0.05)
     yield rows()
-    yield rows(
-        memory="recompute", steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05, lr=0.05
-    )
+    yield rows(memory="recompute", steps=3, rates="element_step_task", momentum=0.9, weight_decay=0.05)
     yield rows(order="first", weighted="sqt", per_task="some")
     first = partial(nn.RMSNorm, 5, eps=1e-3)
     yield Case("rms_input", lambda: nn.Sequential(first(), nn.SiLU(), nn.Linear(5, 3)), (5,))
