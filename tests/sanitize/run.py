@@ -49,8 +49,7 @@ def build() -> None:
     for source in (ROOT / "fastmeta").iterdir():
         if source.suffix not in (".so", ".pyd") and source.name != "__pycache__":
             (package / source.name).symlink_to(source)
-    for folder in ("csrc", "kernels"):
-        (package / folder).symlink_to(ROOT / folder)
+    (package / "csrc").symlink_to(ROOT / "csrc")
     command = [
         sys.executable,
         "setup.py",
