@@ -117,18 +117,6 @@ def apply(
     finish(acc, at, mask, end, FINISH)
 
 
-@jit
-@varies("size")
-def fill(
-    out,  # [size]
-    size,
-    BLOCK: tl.constexpr,
-):
-    """out = 0."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < size)
-
-
 def _finish(node: Node | None, mode: str, add: bool = False) -> Finish:
     """Of an element-wise layer, or of none."""
     if node is None:

@@ -7,6 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import triton.language as tl
+
+from fastmeta.kernels.jit import jit, varies
+
+
+@jit
+@varies("size")
+def fill(
+    out,  # [size]
+    size,
+    BLOCK: tl.constexpr,
+):
+    """out = 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +103,6 @@ class Recorder:
 
     def zero(self, tensor: torch.Tensor) -> None:
         """Write down that a tensor is filled with zeros."""
-        from fastmeta.kernels.elementwise import fill
-
         self(fill, blocks(tensor.numel(), FLAT), out=tensor, size=tensor.numel(), BLOCK=FLAT)
 
 

@@ -39,13 +39,16 @@ def _orders(a: Shape, b: Shape) -> list[Order]:
     """The orders of memory in which b has all rows of a or one, and all columns or one."""
     if len(a) != len(b):
         return []
-    found: list[Order] = []
-    for order, column in (("image", 0), ("rows", len(a) - 1)):
-        rows = [size for size in (a, b) for size in [(*size[:column], *size[column + 1 :])]]
-        whole = rows[0] == rows[1] or all(size == 1 for size in rows[1])
-        if whole and (not a or b[column] in (1, a[column])):
-            found.append(order)  # type: ignore[arg-type]
-    return found
+    # whose columns are the first dimension, and the last
+    splits: dict[Order, tuple[slice, slice]] = {
+        "image": (slice(1, None), slice(1)),
+        "rows": (slice(-1), slice(-1, None)),
+    }
+    return [order for order, parts in splits.items() if all(_all_or_one(a[p], b[p]) for p in parts)]
+
+
+def _all_or_one(a: Shape, b: Shape) -> bool:
+    return b == a or set(b) <= {1}
 
 
 def order(layer: Layer, a: Shape, b: Shape) -> Order:

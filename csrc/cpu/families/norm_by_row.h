@@ -1,22 +1,18 @@
-// Norms of groups of consecutive rows, where every value of a group has its own weight and bias. A
-// kind has a struct with
-//
-//   size(layer)      the number of values of a group: a multiple of the columns
-//   epsilon(layer)   what is added to the mean square
-//   CENTRED          whether the mean of a group is taken away first
-//
-// The kernels, with their formulas: layers/layer_norm.inl.
+// Norms of groups of consecutive rows, where every value of a group has its own weight and bias. The
+// constants of a layer are the number of values of a group, a multiple of the columns, and what is
+// added to the mean square. CENTRED: the mean of a group is taken away first. The kernels, with
+// their formulas: layers/layer_norm.inl.
 #pragma once
 
 #include "norm.h"
 
 namespace fm {
 
-template <class Groups>
+template <bool CENTRED>
 struct NormByRow {
   static Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
     const Value& y = plan.values[layer.output];
-    const i64 size = Groups::size(layer);
+    const i64 size = size_of(layer);
     check_norm(plan, layer, size);
     require(size >= y.cols && size % y.cols == 0 && y.rows % (size / y.cols) == 0,
             "a norm's size does not fit");
@@ -62,14 +58,16 @@ struct NormByRow {
   }
 
  private:
+  static i64 size_of(const Layer& layer) { return i64(layer.constants[0]); }
+
   template <class S>
   static LayerNorm<S> arguments(const Pass<S>& pass, const Layer& layer) {
     const Plan& plan = pass.plan;
     const Value& y = plan.values[layer.output];
     const int in = layer.inputs[0];
     LayerNorm<S> n{};
-    n.rows = Groups::size(layer) / y.cols, n.groups = pass.rows(layer.output) / n.rows, n.cols = y.cols;
-    n.centred = Groups::CENTRED, n.eps = S(Groups::epsilon(layer));
+    n.rows = size_of(layer) / y.cols, n.groups = pass.rows(layer.output) / n.rows, n.cols = y.cols;
+    n.centred = CENTRED, n.eps = S(layer.constants[1]);
     n.x = pass.value(in), n.ld_x = pass.value_ld(in), n.ld = n.ld_out = y.ld, n.ld_rx = plan.values[in].ld;
     n.w = of(layer.params[0], pass.theta), n.b = of(layer.params[1], pass.theta);
     n.state = pass.state(layer);

@@ -8,12 +8,7 @@ namespace fm::rms_norm {
 // The number of values of a group, and epsilon; a weight.
 constexpr Rules RULES = Rules(1).sizes(1).epsilon().with_params(1);
 
-struct Groups {
-  static constexpr bool CENTRED = false;
-  static i64 size(const Layer& layer) { return i64(layer.constants[0]); }
-  static double epsilon(const Layer& layer) { return layer.constants[1]; }
-};
-using Functions = NormByRow<Groups>;
+using Functions = NormByRow</*CENTRED=*/false>;
 
 inline Needs needs(const Plan& plan, const Layer& layer, i64 examples) {
   return Functions::needs(plan, layer, examples);

@@ -69,12 +69,7 @@ class ParameterLayout:
     """Where each parameter stands in a set [P], and where its rate in a row [L]."""
 
     def __init__(self, net: Graph, problem: Problem, count: int) -> None:
-        convolved = {
-            conv.params[0]
-            for node in net.nodes
-            for conv in (node, node.recomputes)
-            if conv is not None and conv.kind == "conv2d"
-        }
+        convolved = {node.params[0] for node in net.every() if node.kind == "conv2d"}
         self.names, self.shapes = net.params[:count], net.shapes[:count]
         self.engine_shapes = [
             engine_shape(shape, "conv2d" if p in convolved else "") for p, shape in enumerate(self.shapes)

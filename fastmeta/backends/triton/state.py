@@ -38,6 +38,7 @@ class StepState:
     ) -> None:
         first = next(iter(problem.params.values()))
         self.net, self.wrt, self.precision = net, wrt, precision
+        self.used = net.used
         self.tasks = problem.tasks
         self.steps = problem.steps if problem.support is not None else 0
         self.second = problem.order == "second" and self.steps > 0 and bool(wrt)
@@ -129,7 +130,7 @@ class StepState:
     def _moves(self, p: int) -> bool:
         """Whether an inner step writes parameter p: one without a gradient moves by weight decay
         alone."""
-        return self.layout.adapted[p] and (p in self.net.used or not self.in_epilogues)
+        return self.layout.adapted[p] and (p in self.used or not self.in_epilogues)
 
     def _rates(self, k: int) -> Operand:
         rows = self.rates[k if self.rate_steps > 1 else 0]
@@ -139,7 +140,7 @@ class StepState:
         """A sink for every parameter that some layer reads, or of those the adapted ones."""
         sinks: Sinks = []
         for p in range(len(self.layout.names)):
-            if p not in self.net.used or (adapted and not self.layout.adapted[p]):
+            if p not in self.used or (adapted and not self.layout.adapted[p]):
                 sinks.append(None)
                 continue
             to = self.layout.operand(rows, p)

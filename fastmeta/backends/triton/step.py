@@ -131,7 +131,7 @@ class MetaStep(StepState):
         return Operand(rows, self.layout.size if rows.dim() > 1 else 0)
 
     def _some_unused(self) -> bool:
-        return any(p not in self.net.used for p in range(len(self.layout.names)))
+        return any(p not in self.used for p in range(len(self.layout.names)))
 
     # ---- the query
 
