@@ -1,0 +1,413 @@
+// A task, or the tasks of all lanes, taken through the steps of algorithm.h by programs.
+#pragma once
+
+#include "../../shared/algorithm.h"
+#include "../kernels.h"
+#include "layout.h"
+
+namespace fm::machine {
+
+// Constants and what all tasks share, spread over the lanes.
+template <class S>
+void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call, S* base) {
+  const i64 L = m.lanes;
+  const auto spread = [&](auto from, i64 n, S* to) {
+    for (i64 i = 0; i < n; ++i)
+      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
+  };
+  std::fill(base, base + at.shared, S(0));
+  for (int i = 0; i < 2; ++i)
+    spread(m.constants[i].data(), i64(m.constants[i].size()), base + at.constants[i]);
+  for (size_t p = 0; p < m.adapted.size(); ++p)
+    if (!m.adapted[p].per_task)
+      spread(call.adapted[p].data, m.adapted[p].size, base + at.shared_theta + m.adapted[p].offset * L);
+  for (size_t p = 0; p < m.others.size(); ++p)
+    if (!m.others[p].per_task)
+      spread(call.others[p].data, m.others[p].size, base + at.shared_fixed + m.others[p].offset * L);
+}
+
+// Gradients that are sums over tasks, to the caller.
+template <class S>
+void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, const S* total) {
+  for (size_t p = 0; p < m.adapted.size(); ++p) {
+    const Adapted& a = m.adapted[p];
+    if (!a.per_task && call.adapted[p].grad)
+      std::copy_n(total + at.sum_theta + a.offset, a.size, call.adapted[p].grad);
+    if (!a.rate_per_task && call.adapted[p].rate_grad) {
+      const i64 n = (a.rate_per_step ? m.steps : 1) * (a.rate_element ? a.size : 1);
+      std::copy_n(total + at.sum_rates + at.rate_sums[p], n, call.adapted[p].rate_grad);
+    }
+  }
+  for (size_t p = 0; p < m.others.size(); ++p)
+    if (!m.others[p].per_task && call.others[p].grad)
+      std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
+}
+
+template <class S>
+class Group {
+ public:
+  Group(const Machine& m, const Layout& at, const Kernels<S>& kernels, const MachineCall<S>& call,
+        S* shared, S* workspace)
+      : m_(m), at_(at), kernels_(kernels), call_(call), shared_(shared), w_(workspace), L_(m.lanes) {
+    bool own_fixed = false;
+    for (const Fixed& f : m.others) own_fixed = own_fixed || f.per_task;
+    own_fixed_ = own_fixed;
+  }
+
+  // Tasks first .. first + count - 1; false where an index was out of range.
+  bool run(i64 first, i64 count, S* sums) {
+    first_ = first, count_ = count, sums_ = sums, bad_index_ = false;
+    meta_step(*this);
+    return !bad_index_;
+  }
+
+  // ---- what algorithm.h asks for
+  using Step = i64;
+  i64 steps() const { return m_.steps; }
+  bool has_gradient() const { return m_.gradient; }
+  bool has_step_weights() const { return !call_.step_weights.empty(); }
+
+  void load() {
+    std::fill(losses_, losses_ + 64, 0.0);
+    once_done_ = false;
+    std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
+    for (size_t p = 0; p < m_.adapted.size(); ++p)
+      if (m_.adapted[p].per_task)
+        pack(call_.adapted[p].data, m_.adapted[p].size, m_.adapted[p].size,
+             theta(0) + m_.adapted[p].offset * L_);
+    if (own_fixed_) {
+      std::copy_n(shared_ + at_.shared_fixed, m_.fixed * L_, w_ + at_.fixed);
+      for (size_t p = 0; p < m_.others.size(); ++p)
+        if (m_.others[p].per_task)
+          pack(call_.others[p].data, m_.others[p].size, m_.others[p].size,
+               w_ + at_.fixed + m_.others[p].offset * L_);
+    }
+    if (!m_.per_step && m_.support.present && m_.steps > 0) load_set(0, 0);
+    if (m_.query.present) load_set(1, 0);
+  }
+
+  void inner_step(i64 k) {
+    if (m_.per_step) load_set(0, k);
+    support_gradient(k);
+    const bool momentum = m_.momentum != 0;
+    S* const m = momentum ? w_ + at_.momentum : nullptr;
+    S* const kept = m_.wants_rates && m_.gradient ? w_ + at_.updates + k * at_.update_stride : nullptr;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
+      S alpha;
+      const S* const alphas = rates(k, p, alpha);
+      S* const own = momentum ? m + from : kept ? kept + from : nullptr;
+      kernels_.sgd_update(n, S(m_.momentum), S(m_.weight_decay), alpha, alphas, theta(k) + from,
+                          w_ + at_.grad + from, momentum && k > 0 ? m + from : nullptr, theta(k + 1) + from,
+                          own);
+      if (momentum && kept) std::copy_n(m + from, n, kept + from);
+    }
+  }
+
+  void write_adapted() {
+    for (size_t p = 0; p < m_.adapted.size(); ++p)
+      if (call_.adapted[p].adapted)
+        unpack(theta(m_.steps) + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
+               call_.adapted[p].adapted, false);
+  }
+
+  void query_values() {
+    if (!m_.query.present) return;
+    for (i64 k = 0; k <= m_.steps; ++k) {
+      const double s = step_weight(k);
+      if ((s == 0.0 || !m_.query_loss) && k < m_.steps) continue;
+      run_query(k, s);
+    }
+  }
+
+  void start_sweep() {
+    std::fill_n(w_ + at_.lambda, m_.theta * L_, S(0));
+    std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
+    std::fill_n(w_ + at_.others_sum, m_.fixed * L_, S(0));
+    for (int i = 0; i < 2; ++i) zero_entry_gradients(i);
+    for (size_t p = 0; p < m_.adapted.size(); ++p)
+      if (call_.adapted[p].adapted_grad) {
+        S* const to = w_ + at_.lambda + m_.adapted[p].offset * L_;
+        pack(call_.adapted[p].adapted_grad, m_.adapted[p].size, m_.adapted[p].size, to);
+        silence(to, m_.adapted[p].size);
+      }
+    zero_rate_gradients();
+  }
+  void complete_lambda() {}
+
+  // lambda += s_k grad Q(theta_k), and what else the query set's pass gives.
+  void query_gradient(i64 k) {
+    if (!m_.query.present) return;
+    const double s = step_weight(k);
+    const bool last = k == m_.steps;
+    if (s == 0.0 && !last) return;
+    run_query(k, s);
+    add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
+    collect(1, k);
+  }
+
+  void step_back(i64 k) {
+    if (m_.per_step) load_set(0, k);
+    if (m_.wants_rates) rate_gradients(k);
+    const bool momentum = m_.momentum != 0;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
+      S alpha;
+      const S* const alphas = rates(k, p, alpha);
+      kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from,
+                             momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
+    }
+    if (m_.second_order) {
+      if (m_.per_step) once_done_ = false;
+      if (!m_.store) support_gradient(k);
+      if (m_.per_step && m_.store) run_once(0, k);
+      run_stage(0, 2, k);
+      add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
+      collect(0, k);
+    }
+    if (!m_.plain_rule())
+      kernels_.sgd_adjoint(m_.theta * L_, S(m_.momentum), S(m_.weight_decay), w_ + at_.direction,
+                           w_ + at_.lambda, momentum ? w_ + at_.mbar : nullptr);
+  }
+
+  void write_gradients() {
+    const S* const lambda = w_ + at_.lambda;
+    if (L_ == 1)
+      add(lambda, m_.theta, sums_ + at_.sum_theta);
+    else
+      kernels_.lane_sums(m_.theta, lambda, sums_ + at_.sum_theta);
+    for (size_t p = 0; p < m_.adapted.size(); ++p)
+      if (m_.adapted[p].per_task && call_.adapted[p].grad)
+        unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
+               call_.adapted[p].grad, false);
+    const S* const others = w_ + at_.others_sum;
+    if (L_ == 1)
+      add(others, m_.fixed, sums_ + at_.sum_fixed);
+    else
+      kernels_.lane_sums(m_.fixed, others, sums_ + at_.sum_fixed);
+    for (size_t p = 0; p < m_.others.size(); ++p)
+      if (m_.others[p].per_task && call_.others[p].grad)
+        unpack(others + m_.others[p].offset * L_, m_.others[p].size, m_.others[p].size,
+               call_.others[p].grad, false);
+  }
+
+  void write_loss() {
+    if (!call_.task_losses) return;
+    for (i64 l = 0; l < count_; ++l) call_.task_losses[first_ + l] = S(losses_[l]);
+  }
+
+ private:
+  S* theta(i64 k) { return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK); }
+  const Set& set(int which) const { return which ? m_.query : m_.support; }
+  const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
+  double step_weight(i64 k) const {
+    if (!m_.query_loss) return 0.0;
+    return call_.step_weights.empty() ? (k == m_.steps ? 1.0 : 0.0) : call_.step_weights[k];
+  }
+
+  // [T, stride] of the user's, `n` elements of each task, to lanes; absent tasks are the last one.
+  template <class From, class To>
+  void pack_as(const From* from, i64 stride, i64 n, To* to) const {
+    if (L_ == 1) {
+      std::copy_n(from + first_ * stride, n, to);
+      return;
+    }
+    for (i64 l = 0; l < L_; ++l) {
+      const From* const task = from + (first_ + std::min(l, count_ - 1)) * stride;
+      for (i64 i = 0; i < n; ++i) to[i * L_ + l] = To(task[i]);
+    }
+  }
+  void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
+  void unpack(const S* from, i64 stride, i64 n, S* to, bool accumulate) const {
+    for (i64 l = 0; l < count_; ++l) {
+      S* const task = to + (first_ + l) * stride;
+      if (accumulate)
+        for (i64 i = 0; i < n; ++i) task[i] += from[i * L_ + l];
+      else
+        for (i64 i = 0; i < n; ++i) task[i] = from[i * L_ + l];
+    }
+  }
+  // Zero in the lanes of absent tasks.
+  void silence(S* x, i64 n) const {
+    for (i64 i = 0; i < n; ++i)
+      for (i64 l = count_; l < L_; ++l) x[i * L_ + l] = 0;
+  }
+  static void add(const S* from, i64 n, S* to) {
+    for (i64 i = 0; i < n; ++i) to[i] += from[i];
+  }
+
+  void load_set(int which, i64 k) {
+    const Set& s = set(which);
+    const i64 sets = !which && m_.per_step ? m_.steps : 1;
+    i64* const ints = reinterpret_cast<i64*>(w_ + aligned(at_.ints[which]));
+    for (size_t i = 0; i < s.entries.size(); ++i) {
+      const Entry& e = s.entries[i];
+      const void* const data = entries(which)[i].data;
+      if (e.integer)
+        pack_as(static_cast<const i64*>(data) + k * e.size, sets * e.size, e.size, ints + e.offset * L_);
+      else
+        pack_as(static_cast<const S*>(data) + k * e.size, sets * e.size, e.size,
+                w_ + at_.batch[which] + e.offset * L_);
+    }
+    if (!which && m_.per_step) once_done_ = false;
+  }
+  static i64 aligned(i64 at) {
+    constexpr i64 per = i64(sizeof(i64) / sizeof(S));
+    return (at + per - 1) / per * per;
+  }
+
+  Memory<S> memory(int which, i64 k) {
+    Memory<S> mem{};
+    const auto to = [&](Space s) -> S*& { return mem.at[int(s)]; };
+    to(Space::work) = w_ + at_.work;
+    to(Space::kept) = w_ + at_.kept + (m_.store && m_.gradient && !which ? k : 0) * at_.kept_stride;
+    to(Space::once) = w_ + at_.once + (which ? rounded(size_of(m_.support, Space::once) * L_) : 0);
+    to(Space::constant) = shared_ + at_.constants[which];
+    to(Space::theta) = theta(k);
+    to(Space::fixed) = own_fixed_ ? w_ + at_.fixed : shared_ + at_.shared_fixed;
+    to(Space::batch) = w_ + at_.batch[which];
+    to(Space::direction) = w_ + at_.direction;
+    to(Space::seed) = w_ + at_.seed;
+    to(Space::grad) = w_ + at_.grad;
+    to(Space::other) = w_ + at_.other;
+    to(Space::output) = w_ + at_.output;
+    mem.ints = reinterpret_cast<const i64*>(w_ + aligned(at_.ints[which]));
+    mem.tiles = w_ + at_.tiles;
+    return mem;
+  }
+  void run_stage(int which, size_t stage, i64 k) {
+    const Program& p = set(which).program;
+    if (stage >= p.stage_ends.size()) return;
+    Memory<S> mem = memory(which, k);
+    const auto runner = L_ == 1 ? kernels_.machine_rows : kernels_.machine_lanes;
+    runner(p.steps.data() + p.stage_begin(stage), p.stage_ends[stage] - p.stage_begin(stage), mem);
+    bad_index_ = bad_index_ || mem.bad_index;
+  }
+  void run_once(int which, i64 k) {
+    if (once_done_ && !which) return;
+    run_stage(which, 0, k);
+    if (!which) once_done_ = true;
+  }
+  void support_gradient(i64 k) {
+    run_once(0, k);
+    run_stage(0, 1, k);
+  }
+
+  void run_query(i64 k, double s) {
+    S* const seed = w_ + at_.seed;
+    for (i64 l = 0; l < L_; ++l) {
+      const bool there = l < count_;
+      const double c =
+          (call_.task_weights && there ? double(call_.task_weights[first_ + l]) : 1.0) / double(call_.tasks);
+      seed[l] = there ? S(c * s) : S(0);
+    }
+    if (m_.output_grad) {
+      S* const to = seed + SEED_OUTPUT * L_;
+      if (k == m_.steps && call_.output_grad) {
+        pack(call_.output_grad, m_.output, m_.output, to);
+        silence(to, m_.output);
+      } else {
+        std::fill_n(to, m_.output * L_, S(0));
+      }
+    }
+    run_stage(1, 0, k);
+    run_stage(1, 1, k);
+    const S* const out = w_ + at_.output;
+    if (m_.query_loss && s != 0.0)
+      for (i64 l = 0; l < count_; ++l) losses_[l] += s * double(out[l]);
+    if (k == m_.steps && call_.output) unpack(out + OUTPUT_START * L_, m_.output, m_.output, call_.output, false);
+  }
+
+  // Adds a pass's gradients by what does not adapt, and by its set, to their totals.
+  void collect(int which, i64 k) {
+    const S* const other = w_ + at_.other;
+    for (const Fixed& f : m_.others) {
+      const i64 from = which ? f.query_grad : f.support_grad;
+      if (from >= 0) add(other + from * L_, f.size * L_, w_ + at_.others_sum + f.offset * L_);
+    }
+    const Set& s = set(which);
+    const i64 sets = !which && m_.per_step ? m_.steps : 1;
+    for (size_t i = 0; i < s.entries.size(); ++i) {
+      const Entry& e = s.entries[i];
+      S* const grad = entries(which)[i].grad;
+      if (e.grad >= 0 && grad)
+        unpack(other + e.grad * L_, sets * e.size, e.size, grad + (sets > 1 ? k * e.size : 0), true);
+    }
+  }
+  void zero_entry_gradients(int which) {
+    const Set& s = set(which);
+    const i64 sets = !which && m_.per_step ? m_.steps : 1;
+    for (size_t i = 0; i < s.entries.size(); ++i)
+      if (S* const grad = entries(which)[i].grad)
+        std::fill_n(grad + first_ * sets * s.entries[i].size, count_ * sets * s.entries[i].size, S(0));
+  }
+
+  // ---- learning rates
+  // Elements for all lanes, or null and one number.
+  const S* rates(i64 k, size_t p, S& alpha) {
+    const Adapted& a = m_.adapted[p];
+    const S* const all = call_.adapted[p].rate;
+    const i64 each = a.rate_element ? a.size : 1, own = a.rate_per_task ? each : 0,
+              row = (a.rate_per_task ? call_.tasks : 1) * each;
+    const S* const step = all + (a.rate_per_step ? k * row : 0);
+    if (!a.rate_element && (!a.rate_per_task || L_ == 1)) {
+      alpha = step[first_ * own];
+      return nullptr;
+    }
+    if (L_ == 1) return step + first_ * own;
+    S* const to = w_ + at_.alphas;
+    for (i64 l = 0; l < L_; ++l) {
+      const S* const task = step + (first_ + std::min(l, count_ - 1)) * own;
+      for (i64 i = 0; i < a.size; ++i) to[i * L_ + l] = task[a.rate_element ? i : 0];
+    }
+    return to;
+  }
+  void zero_rate_gradients() {
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      S* const grad = call_.adapted[p].rate_grad;
+      if (!grad || !a.rate_per_task) continue;
+      const i64 each = a.rate_element ? a.size : 1;
+      for (i64 k = 0; k < (a.rate_per_step ? m_.steps : 1); ++k)
+        std::fill_n(grad + (k * call_.tasks + first_) * each, count_ * each, S(0));
+    }
+  }
+  // d alpha_k = -lambda_{k+1} u_k, for the tasks that are there.
+  void rate_gradients(i64 k) {
+    const S* const u = w_ + at_.updates + k * at_.update_stride;
+    const S* const lambda = w_ + at_.lambda;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      S* const grad = call_.adapted[p].rate_grad;
+      if (!grad) continue;
+      const i64 each = a.rate_element ? a.size : 1, row = a.rate_per_step ? k : 0;
+      for (i64 l = 0; l < count_; ++l) {
+        S* const to = a.rate_per_task
+                          ? grad + (row * call_.tasks + first_ + l) * each
+                          : sums_ + at_.sum_rates + at_.rate_sums[p] + row * each;
+        double total = 0;
+        for (i64 i = 0; i < a.size; ++i) {
+          const i64 at = (a.offset + i) * L_ + l;
+          if (a.rate_element)
+            to[i] -= lambda[at] * u[at];
+          else
+            total += double(lambda[at]) * double(u[at]);
+        }
+        if (!a.rate_element) to[0] -= S(total);
+      }
+    }
+  }
+
+  const Machine& m_;
+  const Layout& at_;
+  const Kernels<S>& kernels_;
+  const MachineCall<S>& call_;
+  S *const shared_, *const w_;
+  const i64 L_;
+  bool own_fixed_ = false, once_done_ = false, bad_index_ = false;
+  i64 first_ = 0, count_ = 0;
+  S* sums_ = nullptr;
+  double losses_[64] = {};
+};
+
+}  // namespace fm::machine

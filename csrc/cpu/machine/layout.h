@@ -1,0 +1,80 @@
+// Where everything lies in the scratch memory of a worker, in elements.
+#pragma once
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace fm::machine {
+
+struct Layout {
+  i64 tiles, work, once, kept, theta, grad, lambda, mbar, direction, momentum, updates, alphas;
+  i64 fixed, batch[2], ints[2], seed, other, output, others_sum;
+  i64 kept_stride, update_stride;
+  i64 total;
+  // of the caller: constants of both programs, shared parameters, and sums over tasks
+  i64 constants[2], shared_fixed, shared_theta, shared;
+  i64 sum_theta, sum_fixed, sum_rates, sums;
+  std::vector<i64> rate_sums;  // of each adapted parameter, from sum_rates on
+};
+
+inline i64 rounded(i64 n) { return (n + SLACK - 1) / SLACK * SLACK; }
+
+inline i64 size_of(const Set& set, Space space) { return set.present ? set.program.sizes[int(space)] : 0; }
+
+inline Layout layout_of(const Machine& m, size_t element) {
+  Layout at{};
+  i64 next = 0;
+  const auto take = [&](i64 n) {
+    const i64 here = next;
+    next += rounded(n) + 2 * SLACK;
+    return here;
+  };
+  const auto most = [&](Space s) { return std::max(size_of(m.support, s), size_of(m.query, s)); };
+  const i64 L = m.lanes, per_i64 = i64(sizeof(i64) / element);
+  const i64 steps = m.gradient ? m.steps : std::min<i64>(m.steps, 1);
+  at.tiles = take(std::max(m.support.program.tiles, m.query.program.tiles));
+  at.work = take(most(Space::work) * L);
+  at.once = take((size_of(m.support, Space::once)) * L + size_of(m.query, Space::once) * L + SLACK);
+  at.kept_stride = rounded(most(Space::kept) * L) + SLACK;
+  at.kept = take(at.kept_stride * (m.store && m.gradient ? std::max<i64>(m.steps, 1) : 1));
+  at.theta = take((m.gradient ? m.steps + 1 : 2) * rounded(m.theta * L + SLACK));
+  at.grad = take(m.theta * L);
+  at.lambda = take(m.theta * L);
+  at.mbar = take(m.theta * L);
+  at.direction = take(m.theta * L);
+  at.momentum = take(m.theta * L);
+  at.update_stride = rounded(m.theta * L + SLACK);
+  at.updates = take(m.wants_rates && m.gradient ? steps * at.update_stride : 0);
+  at.alphas = take(m.theta * L);
+  at.fixed = take(m.fixed * L);
+  for (int i = 0; i < 2; ++i) {
+    const Set& set = i ? m.query : m.support;
+    at.batch[i] = take(size_of(set, Space::batch) * L);
+    at.ints[i] = take(rounded(size_of(set, Space::ints) * L) * per_i64 + per_i64);
+  }
+  at.seed = take((SEED_OUTPUT + m.output) * L);
+  at.other = take(most(Space::other) * L);
+  at.output = take((OUTPUT_START + m.output) * L);
+  at.others_sum = take(m.fixed * L);
+  at.total = next;
+
+  next = 0;
+  for (int i = 0; i < 2; ++i) at.constants[i] = take(i64(m.constants[i].size()) * L);
+  at.shared_theta = take(m.theta * L);
+  at.shared_fixed = take(m.fixed * L);
+  at.shared = next;
+  next = 0;
+  at.sum_theta = take(m.theta);
+  at.sum_fixed = take(m.fixed);
+  i64 rates = 0;
+  for (const Adapted& p : m.adapted) {
+    at.rate_sums.push_back(rates);
+    if (!p.rate_per_task) rates += (p.rate_per_step ? std::max<i64>(m.steps, 1) : 1) * (p.rate_element ? p.size : 1);
+  }
+  at.sum_rates = take(rates);
+  at.sums = next;
+  return at;
+}
+
+}  // namespace fm::machine

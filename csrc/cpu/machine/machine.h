@@ -1,0 +1,98 @@
+// The meta-step of traced programs: what a call over all tasks needs, besides the programs.
+#pragma once
+
+#include <vector>
+
+#include "program.h"
+
+namespace fm::machine {
+
+// An adapted parameter: its place in theta, and how its rates are laid out.
+struct Adapted {
+  i64 offset, size;
+  bool per_task, rate_element, rate_per_task, rate_per_step;
+};
+// What does not adapt: other parameters, buffers, weights of losses.
+struct Fixed {
+  i64 offset, size;
+  bool per_task;
+  i64 support_grad, query_grad;  // its gradient's place in each program's results, -1 for none
+};
+// A tensor of a set: inputs, targets, example weights.
+struct Entry {
+  i64 offset, size;
+  bool integer;
+  i64 grad;  // as above, -1 for none
+};
+
+struct Set {
+  bool present = false;
+  Program program;
+  std::vector<Entry> entries;
+};
+
+struct Machine {
+  bool is_double = false;
+  i64 lanes = 1;  // tasks side by side
+  i64 steps = 0;
+  bool second_order = true, store = true, gradient = false, wants_rates = false, per_step = false;
+  double momentum = 0, weight_decay = 0;
+  bool query_loss = false, output_grad = false;
+  i64 theta = 0, fixed = 0, output = 0;  // elements
+  i64 support_constants = 0;
+  std::vector<Adapted> adapted;
+  std::vector<Fixed> others;
+  Set support, query;
+  std::vector<double> constants[2];  // of the two programs
+
+  bool plain_rule() const { return momentum == 0 && weight_decay == 0; }
+};
+
+template <class S>
+struct AdaptedCall {
+  const S* data = nullptr;          // [size] or [T, size]
+  const S* rate = nullptr;          // [K or 1, T or 1, 1 or size]
+  const S* adapted_grad = nullptr;  // [T, size]
+  S* adapted = nullptr;             // [T, size]
+  S* grad = nullptr;                // like data
+  S* rate_grad = nullptr;           // like rate
+};
+template <class S>
+struct FixedCall {
+  const S* data = nullptr;  // [size] or [T, size]
+  S* grad = nullptr;
+};
+template <class S>
+struct EntryCall {
+  const void* data = nullptr;  // [T, (K,) size] of S or i64
+  S* grad = nullptr;           // the same
+};
+
+template <class S>
+struct MachineCall {
+  i64 tasks = 0;
+  std::vector<AdaptedCall<S>> adapted;
+  std::vector<FixedCall<S>> others;
+  std::vector<EntryCall<S>> support, query;
+  std::vector<double> step_weights;  // K + 1, or empty: the last one only
+  const S* task_weights = nullptr;   // [T]
+  const S* output_grad = nullptr;    // [T, output]
+  S* task_losses = nullptr;          // [T]
+  S* loss = nullptr;                 // ()
+  S* output = nullptr;               // [T, output]
+};
+
+enum class Outcome : int { ok = 0, bad_index = 1 };
+
+template <class S>
+Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, bool poison);
+
+// Elements of scratch memory of one worker.
+i64 workspace(const Machine& machine);
+
+// Where the weights of example 0 stand in SEED: the loss's cotangent, then the output's.
+constexpr i64 SEED_OUTPUT = 16;
+// OUTPUT: the loss, then the output.
+constexpr i64 OUTPUT_START = 16;
+
+}  // namespace fm::machine

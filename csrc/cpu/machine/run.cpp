@@ -1,0 +1,88 @@
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "../kernels.h"
+#include "../thread_pool.h"
+#include "group.h"
+
+namespace fm::machine {
+namespace {
+
+// As of the row engine: sums over tasks do not depend on the number of threads.
+constexpr i64 RANGES = 16;
+
+template <class S>
+const Kernels<S>& kernels_of() {
+  if constexpr (sizeof(S) == 4)
+    return *instruction_set().f32;
+  else
+    return *instruction_set().f64;
+}
+
+}  // namespace
+
+template <class S>
+Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, bool poison) {
+  Session session;
+  const Kernels<S>& kernels = kernels_of<S>();
+  const Layout layout = layout_of(machine, sizeof(S));
+  const i64 groups = (call.tasks + machine.lanes - 1) / machine.lanes;
+  const int ranges = int(std::min(RANGES, groups));
+  const i64 sums_size = layout.sums;
+  const i64 shared_size = layout.shared;
+  S* const base = static_cast<S*>(caller_scratch(size_t(shared_size + (ranges + 1) * sums_size) * sizeof(S)));
+  S* const sums = base + shared_size;
+  fill_shared(machine, layout, call, base);
+  std::fill(sums, sums + (ranges + 1) * sums_size, S(0));
+
+  std::vector<std::unique_ptr<Group<S>>> workers(threads);
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  std::atomic<bool> bad_index{false};
+  parallel(threads, ranges, [&](int r, int worker) {
+    try {
+      auto& group = workers[worker];
+      if (!group) {
+        S* workspace = static_cast<S*>(scratch(worker, size_t(layout.total) * sizeof(S)));
+        if (poison) std::fill(workspace, workspace + layout.total, std::numeric_limits<S>::quiet_NaN());
+        group = std::make_unique<Group<S>>(machine, layout, kernels, call, base, workspace);
+      }
+      const i64 begin = groups * r / ranges, end = groups * (r + 1) / ranges;
+      for (i64 g = begin; g < end; ++g) {
+        const i64 first = g * machine.lanes, count = std::min(machine.lanes, call.tasks - first);
+        if (!group->run(first, count, sums + r * sums_size)) bad_index = true;
+      }
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(failure_mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+  if (bad_index) return Outcome::bad_index;
+  if (call.loss) {
+    double total = 0;
+    for (i64 t = 0; t < call.tasks; ++t)
+      total += double(call.task_losses[t]) * (call.task_weights ? double(call.task_weights[t]) : 1.0);
+    *call.loss = S(total / double(call.tasks));
+  }
+  if (machine.gradient) {
+    S* const total = sums + ranges * sums_size;
+    for (int r = 0; r < ranges; ++r)
+      for (i64 i = 0; i < sums_size; ++i) total[i] += sums[r * sums_size + i];
+    write_sums(machine, layout, call, total);
+  }
+  return Outcome::ok;
+}
+
+template Outcome run<float>(const Machine&, const MachineCall<float>&, int, bool);
+template Outcome run<double>(const Machine&, const MachineCall<double>&, int, bool);
+
+i64 workspace(const Machine& machine) {
+  return layout_of(machine, machine.is_double ? sizeof(double) : sizeof(float)).total;
+}
+
+}  // namespace fm::machine

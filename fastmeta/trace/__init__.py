@@ -1,0 +1,1 @@
+"""Step programs: one task's inner step of any module, traced into primitive operators."""

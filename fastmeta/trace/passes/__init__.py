@@ -1,0 +1,1 @@
+"""From instructions one by one to what the machine runs."""
