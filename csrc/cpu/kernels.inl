@@ -14,6 +14,8 @@ namespace {
 
 #include "vector.inl"
 // vector.inl comes first, the others build on it
+#include "vector_math.inl"
+
 #include "columns.inl"
 #include "gemm_tile.inl"
 
