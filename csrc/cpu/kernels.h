@@ -6,6 +6,7 @@
 
 #include "../shared/loss_call.h"
 #include "../shared/types.h"
+#include "machine/steps.h"
 
 namespace fm {
 
@@ -326,6 +327,8 @@ struct InstructionSet {
   const Kernels<float>* f32;
   const Kernels<double>* f64;
   PeakLoop peak_f32, peak_f64;
+  int vector_bytes;
+  const machine::Executors* machine;
 };
 
 extern const InstructionSet isa_base;

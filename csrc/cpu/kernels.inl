@@ -1,5 +1,5 @@
 // All kernels of one instruction set. The including file defines FM_ISA, FM_ISA_NAME,
-// FM_VECTOR_BYTES and FM_REGISTERS, and is compiled with that instruction set's flags. Everything
+// FM_EXECUTORS, FM_VECTOR_BYTES and FM_REGISTERS, and is compiled with that instruction set's flags. Everything
 // is in an anonymous namespace, and no standard header is included: an inline function compiled for
 // AVX-512 must never be linked into portable code.
 
@@ -76,7 +76,11 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
 
 }  // namespace
 
+namespace machine {
+extern const Executors FM_EXECUTORS;
+}
 extern const InstructionSet FM_ISA;
-const InstructionSet FM_ISA = {FM_ISA_NAME, &KERNELS<float>, &KERNELS<double>, &peak<float>, &peak<double>};
+const InstructionSet FM_ISA = {FM_ISA_NAME,   &KERNELS<float>, &KERNELS<double>,
+                               &peak<float>, &peak<double>,    FM_VECTOR_BYTES, &machine::FM_EXECUTORS};
 
 }  // namespace fm

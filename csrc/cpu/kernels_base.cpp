@@ -2,4 +2,5 @@
 #define FM_ISA_NAME "base"
 #define FM_VECTOR_BYTES 16
 #define FM_REGISTERS 16
+#define FM_EXECUTORS executors_base
 #include "kernels.inl"

@@ -24,9 +24,9 @@ from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
 #: All backends, fastest first. `reference` is never chosen by "auto".
-NAMES = ("cpu", "cuda", "triton", "torch", "reference")
+NAMES = ("cpu", "machine", "cuda", "triton", "torch", "reference")
 #: What "auto" tries, in this order, by the device of the parameters.
-_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_AUTO = {"cpu": ("cpu", "machine", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 def get(name: str) -> ModuleType:

@@ -62,17 +62,9 @@ def captured(
     Returns:
         (program, "") or (None, reason).
     """
-    captures = _CAPTURES.get(id(net))
-    if captures is None or captures.net() is not net or not captures.guard.holds(net):
-        for name, module in net.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                return None, f"cannot capture {_place(name, module)}: it is a TorchScript module"
-        known = (
-            captures.known
-            if captures is not None and captures.net() is net
-            else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
-        )
-        captures = _CAPTURES[id(net)] = _Captures(net, known)
+    captures = _captures_of(net)
+    if isinstance(captures, str):
+        return None, captures
     key = (input_shape, dtype, batch_stats)
     result = captures.results.get(key)
     if result is None:
@@ -82,6 +74,30 @@ def captured(
             program = captures.known.get(program) or captures.known.put(program, program)
         result = captures.results.put(key, (program, reason))
     return result
+
+
+def guard_of(net: nn.Module) -> Guard | None:
+    """The guard of a network as it is: the same object until something that a forward can read has
+    changed. None of a network that cannot be watched."""
+    captures = _captures_of(net)
+    return None if isinstance(captures, str) else captures.guard
+
+
+def _captures_of(net: nn.Module) -> _Captures | str:
+    """What is known of a network, begun anew if it has changed; a string: why nothing can be."""
+    captures = _CAPTURES.get(id(net))
+    if captures is not None and captures.net() is net and captures.guard.holds(net):
+        return captures
+    for name, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"cannot capture {_place(name, module)}: it is a TorchScript module"
+    known = (
+        captures.known
+        if captures is not None and captures.net() is net
+        else Bounded(_MOST_CAPTURES, _MOST_BYTES, _bytes)
+    )
+    captures = _CAPTURES[id(net)] = _Captures(net, known)
+    return captures
 
 
 def frozen_flags(net: nn.Module) -> tuple[bool, ...]:

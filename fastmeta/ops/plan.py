@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from fastmeta import backends
 from fastmeta.bounded import Bounded
-from fastmeta.capture.capture import captured, frozen_flags
+from fastmeta.capture.capture import captured, frozen_flags, guard_of
+from fastmeta.capture.guards import Guard
 from fastmeta.errors import BackendUnavailable
 from fastmeta.graph.program import Program
 from fastmeta.losses import Loss
@@ -45,7 +46,7 @@ _MOST_PLANS = 256
 _engine = backends.get("cpu")
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
-_NATIVE = "fastmeta.backends.cpu"
+_NATIVE = ("fastmeta.backends.cpu", "fastmeta.backends.machine")
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Plan:
     scratch: Scratch
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
     native: bool = False  # the backend calls into nothing that has a global state to leave behind
+    guard: Guard | None = None  # of a network that was traced: holds while the network does not change
 
 
 @dataclass(slots=True)
@@ -247,13 +249,12 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
         return undisturbed(_first_call, given, masks)
     if plan is None:
         return undisturbed(_first_call, given, masks, key)
-    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
-    if program is not plan.program:  # the network has changed
+    if _changed(plan, net, options):
         return undisturbed(_first_call, given, masks, key)
     if plan.flags is not None and (flags := frozen_flags(net)) != plan.flags:
         key = (*key, flags)
         plan = plans.get(key) if plans is not None else None
-        if plan is None or plan.program is not program:
+        if plan is None or _changed(plan, net, options):
             return undisturbed(_first_call, given, masks, key)
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
@@ -261,6 +262,14 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
     if plan.backend is not _engine and _lost_memory(problem, tensors):
         return undisturbed(_first_call, given, masks, key)
     return Call(options, tensors, plan, problem, lr, wrt)
+
+
+def _changed(plan: Plan, net: nn.Module, options: Options) -> bool:
+    """Whether the network is another one than the plan was made for."""
+    if plan.guard is not None:
+        return guard_of(net) is not plan.guard
+    program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
+    return program is not plan.program
 
 
 def _lost_memory(problem: Problem, tensors: Tensors) -> bool:
@@ -323,9 +332,12 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     except BackendUnavailable:  # it may be the tensors that do not fit
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
-    plan.native = plan.backend.__name__ == _NATIVE
-    if program is not None and plan.backend.__name__.rpartition(".")[2] not in _RUN_THE_MODULE:
-        if problem.steps or problem.query is not None:  # else nothing is run
+    plan.native = plan.backend.__name__ in _NATIVE
+    name = plan.backend.__name__.rpartition(".")[2]
+    if name == "machine":
+        plan.guard = guard_of(net)
+    if plan.guard is not None or (program is not None and name not in _RUN_THE_MODULE):
+        if plan.guard is None and (problem.steps or problem.query is not None):  # else nothing is run
             check_capture(plan.backend, problem)
         if key is not None:
             if names and options.adapt in BY_GRAD:

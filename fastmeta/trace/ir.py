@@ -31,10 +31,11 @@ class Space(IntEnum):
     GRAD = 10  # by theta
     OTHER = 11  # by everything else that is wanted
     OUTPUT = 12  # the loss, and the output
+    CURVATURE = 13  # the Hessian-vector product
 
 
 #: Spaces that a program writes for others to read.
-RESULTS = frozenset({Space.GRAD, Space.OTHER, Space.OUTPUT})
+RESULTS = frozenset({Space.GRAD, Space.OTHER, Space.OUTPUT, Space.CURVATURE})
 
 
 @dataclass(eq=False, slots=True)

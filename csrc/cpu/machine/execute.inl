@@ -1,4 +1,20 @@
-// Runs instructions in their order, for one task, or for one task in every lane.
+// Runs instructions in their order, for one task, or for one task in every lane. The including file
+// defines FM_EXECUTORS, FM_VECTOR_BYTES and FM_REGISTERS; as in kernels.inl no standard header is
+// included.
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+namespace fm {
+namespace {
+
+#include "../vector.inl"
+// vector.inl comes first, the others build on it
+#include "../transpose.inl"
+#include "../vector_math.inl"
 
 template <class S>
 using VecMask = decltype(Vec<S>{} < Vec<S>{});
@@ -41,3 +57,15 @@ void lane_sums(i64 n, const S* x, S* out) {
   constexpr int L = lanes<S>;
   for (i64 i = 0; i < n; ++i) out[i] += sum<S>(load(x + i * L));
 }
+
+template <class S>
+constexpr machine::Executor<S> EXECUTOR = {&machine_run<S, false>, &machine_run<S, true>, &lane_sums<S>};
+
+}  // namespace
+
+namespace machine {
+extern const Executors FM_EXECUTORS;
+const Executors FM_EXECUTORS = {EXECUTOR<float>, EXECUTOR<double>};
+}  // namespace machine
+
+}  // namespace fm

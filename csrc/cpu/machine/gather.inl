@@ -8,7 +8,7 @@ FM_INLINE i64 checked_index(const machine::Step& s, machine::Memory<S>& m, i64 a
     i = m.ints[at];
   } else {
     const S x = m.at[index.space][at];
-    i = x > S(-9e15) && x < S(9e15) ? i64(x) : i64(-1) << 62;
+    i = x > S(-9e15) && x < S(9e15) ? i64(x) : -(i64(1) << 62);
   }
   if (s.wraps && i < 0) i += s.limit;
   if (i >= 0 && i < s.limit) return i;

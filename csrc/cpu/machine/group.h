@@ -46,9 +46,9 @@ void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, 
 template <class S>
 class Group {
  public:
-  Group(const Machine& m, const Layout& at, const Kernels<S>& kernels, const MachineCall<S>& call,
-        S* shared, S* workspace)
-      : m_(m), at_(at), kernels_(kernels), call_(call), shared_(shared), w_(workspace), L_(m.lanes) {
+  Group(const Machine& m, const Layout& at, const Kernels<S>& kernels, const Executor<S>& executor,
+        const MachineCall<S>& call, S* shared, S* workspace)
+      : m_(m), at_(at), kernels_(kernels), executor_(executor), call_(call), shared_(shared), w_(workspace), L_(m.lanes) {
     bool own_fixed = false;
     for (const Fixed& f : m.others) own_fixed = own_fixed || f.per_task;
     own_fixed_ = own_fixed;
@@ -94,7 +94,7 @@ class Group {
     S* const kept = m_.wants_rates && m_.gradient ? w_ + at_.updates + k * at_.update_stride : nullptr;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
-      S alpha;
+      S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
       S* const own = momentum ? m + from : kept ? kept + from : nullptr;
       kernels_.sgd_update(n, S(m_.momentum), S(m_.weight_decay), alpha, alphas, theta(k) + from,
@@ -152,7 +152,7 @@ class Group {
     const bool momentum = m_.momentum != 0;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
-      S alpha;
+      S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
       kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from,
                              momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
@@ -175,7 +175,7 @@ class Group {
     if (L_ == 1)
       add(lambda, m_.theta, sums_ + at_.sum_theta);
     else
-      kernels_.lane_sums(m_.theta, lambda, sums_ + at_.sum_theta);
+      executor_.lane_sums(m_.theta, lambda, sums_ + at_.sum_theta);
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (m_.adapted[p].per_task && call_.adapted[p].grad)
         unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
@@ -184,7 +184,7 @@ class Group {
     if (L_ == 1)
       add(others, m_.fixed, sums_ + at_.sum_fixed);
     else
-      kernels_.lane_sums(m_.fixed, others, sums_ + at_.sum_fixed);
+      executor_.lane_sums(m_.fixed, others, sums_ + at_.sum_fixed);
     for (size_t p = 0; p < m_.others.size(); ++p)
       if (m_.others[p].per_task && call_.others[p].grad)
         unpack(others + m_.others[p].offset * L_, m_.others[p].size, m_.others[p].size,
@@ -269,6 +269,7 @@ class Group {
     to(Space::direction) = w_ + at_.direction;
     to(Space::seed) = w_ + at_.seed;
     to(Space::grad) = w_ + at_.grad;
+    to(Space::curvature) = w_ + at_.grad;  // g is no longer needed then
     to(Space::other) = w_ + at_.other;
     to(Space::output) = w_ + at_.output;
     mem.ints = reinterpret_cast<const i64*>(w_ + aligned(at_.ints[which]));
@@ -279,7 +280,7 @@ class Group {
     const Program& p = set(which).program;
     if (stage >= p.stage_ends.size()) return;
     Memory<S> mem = memory(which, k);
-    const auto runner = L_ == 1 ? kernels_.machine_rows : kernels_.machine_lanes;
+    const auto runner = L_ == 1 ? executor_.rows : executor_.lanes;
     runner(p.steps.data() + p.stage_begin(stage), p.stage_ends[stage] - p.stage_begin(stage), mem);
     bad_index_ = bad_index_ || mem.bad_index;
   }
@@ -401,6 +402,7 @@ class Group {
   const Machine& m_;
   const Layout& at_;
   const Kernels<S>& kernels_;
+  const Executor<S>& executor_;
   const MachineCall<S>& call_;
   S *const shared_, *const w_;
   const i64 L_;

@@ -18,8 +18,6 @@ struct Layout {
   std::vector<i64> rate_sums;  // of each adapted parameter, from sum_rates on
 };
 
-inline i64 rounded(i64 n) { return (n + SLACK - 1) / SLACK * SLACK; }
-
 inline i64 size_of(const Set& set, Space space) { return set.present ? set.program.sizes[int(space)] : 0; }
 
 inline Layout layout_of(const Machine& m, size_t element) {
@@ -53,9 +51,9 @@ inline Layout layout_of(const Machine& m, size_t element) {
     at.batch[i] = take(size_of(set, Space::batch) * L);
     at.ints[i] = take(rounded(size_of(set, Space::ints) * L) * per_i64 + per_i64);
   }
-  at.seed = take((SEED_OUTPUT + m.output) * L);
+  at.seed = take((SEED_OUTPUT + rounded(m.output)) * L);
   at.other = take(most(Space::other) * L);
-  at.output = take((OUTPUT_START + m.output) * L);
+  at.output = take((OUTPUT_START + rounded(m.output)) * L);
   at.others_sum = take(m.fixed * L);
   at.total = next;
 

@@ -31,6 +31,9 @@ struct Set {
   std::vector<Entry> entries;
 };
 
+// Up to whole vectors, as everything in a space begins.
+inline i64 rounded(i64 n) { return (n + SLACK - 1) / SLACK * SLACK; }
+
 struct Machine {
   bool is_double = false;
   i64 lanes = 1;  // tasks side by side
@@ -39,7 +42,6 @@ struct Machine {
   double momentum = 0, weight_decay = 0;
   bool query_loss = false, output_grad = false;
   i64 theta = 0, fixed = 0, output = 0;  // elements
-  i64 support_constants = 0;
   std::vector<Adapted> adapted;
   std::vector<Fixed> others;
   Set support, query;

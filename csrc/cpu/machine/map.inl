@@ -57,10 +57,6 @@ FM_INLINE void write_row(const S* from, S* to, i64 stride, i64 n) {
 }
 
 template <class S>
-FM_INLINE Vec<S> choose(VecMask<S> mask, Vec<S> a, Vec<S> b) {
-  return mask ? a : b;
-}
-template <class S>
 FM_INLINE Vec<S> truth(VecMask<S> mask) {
   return mask ? broadcast(S(1)) : Vec<S>{};
 }

@@ -83,14 +83,14 @@ __attribute__((noinline)) void lane_tile(const ProductTile<S>& t) {
 }
 
 template <class S>
-using TileFunction = void (*)(const ProductTile<S>&);
+using ProductFunction = void (*)(const ProductTile<S>&);
 
 // As many accumulators as registers allow.
 constexpr int ROW_BUDGET = FM_REGISTERS == 32 ? 24 : 12;
 constexpr int MOST_ROWS = 12, MOST_VECTORS = 4, LANE_SIDE = FM_REGISTERS == 32 ? 5 : 3;
 
 template <class S, int MR, int NV>
-constexpr TileFunction<S> row_tile_or_none() {
+constexpr ProductFunction<S> row_tile_or_none() {
   if constexpr (MR * NV <= ROW_BUDGET)
     return &row_tile<S, MR, NV>;
   else
@@ -104,11 +104,11 @@ constexpr TileFunction<S> row_tile_or_none() {
         row_tile_or_none<S, 10, NV>(), row_tile_or_none<S, 11, NV>(), row_tile_or_none<S, 12, NV>()     \
   }
 template <class S>
-constexpr TileFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3), FM_ROWS(4)};
+constexpr ProductFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3), FM_ROWS(4)};
 #undef FM_ROWS
 
 template <class S, int MR, int NR>
-constexpr TileFunction<S> lane_tile_or_none() {
+constexpr ProductFunction<S> lane_tile_or_none() {
   if constexpr (MR <= LANE_SIDE && NR <= LANE_SIDE)
     return &lane_tile<S, MR, NR>;
   else
@@ -120,7 +120,7 @@ constexpr TileFunction<S> lane_tile_or_none() {
         lane_tile_or_none<S, MR, 4>(), lane_tile_or_none<S, MR, 5>()                                  \
   }
 template <class S>
-constexpr TileFunction<S> LANE_TILES[5][5] = {FM_LANES(1), FM_LANES(2), FM_LANES(3), FM_LANES(4), FM_LANES(5)};
+constexpr ProductFunction<S> LANE_TILES[5][5] = {FM_LANES(1), FM_LANES(2), FM_LANES(3), FM_LANES(4), FM_LANES(5)};
 #undef FM_LANES
 
 // How `n` is cut into parts of `most` at most, all of about one size.

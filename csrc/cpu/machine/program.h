@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <vector>
 
 #include "steps.h"
@@ -25,7 +26,7 @@ struct Program {
   Program& operator=(Program&&) = default;
   Program(const Program&) = delete;  // steps point into it
 
-  i64 stage_begin(size_t stage) const { return stage == 0 ? 0 : stage_ends[stage - 1]; }
+  i64 stage_begin(std::size_t stage) const { return stage == 0 ? 0 : stage_ends[stage - 1]; }
 };
 
 // What Python hands over: instructions one after the other as fastmeta/backends/machine/encode.py

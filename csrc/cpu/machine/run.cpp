@@ -23,6 +23,14 @@ const Kernels<S>& kernels_of() {
     return *instruction_set().f64;
 }
 
+template <class S>
+const Executor<S>& executor_of() {
+  if constexpr (sizeof(S) == 4)
+    return instruction_set().machine->f32;
+  else
+    return instruction_set().machine->f64;
+}
+
 }  // namespace
 
 template <class S>
@@ -49,7 +57,7 @@ Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, boo
       if (!group) {
         S* workspace = static_cast<S*>(scratch(worker, size_t(layout.total) * sizeof(S)));
         if (poison) std::fill(workspace, workspace + layout.total, std::numeric_limits<S>::quiet_NaN());
-        group = std::make_unique<Group<S>>(machine, layout, kernels, call, base, workspace);
+        group = std::make_unique<Group<S>>(machine, layout, kernels, executor_of<S>(), call, base, workspace);
       }
       const i64 begin = groups * r / ranges, end = groups * (r + 1) / ranges;
       for (i64 g = begin; g < end; ++g) {

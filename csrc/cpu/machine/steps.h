@@ -23,9 +23,10 @@ enum class Space : int {
   seed,
   grad,
   other,
-  output
+  output,
+  curvature
 };
-constexpr int SPACES = 13;
+constexpr int SPACES = 14;
 constexpr int MOST_DIMS = 8;
 
 struct View {
@@ -81,6 +82,19 @@ struct Memory {
   const i64* ints;
   S* tiles;
   bool bad_index;
+};
+
+// What one instruction set provides.
+template <class S>
+struct Executor {
+  // Instructions for one task, and for a task in every lane.
+  void (*rows)(const Step* steps, i64 count, Memory<S>& memory);
+  void (*lanes)(const Step* steps, i64 count, Memory<S>& memory);
+  void (*lane_sums)(i64 n, const S* x, S* out);  // out[i] += the sum of the lanes of x[i]
+};
+struct Executors {
+  Executor<float> f32;
+  Executor<double> f64;
 };
 
 // Elements past the end of every space that may be read, and past the end of a buffer that may be

@@ -7,8 +7,11 @@ from fastmeta.trace.lower import Lowering, lowers
 from fastmeta.trace.record import contiguous
 
 
-def product(low: Lowering, a: Operand, b: Operand) -> View:
-    """[B, M, K] @ [B, K, N]; of numbers the views that they stand for."""
+def product(low: Lowering, a: Operand, b: Operand) -> Operand:
+    """[B, M, K] @ [B, K, N]; of numbers the views that they stand for, and zero times anything
+    is zero."""
+    if a == 0.0 or b == 0.0:
+        return 0.0
     shapes = [ref.shape for ref in low.call.refs()][-2:] if low.call is not None else [(), ()]
     left, right = (low.view(x, shape).expand(shape) for x, shape in zip((a, b), shapes, strict=True))
     batched = len(left.shape) == 3

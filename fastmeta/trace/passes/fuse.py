@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastmeta.trace.ir import RESULTS, Buffer, Fused, Instruction, Map, Space, View, written
 from fastmeta.trace.passes.uses import Uses
@@ -102,7 +102,7 @@ def _siblings(step: Map, at: int, uses: Uses, steps: Sequence[Instruction]) -> l
     """Maps before this one that read the same elements."""
     found: dict[int, None] = {}
     for a in step.args:
-        if isinstance(a, View):
+        if isinstance(a, View) and all(a.strides):
             for reader in uses.readers.get(a.buffer, ()):
                 other = steps[reader]
                 if reader < at and isinstance(other, Map) and any(
@@ -117,7 +117,7 @@ def _merge(owner: dict[int, _Unit], a: int, b: int) -> None:
     if one is two or one.closed or two.closed or one.shape != two.shape or one.stage != two.stage:
         return
     steps = {**one.steps, **two.steps}
-    if len(steps) > MOST_MAPS or not _small(steps.values()):
+    if len(steps) > MOST_MAPS or not _one_pass(steps.values()):
         return
     if _path(one, two) or _path(two, one):
         return
@@ -138,16 +138,24 @@ def _merge(owner: dict[int, _Unit], a: int, b: int) -> None:
         owner[at] = one
 
 
-def _small(steps: object) -> bool:
+def _one_pass(steps: Iterable[Instruction]) -> bool:
+    """Whether all maps read what others of them write at the element at hand, and are not too
+    many."""
+    maps = [step for step in steps if isinstance(step, Map)]
+    outs: dict[Buffer, list[View]] = {}
+    for step in maps:
+        outs.setdefault(step.out.buffer, []).append(step.out)
     inputs: set[tuple[object, ...]] = set()
-    outs: set[Buffer] = set()
-    for step in steps:  # type: ignore[attr-defined]
-        outs.add(step.out.buffer)
-    for step in steps:  # type: ignore[attr-defined]
+    for step in maps:
         for a in step.args:
-            if isinstance(a, View) and a.buffer not in outs:
+            if not isinstance(a, View):
+                continue
+            made = outs.get(a.buffer)
+            if made is None:
                 inputs.add((a.buffer, a.offset, a.strides))
-    return len(inputs) <= MOST_INPUTS
+            elif len(made) > 1 or not a.same_elements(made[0]):
+                return False
+    return len(inputs) <= MOST_INPUTS and len(outs) <= MOST_OUTPUTS + MOST_MAPS // 2
 
 
 def _path(start: _Unit, end: _Unit) -> bool:
@@ -206,19 +214,20 @@ def _instruction(unit: _Unit, uses: Uses) -> Instruction:
     return Fused(maps[-1].out, maps, frozenset(inner))
 
 
-def stages_of(instructions: Sequence[Instruction]) -> dict[Buffer, int]:
+def stages_of(instructions: Sequence[Instruction], last: int = 2) -> dict[Buffer, int]:
     """0 for what neither theta nor the direction reaches, 1 for what theta does, 2 for what the
-    direction does."""
-    start = {Space.THETA: 1, Space.DIRECTION: 2}
+    direction does; results are of the stage that is read for them, `last` at most."""
+    start = {Space.THETA: 1, Space.DIRECTION: 2, Space.SEED: 1}
+    least = {Space.GRAD: 1, Space.OUTPUT: 1, Space.OTHER: 2, Space.CURVATURE: 2}
     stages: dict[Buffer, int] = {}
-    for step in instructions:
-        own = max(
-            (stages.get(v.buffer, start.get(v.buffer.space, 0)) for v in step.reads()), default=0
-        )
-        for view in written(step):
-            if view.buffer.space == Space.GRAD:
-                own = max(own, 1)
-            elif view.buffer.space == Space.OTHER:
-                own = max(own, 2)
-            stages[view.buffer] = max(stages.get(view.buffer, 0), own)
+    changed = True
+    while changed:  # all writers of a buffer are of one stage
+        changed = False
+        for step in instructions:
+            own = max((stages.get(v.buffer, start.get(v.buffer.space, 0)) for v in step.reads()), default=0)
+            for view in written(step):
+                stage = min(last, max(own, least.get(view.buffer.space, 0), stages.get(view.buffer, 0)))
+                if stages.get(view.buffer) != stage:
+                    stages[view.buffer] = stage
+                    changed = True
     return stages

@@ -1,0 +1,301 @@
+// `_C.Machine`: traced programs from the numbers that fastmeta/backends/machine hands over, and
+// calls of them. Programs are checked instruction by instruction; tensors come as tensors.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "../cpu/machine/machine.h"
+#include "arguments.h"
+#include "describe.h"
+#include "tensors.h"
+
+namespace fm::binding {
+
+using machine::Machine;
+
+// More would not fit into any memory: sizes stay far from overflow.
+constexpr i64 MOST_ELEMENTS = i64(1) << 34;
+
+inline i64 size_at(const Part& part, py::handle given, i64 least = 0, i64 most = MOST_ELEMENTS) {
+  const i64 n = part.integer(given);
+  if (n < least || n > most) part.refuse("is " + std::to_string(n) + ", which cannot be");
+  return n;
+}
+
+template <class T>
+std::vector<T> numbers_of(const Part& part, py::handle given) {
+  if (!PyBytes_Check(given.ptr())) part.refuse("must be bytes");
+  const size_t bytes = size_t(PyBytes_GET_SIZE(given.ptr()));
+  if (bytes % sizeof(T)) part.refuse("is no whole number of words");
+  std::vector<T> all(bytes / sizeof(T));
+  if (bytes) std::memcpy(all.data(), PyBytes_AS_STRING(given.ptr()), bytes);
+  return all;
+}
+
+class MachineReader {
+ public:
+  MachineReader(const Part& part, const py::dict& d) : part_(part), d_(d) {}
+
+  Machine read() {
+    m_.is_double = flag("is_double");
+    m_.lanes = flag("lanes") ? lanes_of(m_.is_double) : 1;
+    m_.steps = size("steps", 1 << 20);
+    m_.second_order = flag("second_order"), m_.store = flag("store"), m_.gradient = flag("gradient");
+    m_.wants_rates = flag("wants_rates"), m_.per_step = flag("per_step");
+    m_.query_loss = flag("query_loss"), m_.output_grad = flag("output_grad");
+    m_.momentum = number("momentum"), m_.weight_decay = number("weight_decay");
+    m_.theta = size("theta"), m_.fixed = size("fixed"), m_.output = size("output");
+    rows("adapted", 6, [&](const Part& p, const py::tuple& row) {
+      machine::Adapted a;
+      a.offset = size_at(p, row[0]), a.size = size_at(p, row[1], 1);
+      a.per_task = p.boolean(row[2]), a.rate_element = p.boolean(row[3]);
+      a.rate_per_task = p.boolean(row[4]), a.rate_per_step = p.boolean(row[5]);
+      if (a.offset + a.size > m_.theta) p.refuse("lies outside of theta");
+      m_.adapted.push_back(a);
+    });
+    rows("others", 5, [&](const Part& p, const py::tuple& row) {
+      machine::Fixed f;
+      f.offset = size_at(p, row[0]), f.size = size_at(p, row[1], 1), f.per_task = p.boolean(row[2]);
+      f.support_grad = size_at(p, row[3], -1), f.query_grad = size_at(p, row[4], -1);
+      if (f.offset + f.size > m_.fixed) p.refuse("lies outside of what is fixed");
+      m_.others.push_back(f);
+    });
+    set("support", m_.support, 0), set("query", m_.query, 1);
+    if (m_.steps > 0 && !m_.support.present) part_.refuse("has steps, and no support set");
+    if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
+    if (m_.steps > 0 && m_.gradient && m_.second_order && m_.support.program.stage_ends.size() < 3)
+      part_.refuse("has no Hessian-vector product");
+    return std::move(m_);
+  }
+
+  static i64 lanes_of(bool is_double) { return instruction_set().vector_bytes / (is_double ? 8 : 4); }
+
+ private:
+  py::object entry(const char* key) const { return part_.entry(d_, key); }
+  bool flag(const char* key) const { return part_.at(key).boolean(entry(key)); }
+  i64 size(const char* key, i64 most = MOST_ELEMENTS) const {
+    return size_at(part_.at(key), entry(key), 0, most);
+  }
+  double number(const char* key) const {
+    const double x = part_.at(key).number(entry(key));
+    if (!std::isfinite(x)) part_.at(key).refuse("must be finite");
+    return x;
+  }
+  template <class Body>
+  void rows(const char* key, size_t width, const Body& body) const {
+    each(part_.at(key), entry(key), width, body);
+  }
+  template <class Body>
+  static void each(const Part& field, py::handle given, size_t width, const Body& body) {
+    const py::tuple all = field.list(given);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const Part row = field.at(i);
+      body(row, row.items(all[i], width, width));
+    }
+  }
+
+  void set(const char* key, machine::Set& to, int which) {
+    const Part part = part_.at(key);
+    const py::object given = entry(key);
+    if (given.is_none()) return;
+    const py::dict d = part.dict(given);
+    to.present = true;
+    machine::Code code;
+    code.words = numbers_of<i64>(part.at("words"), part.entry(d, "words"));
+    code.numbers = numbers_of<double>(part.at("numbers"), part.entry(d, "numbers"));
+    code.stage_counts = numbers_of<i64>(part.at("stages"), part.entry(d, "stages"));
+    m_.constants[which] = numbers_of<double>(part.at("constants"), part.entry(d, "constants"));
+    const auto sizes = numbers_of<i64>(part.at("sizes"), part.entry(d, "sizes"));
+    if (sizes.size() != machine::SPACES) part.at("sizes").refuse("must have a size for each space");
+    if (code.stage_counts.size() > 3) part.at("stages").refuse("must be three at most");
+    for (int i = 0; i < machine::SPACES; ++i) {
+      if (sizes[i] < 0 || sizes[i] > MOST_ELEMENTS) part.at("sizes").refuse("has one that cannot be");
+      code.sizes[i] = sizes[i];
+    }
+    const auto fits = [&](machine::Space s, i64 most) {
+      if (code.sizes[int(s)] > most) part.at("sizes").refuse("has one larger than its memory");
+    };
+    using machine::Space;
+    fits(Space::constant, i64(m_.constants[which].size()));
+    for (Space s : {Space::theta, Space::direction, Space::grad, Space::curvature}) fits(s, m_.theta);
+    fits(Space::fixed, m_.fixed);
+    fits(Space::seed, machine::SEED_OUTPUT + machine::rounded(m_.output));
+    fits(Space::output, machine::OUTPUT_START + machine::rounded(m_.output));
+    to.program = m_.is_double ? machine::decode<double>(code, m_.lanes) : machine::decode<float>(code, m_.lanes);
+    const i64 others = code.sizes[int(Space::other)];
+    each(part.at("entries"), part.entry(d, "entries"), 4, [&](const Part& p, const py::tuple& row) {
+      machine::Entry e;
+      e.offset = size_at(p, row[0]), e.size = size_at(p, row[1], 1), e.integer = p.boolean(row[2]);
+      e.grad = size_at(p, row[3], -1);
+      if (e.offset + e.size > code.sizes[int(e.integer ? Space::ints : Space::batch)])
+        p.refuse("lies outside of its space");
+      if (e.grad >= 0 && (e.integer || e.grad + e.size > others)) p.refuse("has a gradient outside of its space");
+      to.entries.push_back(e);
+    });
+    for (size_t i = 0; i < m_.others.size(); ++i) {
+      const i64 at = which ? m_.others[i].query_grad : m_.others[i].support_grad;
+      if (at >= 0 && at + m_.others[i].size > others)
+        part_.at("others").at(i).refuse("has a gradient outside of its space");
+    }
+  }
+
+  const Part& part_;
+  const py::dict& d_;
+  Machine m_;
+};
+
+inline const Machine& initialised_machine(py::handle self) {
+  if (!py::isinstance<Machine>(self)) throw py::type_error("Machine: self must be a Machine");
+  auto* const instance = reinterpret_cast<py::detail::instance*>(self.ptr());
+  if (!instance->get_value_and_holder().holder_constructed())
+    throw py::type_error("Machine: made by Machine(...) only");
+  return self.cast<const Machine&>();
+}
+
+inline py::object new_machine(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"cls", "description"};
+  const auto given = arguments("Machine", names, args, kwargs);
+  const Part part{"Machine", "description"};
+  const py::dict d = part.dict(given[1]);
+  return py::cast(MachineReader(part, d).read());
+}
+
+template <class S>
+class MachineCallReader {
+ public:
+  using Items = std::vector<py::handle>;
+  MachineCallReader(const Machine& m, i64 tasks, Tensors& tensors) : m_(m), tensors_(tensors) {
+    call_.tasks = tasks;
+  }
+
+  machine::MachineCall<S> read(const Items (&lists)[13], const std::vector<double>& step_weights) {
+    static const char* const names[] = {"data",         "rate",  "adapted_grad", "adapted", "grad",
+                                        "rate_grad",    "fixed", "fixed_grad",   "support", "support_grad",
+                                        "query",        "query_grad", "others"};
+    const size_t counts[] = {m_.adapted.size(), m_.adapted.size(), m_.adapted.size(), m_.adapted.size(),
+                             m_.adapted.size(), m_.adapted.size(), m_.others.size(),  m_.others.size(),
+                             m_.support.entries.size(), m_.support.entries.size(), m_.query.entries.size(),
+                             m_.query.entries.size(), 5};
+    for (int i = 0; i < 13; ++i)
+      if (!lists[i].empty() && lists[i].size() != counts[i])
+        throw std::invalid_argument(std::string("Machine.run: ") + names[i] + " must have " +
+                                    std::to_string(counts[i]) + " items or none");
+    const auto in = [&](int list, size_t i, i64 count) -> const S* {
+      if (lists[list].empty()) return nullptr;
+      return static_cast<const S*>(tensors_.read(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
+    };
+    const auto to = [&](int list, size_t i, i64 count) -> S* {
+      if (lists[list].empty()) return nullptr;
+      return static_cast<S*>(tensors_.write(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
+    };
+    const auto there = [&](const void* p, int list, size_t i) {
+      if (!p) throw std::invalid_argument(std::string("Machine.run: ") + names[list] + "[" + std::to_string(i) +
+                                          "] must be a tensor, got None");
+    };
+    const i64 T = call_.tasks;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const machine::Adapted& a = m_.adapted[p];
+      machine::AdaptedCall<S> c;
+      const i64 own = a.per_task ? times(T, a.size) : a.size;
+      const i64 rates = times(times(a.rate_per_step ? m_.steps : 1, a.rate_per_task ? T : 1),
+                              a.rate_element ? a.size : 1);
+      c.data = in(0, p, own), there(c.data, 0, p);
+      c.rate = in(1, p, rates), there(c.rate, 1, p);
+      c.adapted_grad = in(2, p, times(T, a.size));
+      c.adapted = to(3, p, times(T, a.size));
+      c.grad = to(4, p, own);
+      c.rate_grad = to(5, p, rates);
+      if (c.rate_grad && !m_.wants_rates) throw std::invalid_argument("Machine.run: rate_grad was not asked for");
+      call_.adapted.push_back(c);
+    }
+    for (size_t p = 0; p < m_.others.size(); ++p) {
+      const machine::Fixed& f = m_.others[p];
+      machine::FixedCall<S> c;
+      const i64 own = f.per_task ? times(T, f.size) : f.size;
+      c.data = in(6, p, own), there(c.data, 6, p);
+      c.grad = to(7, p, own);
+      call_.others.push_back(c);
+    }
+    for (int which = 0; which < 2; ++which) {
+      const machine::Set& s = which ? m_.query : m_.support;
+      auto& entries = which ? call_.query : call_.support;
+      const int list = which ? 10 : 8;
+      const i64 sets = !which && m_.per_step ? m_.steps : 1;
+      for (size_t i = 0; i < s.entries.size(); ++i) {
+        const machine::Entry& e = s.entries[i];
+        machine::EntryCall<S> c;
+        const i64 count = times(times(T, sets), e.size);
+        if (!lists[list].empty())
+          c.data = tensors_.read(lists[list][i], {names[list], i, "Machine.run"}, count,
+                                 e.integer ? Number::i64 : number());
+        there(c.data, list, i);
+        if (!lists[list + 1].empty() && !lists[list + 1][i].is_none() && e.grad < 0)
+          throw std::invalid_argument("Machine.run: a gradient that was not asked for");
+        c.grad = to(list + 1, i, count);
+        entries.push_back(c);
+      }
+    }
+    if (!step_weights.empty() && i64(step_weights.size()) != m_.steps + 1)
+      throw std::invalid_argument("Machine.run: step_weights must be steps + 1");
+    for (double s : step_weights)
+      if (!std::isfinite(s)) throw std::invalid_argument("Machine.run: step_weights must be finite");
+    call_.step_weights = step_weights;
+    call_.task_weights = in(12, 0, T);
+    call_.output_grad = in(12, 1, times(T, m_.output));
+    call_.task_losses = to(12, 2, T);
+    call_.loss = to(12, 3, 1);
+    call_.output = to(12, 4, times(T, m_.output));
+    if (call_.loss && !call_.task_losses)
+      throw std::invalid_argument("Machine.run: the loss needs the task losses");
+    return std::move(call_);
+  }
+
+ private:
+  static constexpr Number number() { return sizeof(S) == 4 ? Number::f32 : Number::f64; }
+  static i64 times(i64 a, i64 b) {
+    i64 product;
+    if (__builtin_mul_overflow(a, b, &product) || product > (i64(1) << 60))
+      throw std::invalid_argument("Machine.run: tasks are too many for the sizes");
+    return product;
+  }
+  const Machine& m_;
+  Tensors& tensors_;
+  machine::MachineCall<S> call_;
+};
+
+// 0, or 1 where an index was out of range.
+inline int run_machine(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"self",         "tasks",      "threads",    "data",   "rate",
+                                      "adapted_grad", "adapted",    "grad",       "rate_grad", "fixed",
+                                      "fixed_grad",   "support",    "support_grad", "query", "query_grad",
+                                      "others",       "step_weights", "poison"};
+  const auto given = arguments("Machine.run", names, args, kwargs);
+  const Machine& m = initialised_machine(given[0]);
+  const auto part = [&](size_t i) { return Part{"Machine.run", names[i]}; };
+  const i64 tasks = size_at(part(1), given[1], 1, i64(1) << 40);
+  const int threads = int(size_at(part(2), given[2], 1, 1024));
+  std::vector<py::handle> lists[13];
+  Tensors tensors(8 * (m.adapted.size() + m.others.size() + m.support.entries.size() + m.query.entries.size()) + 16);
+  for (size_t i = 0; i < 13; ++i) {
+    part(i + 3).check_list(given[i + 3]);
+    lists[i] = tensors.items(given[i + 3]);
+  }
+  std::vector<double> step_weights;
+  for (const py::handle weight : part(16).list(given[16])) step_weights.push_back(part(16).number(weight));
+  const bool poison = part(17).boolean(given[17]);
+  const auto as = [&](auto zero) {
+    using S = decltype(zero);
+    const machine::MachineCall<S> call = MachineCallReader<S>(m, tasks, tensors).read(lists, step_weights);
+    py::gil_scoped_release release;
+    return int(machine::run(m, call, threads, poison));
+  };
+  return m.is_double ? as(0.0) : as(0.0f);
+}
+
+}  // namespace fm::binding

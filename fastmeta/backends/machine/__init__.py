@@ -1,0 +1,102 @@
+"""The vector machine on the CPU: any module whose steps can be traced, as primitive operators over
+strided views, a task a thread or a task in every SIMD lane.
+
+docs/machine.md says how a module becomes a program.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmeta.backends import _inputs
+from fastmeta.backends._autocast import autocast_dtype
+from fastmeta.backends.machine import plan as plans
+from fastmeta.backends.machine import run as runs
+from fastmeta.problem import Problem, Result
+
+try:
+    from fastmeta import _C
+except ImportError as error:  # said by missing()
+    _C = None  # type: ignore[assignment]
+    _IMPORT_ERROR = str(error)
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def missing() -> str:
+    """Why this backend cannot run anything here, "" if it can."""
+    if _C is None:
+        return f"the extension fastmeta._C is not built ({_IMPORT_ERROR}); reinstall with a C++ compiler"
+    return ""
+
+
+def refuses(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why this backend cannot run `problem`, "" if it can: the module is traced, and compared with
+    itself, once."""
+    first = next(iter(problem.params.values()), None)
+    if first is None:
+        return "the network has no parameters"
+    if first.device.type != "cpu":
+        return f"tensors are on {first.device}"
+    if first.dtype not in _DTYPES or any(p.dtype != first.dtype for p in problem.params.values()):
+        return f"parameters must all be float32 or all float64, got {first.dtype} first"
+    if problem.third:
+        return "a third derivative is wanted"
+    if not _inputs.runs(problem):
+        return "nothing is run"
+    if autocast_dtype(first.device) is not None:
+        return "autocast is active"
+    for loss in (problem.loss, problem.query_loss):
+        if loss is not None and loss.learned:
+            return f"`{loss.learned}` of the loss {loss.kind} requires grad"
+    for batch in (problem.support, problem.query):
+        for tensor in () if batch is None else (batch.x, batch.y, batch.weights):
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != first.dtype:
+                return f"a tensor of a set is {tensor.dtype}"
+    found = plans.programs(problem, wrt)
+    if isinstance(found, str):
+        return found
+    key = ("machine", wrt)
+    if key not in problem.scratch:
+        try:
+            reason = plans.check_first(problem, wrt, _unchecked)
+        except plans.UntraceableError as error:
+            reason = str(error)
+        if reason:
+            plans.remember_refusal(problem, wrt, reason)
+            return reason
+        problem.scratch[key] = True  # type: ignore[index]
+    return ""
+
+
+def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    """Answer `problem`.
+
+    Raises:
+        ValueError: a class index is out of range, or a learning rate is not finite.
+        IndexError: an index that the module reads rows by is out of range.
+    """
+    _inputs.check_rates(problem)
+    return _unchecked(problem, wrt, adapted)
+
+
+def _unchecked(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
+    job = problem.scratch.get("machine")
+    if job is None or job.wrt != wrt or job.adapted != adapted:
+        found = plans.programs(problem, wrt)
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        job = problem.scratch["machine"] = runs.Job(problem, wrt, adapted, found)
+    return job.run(problem)  # type: ignore[no-any-return]
+
+
+def notes(problem: Problem) -> list[str]:
+    """What a user should know about how `problem` runs here."""
+    job = problem.scratch.get("machine")
+    if job is None:
+        return []
+    how = "a task in every lane" if job.plan.lanes else "a task a thread"
+    return [
+        f"traced: {how} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
+        f"memory: {job.plan.memory}, {job.plan.machine.workspace_bytes / 1024:.0f} KiB for each thread",
+    ]

@@ -1,0 +1,102 @@
+"""A step program: instructions in stages, with their memory planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastmeta.trace.builder import Builder
+from fastmeta.trace.ir import Buffer, Instruction, Map, Operand, Product, Space, View
+from fastmeta.trace.passes.copies import without_copies
+from fastmeta.trace.passes.fuse import fused, stages_of
+from fastmeta.trace.passes.place import constants_of, placed, rounded
+from fastmeta.trace.passes.products import in_rows
+from fastmeta.trace.passes.slices import in_slices
+from fastmeta.trace.passes.sums import with_accumulation
+from fastmeta.trace.passes.uses import alive
+from fastmeta.trace.record import contiguous, numel
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgram:
+    """What the machine runs.
+
+    Args:
+        stages: what depends on neither theta nor the direction; on theta; on the direction.
+        places: of all buffers.
+        sizes: elements of every space.
+        constants: their elements, [sizes[CONST]].
+    """
+
+    stages: tuple[tuple[Instruction, ...], ...]
+    places: Mapping[Buffer, tuple[Space, int]]
+    sizes: Mapping[Space, int]
+    constants: tuple[float, ...]
+
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """All of them, in order."""
+        return tuple(step for stage in self.stages for step in stage)
+
+    def multiply_adds(self) -> tuple[int, int, int]:
+        """Of the products of each stage, for one task."""
+        found = [
+            sum(numel(s.out.shape) * s.a.shape[-1] for s in stage if isinstance(s, Product))
+            for stage in self.stages
+        ]
+        return tuple(found + [0] * (3 - len(found)))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Something that a program leaves in a space of results."""
+
+    operand: Operand
+    shape: tuple[int, ...]
+    space: Space
+    offset: int
+
+
+def finished(
+    build: Builder, results: Sequence[Result], inputs: Mapping[Space, int], last_stage: int, rows: bool
+) -> StepProgram:
+    """The program that computes these results.
+
+    Args:
+        build: holds the instructions.
+        results: what is wanted.
+        inputs: sizes of the spaces that are given.
+        last_stage: of what has no direction: 1.
+        rows: for one task at a time: right factors of products in rows.
+    """
+    sizes = dict(inputs)
+    targets: dict[tuple[Space, int], Buffer] = {}
+    for result in results:
+        n = numel(result.shape)
+        buffer = targets.setdefault((result.space, result.offset), Buffer(n, result.space, result.offset))
+        at = View(buffer, 0, result.shape, contiguous(result.shape))
+        operand = result.operand
+        build.emit(Map(at, "copy", (operand.expand(result.shape) if isinstance(operand, View) else operand,)))
+        sizes[result.space] = max(sizes.get(result.space, 0), result.offset + rounded(n))
+    steps = alive(build.instructions)
+    steps = without_copies(steps)
+    steps = with_accumulation(steps)
+    steps = without_copies(steps)
+    steps = in_slices(steps)
+    steps = alive(steps)
+    if rows:
+        steps = in_rows(steps)
+    stages = {buffer: min(stage, last_stage) for buffer, stage in stages_of(steps, last_stage).items()}
+    steps = fused(steps, stages)
+    grouped = [[s for s in steps if stages[s.out.buffer] == stage] for stage in range(last_stage + 1)]
+    constants = constants_of(steps)
+    planned, spaces = placed(grouped, sizes)
+    places = {**planned}
+    for buffer, offset in constants.items():
+        places[buffer] = (Space.CONST, offset)
+    values = [0.0] * max((offset + rounded(b.size) + 16 for b, offset in constants.items()), default=0)
+    for buffer, offset in constants.items():
+        if buffer.constant is not None:
+            values[offset : offset + buffer.size] = buffer.constant.double().tolist()
+    spaces[Space.CONST] = len(values)
+    return StepProgram(tuple(map(tuple, grouped)), places, spaces, tuple(values))

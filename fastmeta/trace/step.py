@@ -1,0 +1,391 @@
+"""One task's inner step and query pass, recorded: which tensors go in, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.backends._inputs import gradients
+from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
+from fastmeta.losses import Loss
+from fastmeta.network.functional import call_then, isolated
+from fastmeta.network.swap import Carried, Exchange
+from fastmeta.problem import Batch, Problem
+from fastmeta.trace import operators  # noqa: F401
+from fastmeta.trace.ir import Buffer, Space
+from fastmeta.trace.lower import Lowering
+from fastmeta.trace.passes.place import rounded
+from fastmeta.trace.program import Result, StepProgram, finished
+from fastmeta.trace.record import Recorder, Ref, UntraceableError
+
+#: As csrc/cpu/machine/machine.h: where in OUTPUT and SEED the output begins.
+OUTPUT_START = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor's place in its space; `gradient`: that of its gradient in `OTHER`, -1 for none."""
+
+    name: str
+    shape: tuple[int, ...]
+    space: Space
+    offset: int
+    gradient: int = -1
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return max(1, torch.Size(self.shape).numel()) if self.shape else 1
+
+
+@dataclass(slots=True)
+class Layout:
+    """The inputs of one program."""
+
+    slots: list[Slot] = field(default_factory=list)
+    sizes: dict[Space, int] = field(default_factory=dict)
+    others: int = 0  # elements of OTHER
+
+    def add(self, name: str, shape: Sequence[int], space: Space, wanted: bool = False) -> Slot:
+        """Give a tensor a place."""
+        size = torch.Size(shape).numel()
+        gradient = -1
+        if wanted:
+            gradient, self.others = self.others, self.others + rounded(size)
+        slot = Slot(name, tuple(shape), space, self.sizes.get(space, 0), gradient)
+        self.sizes[space] = slot.offset + rounded(size)
+        self.slots.append(slot)
+        return slot
+
+
+@dataclass(slots=True)
+class Sources:
+    """Where the tensors that a module reads besides parameters are found at every call."""
+
+    #: name -> (module, name in it, whether it is a registered buffer)
+    attributes: dict[str, tuple[nn.Module, str, bool]] = field(default_factory=dict)
+
+    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """As they are now."""
+        return {name: self.value(name) for name in self.attributes}
+
+    def value(self, name: str) -> Tensor:
+        """One of them, as it is now."""
+        module, key, buffer = self.attributes[name]
+        found = module._buffers[key] if buffer else vars(module)[key]
+        if not isinstance(found, Tensor):
+            raise UntraceableError(f"`{name}` is a tensor no longer")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A recorded pass: inputs, and results with their places."""
+
+    layout: Layout
+    results: tuple[tuple[Ref | float, tuple[int, ...], Space, int], ...]
+    last_stage: int
+    output_shape: tuple[int, ...]
+
+    def lowered(self, dtype: torch.dtype, rows: bool) -> StepProgram:
+        """The program.
+
+        Raises:
+            UntraceableError: an operator has no lowering.
+        """
+        sizes = dict(self.layout.sizes)
+        inputs: dict[str, tuple[Buffer, int]] = {}
+        for slot in self.layout.slots:
+            inputs[slot.name] = (Buffer(slot.size, slot.space, slot.offset), 0)
+            sizes[slot.space] = max(sizes.get(slot.space, 0), slot.offset + rounded(slot.size))
+        low = Lowering(dtype, inputs)
+        refs = [ref for ref, *_ in self.results if isinstance(ref, Ref)]
+        operands = iter(low.run(refs))
+        results = [
+            Result(next(operands) if isinstance(ref, Ref) else float(ref), shape, space, offset)
+            for ref, shape, space, offset in self.results
+        ]
+        if self.layout.others:
+            sizes[Space.OTHER] = self.layout.others
+        return finished(low.build, results, sizes, self.last_stage, rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a step's program has to give besides the gradient.
+
+    Args:
+        adapted: names of the adapted parameters, in the order of theta.
+        fixed: of the others, those whose gradient is wanted.
+        data: "x", "y", "weights": what of the set a gradient is wanted by.
+        second: the Hessian-vector product.
+        gradient: any at all.
+    """
+
+    adapted: tuple[str, ...]
+    fixed: frozenset[str]
+    data: frozenset[str]
+    second: bool
+    gradient: bool
+
+
+class Tracer:
+    """Records the passes of one problem.
+
+    Args:
+        problem: its tensors detached, on the CPU.
+    """
+
+    def __init__(self, problem: Problem, wanted_fixed: frozenset[str]) -> None:
+        self.problem = problem
+        self.exchange = Exchange(problem.net)
+        self.sources = _sources(problem.net, self.exchange)
+        self._wanted_fixed = wanted_fixed
+        self.dtype = next(iter(problem.params.values())).dtype
+
+    def support(self, wanted: Wanted) -> Traced:
+        """The gradient of one inner step, and its Hessian-vector product."""
+        p = self.problem
+        if p.support is None or p.loss is None:
+            raise ValueError("there is no support set")
+        batch = _first(p.support)
+        run = _Pass(self, batch, p.loss, wanted, Space.GRAD)
+        return run.traced(p.loss, seeds=False)
+
+    def query(self, wanted: Wanted, output_grad: bool) -> Traced:
+        """The query loss, the output, and the gradient of both by their cotangents."""
+        p = self.problem
+        if p.query is None:
+            raise ValueError("there is no query set")
+        run = _Pass(self, _first(p.query), p.query_loss, wanted, Space.GRAD)
+        return run.traced(p.query_loss, seeds=True, output_grad=output_grad)
+
+
+class _Pass:
+    """One recording."""
+
+    def __init__(self, tracer: Tracer, batch: Batch, loss: Loss | None, wanted: Wanted, _: Space) -> None:
+        self.tracer, self.wanted, self.dtype = tracer, wanted, tracer.dtype
+        self.recorder = Recorder()
+        self.layout = Layout()
+        p = tracer.problem
+        self.params: dict[str, Tensor] = {}
+        self.leaves: list[Tensor] = []
+        self.others: list[tuple[Slot, Tensor]] = []
+        for name in wanted.adapted:
+            slot = self.layout.add(f"theta.{name}", _shape(p, name), Space.THETA)
+            self.params[name] = self._leaf(slot, _value(p, name), True)
+            self.leaves.append(self.params[name])
+        for name in p.params:
+            if name not in self.params:
+                slot = self.layout.add(f"fixed.{name}", _shape(p, name), Space.FIXED, name in wanted.fixed)
+                self.params[name] = self._other(slot, _value(p, name))
+        copies: dict[int, Tensor] = {}
+        for name in tracer.sources.attributes:
+            value = tracer.sources.value(name)
+            space = Space.FIXED if value.is_floating_point() else Space.INTS
+            slot = self.layout.add(f"buffer.{name}", tuple(value.shape), space)
+            copies[id(value)] = self._other(slot, value)
+        self.carried = Carried()
+        self.carried.copies = copies
+        self.loss = loss
+        if loss is not None:
+            weights = {}
+            for name in ("weight", "pos_weight"):
+                value = getattr(loss, name)
+                if value is not None:
+                    slot = self.layout.add(f"loss.{name}", tuple(value.shape), Space.FIXED)
+                    weights[name] = self._other(slot, value.to(self.dtype))
+            self.loss = replace(loss, **weights) if weights else loss
+        self.data: dict[str, Tensor | None] = {}
+        for name in ("x", "y", "weights"):
+            value = getattr(batch, name)
+            if value is None or (name != "x" and loss is None):
+                self.data[name] = None
+                continue
+            floating = value.is_floating_point()
+            slot = self.layout.add(
+                name, tuple(value.shape), Space.BATCH if floating else Space.INTS, name in wanted.data and floating
+            )
+            self.data[name] = self._other(slot, value)
+
+    def _leaf(self, slot: Slot, value: Tensor, grad: bool) -> Tensor:
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        self.recorder.register(value, slot.name)
+        return value.requires_grad_(grad)
+
+    def _other(self, slot: Slot, value: Tensor) -> Tensor:
+        leaf = self._leaf(slot, value, slot.gradient >= 0)
+        if slot.gradient >= 0:
+            self.others.append((slot, leaf))
+        return leaf
+
+    def traced(self, loss: Loss | None, seeds: bool, output_grad: bool = False) -> Traced:
+        """Run it."""
+        wanted, results = self.wanted, []
+        second = not seeds and wanted.second
+        directions = []
+        if second:
+            for name, leaf in zip(wanted.adapted, self.leaves, strict=True):
+                slot = self.layout.add(f"direction.{name}", tuple(leaf.shape), Space.DIRECTION)
+                directions.append(self._leaf(slot, torch.ones_like(leaf, requires_grad=False), False))
+        seed = cotangent = None
+        if seeds and wanted.gradient:
+            slot = Slot("seed.loss", (), Space.SEED, 0)
+            self.layout.slots.append(slot)
+            seed = self._leaf(slot, torch.ones((), dtype=self.dtype), False)
+        with torch.set_grad_enabled(True), self.recorder:
+            value, output = self._evaluated(loss)
+            if seeds and wanted.gradient and output_grad:
+                slot = Slot("seed.output", tuple(output.shape), Space.SEED, OUTPUT_START)
+                self.layout.slots.append(slot)
+                cotangent = torch.zeros_like(output)
+                self.recorder.register(cotangent, slot.name)
+            found: list[Tensor | None] = []
+            products: list[Tensor | None] = []
+            everything = [*self.leaves, *(leaf for _, leaf in self.others)]
+            if not seeds:
+                found = list(_grad([value], self.leaves, None, second))
+                if second:
+                    if any(g is not None and g.requires_grad for g in found):
+                        check_twice(value.reshape(1), [g for g in found if g is not None])
+                    pairs = [
+                        (g, v)
+                        for g, v in zip(found, directions, strict=True)
+                        if g is not None and g.requires_grad
+                    ]
+                    products = list(_grad([g for g, _ in pairs], everything, [v for _, v in pairs], False))
+            elif wanted.gradient:
+                ends = [(value, seed)] if value is not None else []
+                ends += [(output, cotangent)] if cotangent is not None else []
+                ends = [(end, by) for end, by in ends if end.requires_grad]
+                found = list(_grad([e for e, _ in ends], everything, [by for _, by in ends], False))
+        spaces = [Space.GRAD] * len(self.leaves)
+        at_theta = {slot.name: slot.offset for slot in self.layout.slots if slot.space == Space.THETA}
+        offsets = [at_theta[f"theta.{name}"] for name in wanted.adapted]
+        if not seeds:
+            results += self._results(found, self.leaves, spaces, offsets)
+            if second:
+                targets = [Space.CURVATURE] * len(self.leaves) + [Space.OTHER] * len(self.others)
+                offsets += [slot.gradient for slot, _ in self.others]
+                results += self._results(products, everything, targets, offsets)
+        else:
+            if value is not None:
+                results.append((self.recorder.ref(value.detach()), (), Space.OUTPUT, 0))
+            shape = tuple(output.shape)
+            results.append((self.recorder.ref(output.detach()), shape, Space.OUTPUT, OUTPUT_START))
+            if wanted.gradient:
+                spaces += [Space.OTHER] * len(self.others)
+                offsets += [slot.gradient for slot, _ in self.others]
+                results += self._results(found, everything, spaces, offsets)
+        return Traced(self.layout, tuple(results), 2 if second else 1, tuple(output.shape))
+
+    def _results(
+        self,
+        found: Sequence[Tensor | None],
+        leaves: Sequence[Tensor],
+        spaces: Sequence[Space],
+        offsets: Sequence[int],
+    ) -> list[tuple[Ref | float, tuple[int, ...], Space, int]]:
+        found = [*found] or [None] * len(leaves)
+        return [
+            (0.0 if g is None else self.recorder.ref(g.detach()), tuple(leaf.shape), space, offset)
+            for g, leaf, space, offset in zip(found, leaves, spaces, offsets, strict=True)
+        ]
+
+    def _evaluated(self, loss: Loss | None) -> tuple[Any, Tensor]:
+        used = self.loss
+        y, weights = self.data["y"], self.data["weights"]
+
+        def value_of(output: Tensor) -> Any:
+            return None if used is None or y is None else used(output, y, weights)
+
+        p, x = self.tracer.problem, self.data["x"]
+        value, output = call_then(
+            self.tracer.exchange,
+            self.params,
+            x,  # type: ignore[arg-type]
+            value_of,  # type: ignore[arg-type]
+            batch_stats=p.batch_stats,
+            decompose=True,
+            carried=self.carried,
+        )
+        return value, output
+
+
+def _grad(
+    ends: Sequence[Tensor], leaves: Sequence[Tensor], by: Sequence[Any] | None, create: bool
+) -> Sequence[Tensor | None]:
+    ends = list(ends)
+    if not ends or not leaves or not any(end.requires_grad for end in ends):
+        return [None] * len(leaves)
+    return torch.autograd.grad(ends, list(leaves), by, create_graph=create, retain_graph=True, allow_unused=True)
+
+
+def _first(batch: Batch) -> Batch:
+    """The set of the first task, at the first step."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[0, 0] if batch.per_step else tensor[0]
+
+    x = cut(batch.x)
+    if x is None:
+        raise ValueError("a set without inputs")
+    return Batch(x, cut(batch.y), cut(batch.weights))
+
+
+def _value(problem: Problem, name: str) -> Tensor:
+    value = problem.params[name]
+    return value[0] if name in problem.per_task else value
+
+
+def _shape(problem: Problem, name: str) -> tuple[int, ...]:
+    return tuple(_value(problem, name).shape)
+
+
+def _sources(net: nn.Module, exchange: Exchange) -> Sources:
+    """Buffers and plain tensors of a module that a forward pass could read.
+
+    Raises:
+        UntraceableError: one is where it cannot be found again at the next call.
+    """
+    copied = dict(exchange._copied)
+    sources = Sources()
+    seen: dict[int, str] = {}
+    for prefix, module in net.named_modules():
+        for buffers, values in ((True, module._buffers), (False, vars(module))):
+            for key, value in values.items():
+                if isinstance(value, Tensor) and id(value) in copied and id(value) not in seen:
+                    name = f"{prefix}.{key}" if prefix else key
+                    sources.attributes[name] = (module, key, buffers)
+                    seen[id(value)] = name
+    if len(seen) != len(copied):
+        raise UntraceableError("it holds tensors in a list or dict of its own")
+    return sources
+
+
+def not_traced(error: Exception) -> str:
+    """Why there is no program, after `error`."""
+    if isinstance(error, UntraceableError):
+        return str(error)
+    message = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {message.splitlines()[0]}"
+
+
+__all__ = [
+    "NotTwiceDifferentiableError",
+    "Traced",
+    "Tracer",
+    "UntraceableError",
+    "Wanted",
+    "gradients",
+    "isolated",
+    "not_traced",
+]
+_ = (Callable, Mapping)
