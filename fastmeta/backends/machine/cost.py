@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fastmeta.backends.machine.plan import Programs
 
 #: Set by tests and benchmarks: True or False instead of the choice below.
-LANES: bool | None = None
+import os
+LANES: bool | None = {'0':False,'1':True}.get(os.environ.get('FM_LANES',''))
 
 
 def in_lanes(problem: Problem, programs: Programs, dtype: torch.dtype) -> bool:

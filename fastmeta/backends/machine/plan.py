@@ -210,7 +210,9 @@ class Plan:
 def make_plan(problem: Problem, wrt: frozenset[str], found: Programs) -> Plan:
     """The machine for a problem whose programs are known."""
     dtype = next(iter(problem.params.values())).dtype
-    lanes = in_lanes(problem, found, dtype)
+    lanes = problem.scratch.get("lanes")
+    if lanes is None:
+        lanes = in_lanes(problem, found, dtype)
     for memory in ("store", "recompute"):
         if problem.memory not in ("auto", memory):
             continue
@@ -307,12 +309,17 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         solve: (problem, wrt, adapted) -> Result, by the machine.
     """
     worst = ""
+    found = programs(problem, wrt)
+    if isinstance(found, str):
+        return found
+    lanes = in_lanes(problem, found, next(iter(problem.params.values())).dtype)
     for seed in (0, 1):
         one = _varied(cut(problem, 0, 1), seed)
+        one.scratch["lanes"] = lanes
         with preserved_for(one):
             expected = reference.solve(one, wrt, True)
-            found = solve(one, wrt, True)
-        worst = _difference(found, expected, next(iter(one.params.values())).dtype)
+            answer = solve(one, wrt, True)
+        worst = _difference(answer, expected, next(iter(one.params.values())).dtype)
         if not worst:
             return ""
     return f"its step program differs from the module: {worst}"
