@@ -15,6 +15,8 @@ namespace {
 #include "vector.inl"
 // vector.inl comes first, the others build on it
 #include "vector_math.inl"
+// and then
+#include "vector_activations.inl"
 
 #include "columns.inl"
 #include "gemm_tile.inl"
