@@ -18,6 +18,14 @@ FM_SELECT(float)
 FM_SELECT(double)
 #undef FM_SELECT
 
+// For shared/loss_example.inl.
+template <class S>
+constexpr i64 EXPONENTIALS = lanes<S>;
+template <class S>
+FM_INLINE void exponentials(const S* z, S top, S (&e)[lanes<S>]) {
+  store(e, exp_(load(z) - top));
+}
+
 template <class S>
 FM_INLINE Twofold<S> operator+(Twofold<S> a, Twofold<S> b) {
   Twofold<S> sum = exact_sum_of_any<S>(a.high, b.high);
@@ -71,9 +79,10 @@ struct NormalFit<double> {
                           LAST_LOW = -1.8027729477603704e-18;  // the coefficient after them
   static constexpr double A = 5, B = 0.75, MOST = 38.7;
 };
-// gelu(x) is x - |x| Phi(-|x|) for x >= 0, and -|x| Phi(-|x|) for others.
+// gelu(x) is x - |x| Phi(-|x|) for x > 0, and -|x| Phi(-|x|) for others.
 FM_INLINE Vec<double> gelu_from(Vec<double> x, Vec<double> negative) {
-  return select_(x >= 0.0, x + negative, negative);
+  const Mask<double> below = (x < 0.0) & (x > -Format<double>::INFINITE);
+  return select_(x > 0.0, x + negative, select_(below, negative, x * 0.0));
 }
 FM_INLINE Vec<double> gelu_for_float(Vec<double> x) {
   using Fit = NormalFit<float>;
@@ -109,7 +118,7 @@ FM_INLINE Vec<double> mish_for_float(Vec<double> x) {
   return x * top / (top + 2.0 * select_(negative, 1.0, q * q));
 }
 FM_INLINE Vec<double> mish_(Vec<double> x) {
-  const Vec<double> t = at_most<double>(magnitude<double>(x), 760.0);
+  const Vec<double> t = at_most<double>(magnitude<double>(x), 760.0) + 0.0 * x;  // NaN of infinity
   const Power<double> e = power<double>(-t);
   const Words<double> half = e.n >> 1;
   const Vec<double> first = two_to<double>(half), second = two_to<double>(e.n - half), s = first * second;
@@ -118,7 +127,7 @@ FM_INLINE Vec<double> mish_(Vec<double> x) {
   const Twofold<double> qb = {s * pb.high, s * pb.low};
   const Vec<double> positive = twofold<double>(x) * (one + q + q) / (one + qb + q * q);
   const Vec<double> negative = twofold<double>(-t) * pb / (two + qb) * first * second;
-  return select_(x > 40.0, x, select_(x < 0.0, negative, positive));
+  return select_((x > 40.0) | (x == 0.0), x, select_(x < 0.0, negative, positive));
 }
 FM_INLINE Vec<float> mish_(Vec<float> x) {
   return in_double([](Vec<double> v) FM_INLINE_LAMBDA { return mish_for_float(v); }, x);

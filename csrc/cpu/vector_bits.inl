@@ -80,8 +80,8 @@ FM_INLINE Mask<S> first_lanes(i64 count) {
 #define FM_HAS_FMA 1
 FM_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 FM_INLINE Vec<double> fma_(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm512_sqrt_ps(x); }
-FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm512_sqrt_pd(x); }
+FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
+FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm512_maskz_sqrt_pd(0xff, x); }
 FM_INLINE bool any(Mask<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
 FM_INLINE bool any(Mask<double> m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #elif defined(__FMA__) && FM_VECTOR_BYTES == 32
