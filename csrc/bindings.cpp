@@ -308,6 +308,67 @@ double cache_bandwidth(const py::args& args, const py::kwargs& kwargs) {
   return fm::stream_bandwidth(size_t(bytes), threads);
 }
 
+template <class S>
+void run_elementary(fm::ElementaryName name, fm::Function function, i64 order, const fm::Kernels<S>& kernels,
+                    const Items& inputs, py::handle output, const std::vector<double>& constants,
+                    Tensors& tensors) {
+  fm::Elementary<S> e{};
+  e.name = name, e.function = function, e.order = int(order);
+  const auto number = sizeof(S) == 4 ? Number::f32 : Number::f64;
+  const fm::binding::Place to{"output", 0, "elementary"};
+  e.count = output.is_none() ? 0 : tensors.count(output, to, number);
+  const auto input = [&](size_t i) {
+    const fm::binding::Place from{"inputs", i, "elementary"};
+    const void* const data = tensors.read(inputs[i], from, e.count, number);
+    if (!data) from.refuse("must be a tensor, got None");
+    return static_cast<const S*>(data);
+  };
+  e.out = static_cast<S*>(tensors.write(output, to, e.count, number));
+  if (!e.out) to.refuse("must be a tensor, got None");
+  e.x = input(0), e.y = inputs.size() > 1 ? input(1) : nullptr;
+  e.c0 = S(constants[0]), e.c1 = S(constants[1]);
+  py::gil_scoped_release release;
+  kernels.elementary(e);
+}
+
+// One function over tensors: an elementary one, or an element-wise one (of order 0) or its first or
+// second derivative.
+void elementary(const py::args& args, const py::kwargs& kwargs) {
+  static const char* const names[] = {"name", "order", "is_double", "constants", "inputs", "output"};
+  const auto given = fm::binding::arguments("elementary", names, args, kwargs);
+  const auto part = [&](size_t i) { return Part{"elementary", names[i]}; };
+  const auto refuse = [](const std::string& what) { throw std::invalid_argument("elementary: " + what); };
+  const std::string name = part(0).text(given[0]);
+  const i64 order = part(1).integer(given[1]);
+  part(3).check_list(given[3]);
+  fm::ElementaryName known = name == "pow" ? fm::ElementaryName::pow : fm::ElementaryName::none;
+#define FM_ENTRY(entry) \
+  if (name == #entry) known = fm::ElementaryName::entry;
+  FM_ELEMENTARY(FM_ENTRY)
+#undef FM_ENTRY
+  // tanh, sigmoid and sin are both
+  const bool element = known == fm::ElementaryName::none || PyList_GET_SIZE(given[3].ptr()) > 0;
+  if (element) known = fm::ElementaryName::none;
+  const auto function = element ? fm::binding::function_named(part(0), name) : fm::Function::none;
+  if (order < 0 || order > (element ? 2 : 0))
+    refuse("order must be 0, or 1 or 2 of an element-wise function, got " + std::to_string(order));
+  std::vector<double> constants;
+  for (const py::handle constant : part(3).list(given[3])) constants.push_back(part(3).number(constant));
+  if (constants.size() != (element ? 2 : 0))
+    refuse("constants must be two of an element-wise function, or none");
+  constants.resize(2);
+  part(4).check_list(given[4]);
+  Tensors tensors(3);
+  const Items inputs = tensors.items(given[4]);
+  if (inputs.size() != (known == fm::ElementaryName::pow ? 2 : 1))
+    refuse("inputs must be one tensor, or two for pow, got " + std::to_string(inputs.size()));
+  const auto& isa = fm::instruction_set();
+  if (part(2).boolean(given[2]))
+    run_elementary<double>(known, function, order, *isa.f64, inputs, given[5], constants, tensors);
+  else
+    run_elementary<float>(known, function, order, *isa.f32, inputs, given[5], constants, tensors);
+}
+
 i64 element_bytes(const fm::Plan& plan) { return plan.is_double ? 8 : 4; }
 
 std::vector<std::string> instruction_sets() {
@@ -386,6 +447,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_scratch", &fm::release_scratch, py::call_guard<py::gil_scoped_release>(),
         "Gives all scratch memory back.");
   m.def("fma_peak", &fma_peak, "fma_peak(dtype, threads): GFLOP/s of multiply-adds in registers.");
+  m.def("elementary", &elementary,
+        "elementary(name, order, is_double, constants, inputs, output): one function over tensors, for tests "
+        "and measurements.");
   m.def("cache_bandwidth", &cache_bandwidth,
         "cache_bandwidth(bytes, threads): GB/s of a streaming update over so many bytes a thread.");
 }

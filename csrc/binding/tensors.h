@@ -58,11 +58,13 @@ struct Torch {
 struct Place {
   const char* field;
   std::size_t index;
-  const char* who = "Plan.run";
+  const char* function = "Plan.run";
   [[noreturn]] void refuse(const std::string& what) const {
     throw std::invalid_argument(name() + " " + what);
   }
-  std::string name() const { return std::string(who) + ": " + field + "[" + std::to_string(index) + "]"; }
+  std::string name() const {
+    return std::string(function) + ": " + field + "[" + std::to_string(index) + "]";
+  }
 };
 
 // Reads tensors, and holds on to them and to the dense copies of those that are not dense.

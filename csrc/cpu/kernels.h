@@ -89,6 +89,24 @@ struct Elementwise {
   S* out;  // y, dx, ry or rdx
 };
 
+// The elementary functions of vector_math.inl, each of one number; pow besides takes two.
+#define FM_ELEMENTARY(X) X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(sin) X(cos) X(erf) X(sqrt)
+#define FM_ENUMERATOR(name) name,
+enum class ElementaryName : int { none, FM_ELEMENTARY(FM_ENUMERATOR) pow };
+#undef FM_ENUMERATOR
+
+// out[i] = f(x[i]) or f(x[i], y[i]) for arrays of no particular size.
+template <class S>
+struct Elementary {
+  ElementaryName name;  // none: an element-wise function
+  Function function;
+  int order;  // 0: its value, 1 and 2: its derivatives
+  S c0, c1;
+  i64 count;
+  const S *x, *y;
+  S* out;
+};
+
 // out[c] += sum over rows of (x[r, c] - center[c])^2; n padded.
 template <class S>
 struct ColumnSquares {
@@ -292,6 +310,8 @@ struct Kernels {
   void (*pooled_forward)(const PooledColumns<S>&);
   void (*pooled_pick)(const PooledColumns<S>&);
   void (*pooled_combination)(const PooledColumns<S>&);
+
+  void (*elementary)(const Elementary<S>&);
 
   void (*layer_norm_forward)(const LayerNorm<S>&);
   void (*layer_norm_backward)(const LayerNorm<S>&);

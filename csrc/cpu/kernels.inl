@@ -15,6 +15,8 @@ namespace {
 #include "vector.inl"
 // vector.inl comes first, the others build on it
 #include "vector_math.inl"
+// and then
+#include "vector_activations.inl"
 
 #include "columns.inl"
 #include "gemm_tile.inl"
@@ -23,6 +25,7 @@ namespace {
 #include "../shared/functions.inl"
 #include "../shared/loss_example.inl"
 
+#include "elementary.inl"
 #include "layers/conv2d.inl"
 #include "layers/elementwise.inl"
 #include "layers/layer_norm.inl"
@@ -54,6 +57,7 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &pooled_forward<S>,
                                 &pooled_pick<S>,
                                 &pooled_combination<S>,
+                                &elementary<S>,
                                 &layer_norm_forward<S>,
                                 &layer_norm_backward<S>,
                                 &layer_norm_tangent<S>,

@@ -19,6 +19,13 @@ template <class S>
 FM_INLINE Vec<S> load(const S* p) {
   return *reinterpret_cast<const typename VectorOf<S>::loose*>(p);
 }
+// The first `count` lanes from memory, zeros in the others, whose memory is not touched.
+template <class S>
+FM_INLINE Vec<S> load_first(const S* p, i64 count) {
+  S lane[lanes<S>] = {};
+  for (i64 i = 0; i < count; ++i) lane[i] = p[i];
+  return load(lane);
+}
 template <class S>
 FM_INLINE void store(S* p, Vec<S> v) {
   *reinterpret_cast<typename VectorOf<S>::loose*>(p) = v;

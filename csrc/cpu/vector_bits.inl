@@ -68,12 +68,20 @@ FM_INLINE Vec<S> clamp(Vec<S> x, S least, S most) {
   return at_most<S>(choose<S>(x < least, least, x), most);
 }
 
+// The lanes before `count`.
+template <class S>
+FM_INLINE Mask<S> first_lanes(i64 count) {
+  Vec<S> lane{};
+  for (int i = 0; i < lanes<S>; ++i) lane[i] = S(i);
+  return lane < S(count);
+}
+
 #if defined(__AVX512F__) && FM_VECTOR_BYTES == 64
 #define FM_HAS_FMA 1
 FM_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 FM_INLINE Vec<double> fma_(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm512_sqrt_ps(x); }
-FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm512_sqrt_pd(x); }
+FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
+FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm512_maskz_sqrt_pd(0xff, x); }
 FM_INLINE bool any(Mask<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
 FM_INLINE bool any(Mask<double> m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #elif defined(__FMA__) && FM_VECTOR_BYTES == 32
@@ -113,6 +121,12 @@ FM_INLINE Twofold<S> exact_sum(Vec<S> a, Vec<S> b) {
   const Vec<S> high = a + b;
   return {high, b - (high - a)};
 }
+// a + b, exactly.
+template <class S>
+FM_INLINE Twofold<S> exact_sum_of_any(Vec<S> a, Vec<S> b) {
+  const Vec<S> high = a + b, from_b = high - a;
+  return {high, (a - (high - from_b)) + (b - from_b)};
+}
 // a b, exactly, or but for its last bits.
 template <class S>
 FM_INLINE Twofold<S> exact_product(Vec<S> a, Vec<S> b) {
@@ -142,4 +156,17 @@ FM_INLINE Vec<S> polynomial(Vec<S> x, const S (&coefficients)[N]) {
 #pragma GCC unroll 32
   for (int i = 1; i < N; ++i) p = p * x + coefficients[i];
   return p;
+}
+
+// f(x...) in double precision.
+template <class F, class... X>
+FM_INLINE Vec<float> in_double(const F& f, X... x) {
+  typedef typename VectorOf<float, FM_VECTOR_BYTES / 2>::type Half;
+  union Halves {
+    Vec<float> whole;
+    Half half[2];
+  } y;
+  for (int i = 0; i < 2; ++i)
+    y.half[i] = __builtin_convertvector(f(__builtin_convertvector(Halves{x}.half[i], Vec<double>)...), Half);
+  return y.whole;
 }

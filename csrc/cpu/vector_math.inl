@@ -76,15 +76,16 @@ FM_INLINE Vec<S> vector_expm1(Vec<S> x) {
   return choose<S>(magnitude<S>(x) < Format<S>::EPSILON / 4, x, y);
 }
 
-// sigmoid(x) = top / bottom, both far from overflow and underflow; top is a power of two, or zero.
+// sigmoid(x + low) = top / bottom, both far from overflow and underflow; top is a power of two, or
+// zero.
 template <class S>
 struct Fraction {
   Vec<S> top, bottom;
 };
 template <class S>
-FM_INLINE Fraction<S> logistic(Vec<S> x) {
+FM_INLINE Fraction<S> logistic(Vec<S> x, Vec<S> low = Vec<S>{}) {
   using Fit = ExpFit<S>;
-  const Power<S> p = power<S>(clamp<S>(-x, -Fit::SIGMOID, -Fit::ZERO));
+  const Power<S> p = power<S>(clamp<S>(-x, -Fit::SIGMOID, -Fit::ZERO), -low);
   const Mask<S> far = x < Fit::FAR;  // there, both are divided by a power of two
   const Vec<S> one = choose<S>(far, Fit::SMALL, broadcast(S(1)));
   const Vec<S> s = two_to<S>(p.n - ((Words<S>)far & Word<S>(Fit::HALFWAY)));
@@ -351,16 +352,9 @@ FM_INLINE Vec<double> power_of_positive(Vec<double> x, Vec<double> y) {
   return scaled<double>(power<double>(clamp<double>(all, Fit::LEAST, Fit::MOST), low));
 }
 FM_INLINE Vec<float> power_of_positive(Vec<float> x, Vec<float> y) {
-  union Halves {
-    Vec<float> whole;
-    typename VectorOf<float, FM_VECTOR_BYTES / 2>::type half[2];
-  } xs = {x}, ys = {y}, out;
-  for (int i = 0; i < 2; ++i) {
-    const Vec<double> wide = __builtin_convertvector(xs.half[i], Vec<double>);
-    const Vec<double> t = __builtin_convertvector(ys.half[i], Vec<double>) * vector_log<double>(wide);
-    out.half[i] = __builtin_convertvector(vector_exp<double>(t), decltype(+out.half[0]));
-  }
-  return out.whole;
+  return in_double([](Vec<double> v, Vec<double> w)
+                       FM_INLINE_LAMBDA { return vector_exp<double>(w * vector_log<double>(v)); },
+                   x, y);
 }
 template <class S>
 FM_INLINE Mask<S> is_integer(Vec<S> x) {

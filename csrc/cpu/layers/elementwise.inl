@@ -23,53 +23,60 @@ FM_INLINE void with_function(const Elementwise<S>& e, const Body& body) {
   __builtin_trap();
 }
 
-// out[r, c] (+)= element(row offset in x, row offset elsewhere, c); padding columns of out become
-// zero.
+// out[r, c] (+)= element(x, place of the row's vector elsewhere) for every vector x of the input;
+// padding columns of out become zero. Rows of x may lie closer than those of the rest: what is read
+// after the last column is then not x's, but it never reaches out.
 template <class S, class Element>
-FM_INLINE void for_each(const Elementwise<S>& e, i64 ld_out, const Element& element) {
+FM_INLINE void for_each(const Elementwise<S>& e, const Element& element) {
+  const i64 whole = e.cols / lanes<S> * lanes<S>, rest = e.cols - whole;
+  const Mask<S> inside = first_lanes<S>(rest);
+  const bool loose = e.ld_x < whole + lanes<S>;
   for (i64 r = 0; r < e.rows; ++r) {
-    S* out = e.out + r * ld_out;
-    const i64 at_x = r * e.ld_x, at = r * e.ld;
-    if (e.accumulate)
-      for (i64 c = 0; c < e.cols; ++c) out[c] += element(at_x + c, at + c);
-    else
-      for (i64 c = 0; c < e.cols; ++c) out[c] = element(at_x + c, at + c);
-    for (i64 c = e.cols; c < ld_out; ++c) out[c] = 0;
+    S* const out = e.out + r * e.ld;
+    const S* const x = e.x + r * e.ld_x;
+    for (i64 c = 0; c < e.cols; c += lanes<S>) {
+      const bool last = c == whole;
+      Vec<S> y = element(last && loose ? load_first(x + c, rest) : load(x + c), r * e.ld + c);
+      if (last) y = select_(inside, y, S(0));
+      store(out + c, e.accumulate ? load(out + c) + y : y);
+    }
+    for (i64 c = whole + (rest ? lanes<S> : 0); c < e.ld; c += lanes<S>) store(out + c, Vec<S>{});
   }
 }
 
 template <class S>
 void elementwise_forward(const Elementwise<S>& e) {
-  with_function(e, [&](auto f) { for_each(e, e.ld, [&](i64 i, i64) { return f.value(e.x[i]); }); });
+  with_function(e, [&](auto f) { for_each(e, [&](Vec<S> x, i64) { return f.value(x); }); });
 }
 template <class S>
 void elementwise_backward(const Elementwise<S>& e) {
   with_function(e, [&](auto f) {
-    for_each(e, e.ld, [&](i64 i, i64 j) {
-      S d1, d2;
-      f.derivatives(e.x[i], e.y[j], d1, d2);
-      return e.dy[j] * d1;
+    for_each(e, [&](Vec<S> x, i64 i) {
+      Vec<S> d1, d2;
+      f.derivatives(x, load(e.y + i), d1, d2);
+      return load(e.dy + i) * d1;
     });
   });
 }
 template <class S>
 void elementwise_tangent(const Elementwise<S>& e) {
   with_function(e, [&](auto f) {
-    for_each(e, e.ld, [&](i64 i, i64 j) {
-      S d1, d2;
-      f.derivatives(e.x[i], e.y[j], d1, d2);
-      return e.rx[j] * d1;
+    for_each(e, [&](Vec<S> x, i64 i) {
+      Vec<S> d1, d2;
+      f.derivatives(x, load(e.y + i), d1, d2);
+      return load(e.rx + i) * d1;
     });
   });
 }
 template <class S>
 void elementwise_tangent_backward(const Elementwise<S>& e) {
   with_function(e, [&](auto f) {
-    for_each(e, e.ld, [&](i64 i, i64 j) {
-      S d1, d2;
-      f.derivatives(e.x[i], e.y[j], d1, d2);
-      if constexpr (LINEAR_PIECES<decltype(f)>) return e.rdy[j] * d1;
-      return e.rdy[j] * d1 + (e.rx ? e.dy[j] * d2 * e.rx[j] : S(0));
+    for_each(e, [&](Vec<S> x, i64 i) {
+      Vec<S> d1, d2;
+      f.derivatives(x, load(e.y + i), d1, d2);
+      Vec<S> rdx = load(e.rdy + i) * d1;
+      if (!LINEAR_PIECES<decltype(f)> && e.rx) rdx += load(e.dy + i) * d2 * load(e.rx + i);
+      return rdx;
     });
   });
 }

@@ -1,0 +1,44 @@
+// One function over arrays: what tests and measurements of the functions call.
+
+// out[i] = f(x[i], y[i])
+template <class S, class F>
+FM_INLINE void map(const Elementary<S>& e, const F& f) {
+  for (i64 i = 0; i < e.count; i += lanes<S>) {
+    const i64 left = e.count - i, n = left < lanes<S> ? left : lanes<S>;
+    S result[lanes<S>];
+    store(result, f(load_first(e.x + i, n), e.y ? load_first(e.y + i, n) : Vec<S>{}));
+    for (i64 j = 0; j < n; ++j) e.out[i + j] = result[j];
+  }
+}
+
+// Of an element-wise function, its value or a derivative.
+template <class S>
+void element(const Elementary<S>& e) {
+  Elementwise<S> of{};
+  of.function = e.function, of.c0 = e.c0, of.c1 = e.c1;
+  with_function(of, [&](auto f) {
+    map(e, [&](Vec<S> x, Vec<S>) {
+      const Vec<S> y = f.value(x);
+      if (e.order == 0) return y;
+      Vec<S> d1, d2;
+      f.derivatives(x, y, d1, d2);
+      return e.order == 1 ? d1 : d2;
+    });
+  });
+}
+
+template <class S>
+void elementary(const Elementary<S>& e) {
+#define FM_CASE(name)        \
+  case ElementaryName::name: \
+    return map(e, [](Vec<S> x, Vec<S>) FM_INLINE_LAMBDA { return name##_(x); });
+  switch (e.name) {
+    FM_ELEMENTARY(FM_CASE)
+    case ElementaryName::pow:
+      return map(e, [](Vec<S> x, Vec<S> y) FM_INLINE_LAMBDA { return pow_(x, y); });
+    case ElementaryName::none:
+      break;
+  }
+#undef FM_CASE
+  element(e);
+}
