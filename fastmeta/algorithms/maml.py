@@ -14,6 +14,7 @@ from fastmeta.algorithms.algorithm import Algorithm
 from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.algorithms.machinery import MAMLMachinery, options_of
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -35,7 +36,7 @@ class MetaLoss(NamedTuple):
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
-    output: Tensor  # [T, M, *out]
+    output: Tree  # [T, M, *out]; of a network that returns several tensors, what it returns
 
 
 class MAML(Algorithm):
