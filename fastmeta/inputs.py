@@ -74,9 +74,9 @@ class Inputs:
 class NotATreeError(TypeError):
     """Something is neither a tensor nor a container of them that is known here."""
 
-    def __init__(self, value: object, place: str) -> None:
-        super().__init__(f"{type(value).__name__} at {place}" if place else type(value).__name__)
-        self.kind, self.place = type(value).__name__, place
+    def __init__(self, kind: str, place: str = "") -> None:
+        super().__init__(f"{kind} at {place}" if place else kind)
+        self.kind, self.place = kind, place
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Form:
 
     def build(self, leaves: Iterable[Any]) -> Tree:
         """The tree of this form with these leaves, in their order."""
-        return self._build(iter(leaves))
+        return next(iter(leaves)) if self is _LEAF else self._build(iter(leaves))
 
     def _build(self, leaves: Iterator[Any]) -> Tree:
         kind = self.kind
@@ -141,8 +141,10 @@ def flatten(tree: Tree) -> tuple[list[Tensor], Form]:
     Raises:
         NotATreeError: it holds something that has no place in a tree; says where.
     """
+    if isinstance(tree, Tensor):
+        return [tree], _LEAF
     leaves: list[Tensor] = []
-    return leaves, _form_of(tree, leaves, "", 0)
+    return leaves, _form_of(tree, leaves, 0)
 
 
 def leaves_of(tree: Tree) -> list[Tensor]:
@@ -228,7 +230,7 @@ def _parts_of(tree: Tree, keys: tuple[Any, ...]) -> tuple[Tree, ...]:
     return tuple(tree)
 
 
-def _form_of(tree: Tree, leaves: list[Tensor], place: str, depth: int) -> Form:
+def _form_of(tree: Tree, leaves: list[Tensor], depth: int) -> Form:
     """The form of a tree, whose leaves are added to `leaves`."""
     if isinstance(tree, Tensor):
         leaves.append(tree)
@@ -242,10 +244,15 @@ def _form_of(tree: Tree, leaves: list[Tensor], place: str, depth: int) -> Form:
     elif issubclass(kind, dict):
         keys = tuple(tree)
     elif not issubclass(kind, (tuple, list)):
-        raise NotATreeError(tree, place)
+        raise NotATreeError(kind.__name__)
     if depth == _DEEPEST:
-        raise NotATreeError(tree, f"depth {depth}")
-    parts = [_form_of(part, leaves, place + name, depth + 1) for name, part in _items(tree)]
+        raise NotATreeError(f"containers {depth} deep")
+    parts = []
+    for at, part in enumerate(_parts_of(tree, keys)):
+        try:
+            parts.append(_form_of(part, leaves, depth + 1))
+        except NotATreeError as error:
+            raise NotATreeError(error.kind, _items(tree)[at][0] + error.place) from None
     return Form(kind, keys, tuple(parts))
 
 

@@ -41,6 +41,11 @@ def register(learner: Learner) -> int:
     return handle
 
 
+def takes(tensors: Tensors) -> bool:
+    """Whether a custom operator can have these inputs: tensors, and no trees of them."""
+    return all(x is None or isinstance(x, Tensor) for x in tensors)
+
+
 def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `fastmeta.algorithms.meta_loss.meta_loss` does, as torch.compile traces it.
 

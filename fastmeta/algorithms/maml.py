@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from fastmeta.explain import Explanation
 
 
+# where torch.compile breaks its graph
+_outside = torch.compiler.disable(meta_loss)
+
+
 class MetaLoss(NamedTuple):
     """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on
     backward."""
@@ -209,7 +213,8 @@ class MAML(Algorithm):
         )
         own = self._machinery
         if torch.compiler.is_compiling():
-            return MetaLoss(*compiled.meta_loss(own, tensors, support_per_step))
+            run = compiled.meta_loss if compiled.takes(tensors) else _outside
+            return MetaLoss(*run(own, tensors, support_per_step))
         out = MetaLoss(*meta_loss(own, tensors, support_per_step))
         return checked(out, self.who, self.on_divergence, task_weights)
 

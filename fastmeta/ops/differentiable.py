@@ -112,7 +112,8 @@ def run_and_read(operation: Operation) -> tuple[Tree, list[Tensor]]:
     # same ones
     replay = Replay(RandomState.of(call.problem)) if call.plan.program is None else None
     answer, found = operation.answer(call)
-    values, form = flatten(answer)
+    adapts = operation.tensors.query_x is None
+    values, form = ([*answer.values()], None) if adapts else flatten(answer)
     if replay is not None:
         replay.keep(marks_of(values))
     captured = reads(found, operation.aliases)
@@ -122,7 +123,8 @@ def run_and_read(operation: Operation) -> tuple[Tree, list[Tensor]]:
     # the tensors go through save_for_backward alone: it notices when one of them was modified
     bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
     tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
-    return form.build(_Solve.apply(values, form, bare, replay, slots, parts, *leaves, *tensors)), tensors
+    values = _Solve.apply(values, form, bare, replay, slots, parts, *leaves, *tensors)
+    return dict(zip(answer, values, strict=True)) if form is None else form.build(values), tensors
 
 
 class _Solve(torch.autograd.Function):
@@ -132,7 +134,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         ctx: Any,
         answer: list[Tensor],
-        form: Form,
+        form: Form | None,  # of the output; None: these are adapted parameters
         operation: Operation,
         replay: Replay | None,
         slots: _Slots,
@@ -143,7 +145,8 @@ class _Solve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # backward passes run outside of the caller's autocast block
         ctx.frame = form, operation, replay, slots, parts, autocast_dtype(answer[0].device)
-        ctx.mark_non_differentiable(*[value for value in answer if not value.is_floating_point()])
+        if form is not None and (counts := [x for x in answer if not x.is_floating_point()]):
+            ctx.mark_non_differentiable(*counts)
         return tuple(answer)
 
     @staticmethod
@@ -204,9 +207,9 @@ def _numbers(lr: Rates) -> Rates:
     return 0.0 if isinstance(lr, Tensor) else lr
 
 
-def _cotangents(operation: Operation, form: Form, grads: tuple[Tensor | None, ...]) -> dict[str, Any]:
+def _cotangents(operation: Operation, form: Form | None, grads: tuple[Tensor | None, ...]) -> dict[str, Any]:
     """The cotangent of the output, or those of all adapted parameters, zeros where nothing came."""
-    if operation.tensors.query_x is not None:
+    if form is not None:
         return {"output_grad": form.build(grads)}
     some = next(grad for grad in grads if grad is not None)
     own = dict(operation.net.named_parameters())

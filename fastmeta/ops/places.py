@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.inputs import Form, flatten
 from fastmeta.ops.checks import Tensors
-from fastmeta.ordinary import all_known
+from fastmeta.ordinary import PLAIN
 from fastmeta.problem import Gradients
 
 
@@ -44,8 +44,9 @@ class Places:
 
 def placed(tensors: Tensors) -> tuple[list[Tensor], Places]:
     """(all tensors of a call, where they belong)."""
-    if all_known(tensors):  # no trees: cheap
-        return [x for x in tensors if x is not None], _plain(tuple(x is not None for x in tensors))
+    given = [x for x in tensors if x is not None]
+    if PLAIN.issuperset(map(type, given)):  # no trees: cheap
+        return given, _plain(tuple([x is not None for x in tensors]))
     leaves, form = flatten(tensors)
     return leaves, Places(_fields_of(form), form)
 
