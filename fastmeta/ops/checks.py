@@ -272,8 +272,9 @@ def _check_targets(
 def _check_front(what: str, tensor: Tensor, front: tuple[int, ...], other: str) -> None:
     if tuple(tensor.shape[: len(front)]) != front:
         steps = f" and {front[1]} inner steps" if len(front) > 1 else ""
+        as_other = other.rpartition(": ")[2]
         raise ValueError(
-            f"{what} must begin with {front[0]} tasks{steps}, as {other}, got {tuple(tensor.shape)}"
+            f"{what} must begin with {front[0]} tasks{steps}, as {as_other}, got {tuple(tensor.shape)}"
         )
 
 

@@ -145,8 +145,6 @@ class _Solve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # backward passes run outside of the caller's autocast block
         ctx.frame = form, operation, replay, slots, parts, autocast_dtype(answer[0].device)
-        if form is not None and (counts := [x for x in answer if not x.is_floating_point()]):
-            ctx.mark_non_differentiable(*counts)
         return tuple(answer)
 
     @staticmethod
