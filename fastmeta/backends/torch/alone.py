@@ -135,5 +135,5 @@ class _Task:
             grads.params = {name: next(gradients) for name in params}
         if "lr" in wrt:
             grads.lr = {name: next(gradients) for name in rates}
-        _inputs.put_parts(grads, p, dict(zip(data, gradients, strict=True)))
+        _inputs.put_parts(grads, p, dict(zip(data, gradients, strict=False)))
         return grads
