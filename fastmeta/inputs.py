@@ -40,6 +40,7 @@ _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, Enum),
     *(torch.dtype, torch.device, torch.Size),
 )
+_PLAIN = (tuple, list, dict)
 #: Containers in containers that are looked into.
 _DEEPEST = 50
 
@@ -52,12 +53,18 @@ class Inputs:
         maml(x, y, fm.Inputs(query_ids, attention_mask=query_mask), query_y)
 
     It stands wherever an `x` does: each task calls `net(*args, **kwargs)` with its own part of
-    every tensor. Without names a tuple says the same: `(ids, mask)`.
+    every tensor. Arguments without names need no class, a tuple does: `(ids, mask)` is `net(ids,
+    mask)`. Any other tree of tensors (a dict, a list, a NamedTuple; they may hold each other) is
+    the one argument of the network, `net(x)`.
+
+    Every tensor begins with the tasks, [T, ...] ([T, K, ...] with `support_per_step`). What follows
+    is the network's business: [T, N, ...] for what belongs to the examples, and anything for what
+    belongs to the task, such as an adjacency matrix [T, nodes, nodes]. Integers and booleans are
+    welcome.
 
     Args:
-        args, kwargs: tensors that begin with the tasks, [T, ...] ([T, K, ...] with
-            `support_per_step`), or tuples, lists, dicts and NamedTuples of them. Numbers, strings
-            and None are handed over as they are.
+        args, kwargs: tensors, or tuples, lists, dicts and NamedTuples of them. Numbers, strings and
+            None are handed over as they are.
     """
 
     __slots__ = ("args", "kwargs")
@@ -108,9 +115,8 @@ class Form:
             count, *names = self.keys
             return Inputs(*parts[:count], **dict(zip(names, parts[count:], strict=True)))
         if issubclass(kind, dict):
-            held = dict(zip(self.keys, parts, strict=True))
-            return held if kind is dict else kind(held)
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+            return _made(kind, dict(zip(self.keys, parts, strict=True)))
+        return _made(kind, parts)
 
     def match(self, tree: Tree) -> list[Any]:
         """What another tree holds in the places of the leaves of this form; None for all of them
@@ -217,6 +223,13 @@ def described(tree: Tree) -> str:
     return ", ".join(f"{name} {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in named_leaves(tree))
 
 
+def _made(kind: Any, content: Any) -> Tree:
+    """A container of a class, from a dict or a list of what it holds."""
+    if type(content) is kind:
+        return content
+    return kind(*content) if hasattr(kind, "_fields") else kind(content)
+
+
 def _parts_of(tree: Tree, keys: tuple[Any, ...]) -> tuple[Tree, ...]:
     """What a container holds, dicts in the order of `keys`."""
     if isinstance(tree, dict):
@@ -245,6 +258,11 @@ def _form_of(tree: Tree, leaves: list[Tensor], depth: int) -> Form:
         keys = tuple(tree)
     elif not issubclass(kind, (tuple, list)):
         raise NotATreeError(kind.__name__)
+    if kind not in _PLAIN and kind is not Inputs and not hasattr(kind, "_fields"):
+        try:
+            _made(kind, dict(tree) if issubclass(kind, dict) else [*tree])
+        except Exception:  # a defaultdict, for example
+            raise NotATreeError(kind.__name__) from None
     if depth == _DEEPEST:
         raise NotATreeError(f"containers {depth} deep")
     parts = []
