@@ -26,9 +26,8 @@ What a backend may rely on, besides `fastmeta.problem`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -86,8 +85,7 @@ class NotATreeError(TypeError):
         self.kind, self.place = kind, place
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """A tree without its tensors.
 
     Args:
@@ -108,7 +106,7 @@ class Form:
         kind = self.kind
         if kind is Tensor:
             return next(leaves)
-        if issubclass(kind, _CONSTANTS):
+        if self is _NOTHING or issubclass(kind, _CONSTANTS):
             return self.keys[0]
         parts = [part._build(leaves) for part in self.parts]
         if kind is Inputs:
@@ -139,6 +137,7 @@ class Form:
 
 
 _LEAF = Form(Tensor)
+_NOTHING = Form(type(None), (None,))
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Form]:
@@ -159,7 +158,9 @@ def leaves_of(tree: Tree) -> list[Tensor]:
     Raises:
         NotATreeError: as `flatten`.
     """
-    return [tree] if isinstance(tree, Tensor) else flatten(tree)[0]
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [] if tree is None else flatten(tree)[0]
 
 
 def first_leaf(tree: Tree) -> Tensor:
@@ -205,6 +206,8 @@ def signature(tree: Tree, skip: int = 0) -> tuple[object, ...]:
         tree: any.
         skip: so many leading dimensions do not matter.
     """
+    if isinstance(tree, Tensor):
+        return tree.shape[skip:], tree.dtype, tree.device, tree.layout
     leaves, form = flatten(tree)
     return form, *[(leaf.shape[skip:], leaf.dtype, leaf.device, leaf.layout) for leaf in leaves]
 
@@ -248,6 +251,8 @@ def _form_of(tree: Tree, leaves: list[Tensor], depth: int) -> Form:
     if isinstance(tree, Tensor):
         leaves.append(tree)
         return _LEAF
+    if tree is None:
+        return _NOTHING
     kind: type = type(tree)
     if issubclass(kind, _CONSTANTS):
         return Form(kind, (tree,))
@@ -300,5 +305,5 @@ def _without_constants(form: Form) -> Form:
     if form.kind is Tensor:
         return form
     if issubclass(form.kind, _CONSTANTS):
-        return Form(type(None), (None,))
+        return _NOTHING
     return Form(form.kind, form.keys, tuple(map(_without_constants, form.parts)))
