@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.algorithm import Algorithm, Machinery
 from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
-from fastmeta.ops.checks import Tensors, check_net
+from fastmeta.ops.checks import Tensors, check_net, leaves_named
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
+from fastmeta.ops.options import Adapt, Options, check_options, names_of, rule_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
@@ -71,12 +72,12 @@ class InnerLoop(Algorithm):
 
     @eager
     def adapt(
-        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+        self, x: Tree, y: Tree, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
-            x: support inputs [T, N, *in].
+            x: support inputs [T, N, *in], or a tree of tensors, see `fastmeta.Inputs`.
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
             weights: of the support examples, [T, N]; of booleans: a mask.
@@ -87,7 +88,7 @@ class InnerLoop(Algorithm):
         steps = self.inner_steps if steps is None else steps
         return self._machinery.adapted(f"{self.who}.adapt", Tensors(x, y, weights), steps)
 
-    def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
+    def explain(self, x: Tree, y: Tree, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, at what cost, and why others do
         not; print it.
 
@@ -142,8 +143,7 @@ def check_no_gradients(who: str, tensors: Tensors) -> None:
     Raises:
         ValueError: an input requires grad.
     """
-    for field, tensor in tensors._asdict().items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise ValueError(
-                f"{argument(who, field)} must not require grad: {who} has no gradients of its inputs"
-            )
+    for field, tree in tensors._asdict().items():
+        for name, tensor in leaves_named(who, field, tree):
+            if tensor.requires_grad:
+                raise ValueError(f"{name} must not require grad: {who} has no gradients of its inputs")

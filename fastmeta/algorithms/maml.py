@@ -14,6 +14,7 @@ from fastmeta.algorithms.algorithm import Algorithm
 from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.algorithms.machinery import MAMLMachinery, options_of
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
     from fastmeta.explain import Explanation
 
 
+# where torch.compile breaks its graph
+_outside = torch.compiler.disable(meta_loss)
+
+
 class MetaLoss(NamedTuple):
     """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on
     backward."""
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
-    output: Tensor  # [T, M, *out]
+    output: Tree  # [T, M, *out]; of a network that returns several tensors, what it returns
 
 
 class MAML(Algorithm):
@@ -155,10 +160,10 @@ class MAML(Algorithm):
 
     def forward(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
@@ -167,9 +172,10 @@ class MAML(Algorithm):
         """Query losses after the inner loop.
 
         Args:
-            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`; or a tree of tensors,
+                see `fastmeta.Inputs`.
             support_y: as the loss wants it.
-            query_x: [T, M, *in].
+            query_x: [T, M, *in], or a tree.
             query_y: as the query loss wants it.
             task_weights: [T]; the loss is sum(task_weights * task_losses) / T, T less the tasks
                 that are skipped.
@@ -208,18 +214,19 @@ class MAML(Algorithm):
         )
         own = self._machinery
         if torch.compiler.is_compiling():
-            return MetaLoss(*compiled.meta_loss(own, tensors, support_per_step))
+            run = compiled.meta_loss if compiled.takes(tensors) else _outside
+            return MetaLoss(*run(own, tensors, support_per_step))
         out = MetaLoss(*meta_loss(own, tensors, support_per_step))
         return checked(out, self.who, self.on_divergence, task_weights)
 
     @eager
     def adapt(
-        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+        self, x: Tree, y: Tree, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
-            x: support inputs [T, N, *in].
+            x: support inputs [T, N, *in], or a tree of tensors, see `fastmeta.Inputs`.
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
             weights: of the support examples, [T, N]; of booleans: a mask.
@@ -241,10 +248,10 @@ class MAML(Algorithm):
 
     def explain(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
