@@ -94,7 +94,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.conv(x))
         scale = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1))))
-        return self.head((x * F.hardsigmoid(scale)).mean((2, 3)))
+        return self.head((x * torch.sigmoid(scale)).mean((2, 3)))
 
 
 class Film(nn.Module):
