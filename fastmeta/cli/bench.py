@@ -18,7 +18,7 @@ from fastmeta.cli.files import told
 from fastmeta.layers.registry import KINDS
 
 #: Columns of the tables where the output is no terminal.
-WIDTH = 128
+WIDTH = 140
 #: Cores that other programs may keep busy without a warning.
 BUSY = 0.15
 

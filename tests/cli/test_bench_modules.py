@@ -53,7 +53,7 @@ def test_peers_match_the_reference(name: str, peer: str) -> None:
     assert verdict.right, verdict
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", [name for name in SMALLEST if name != "transformer-wide"])
 def test_jax_computes_the_same_network(name: str) -> None:
     jax = pytest.importorskip("jax")
     from fastmeta.benchmark.peers import jax_network
