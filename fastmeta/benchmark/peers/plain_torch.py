@@ -52,14 +52,15 @@ def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
     """f(params, support_x, support_y, query_x, query_y) -> query loss of one task after its inner
     loop."""
     forward, loss = torch_modules.forward(net), loss_function(case)
+    names = {name for name, _ in net.named_parameters() if case.adapts(name)}
 
     def on(adapted: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(forward({**adapted, **fixed}, x), y)
 
     def task(params: dict[str, Tensor], *data: Tensor) -> Tensor:
         support_x, support_y, query_x, query_y = data
-        adapted = {name: value for name, value in params.items() if case.adapts(name)}
-        fixed = {name: value for name, value in params.items() if name not in adapted}
+        adapted = {name: value for name, value in params.items() if name in names}
+        fixed = {name: value for name, value in params.items() if name not in names}
         for _ in range(case.steps):
             gradients = grad(on)(adapted, fixed, support_x, support_y)
             adapted = {name: value - case.lr * gradients[name] for name, value in adapted.items()}

@@ -233,6 +233,27 @@ class VisionTransformer(nn.Module):
         return self.head(self.encoder(tokens)[:, 0])
 
 
+class Fnet(nn.Module):
+    """Fourier transforms in place of attention (Lee-Thorp et al., 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(INPUTS, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(F.gelu(self.norm(x + torch.fft.fft2(x).real)).mean(1))
+
+
+class ShiftedWindows(SelfAttention):
+    """Attention within windows of two tokens that are shifted by one (Liu et al., "Swin", 2021)."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        windows = [part.roll(-1, 2).unflatten(2, (-1, 2)) for part in (q, k, v)]
+        scores = torch.einsum("nhwid,nhwjd->nhwij", windows[0], windows[1])
+        return torch.einsum("nhwij,nhwjd->nhwid", scores.softmax(-1), windows[2]).flatten(2, 3).roll(1, 2)
+
+
 _TOKENS = (TOKENS, INPUTS)
 
 CASES = (
@@ -249,5 +270,7 @@ CASES = (
     small("perceiver", Perceiver, _TOKENS),
     small("llama_block", LlamaBlock, (TOKENS, WIDTH)),
     small("gpt", Gpt, (TOKENS,), loss="ce", ids=5),
+    small("fnet", Fnet, _TOKENS),
+    small("shifted_windows", ShiftedWindows, _TOKENS),
     small("vision_transformer", VisionTransformer, (1, 4, 4), loss="ce"),
 )

@@ -143,6 +143,30 @@ class AttentionPool(nn.Module):
         return self.head(torch.einsum("ns,nsh->nh", weights, self.value(x)))
 
 
+class LargestTwo(nn.Module):
+    """The two largest values of each feature over the set (Kalchbrenner et al., 2014)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Linear(INPUTS, WIDTH), nn.Linear(2 * WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.each(x).topk(2, dim=1).values).flatten(1))
+
+
+class SortedPool(nn.Module):
+    """Every feature sorted over the set, then weighted by rank (Zhang et al., "FSPool", 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Linear(INPUTS, WIDTH), nn.Linear(WIDTH, 2)
+        self.ranks = nn.Parameter(torch.randn(NODES, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ordered, _ = torch.sort(self.each(x), dim=1, descending=True)
+        return self.head(F.elu((ordered * self.ranks).sum(1)))
+
+
 class Relations(nn.Module):
     """A network of every pair of elements, the pairs by constant indices (Santoro et al., 2017)."""
 
@@ -167,5 +191,7 @@ CASES = (
     small("deep_sets", DeepSets, _SET, kinks=True),
     small("point_net", PointNet, _SET, loss="ce", kinks=True),
     small("attention_pool", AttentionPool, _SET),
+    small("largest_two", LargestTwo, _SET, kinks=True),
+    small("sorted_pool", SortedPool, _SET, kinks=True),
     small("relations", Relations, _SET),
 )

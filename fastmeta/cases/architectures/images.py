@@ -182,6 +182,33 @@ class CoordConv(nn.Module):
         return self.head(torch.sigmoid(self.conv(torch.cat([x, grid], 1))).flatten(1))
 
 
+class LocallyConnected(nn.Module):
+    """A weight of its own for each window, the windows by `unfold` (Taigman et al., 2014)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, WIDTH, 4) / 2)
+        self.head = nn.Linear(9 * WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.unfold(x, 2)  # [N, 4, 9]
+        return self.head(torch.tanh(torch.einsum("ntp,pwt->npw", windows, self.weight)).flatten(1))
+
+
+class Pyramid(nn.Module):
+    """Three sizes of an image, enlarged bilinearly and summed (Lin et al., 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides = nn.ModuleList(nn.Conv2d(1, WIDTH, 1) for _ in range(2))
+        self.head = nn.Conv2d(WIDTH, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small_side = torch.tanh(self.sides[1](F.avg_pool2d(x, 2)))
+        large = F.interpolate(small_side, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return self.head(torch.tanh(self.sides[0](x)) + large)
+
+
 _IMAGE = (1, 4, 4)
 
 CASES = (
@@ -197,5 +224,7 @@ CASES = (
     small("standardised_resnet", ResNet, _IMAGE, loss="ce", kinks=True),
     small("convnext", ConvNext, (1, 6, 6), loss="ce"),
     small("dense_block", DenseBlock, _IMAGE, loss="ce"),
+    small("locally_connected", LocallyConnected, _IMAGE),
+    small("pyramid", Pyramid, _IMAGE),
     small("coord_conv", CoordConv, _IMAGE),
 )

@@ -230,6 +230,31 @@ class MixtureDensity(nn.Module):
         return torch.logsumexp(log_p, -1, keepdim=True)
 
 
+class OneHot(nn.Module):
+    """Ids as one-hot vectors, side by side, into an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(FIELDS * ENTRIES, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hot = F.one_hot(ids, ENTRIES).to(self.body.weight.dtype)
+        return self.head(F.celu(self.body(hot.flatten(1))))
+
+
+class SumProduct(nn.Module):
+    """Sums of products of Gaussian densities, in logarithms (Poon, Domingos, 2011)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.Parameter(torch.randn(INPUTS, WIDTH))
+        self.weights = nn.Parameter(torch.randn(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        leaves = torch.exp(-((x[:, :, None] - self.means) ** 2) / 8).prod(1)
+        return torch.log(leaves @ self.weights.softmax(1).T)
+
+
 _ROW = (INPUTS,)
 
 CASES = (
@@ -245,6 +270,8 @@ CASES = (
     small("tied_autoencoder", TiedAutoencoder, _ROW),
     small("shared_twice", SharedTwice, _ROW),
     small("permuted", Permuted, _ROW),
+    small("one_hot", OneHot, (FIELDS,), loss="ce", ids=ENTRIES, kinks=True),
+    small("sum_product", SumProduct, _ROW),
     small("indexed", Indexed, _ROW),
     small("weight_norm", WeightNorm, _ROW, kinks=True),
     small("mixture_density", MixtureDensity, _ROW),
