@@ -19,12 +19,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from fastmeta import _C, backends
 from fastmeta.benchmark.cost import flops
 from fastmeta.cases import Case
-from fastmeta.cases.workloads import WORKLOADS
+from fastmeta.cases.workloads import NOT_CAPTURED, WORKLOADS
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of
 
 CASES = [
-    case for name, cases in WORKLOADS.items() if name != "transformer" for case in cases if case.tasks <= 32
+    case
+    for name, cases in WORKLOADS.items()
+    if name not in NOT_CAPTURED
+    for case in cases
+    if case.tasks <= 32
 ]
 PARAMS = frozenset({"params"})
 

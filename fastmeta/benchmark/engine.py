@@ -14,6 +14,7 @@ import torch
 
 from fastmeta.benchmark import check, cost, machine, memory
 from fastmeta.benchmark.peers import NOOP, OURS, PEERS, Prepared
+from fastmeta.benchmark.peers.ours import seconds_inside
 from fastmeta.benchmark.rows import Row
 from fastmeta.benchmark.timing import Protocol, Times, measure
 from fastmeta.cases import Case
@@ -138,6 +139,9 @@ def _check(workload: str, case: Case, name: str, threads: int) -> tuple[Row, Pre
                     f"error {verdict.error:.1e} against the float64 reference, allowed {verdict.allowed:.1e}"
                 )
                 return row, None
+        if prepared[0].backend is not None:
+            row.backend = prepared[0].backend()
+            prepared[0].inside = seconds_inside(row.backend)
     except BackendUnavailable as error:
         row.status, row.reason = "missing", str(error)
         return row, None

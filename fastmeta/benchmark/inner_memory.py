@@ -26,7 +26,7 @@ from fastmeta.benchmark.peers.ours import MetaGradientPeer
 from fastmeta.cases import Case
 from fastmeta.cases.workloads import WORKLOADS
 
-WORKLOAD = "transformer"
+WORKLOAD = "transformer-wide"
 STEPS = (1, 5, 20)
 
 #: Every way to run a case: (the peer, its `memory=`).

@@ -17,6 +17,7 @@ class Row:
     workload: str
     case: str
     peer: str
+    backend: str = ""  # of fastmeta: which of them ran it
     status: str = "timed"  # "timed" | "wrong" | "broken" | "missing"
     reason: str = ""  # why it was not timed
     tasks: int = 0

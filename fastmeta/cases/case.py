@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Case:
     order: str = "second"
     lr: float = 0.1
     rates: str = "scalar"
+    adapt: tuple[str, ...] = ()  # glob patterns of the parameters that adapt; (): all
     momentum: float = 0.0
     weight_decay: float = 0.0
     step_weights: bool = False  # a weight on the query loss of every step
@@ -78,6 +80,7 @@ class Case:
     batch_stats: str = "task"
     kinks: bool = False  # a derivative in use jumps somewhere
     wrt_inputs: bool = True  # gradients to the data are compared too
+    ids: int = 0  # inputs are integers below this; 0: floating-point numbers
 
     @property
     def id(self) -> str:
@@ -100,6 +103,10 @@ class Case:
             f"stats_{self.batch_stats}" if self.batch_stats != "task" else "",
         ]
         return "-".join([self.label, shapes, *filter(None, options)])
+
+    def adapts(self, name: str) -> bool:
+        """Whether a parameter adapts in the inner loop, by `adapt`."""
+        return not self.adapt or any(fnmatchcase(name, pattern) for pattern in self.adapt)
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Instance:
         """The network and the data of this case.
@@ -124,10 +131,13 @@ class Case:
         def positive(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator) + 0.5
 
+        def inputs(*shape: int) -> Tensor:
+            return torch.randint(self.ids, shape, generator=generator) if self.ids else normal(*shape)
+
         tasks, steps = self.tasks, self.steps
         lead = (tasks, steps, self.shots) if self.per_step else (tasks, self.shots)
         with torch.no_grad():
-            output_shape = tuple(net(normal(1, *self.input_shape).expand(2, *self.input_shape)).shape[1:])
+            output_shape = tuple(net(inputs(1, *self.input_shape).expand(2, *self.input_shape)).shape[1:])
         params = {name: value.detach().clone() for name, value in net.named_parameters()}
         own = [
             name
@@ -137,17 +147,18 @@ class Case:
         for name in own:
             params[name] = params[name] * (1 + 0.1 * normal(tasks, *params[name].shape))
         shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
+        adapted = {name: shape for name, shape in shapes.items() if self.adapts(name)}
         query_loss = self.query_loss or self.loss
         instance = Instance(
             net=net,
             params=params,
             loss=LOSSES[self.loss].make(),
             query_loss=LOSSES[self.query_loss].make() if self.query_loss else None,
-            support_x=normal(*lead, *self.input_shape),
+            support_x=inputs(*lead, *self.input_shape),
             support_y=draw_target(LOSSES[self.loss].target, lead, output_shape, generator),
-            query_x=normal(tasks, self.queries, *self.input_shape),
+            query_x=inputs(tasks, self.queries, *self.input_shape),
             query_y=draw_target(LOSSES[query_loss].target, (tasks, self.queries), output_shape, generator),
-            rates=_draw_rates(self.rates, self.lr, shapes, steps, tasks, positive),
+            rates=_draw_rates(self.rates, self.lr, adapted, steps, tasks, positive),
             per_task=frozenset(own),
             support_weights=positive(*lead) if "s" in self.weighted else None,
             query_weights=positive(tasks, self.queries) if "q" in self.weighted else None,

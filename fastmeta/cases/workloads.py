@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from fastmeta.cases.case import Case
+from fastmeta.cases.modules import GraphNet, Lora, Melu, Recurrent
 from fastmeta.cases.networks import Transformer, mlp
-from fastmeta.models import Conv4
+from fastmeta.models import Conv4, Siren
 
 
 def _workload(
@@ -51,7 +53,29 @@ def _images(
 
 _OMNIGLOT = ((5, 25, 1), (5, 25, 5), (5, 75, 1), (5, 75, 5))
 _conv4 = partial(Conv4, 5)
-_transformer = partial(Transformer, 8, 16, 64, 5, layers=2, heads=4)
+_wide_transformer = partial(Transformer, 8, 16, 64, 5, layers=2, heads=4)
+
+
+def _modules(
+    label: str,
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    shots: int = 10,
+    queries: int = 10,
+    loss: str = "mse",
+    lr: float = 0.01,
+    **options: Any,
+) -> tuple[Case, ...]:
+    """Cases of a network at 4 and 32 tasks, 1 and 5 steps."""
+    return tuple(
+        Case(label, make, shape, tasks, shots, queries, steps, loss, lr=lr, wrt_inputs=False, **options)
+        for tasks in (4, 32)
+        for steps in (1, 5)
+    )
+
+
+#: The last names of the parameters that adapt in `Lora`.
+_LOW_RANK = ("*.a", "*.b")
 
 WORKLOADS: dict[str, tuple[Case, ...]] = {
     "sinusoid": _workload("sinusoid", (1, 40, 40, 1), (4, 32, 256, 1024), 10, 10, (1, 5), "mse", 0.01),
@@ -69,9 +93,21 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
         (4,),
         ((5, 75, 5), (25, 75, 5)),
     ),
-    # no layer program: what the torch backend is for
-    "transformer": tuple(
-        Case("transformer", _transformer, (16, 8), 4, 5, 15, steps, "ce", lr=0.01, wrt_inputs=False)
+    "siren": _modules("siren", partial(Siren, (2, 128, 128, 128, 3)), (2,), 64, 64, lr=1e-4),
+    # no layer program takes the rest
+    "lstm": _modules("lstm", partial(Recurrent, nn.LSTM, 8, 32, 1), (10, 8)),
+    "gru": _modules("gru", partial(Recurrent, nn.GRU, 8, 32, 1), (10, 8)),
+    "transformer": _modules(
+        "transformer", partial(Transformer, 8, 8, 32, 5, layers=1, heads=4), (8, 8), 5, 15, "ce"
+    ),
+    "gnn": _modules("gnn", partial(GraphNet, 10, 4, 32, 1), (10, 14), kinks=True),
+    "lora": _modules("lora", partial(Lora, 32, 32, 32), (32,), adapt=_LOW_RANK),
+    "melu": _modules("melu", partial(Melu, 4, 100, 16, 64), (4,), 20, 10, kinks=True, ids=100),
+    "transformer-wide": tuple(
+        Case("transformer-wide", _wide_transformer, (16, 8), 4, 5, 15, steps, "ce", lr=0.01, wrt_inputs=False)
         for steps in (1, 5, 20)
     ),
 }
+
+#: Workloads that no layer program takes; torch.compile works on them for minutes.
+NOT_CAPTURED = frozenset({"lstm", "gru", "transformer", "gnn", "lora", "melu", "transformer-wide"})

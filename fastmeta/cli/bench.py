@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastmeta.benchmark import PEERS, QUICK, Protocol, Row, engine, machine, run, write_chart, write_csv
-from fastmeta.cases.workloads import WORKLOADS
+from fastmeta.cases.workloads import NOT_CAPTURED, WORKLOADS
 from fastmeta.cli import folder
 from fastmeta.cli.bench_layers import bench_layers
 from fastmeta.cli.files import told
 from fastmeta.layers.registry import KINDS
 
 #: Columns of the tables where the output is no terminal.
-WIDTH = 128
+WIDTH = 140
 #: Cores that other programs may keep busy without a warning.
 BUSY = 0.15
 
@@ -33,7 +33,12 @@ BUSY = 0.15
 )
 @click.option("--steps", type=int, multiple=True, help="Only cases with this many inner steps; repeatable.")
 @click.option("--threads", default=2, help="Cores that all peers are kept to.")
-@click.option("--peers", default="", help="Names, separated by commas; all that are installed without it.")
+@click.option(
+    "--peers",
+    default="",
+    help="Names, separated by commas; without it all that are installed, but not torch.compile on "
+    "networks that it takes minutes for.",
+)
 @click.option(
     "--quick", is_flag=True, help="A shorter clock; at most 32 tasks unless --tasks says otherwise."
 )
@@ -80,7 +85,8 @@ def bench(
         return
     if base or backend != "auto":
         raise click.UsageError("--base and --backend go with --layer")
-    names = [name.strip() for name in peers.split(",") if name.strip()] or list(PEERS)
+    named = [name.strip() for name in peers.split(",") if name.strip()]
+    names = named or list(PEERS)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise click.UsageError(
@@ -107,7 +113,8 @@ def bench(
                 shots=shots,
                 steps=steps,
                 threads=threads,
-                peers=names,
+                peers=named
+                or [name for name in names if name != "torch.compile" or workload not in NOT_CAPTURED],
                 protocol=QUICK if quick else Protocol(),
                 say=status.update,
             )
@@ -150,8 +157,9 @@ def _table(case: str, rows: list[Row]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     timed = sorted((row for row in rows if row.status == "timed"), key=lambda row: row.median_ms)
     for row in timed:
+        own = row.backend and not row.peer.endswith(row.backend)
         table.add_row(
-            row.peer,
+            f"{row.peer} ({row.backend})" if own else row.peer,
             _number(row.median_ms, ".3f"),
             _number(row.min_ms, ".3f"),
             f"{row.p20_ms:.3f} - {row.p80_ms:.3f}",

@@ -21,7 +21,11 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
     query_loss = loss if made.query_loss is None else resolve(made.query_loss)
     support = Batch(made.support_x, made.support_y, made.support_weights, case.per_step)
     query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
-    program, refused = captured(made.net, case.input_shape, dtype, case.batch_stats)
+    program, refused = (
+        (None, "the network's input is int64")
+        if case.ids
+        else captured(made.net, case.input_shape, dtype, case.batch_stats)
+    )
     shapes = {name: tuple(value.shape) for name, value in made.net.named_parameters()}
     rates = plan_rates(
         "verify",

@@ -41,7 +41,7 @@ from fastmeta.cases import Case
 from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import grid
 from fastmeta.cases.verification import VERIFICATION
-from fastmeta.cases.workloads import WORKLOADS
+from fastmeta.cases.workloads import NOT_CAPTURED, WORKLOADS
 from fastmeta.kernels.elementwise import End, Finish, apply
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import Launch, named
@@ -113,7 +113,7 @@ def _losses() -> list[Any]:
 def _sources() -> list[Any]:
     launches = []
     for name, workload in WORKLOADS.items():
-        if name != "transformer":  # not captured: the torch backend's alone
+        if name not in NOT_CAPTURED:
             launches += _launches(workload[-1], "ieee")
     launches += _launches(_SIREN, "ieee") + _launches(_DEEP, "ieee")
     for rounded in ("tf32", "bf16"):

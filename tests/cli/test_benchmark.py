@@ -231,13 +231,15 @@ def test_cost_writes_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_peer_that_cannot_run_a_network_is_missing() -> None:
-    rows = run("transformer", steps=[1], peers=[OURS, "fastmeta-torch", "autograd-loop"], protocol=FAST)
+    peers = ["fastmeta-cpu", "fastmeta-torch", "autograd-loop"]
+    rows = run("melu", tasks=[4], steps=[1], peers=peers, protocol=FAST)
     assert [(row.peer, row.status) for row in rows] == [
-        (OURS, "missing"),
+        ("fastmeta-cpu", "missing"),
         ("fastmeta-torch", "timed"),
         ("autograd-loop", "timed"),
     ]
     assert math.isnan(rows[1].gflops)
+    assert [row.backend for row in rows] == ["", "torch", ""]
 
 
 def test_command_rejects_an_unknown_peer() -> None:

@@ -24,17 +24,19 @@ class AutogradLoop:
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
         params = plain_torch.leaves(made)
+        adapted = [name for name in params if case.adapts(name)]
         loss = plain_torch.loss_function(case)
 
         def step() -> tuple[Tensor, ...]:
             losses = []
             for support_x, support_y, query_x, query_y in zip(*plain_torch.episode(made), strict=True):
-                theta = params
+                theta: dict[str, Tensor] = dict(params)
                 for _ in range(case.steps):
                     inner = loss(functional_call(made.net, theta, (support_x,)), support_y)
-                    gradients = torch.autograd.grad(inner, tuple(theta.values()), create_graph=True)
-                    updated = zip(theta.items(), gradients, strict=True)
-                    theta = {name: value - case.lr * gradient for (name, value), gradient in updated}
+                    now = [theta[name] for name in adapted]
+                    gradients = torch.autograd.grad(inner, now, create_graph=True)
+                    updated = zip(adapted, now, gradients, strict=True)
+                    theta |= {name: value - case.lr * gradient for name, value, gradient in updated}
                 losses.append(loss(functional_call(made.net, theta, (query_x,)), query_y))
             return torch.autograd.grad(torch.stack(losses).mean(), tuple(params.values()))
 

@@ -28,7 +28,8 @@ class Higher:
 
         net = plain_torch.load(made)
         loss = plain_torch.loss_function(case)
-        optimizer = torch.optim.SGD(net.parameters(), lr=case.lr)
+        adapted = [value for name, value in net.named_parameters() if case.adapts(name)]
+        optimizer = torch.optim.SGD(adapted, lr=case.lr)
 
         def step() -> Any:
             net.zero_grad(set_to_none=True)

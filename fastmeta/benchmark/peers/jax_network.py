@@ -1,4 +1,4 @@
-"""A captured layer program in plain JAX."""
+"""A network in plain JAX: by hand where it is written so, else its captured layer program."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmeta.benchmark.peers import jax_modules
+from fastmeta.benchmark.peers.jax_modules import Forward
 from fastmeta.capture.capture import captured
 from fastmeta.errors import BackendUnavailable
 from fastmeta.graph.program import Layer
 from fastmeta.layers.registry import kind_of
 
-Params = dict[str, Any]
 
-
-def forward(net: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Params, Any], Any]:
+def forward(net: nn.Module, input_shape: tuple[int, ...]) -> Forward:
     """The network as a function (parameters by name, x [N, *input_shape]) -> output.
 
     Raises:
-        BackendUnavailable: the network has no layer program.
+        BackendUnavailable: the network has no layer program and is not written by hand.
         ValueError: it has a layer that is not written here.
     """
+    by_hand = jax_modules.written(net)
+    if by_hand is not None:
+        return by_hand
     program, refused = captured(net, input_shape, torch.float32)
     if program is None:
         raise BackendUnavailable(f"the JAX peers cannot run this network: {refused}")
@@ -30,7 +33,7 @@ def forward(net: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Params, A
     if unknown:
         raise ValueError(f"benchmark: the JAX peers have no {', '.join(unknown)}")
 
-    def run(params: Params, x: Any) -> Any:
+    def run(params: dict[str, Any], x: Any) -> Any:
         values = [x]
         for layer in program.layers:
             own = [None if name is None else params.get(name) for name in layer.params]

@@ -1,5 +1,5 @@
 """JAX: `jit(vmap)` over tasks, and a Python loop over a jitted task. The network is its layer
-program."""
+program, or written by hand."""
 
 from __future__ import annotations
 
@@ -80,14 +80,16 @@ def _task(case: Case, net: nn.Module) -> Callable[..., Any]:
     forward = jax_network.forward(net, case.input_shape)
     loss = _loss(case)
 
-    def on(params: Params, x: Any, y: Any) -> Any:
-        return loss(forward(params, x), y)
+    def on(adapted: Params, fixed: Params, x: Any, y: Any) -> Any:
+        return loss(forward({**adapted, **fixed}, x), y)
 
     def task(params: Params, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
+        adapted = {name: value for name, value in params.items() if case.adapts(name)}
+        fixed = {name: value for name, value in params.items() if name not in adapted}
         for _ in range(case.steps):
-            gradients = jax.grad(on)(params, support_x, support_y)
-            params = jax.tree.map(lambda value, gradient: value - case.lr * gradient, params, gradients)
-        return on(params, query_x, query_y)
+            gradients = jax.grad(on)(adapted, fixed, support_x, support_y)
+            adapted = jax.tree.map(lambda value, gradient: value - case.lr * gradient, adapted, gradients)
+        return on(adapted, fixed, query_x, query_y)
 
     return task
 

@@ -1,9 +1,10 @@
-"""fastmeta itself: `meta_gradient`, and `MAML` with `backward`, on one backend; and the cost of
-autograd alone."""
+"""fastmeta itself: `meta_gradient`, and `MAML` with `backward`, on one backend or on the one that
+"auto" takes; and the cost of autograd alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from fastmeta.benchmark.peers import plain_torch
 from fastmeta.benchmark.peers.peer import Prepared
 from fastmeta.cases import Case, Instance
 from fastmeta.version import __version__
+
+if TYPE_CHECKING:
+    from fastmeta import MAML
 
 
 class MetaGradientPeer:
@@ -24,7 +28,7 @@ class MetaGradientPeer:
         self.options = options
 
     def missing(self) -> str:
-        return str(backends.get(self.backend).missing())
+        return "" if self.backend == "auto" else str(backends.get(self.backend).missing())
 
     def version(self) -> str:
         return __version__
@@ -44,29 +48,43 @@ class MetaGradientPeer:
                 lr=case.lr,
                 steps=case.steps,
                 order=case.order,
+                adapt=case.adapt or "all",
                 memory=case.memory,
                 backend=self.backend,
                 **self.options,
             )
 
-        return Prepared(step, lambda out: dict(out.grads), self._inside())
+        return Prepared(step, lambda out: dict(out.grads), backend=self._chosen(case, made))
 
-    def _inside(self) -> Any:
-        if self.backend != "cpu":
-            return None
-        from fastmeta import _C
+    def _chosen(self, case: Case, made: Instance) -> Callable[[], str]:
+        def chosen() -> str:
+            if self.backend != "auto":
+                return self.backend
+            return self._maml(case, made).explain(*plain_torch.episode(made)).backend
 
-        return _C.last_run_seconds
+        return chosen
+
+    def _maml(self, case: Case, made: Instance) -> MAML:
+        from fastmeta import MAML
+
+        return MAML(
+            plain_torch.load(made),
+            loss=made.loss,
+            inner_lr=case.lr,
+            inner_steps=case.steps,
+            order=case.order,
+            memory=case.memory,
+            adapt=case.adapt or "all",
+            backend=self.backend,
+        )
 
 
 class MAMLPeer(MetaGradientPeer):
     """`fastmeta.MAML`: the call and `loss.backward()`."""
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
-        from fastmeta import MAML
-
-        net = plain_torch.load(made)
-        maml = MAML(net, loss=made.loss, inner_lr=case.lr, inner_steps=case.steps, backend=self.backend)
+        maml = self._maml(case, made)
+        net = maml.net
         episode = plain_torch.episode(made)
         parameters = list(net.parameters())
 
@@ -78,7 +96,17 @@ class MAMLPeer(MetaGradientPeer):
         def gradient(_: Any) -> dict[str, Tensor]:
             return {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
 
-        return Prepared(step, gradient, self._inside())
+        return Prepared(step, gradient, backend=self._chosen(case, made))
+
+
+def seconds_inside(backend: str) -> Callable[[], float] | None:
+    """What tells the seconds that the last step spent in the kernel of a backend; None if nothing
+    does."""
+    if backend != "cpu":
+        return None
+    from fastmeta import _C
+
+    return _C.last_run_seconds
 
 
 class _Nothing(torch.autograd.Function):

@@ -22,6 +22,9 @@ class Prepared:
         [Any], dict[str, Tensor]
     ]  # what `step` returned -> name -> gradient, as the net names it
     inside: Callable[[], float] | None = None  # seconds of the last step spent in the kernel
+    # of fastmeta: the name of the backend that runs it; asked after the first step, for it may take
+    # as long
+    backend: Callable[[], str] | None = None
 
 
 class Peer(Protocol):

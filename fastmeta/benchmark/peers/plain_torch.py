@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.nn import functional as F
 
+from fastmeta.benchmark.peers import torch_modules
 from fastmeta.cases import Case, Instance
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -50,16 +51,19 @@ def episode(made: Instance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
     """f(params, support_x, support_y, query_x, query_y) -> query loss of one task after its inner
     loop."""
-    loss = loss_function(case)
+    forward, loss = torch_modules.forward(net), loss_function(case)
+    names = {name for name, _ in net.named_parameters() if case.adapts(name)}
 
-    def on(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(net, params, (x,)), y)
+    def on(adapted: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(forward({**adapted, **fixed}, x), y)
 
     def task(params: dict[str, Tensor], *data: Tensor) -> Tensor:
         support_x, support_y, query_x, query_y = data
+        adapted = {name: value for name, value in params.items() if name in names}
+        fixed = {name: value for name, value in params.items() if name not in names}
         for _ in range(case.steps):
-            gradients = grad(on)(params, support_x, support_y)
-            params = {name: value - case.lr * gradients[name] for name, value in params.items()}
-        return on(params, query_x, query_y)
+            gradients = grad(on)(adapted, fixed, support_x, support_y)
+            adapted = {name: value - case.lr * gradients[name] for name, value in adapted.items()}
+        return on(adapted, fixed, query_x, query_y)
 
     return task

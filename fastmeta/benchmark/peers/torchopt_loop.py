@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmeta.benchmark.peers import plain_torch
 from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
 from fastmeta.cases import Case, Instance
+from fastmeta.errors import BackendUnavailable
 
 
 class TorchOpt:
@@ -27,6 +28,8 @@ class TorchOpt:
     def prepare(self, case: Case, made: Instance) -> Prepared:
         import torchopt
 
+        if case.adapt:
+            raise BackendUnavailable("torchopt.MetaSGD adapts every parameter")
         net = plain_torch.load(made)
         loss = plain_torch.loss_function(case)
         # The optimiser replaces the module's parameters as it steps; these are the leaves.
