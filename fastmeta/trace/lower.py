@@ -12,7 +12,16 @@ import torch
 
 from fastmeta.trace.builder import Builder, Piece, Sparse
 from fastmeta.trace.ir import Buffer, Map, Operand, View
-from fastmeta.trace.record import ASSIGN, Call, Ref, UntraceableError, Value, contiguous, numel
+from fastmeta.trace.record import (
+    ASSIGN,
+    Call,
+    Ref,
+    UntraceableError,
+    Value,
+    contiguous,
+    name_of,
+    numel,
+)
 
 #: Operator, as "mul.Tensor" -> what makes its instructions.
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -31,11 +40,6 @@ def lowers(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return enter
-
-
-def name_of(function: Any) -> str:
-    """The operator's name in the table."""
-    return str(function).removeprefix("aten.").removesuffix(".default")
 
 
 class Lowering:
@@ -166,7 +170,8 @@ class Lowering:
             if out.strides == contiguous(out.shape) and out.value.size == result.size:
                 self._known[out.value] = result
                 return
-            raise UntraceableError("a sum of pieces in an unusual layout")
+            whole = self.build.assembled(result)
+            result = View(whole.buffer, 0, out.shape, contiguous(out.shape))
         if isinstance(result, View) and result.shape != out.shape:
             result = self.build.reshape(result, out.shape)
         same = isinstance(result, View) and all(

@@ -8,8 +8,9 @@ it was noted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,6 +95,31 @@ _WRITES = {
 }
 
 
+_INDEXED = frozenset(
+    {
+        aten.index.Tensor,
+        aten._unsafe_index.Tensor,
+        aten.index_put.default,
+        aten.index_put_.default,
+        aten._index_put_impl_.default,
+        aten._unsafe_index_put.default,
+    }
+)
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's own, of operators into others."""
+    from torch._decomp import decomposition_table
+
+    return dict(decomposition_table)
+
+
+def name_of(function: Any) -> str:
+    """An operator's name: "mul.Tensor", "mm"."""
+    return str(function).removeprefix("aten.").removesuffix(".default")
+
+
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor, the last dimension fastest."""
     strides, n = [], 1
@@ -145,14 +171,19 @@ class Recorder(TorchDispatchMode):
 
     To be entered with gradients on; the tensors that a program depends on are registered first.
 
+    Args:
+        supported: names of operators, as of `name_of`; others are noted as what PyTorch decomposes
+            them into, where it does.
+
     Raises (inside):
         UntraceableError: what runs cannot be a program: it reads a value on the host, draws random
             numbers, reads a tensor from outside, changes what was registered, or its shapes depend
             on values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, supported: Container[str] = frozenset()) -> None:
         super().__init__()
+        self._supported = supported
         self._values: dict[int, Value] = {}  # by storage: what it holds now
         self._alive: list[Any] = []  # storages whose addresses must not be used again
 
@@ -187,6 +218,8 @@ class Recorder(TorchDispatchMode):
             else:
                 self._set(out, _constant(out))
             return out
+        if func in _INDEXED:
+            args = (args[0], self._without_masks(args[1]), *args[2:])
         given = list(_tensors((args, kwargs)))
         refs = {id(tensor): self.ref(tensor) for tensor in given}
         traced = any(ref.value.traced for ref in refs.values())
@@ -196,10 +229,13 @@ class Recorder(TorchDispatchMode):
             raise UntraceableError("its code reads a value of a tensor that depends on parameters or inputs")
         if traced and torch.Tag.data_dependent_output in func.tags:
             raise UntraceableError(f"the result of {func} is read by its code")
-        if traced and torch.Tag.dynamic_output_shape in func.tags:
+        if traced and torch.Tag.dynamic_output_shape in func.tags and func not in _INDEXED:
             raise UntraceableError(f"the shape of what {func} returns depends on values")
         if func._schema.is_mutable:
             return self._write(func, args, kwargs, refs)
+        if traced and name_of(func) not in self._supported and func in _decompositions():
+            with self:
+                return _decompositions()[func](*args, **kwargs)
         out = func(*args, **kwargs)
         outs = list(_tensors(out))
         if all(_key(o) in self._values for o in outs):  # views
@@ -212,6 +248,21 @@ class Recorder(TorchDispatchMode):
             return out
         self._note(func, _mapped(list(args), lambda t: refs[id(t)]), _mapped_dict(kwargs, refs), out)
         return out
+
+    def _without_masks(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Constant masks among the indices as the places that they select."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype != torch.bool:
+                found.append(index)
+                continue
+            if self.ref(index).value.traced:
+                raise UntraceableError("the shape of what a mask selects depends on values")
+            for places in index.nonzero().unbind(1):
+                own = places.clone()
+                self._set(own, _constant(own))
+                found.append(own)
+        return found
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         call = Call(func, tuple(args), kwargs)
@@ -229,8 +280,6 @@ class Recorder(TorchDispatchMode):
         if len(written) != 1 or written[0] is not func._schema.arguments[0] or not isinstance(to, Tensor):
             raise UntraceableError(f"it writes by {func}")
         before = refs[id(to)]
-        if before.value.name:
-            raise UntraceableError(f"it changes `{before.value.name}` in place")
         if before.value.constant is not None:  # it stays what it was for what has read it
             before.value.constant = before.value.constant.clone()
         out = func(*args, **kwargs)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.backends._inputs import gradients
-from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
+from fastmeta.backends._inputs import each, parts_of, with_parts
+from fastmeta.backends._twice import check_twice
+from fastmeta.inputs import Form, Tree, flatten
 from fastmeta.losses import Loss
-from fastmeta.network.functional import call_then, isolated
+from fastmeta.network.functional import call_then
 from fastmeta.network.swap import Carried, Exchange
 from fastmeta.problem import Batch, Problem
 from fastmeta.trace import operators  # noqa: F401
 from fastmeta.trace.ir import Buffer, Space
-from fastmeta.trace.lower import Lowering
+from fastmeta.trace.lower import OPERATORS, Lowering
 from fastmeta.trace.passes.place import rounded
 from fastmeta.trace.program import Result, StepProgram, finished
 from fastmeta.trace.record import Recorder, Ref, UntraceableError
@@ -83,13 +84,35 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What the network returns: its form, and of each leaf the shape, dtype and place in OUTPUT."""
+
+    form: Form
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    offsets: tuple[int, ...]  # from OUTPUT_START on
+    size: int
+
+    @classmethod
+    def of(cls, output: Tree) -> Output:
+        """Of one task."""
+        leaves, form = flatten(output)
+        offsets, size = [], 0
+        for leaf in leaves:
+            offsets.append(size)
+            size += leaf.numel() if len(leaves) == 1 else rounded(leaf.numel())
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+        return cls(form, shapes, tuple(leaf.dtype for leaf in leaves), tuple(offsets), size)
+
+
+@dataclass(frozen=True, slots=True)
 class Traced:
     """A recorded pass: inputs, and results with their places."""
 
     layout: Layout
     results: tuple[tuple[Ref | float, tuple[int, ...], Space, int], ...]
     last_stage: int
-    output_shape: tuple[int, ...]
+    output: Output
 
     def lowered(self, dtype: torch.dtype, rows: bool) -> StepProgram:
         """The program.
@@ -121,7 +144,7 @@ class Wanted:
     Args:
         adapted: names of the adapted parameters, in the order of theta.
         fixed: of the others, those whose gradient is wanted.
-        data: "x", "y", "weights": what of the set a gradient is wanted by.
+        data: as `wrt` names it, "support_x" and so on: what of the set a gradient is wanted by.
         second: the Hessian-vector product.
         gradient: any at all.
     """
@@ -152,25 +175,22 @@ class Tracer:
         p = self.problem
         if p.support is None or p.loss is None:
             raise ValueError("there is no support set")
-        batch = _first(p.support)
-        run = _Pass(self, batch, p.loss, wanted, Space.GRAD)
-        return run.traced(p.loss, seeds=False)
+        return _Pass(self, "support", p.support, p.loss, wanted).traced(seeds=False)
 
     def query(self, wanted: Wanted, output_grad: bool) -> Traced:
         """The query loss, the output, and the gradient of both by their cotangents."""
         p = self.problem
         if p.query is None:
             raise ValueError("there is no query set")
-        run = _Pass(self, _first(p.query), p.query_loss, wanted, Space.GRAD)
-        return run.traced(p.query_loss, seeds=True, output_grad=output_grad)
+        return _Pass(self, "query", p.query, p.query_loss, wanted).traced(seeds=True, output_grad=output_grad)
 
 
 class _Pass:
     """One recording."""
 
-    def __init__(self, tracer: Tracer, batch: Batch, loss: Loss | None, wanted: Wanted, _: Space) -> None:
+    def __init__(self, tracer: Tracer, role: str, sets: Batch, loss: Loss | None, wanted: Wanted) -> None:
         self.tracer, self.wanted, self.dtype = tracer, wanted, tracer.dtype
-        self.recorder = Recorder()
+        self.recorder = Recorder(OPERATORS)
         self.layout = Layout()
         p = tracer.problem
         self.params: dict[str, Tensor] = {}
@@ -201,17 +221,15 @@ class _Pass:
                     slot = self.layout.add(f"loss.{name}", tuple(value.shape), Space.FIXED)
                     weights[name] = self._other(slot, value.to(self.dtype))
             self.loss = replace(loss, **weights) if weights else loss
-        self.data: dict[str, Tensor | None] = {}
-        for name in ("x", "y", "weights"):
-            value = getattr(batch, name)
-            if value is None or (name != "x" and loss is None):
-                self.data[name] = None
-                continue
-            floating = value.is_floating_point()
-            slot = self.layout.add(
-                name, tuple(value.shape), Space.BATCH if floating else Space.INTS, name in wanted.data and floating
-            )
-            self.data[name] = self._other(slot, value)
+        batch = each(sets, lambda tensor: tensor[0, 0] if sets.per_step else tensor[0])
+        if loss is None:
+            batch = Batch(batch.x)
+        leaves = {}
+        for name, value in parts_of(batch, role).items():
+            space = Space.BATCH if value.is_floating_point() else Space.INTS
+            wants = value.is_floating_point() and name.partition("/")[0] in wanted.data
+            leaves[name] = self._other(self.layout.add(name, tuple(value.shape), space, wants), value)
+        self.batch = with_parts(batch, role, leaves)
 
     def _leaf(self, slot: Slot, value: Tensor, grad: bool) -> Tensor:
         value = value.detach().clone(memory_format=torch.contiguous_format)
@@ -224,7 +242,7 @@ class _Pass:
             self.others.append((slot, leaf))
         return leaf
 
-    def traced(self, loss: Loss | None, seeds: bool, output_grad: bool = False) -> Traced:
+    def traced(self, seeds: bool, output_grad: bool = False) -> Traced:
         """Run it."""
         wanted, results = self.wanted, []
         second = not seeds and wanted.second
@@ -233,18 +251,22 @@ class _Pass:
             for name, leaf in zip(wanted.adapted, self.leaves, strict=True):
                 slot = self.layout.add(f"direction.{name}", tuple(leaf.shape), Space.DIRECTION)
                 directions.append(self._leaf(slot, torch.ones_like(leaf, requires_grad=False), False))
-        seed = cotangent = None
+        seed = None
         if seeds and wanted.gradient:
             slot = Slot("seed.loss", (), Space.SEED, 0)
             self.layout.slots.append(slot)
             seed = self._leaf(slot, torch.ones((), dtype=self.dtype), False)
         with torch.set_grad_enabled(True), self.recorder:
-            value, output = self._evaluated(loss)
+            value, returned = self._evaluated()
+            outputs, out = flatten(returned)[0], Output.of(returned)
+            cotangents = []
             if seeds and wanted.gradient and output_grad:
-                slot = Slot("seed.output", tuple(output.shape), Space.SEED, OUTPUT_START)
-                self.layout.slots.append(slot)
-                cotangent = torch.zeros_like(output)
-                self.recorder.register(cotangent, slot.name)
+                for at, leaf in enumerate(outputs):
+                    if leaf.requires_grad:
+                        place = OUTPUT_START + out.offsets[at]
+                        slot = Slot(f"seed.output.{at}", tuple(leaf.shape), Space.SEED, place)
+                        self.layout.slots.append(slot)
+                        cotangents.append((leaf, self._leaf(slot, torch.zeros_like(leaf), False)))
             found: list[Tensor | None] = []
             products: list[Tensor | None] = []
             everything = [*self.leaves, *(leaf for _, leaf in self.others)]
@@ -261,8 +283,7 @@ class _Pass:
                     products = list(_grad([g for g, _ in pairs], everything, [v for _, v in pairs], False))
             elif wanted.gradient:
                 ends = [(value, seed)] if value is not None else []
-                ends += [(output, cotangent)] if cotangent is not None else []
-                ends = [(end, by) for end, by in ends if end.requires_grad]
+                ends = [(end, by) for end, by in (*ends, *cotangents) if end.requires_grad]
                 found = list(_grad([e for e, _ in ends], everything, [by for _, by in ends], False))
         spaces = [Space.GRAD] * len(self.leaves)
         at_theta = {slot.name: slot.offset for slot in self.layout.slots if slot.space == Space.THETA}
@@ -276,13 +297,13 @@ class _Pass:
         else:
             if value is not None:
                 results.append((self.recorder.ref(value.detach()), (), Space.OUTPUT, 0))
-            shape = tuple(output.shape)
-            results.append((self.recorder.ref(output.detach()), shape, Space.OUTPUT, OUTPUT_START))
+            for leaf, shape, offset in zip(outputs, out.shapes, out.offsets, strict=True):
+                results.append((self.recorder.ref(leaf.detach()), shape, Space.OUTPUT, OUTPUT_START + offset))
             if wanted.gradient:
                 spaces += [Space.OTHER] * len(self.others)
                 offsets += [slot.gradient for slot, _ in self.others]
                 results += self._results(found, everything, spaces, offsets)
-        return Traced(self.layout, tuple(results), 2 if second else 1, tuple(output.shape))
+        return Traced(self.layout, tuple(results), 2 if second else 1, out)
 
     def _results(
         self,
@@ -297,24 +318,21 @@ class _Pass:
             for g, leaf, space, offset in zip(found, leaves, spaces, offsets, strict=True)
         ]
 
-    def _evaluated(self, loss: Loss | None) -> tuple[Any, Tensor]:
-        used = self.loss
-        y, weights = self.data["y"], self.data["weights"]
+    def _evaluated(self) -> tuple[Any, Tree]:
+        used, batch, p = self.loss, self.batch, self.tracer.problem
 
-        def value_of(output: Tensor) -> Any:
-            return None if used is None or y is None else used(output, y, weights)
+        def value_of(output: Tree) -> Any:
+            return None if used is None or batch.y is None else used(output, batch.y, batch.weights)
 
-        p, x = self.tracer.problem, self.data["x"]
-        value, output = call_then(
+        return call_then(
             self.tracer.exchange,
             self.params,
-            x,  # type: ignore[arg-type]
-            value_of,  # type: ignore[arg-type]
+            batch.x,
+            value_of,
             batch_stats=p.batch_stats,
             decompose=True,
             carried=self.carried,
         )
-        return value, output
 
 
 def _grad(
@@ -324,20 +342,6 @@ def _grad(
     if not ends or not leaves or not any(end.requires_grad for end in ends):
         return [None] * len(leaves)
     return torch.autograd.grad(ends, list(leaves), by, create_graph=create, retain_graph=True, allow_unused=True)
-
-
-def _first(batch: Batch) -> Batch:
-    """The set of the first task, at the first step."""
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor[0, 0] if batch.per_step else tensor[0]
-
-    x = cut(batch.x)
-    if x is None:
-        raise ValueError("a set without inputs")
-    return Batch(x, cut(batch.y), cut(batch.weights))
 
 
 def _value(problem: Problem, name: str) -> Tensor:
@@ -377,15 +381,3 @@ def not_traced(error: Exception) -> str:
     message = str(error).strip() or "no message"
     return f"{type(error).__name__}: {message.splitlines()[0]}"
 
-
-__all__ = [
-    "NotTwiceDifferentiableError",
-    "Traced",
-    "Tracer",
-    "UntraceableError",
-    "Wanted",
-    "gradients",
-    "isolated",
-    "not_traced",
-]
-_ = (Callable, Mapping)

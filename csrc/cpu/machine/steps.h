@@ -27,7 +27,7 @@ enum class Space : int {
   curvature
 };
 constexpr int SPACES = 14;
-constexpr int MOST_DIMS = 8;
+constexpr int MOST_DIMS = 12;
 
 struct View {
   int space;

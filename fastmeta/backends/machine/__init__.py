@@ -50,8 +50,8 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         if loss is not None and loss.learned:
             return f"`{loss.learned}` of the loss {loss.kind} requires grad"
     for batch in (problem.support, problem.query):
-        for tensor in () if batch is None else (batch.x, batch.y, batch.weights):
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != first.dtype:
+        for tensor in () if batch is None else _inputs.parts_of(batch, "").values():
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != first.dtype):
                 return f"a tensor of a set is {tensor.dtype}"
     found = plans.programs(problem, wrt)
     if isinstance(found, str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import isfinite
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,11 +22,13 @@ from fastmeta.backends.torch.chunks import cut
 from fastmeta.bounded import Bounded
 from fastmeta.capture.capture import guard_of
 from fastmeta.capture.guards import HOOKS, Guard
+from fastmeta.inputs import leaves_of, mapped, signature
 from fastmeta.network.functional import isolated
-from fastmeta.problem import STORE_AT_MOST, Batch, Problem
+from fastmeta.problem import STORE_AT_MOST, Batch, Problem, Result
 from fastmeta.trace.ir import Space
 from fastmeta.trace.program import StepProgram
-from fastmeta.trace.step import Slot, Sources, Traced, Tracer, UntraceableError, Wanted, not_traced
+from fastmeta.trace.record import UntraceableError
+from fastmeta.trace.step import Output, Slot, Sources, Traced, Tracer, Wanted, not_traced
 from fastmeta.undisturbed import asynchronous
 
 try:
@@ -133,14 +137,14 @@ def _unwatched(problem: Problem, known: _Known) -> str:
 
 def _key(problem: Problem, wrt: frozenset[str]) -> object:
     sets = [
-        None if t is None else (t.shape[2 if b.per_step else 1 :], t.dtype, t.requires_grad)
+        None if t is None else signature(t, 2 if b.per_step else 1)
         for b in (problem.support, problem.query)
         if b is not None
         for t in (b.x, b.y, b.weights)
     ]
     return (
         tuple((name, v.shape[1:] if name in problem.per_task else v.shape, v.dtype) for name, v in problem.params.items()),
-        tuple(map(str, sets)),
+        tuple(sets),
         problem.support is None,
         problem.query is None,
         tuple(problem.rates) if problem.steps else (),
@@ -182,7 +186,7 @@ def _recorded(problem: Problem, wrt: frozenset[str]) -> Programs:
     through = bool(wrt & _THROUGH_STEPS)
 
     def wanted(role: str) -> Wanted:
-        data = frozenset(part for part in ("x", "y", "weights") if f"{role}_{part}" in wrt)
+        data = frozenset(name for name in wrt if name.startswith(role))
         second = gradient and through and problem.order == "second" and role == "support"
         return Wanted(adapted=adapted, fixed=wanted_fixed, data=data, second=second, gradient=gradient)
 
@@ -201,7 +205,7 @@ class Plan:
     programs: Programs
     lanes: bool
     memory: str
-    output_shape: tuple[int, ...]
+    output: Output | None
     support: tuple[Slot, ...]
     query: tuple[Slot, ...]
     fixed: tuple[Slot, ...]  # of the whole machine
@@ -246,7 +250,7 @@ def _plan(
         name = slot.name.removeprefix("fixed.")
         gradients = [s[slot.name].gradient if slot.name in s else -1 for s in (at_support, at_query)]
         others.append((slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients))
-    output = 0 if found.query is None else torch.Size(found.query.output_shape).numel()
+    output = 0 if found.query is None else found.query.output.size
     rule = problem.rule
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
     theta_size = max((slot.offset + -(-slot.size // 16) * 16 for slot in theta), default=0)
@@ -283,8 +287,8 @@ def _plan(
             **described,
         }
     )
-    shape = () if found.query is None else found.query.output_shape
-    return Plan(machine, found, lanes, memory, shape, entries["support"], entries["query"], fixed)
+    returned = None if found.query is None else found.query.output
+    return Plan(machine, found, lanes, memory, returned, entries["support"], entries["query"], fixed)
 
 
 def _fixed(slots: dict[str, tuple[Slot, ...]]) -> tuple[Slot, ...]:
@@ -337,7 +341,7 @@ def _varied(problem: Problem, seed: int) -> Problem:
     def batch(b: Batch | None) -> Batch | None:
         if b is None:
             return None
-        return replace(b, x=noisy(b.x, 0.3), y=b.y)
+        return replace(b, x=mapped(lambda x: noisy(x, 0.3), b.x))
 
     return replace(
         problem,
@@ -349,28 +353,34 @@ def _varied(problem: Problem, seed: int) -> Problem:
     )
 
 
-def _difference(found: Any, expected: Any, dtype: torch.dtype) -> str:
+def _difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
     """What differs most, "" if nothing does by more than rounding."""
-    pairs = {"the losses": (found.task_losses, expected.task_losses), "the output": (found.output, expected.output)}
-    for name, value in (expected.adapted or {}).items():
-        pairs[f"adapted {name}"] = ((found.adapted or {}).get(name), value)
-    for field in ("params", "lr"):
-        for name, value in (getattr(expected.grads, field) or {}).items():
-            pairs[f"the gradient by {field} {name}"] = ((getattr(found.grads, field) or {}).get(name), value)
-    for field in ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights"):
-        pairs[f"the gradient by {field}"] = (getattr(found.grads, field), getattr(expected.grads, field))
-    scale = max(
-        (float(e.norm()) for what, (_, e) in pairs.items() if e is not None and what.startswith("the gradient")),
-        default=0.0,
-    )
-    for what, (f, e) in pairs.items():
-        if e is None:
-            continue
-        if f is None:
+    pairs = list(_pairs(found, expected))
+    sizes = [float(e.norm()) for what, _, e in pairs if what.startswith("the gradient")]
+    floor = 1e-3 * max(sizes, default=0.0)
+    for what, f, e in pairs:
+        if f is None or f.shape != e.shape:
             return f"{what} is missing"
         size, off = float(e.norm()), float((f.to(e.dtype) - e).norm())
-        if not isfinite(size):
-            continue
-        if not off <= _TOLERANCE[dtype] * (size + 1e-3 * scale) + 1e-12:
+        if isfinite(size) and not off <= _TOLERANCE[dtype] * (size + floor) + 1e-12:
             return f"{what} by {off / size if size else off:.1e}"
     return ""
+
+
+def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+    """(what, that of the machine, that of the module), floating-point."""
+    groups = {"the losses": (found.task_losses, expected.task_losses), "the output": (found.output, expected.output)}
+    groups["what was adapted"] = (list((found.adapted or {}).values()), list((expected.adapted or {}).values()))
+    mine, theirs = found.grads, expected.grads
+    for field in ("params", "lr"):
+        of = {name: value for name, value in (getattr(theirs, field) or {}).items()}
+        own = getattr(mine, field) or {}
+        groups[f"the gradient by {field}"] = ([own.get(name) for name in of], list(of.values()))
+    for field in ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights"):
+        groups[f"the gradient by {field}"] = (getattr(mine, field), getattr(theirs, field))
+    for what, (f, e) in groups.items():
+        leaves = leaves_of(e)
+        own_leaves = leaves_of(f) if f is not None else [None] * len(leaves)
+        for left, right in zip_longest(own_leaves, leaves):
+            if right is not None:
+                yield what, left, right.to(left.dtype) if left is not None else right

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends.machine.plan import Plan, Programs, make_plan
+from fastmeta.inputs import Tree, first_leaf, mapped
 from fastmeta.problem import Batch, Gradients, Problem, Result
 from fastmeta.trace.ir import Space
 from fastmeta.trace.step import Slot
@@ -54,14 +55,15 @@ class Job:
             adapted = [result.adapted[name] for name in names]
         losses = loss = output = None
         query = problem.query
-        if query is not None:
-            output = result.output = torch.empty((tasks, *plan.output_shape), dtype=self.dtype, device=_CPU)
+        if query is not None and plan.output is not None:
+            output = torch.empty((tasks, plan.output.size), dtype=self.dtype, device=_CPU)
             if problem.query_loss is not None:
                 losses = result.task_losses = torch.empty(tasks, dtype=self.dtype, device=_CPU)
                 loss = result.loss = torch.empty((), dtype=self.dtype, device=_CPU)
         seeds = problem.adapted_grad
-        support = self._set("support", problem.support if problem.steps else None, plan.support, grads)
-        asked = self._set("query", query, plan.query, grads)
+        found: dict[str, Tensor] = {}
+        support = self._set("support", problem.support if problem.steps else None, plan.support, found)
+        asked = self._set("query", query, plan.query, found)
         outcome = plan.machine.run(
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
@@ -77,7 +79,7 @@ class Job:
             else [*(grads.params[name] for name in self.fixed), *[None] * len(self.rest)],
             *support,
             *asked,
-            [problem.task_weights, problem.output_grad if wrt else None, losses, loss, output],
+            [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output],
             self.step_weights,
             POISON,
         )
@@ -87,8 +89,41 @@ class Job:
             for name in self.programs.others:
                 cotangent = seeds[name]
                 grads.params[name] += cotangent if name in problem.per_task else cotangent.sum(0)
+        _inputs.put_parts(grads, problem, found)
+        for name in _unused(problem, wrt):
+            setattr(grads, name, mapped(torch.zeros_like, getattr(problem.support, name.partition("_")[2])))
         result.grads = grads
+        if output is not None:
+            result.output = self._output(output)
         return result
+
+    def _output(self, flat: Tensor) -> Tree:
+        """The tree that the network returns, from [T, size]."""
+        out = self.plan.output
+        if out is None:
+            raise ValueError("there is no query set")
+        tasks = flat.shape[0]
+        if len(out.shapes) == 1:
+            return out.form.build([flat.reshape(tasks, *out.shapes[0]).to(out.dtypes[0])])
+        leaves = [
+            flat[:, at : at + torch.Size(shape).numel()].reshape(tasks, *shape).to(dtype)
+            for at, shape, dtype in zip(out.offsets, out.shapes, out.dtypes, strict=True)
+        ]
+        return out.form.build(leaves)
+
+    def _cotangents(self, problem: Problem) -> Tensor | None:
+        """Those of the output, [T, size]."""
+        out = self.plan.output
+        if problem.output_grad is None or out is None:
+            return None
+        if isinstance(problem.output_grad, Tensor):
+            return problem.output_grad
+        flat = torch.zeros((problem.tasks, out.size), dtype=self.dtype, device=_CPU)
+        for at, cotangent in zip(out.offsets, out.form.match(problem.output_grad), strict=True):
+            if cotangent is not None:
+                n = cotangent[0].numel()
+                flat[:, at : at + n] = cotangent.reshape(problem.tasks, n)
+        return flat
 
     def _rest(self, problem: Problem) -> list[Tensor]:
         """Buffers, and weights of losses."""
@@ -115,39 +150,33 @@ class Job:
         return found
 
     def _set(
-        self, role: str, batch: Batch | None, slots: tuple[Slot, ...], grads: Gradients
+        self, role: str, batch: Batch | None, slots: tuple[Slot, ...], found: dict[str, Tensor]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Tensors of a set in the order of its slots, and memory for their gradients."""
         if batch is None:
             return [], []
+        parts = _inputs.parts_of(batch, role)
         given: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         for slot in slots:
-            value = self._entry(batch, slot, role)
-            given.append(value)
+            value = parts[slot.name] if slot.name in parts else self._integers(batch, slot)
+            given.append(value.detach().to(torch.int64) if slot.space == Space.INTS else value)
             gradient = None
             if slot.gradient >= 0:
-                gradient = torch.zeros(value.shape, dtype=self.dtype, device=_CPU)
-                setattr(grads, f"{role}_{slot.name}", gradient)
+                gradient = found[slot.name] = torch.zeros(value.shape, dtype=self.dtype, device=_CPU)
             gradients.append(gradient)
         return given, gradients
 
-    def _entry(self, batch: Batch, slot: Slot, role: str) -> Tensor:
-        if slot.name.startswith("buffer."):  # an integer buffer, the same for all tasks
-            value = self.programs.sources.value(slot.name.removeprefix("buffer.")).detach()
-            lead = batch.x.shape[: 2 if batch.per_step else 1]
-            value = value.expand(*lead, *value.shape)
-        else:
-            value = getattr(batch, slot.name)
-        if slot.space == Space.INTS:
-            return value.detach().to(torch.int64)
-        return value
+    def _integers(self, batch: Batch, slot: Slot) -> Tensor:
+        """An integer buffer, the same for all tasks."""
+        value = self.programs.sources.value(slot.name.removeprefix("buffer.")).detach()
+        lead = first_leaf(batch.x).shape[: 2 if batch.per_step else 1]
+        return value.expand(*lead, *value.shape)
 
 
-def check(problem: Problem) -> None:
-    """Check what only values show: learning rates, class indices.
-
-    Raises:
-        ValueError: names what is wrong.
-    """
-    _inputs.check_rates(problem)
+def _unused(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """Gradients by a support set that no step reads: zeros."""
+    if problem.steps or problem.support is None:
+        return []
+    names = [name for name in ("support_x", "support_y", "support_weights") if name in wrt]
+    return [name for name in names if getattr(problem.support, name.partition("_")[2]) is not None]
