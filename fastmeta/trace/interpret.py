@@ -86,7 +86,7 @@ def interpret(
                 torch.full((view.buffer.size,), torch.nan, dtype=dtype) if constant is None else constant.to(dtype)
             )
         if min(view.strides, default=0) >= 0:
-            return tensor.as_strided(view.shape, view.strides, view.offset)
+            return tensor.as_strided(view.shape, view.strides, tensor.storage_offset() + view.offset)
         grids = torch.meshgrid(*[torch.arange(n) for n in view.shape], indexing="ij")
         index = sum((g * s for g, s in zip(grids, view.strides, strict=True)), torch.zeros((), dtype=torch.int64))
         return tensor[index + view.offset]

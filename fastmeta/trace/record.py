@@ -115,6 +115,12 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(decomposition_table)
 
 
+@cache
+def _composite(function: Any) -> bool:
+    """Whether PyTorch makes an operator out of others before it gets to a backend."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"))
+
+
 def name_of(function: Any) -> str:
     """An operator's name: "mul.Tensor", "mm"."""
     return str(function).removeprefix("aten.").removesuffix(".default")
@@ -177,8 +183,7 @@ class Recorder(TorchDispatchMode):
 
     Raises (inside):
         UntraceableError: what runs cannot be a program: it reads a value on the host, draws random
-            numbers, reads a tensor from outside, changes what was registered, or its shapes depend
-            on values.
+            numbers, reads a tensor from outside, or its shapes depend on values.
     """
 
     def __init__(self, supported: Container[str] = frozenset()) -> None:
@@ -233,9 +238,13 @@ class Recorder(TorchDispatchMode):
             raise UntraceableError(f"the shape of what {func} returns depends on values")
         if func._schema.is_mutable:
             return self._write(func, args, kwargs, refs)
-        if traced and name_of(func) not in self._supported and func in _decompositions():
+        if traced and name_of(func) not in self._supported:
             with self:
-                return _decompositions()[func](*args, **kwargs)
+                found = func.decompose(*args, **kwargs) if _composite(func) else NotImplemented
+                if found is NotImplemented and func in _decompositions():
+                    found = _decompositions()[func](*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         out = func(*args, **kwargs)
         outs = list(_tensors(out))
         if all(_key(o) in self._values for o in outs):  # views

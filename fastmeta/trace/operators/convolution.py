@@ -357,3 +357,24 @@ def upsample_backward(low: Lowering, g: Operand, *_: Any) -> Operand:
         sizes += [n, times]
     split = View(view.buffer, view.offset, tuple(sizes), contiguous(sizes))
     return low.build.reduce("sum", split, list(range(3, len(sizes), 2)))
+
+
+@lowers("upsample_bilinear2d_backward")
+def bilinear_backward(
+    low: Lowering, g: Operand, out: Sizes, shape: Sizes, corners: bool, scale_h: Any = None, scale_w: Any = None
+) -> Operand:
+    """Two products with what PyTorch makes of the identity along each dimension."""
+
+    def along(n: int, m: int, scale: Any) -> View:
+        eye = torch.eye(n, dtype=torch.float64)[None]
+        return low.build.array(torch.ops.aten.upsample_linear1d(eye, [m], corners, scale)[0])  # [n, m]
+
+    given = _shape(low)
+    view = low.build.dense(low.view(g, given).expand(given))
+    (n, channels, height, width), (oh, ow) = shape, out
+    rows, columns = along(height, oh, scale_h), along(width, ow, scale_w)
+    flat = View(view.buffer, view.offset, (n * channels, oh, ow), contiguous((n * channels, oh, ow)))
+    across = low.build.product(flat, columns.permute([1, 0]).unsqueeze(0).expand((n * channels, ow, width)))
+    left = rows.unsqueeze(0).expand((n * channels, height, oh))
+    found = low.build.product(left, across)
+    return View(found.buffer, found.offset, tuple(shape), contiguous(shape))

@@ -209,3 +209,40 @@ def _no_masks(low: Lowering, start: int) -> None:
     refs = list(low.call.refs())[start:]  # type: ignore[union-attr]
     if any(ref.dtype == torch.bool for ref in refs[: len(refs)]):
         raise UntraceableError("the shape of what a mask selects depends on values")
+
+
+def _moved(low: Lowering, shape: tuple[int, ...], sizes: Sequence[int], forward: Any) -> View:
+    """For every element of what an operator that only moves elements returns, the place of what
+    stands there."""
+    import torch
+
+    places = torch.arange(numel(shape), dtype=torch.float64).reshape(shape)
+    return low.build.array(forward(places, list(sizes)).reshape(-1))
+
+
+def _enter_padding(name: str) -> None:
+    import torch
+
+    forward = getattr(torch.ops.aten, name)
+
+    @lowers(name)
+    def padded(low: Lowering, x: Operand, sizes: Sequence[int]) -> Operand:
+        (shape,) = _shapes(low)
+        view = low.build.dense(low.view(x, shape).expand(shape))
+        index = _moved(low, shape, sizes, forward)
+        return low.build.gather(View(view.buffer, view.offset, index.shape, (0,)), index, 1, numel(shape))
+
+    @lowers(f"{name}_backward")
+    def padded_backward(low: Lowering, g: Operand, x: Operand, sizes: Sequence[int]) -> Operand:
+        given, shape = _shapes(low)
+        source = low.build.dense(low.view(g, given).expand(given))
+        index = _moved(low, shape, sizes, forward)
+        total = low.build.copy(0.0, (numel(shape),))
+        out = View(total.buffer, 0, index.shape, (0,))
+        low.build.scatter(out, View(source.buffer, source.offset, index.shape, (1,)), index, 1, numel(shape))
+        return View(total.buffer, 0, shape, contiguous(shape))
+
+
+for _kind in ("replication", "reflection"):
+    for _dims in (1, 2, 3):
+        _enter_padding(f"{_kind}_pad{_dims}d")
