@@ -294,6 +294,21 @@ def test_an_output_of_integers_alone(backend: str) -> None:
 
 
 @each_backend
+def test_numbers_beside_outputs_are_those_of_the_first_task(backend: str) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"y": super().forward(x), "largest": x.max().item()}
+
+    net = Counts(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randn(TASKS, 5, 2, dtype=torch.float64)
+    loss = lambda output, y: F.mse_loss(output["y"], y) * output["largest"]  # noqa: E731
+    out = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)(x, y, x, y)
+    want = losses_of(net, dict(net.named_parameters()), (x, y), (x, y), loss, LR, STEPS)
+    assert error(out.task_losses, want) < 1e-9
+    assert out.output["largest"] == x[0].max().item()
+
+
+@each_backend
 def test_an_output_with_attributes(backend: str) -> None:
     class Model(nn.Linear):
         def forward(self, x: Tensor) -> _Output:
