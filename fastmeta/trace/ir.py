@@ -79,9 +79,7 @@ class View:
             self.buffer is other.buffer
             and self.offset == other.offset
             and self.shape == other.shape
-            and all(
-                n == 1 or s == t for n, s, t in zip(self.shape, self.strides, other.strides, strict=True)
-            )
+            and all(n == 1 or s == t for n, s, t in zip(self.shape, self.strides, other.strides, strict=True))
         )
 
     def expand(self, shape: Sequence[int]) -> View:

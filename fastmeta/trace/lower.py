@@ -101,7 +101,9 @@ class Lowering:
     def map(self, function: str, *args: Operand) -> Operand:
         """`Builder.map` to the shape and layout of the operator's result."""
         if not any(isinstance(a, View) for a in args):  # numbers alone
-            return self.build.copy(args[0], self.shape) if function == "copy" else self._numbers(function, args)
+            return (
+                self.build.copy(args[0], self.shape) if function == "copy" else self._numbers(function, args)
+            )
         strides = self.strides
         if strides is not None and not _dense_in_some_order(self.shape, strides):
             strides = None
@@ -182,9 +184,7 @@ class Lowering:
             return
         whole = self.build.new((out.value.size,))
         at = View(whole.buffer, out.offset, out.shape, out.strides)
-        self.build.emit(
-            Map(at, "copy", (result.expand(out.shape) if isinstance(result, View) else result,))
-        )
+        self.build.emit(Map(at, "copy", (result.expand(out.shape) if isinstance(result, View) else result,)))
         self._known[out.value] = (whole.buffer, 0)
 
     def _assigned(self, before: Value, at: Ref, source: Any) -> tuple[Buffer, int] | Sparse:

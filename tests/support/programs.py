@@ -52,7 +52,9 @@ class Traced:
     def interpreted(self, *tensors: Tensor) -> Tensor:
         """By plain PyTorch."""
         program = self.program()
-        memory = {self.inputs[s.name][0]: t.reshape(-1) for s, t in zip(self.layout.slots, tensors, strict=True)}
+        memory = {
+            self.inputs[s.name][0]: t.reshape(-1) for s, t in zip(self.layout.slots, tensors, strict=True)
+        }
         target = next(
             v.buffer for i in program.instructions for v in _written(i) if v.buffer.space == Space.OUTPUT
         )
@@ -109,5 +111,3 @@ def _written(instruction: Any) -> list[Any]:
     from fastmeta.trace.ir import written
 
     return written(instruction)
-
-

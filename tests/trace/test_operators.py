@@ -59,8 +59,13 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[torch.Generator], 
     "maximum": (torch.maximum, (_x(*M), _x(7))),
     "minimum": (torch.minimum, (_x(*M), _x(7))),
     "comparisons": (
-        lambda a, b: sum((c.double() * 2**i for i, c in enumerate((a < b, a <= b, a > b, a >= b, a == b, a != b)))),
-        (lambda g: torch.randint(0, 3, M, generator=g).double(), lambda g: torch.randint(0, 3, M, generator=g).double()),
+        lambda a, b: sum(
+            (c.double() * 2**i for i, c in enumerate((a < b, a <= b, a > b, a >= b, a == b, a != b)))
+        ),
+        (
+            lambda g: torch.randint(0, 3, M, generator=g).double(),
+            lambda g: torch.randint(0, 3, M, generator=g).double(),
+        ),
     ),
     "where": (lambda m, a, b: torch.where(m, a, b), (_mask(*M), _x(*M), _x(7))),
     "logic": (lambda m, n, a: a * ((m & n) | ~(m ^ n)), (_mask(*M), _mask(*M), _x(*M))),
@@ -75,7 +80,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[torch.Generator], 
     "sum": (lambda a: a.sum((0, 2)) + a.sum() + a.mean(0).mean(-1) + a.mean(), (_x(3, 5, 7),)),
     "sum_keep": (lambda a: a.sum(1, keepdim=True) * a.mean((0, 1), keepdim=True), (_x(3, 5, 7),)),
     "extrema": (lambda a: a.amax(1) + a.amin(1) + a.max() + a.min() + a.max(1).values, (_x(*M),)),
-    "argmax": (lambda a: (a.argmax(1) + a.argmin(0)[:5] + a.max(1).indices + a.argmax()).double() + 0 * a[:, 0], (_x(*M),)),
+    "argmax": (
+        lambda a: (a.argmax(1) + a.argmin(0)[:5] + a.max(1).indices + a.argmax()).double() + 0 * a[:, 0],
+        (_x(*M),),
+    ),
     "softmax": (lambda a: a.softmax(-1) + a.log_softmax(0), (_x(*M),)),
     "softmax_middle": (lambda a: a.softmax(1), (_x(3, 5, 7),)),
     "any": (lambda m, a: a * m.any(0) * m.all(1, keepdim=True), (_mask(*M), _x(*M))),
@@ -107,7 +115,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[torch.Generator], 
     "permuted": (lambda a: (a.permute(2, 0, 1).reshape(7, 15) * 2).T.contiguous(), (_x(3, 5, 7),)),
     "expanded": (lambda a: a[:, None].expand(7, 3).reshape(21).clone(), (_x(7),)),
     "full_like": (lambda a: torch.full_like(a, 2.5) + torch.zeros_like(a) + torch.ones_like(a), (_x(*M),)),
-    "diagonal": (lambda a: torch.diag_embed(a) + torch.diagonal(torch.diag_embed(a), dim1=-2, dim2=-1).sum(), (_x(7),)),
+    "diagonal": (
+        lambda a: torch.diag_embed(a) + torch.diagonal(torch.diag_embed(a), dim1=-2, dim2=-1).sum(),
+        (_x(7),),
+    ),
     "pixel_shuffle": (lambda a: F.pixel_shuffle(a, 2), (_x(1, 8, 3, 3),)),
     "gather": (lambda a, i: a.gather(1, i), (_x(*M), _ids(7, 5, 3))),
     "index_select": (lambda a, i: a.index_select(0, i) + a.index_select(0, i), (_x(*M), _ids(5, 4))),
@@ -122,7 +133,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[torch.Generator], 
     "index_add": (lambda a, i, v: a.index_add(0, i, v, alpha=2), (_x(*M), _ids(5, 4), _x(4, 7))),
     "index_put": (lambda a, i, v: a.index_put((i,), v, accumulate=True), (_x(*M), _ids(5, 4), _x(4, 7))),
     "cross_entropy": (lambda a, i: F.cross_entropy(a, i), (_x(*M), _ids(7, 5))),
-    "nll_weighted": (lambda a, i, w: F.cross_entropy(a, i, w, label_smoothing=0.1), (_x(*M), _ids(7, 5), _positive(7))),
+    "nll_weighted": (
+        lambda a, i, w: F.cross_entropy(a, i, w, label_smoothing=0.1),
+        (_x(*M), _ids(7, 5), _positive(7)),
+    ),
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b, padding=2, dilation=2), (_x(2, 4, 9), _x(6, 4, 3), _x(6))),
     "conv2d": (lambda x, w: F.conv2d(x, w, stride=2, padding=1), (_x(2, 3, 7, 8), _x(5, 3, 3, 3))),
     "conv2d_groups": (lambda x, w: F.conv2d(x, w, groups=2, padding=1), (_x(2, 4, 5, 5), _x(6, 2, 3, 3))),
@@ -220,7 +234,10 @@ def test_refuses_what_cannot_be_a_program(name: str) -> None:
 
 
 @pytest.mark.parametrize("lanes", [False, True])
-@pytest.mark.parametrize("function", [lambda w, i: F.embedding(i, w), lambda w, i: torch.zeros(9, 6).double().index_add(0, i[0], w[:3])])
+@pytest.mark.parametrize(
+    "function",
+    [lambda w, i: F.embedding(i, w), lambda w, i: torch.zeros(9, 6).double().index_add(0, i[0], w[:3])],
+)
 def test_an_index_out_of_range_is_an_error(function: Callable[..., Tensor], lanes: bool) -> None:
     tensors = _tensors("embedding", 3, torch.float64)
     traced = Traced(function, *(t[0] for t in tensors))

@@ -12,6 +12,7 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
+from fastmeta.backends.machine.cost import slower
 from fastmeta.problem import Problem, Result
 
 try:
@@ -67,6 +68,13 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
             return reason
         problem.scratch[key] = True  # type: ignore[index]
     return ""
+
+
+def yields(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why "auto" had better take a later backend for a problem that is not refused, "" if not."""
+    found = plans.programs(problem, wrt)
+    dtype = next(iter(problem.params.values())).dtype
+    return found if isinstance(found, str) else slower(problem, found, dtype)
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:

@@ -37,7 +37,10 @@ def index_select(low: Lowering, x: Operand, dim: int, index: Operand) -> Operand
     view, out = low.view(x, shape).expand(shape), low.shape
     places = low.view(index, at).expand(at)
     spread = View(
-        places.buffer, places.offset, out, tuple(places.strides[0] if d == dim else 0 for d in range(len(out)))
+        places.buffer,
+        places.offset,
+        out,
+        tuple(places.strides[0] if d == dim else 0 for d in range(len(out))),
     )
     return low.build.gather(_along(view, dim, out), spread, view.strides[dim], shape[dim])
 
@@ -79,7 +82,9 @@ def _scattered(low: Lowering, x: Operand, dim: int, index: Operand, source: Oper
         return low.build.map("add", x, source) if add else source
     dim %= len(shape)
     values = low.view(source, at)
-    cut = View(values.buffer, values.offset, at, values.expand(at).strides if not values.shape else values.strides)
+    cut = View(
+        values.buffer, values.offset, at, values.expand(at).strides if not values.shape else values.strides
+    )
     out = _along(whole, dim, at)
     places = low.view(index, at).expand(at)
     low.build.scatter(out, cut, places, whole.strides[dim], shape[dim], accumulate=add)
@@ -113,7 +118,12 @@ def _with_index(
         tuple((places.strides[0] if at else 0) if d == dim else 0 for d in range(len(given))),
     )
     low.build.scatter(
-        _along(whole, dim, given), low.view(values, given), spread, whole.strides[dim], shape[dim], accumulate=add
+        _along(whole, dim, given),
+        low.view(values, given),
+        spread,
+        whole.strides[dim],
+        shape[dim],
+        accumulate=add,
     )
     return whole
 
@@ -155,7 +165,9 @@ def _advanced(
         index = None  # type: ignore[assignment]
         for d, place, step_ in zip(at, places, dense, strict=True):
             n = float(view.shape[d])
-            place = low.build.map("where", low.build.map("lt", place, 0.0), low.build.map("add", place, n), place)
+            place = low.build.map(
+                "where", low.build.map("lt", place, 0.0), low.build.map("add", place, n), place
+            )
             place = low.build.map("mul", place, float(step_))
             index = place if index is None else low.build.map("add", index, place)
         step, limit, wraps = view.strides[at[-1]], numel([view.shape[d] for d in at]), False
@@ -185,7 +197,12 @@ def index(low: Lowering, x: Operand, indices: Sequence[Operand | None]) -> Opera
 
 @lowers("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(
-    low: Lowering, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False, *_: Any
+    low: Lowering,
+    x: Operand,
+    indices: Sequence[Operand | None],
+    values: Operand,
+    accumulate: bool = False,
+    *_: Any,
 ) -> Operand:
     from fastmeta.trace.record import UntraceableError
 

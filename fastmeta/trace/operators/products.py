@@ -16,7 +16,7 @@ def product(low: Lowering, a: Operand, b: Operand) -> Operand:
     left, right = (low.view(x, shape).expand(shape) for x, shape in zip((a, b), shapes, strict=True))
     batched = len(left.shape) == 3
     out = low.build.product(left if batched else left.unsqueeze(0), right if batched else right.unsqueeze(0))
-    shape = (out.shape if batched else out.shape[1:])
+    shape = out.shape if batched else out.shape[1:]
     return View(out.buffer, out.offset, shape, contiguous(shape))
 
 

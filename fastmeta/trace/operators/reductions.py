@@ -19,13 +19,17 @@ def _given(low: Lowering, x: Operand) -> View:
 
 
 @lowers("sum", "sum.dim_IntList")
-def total(low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Operand:
+def total(
+    low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> Operand:
     view = _given(low, x)
     return low.build.reduce("sum", view, list(dim or ()), keepdim) if view.shape else view
 
 
 @lowers("mean", "mean.dim")
-def mean(low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Operand:
+def mean(
+    low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> Operand:
     view = _given(low, x)
     if not view.shape:
         return view

@@ -104,7 +104,8 @@ def slice_scatter(
     dim %= len(low.shape)
     n = low.shape[dim]
     start, end = (
-        min(max(i + n if i < 0 else i, 0), n) for i in (0 if start is None else start, n if end is None else end)
+        min(max(i + n if i < 0 else i, 0), n)
+        for i in (0 if start is None else start, n if end is None else end)
     )
     return _written(low, x, _places(low.shape).slice(dim, start, end, step), source)
 
@@ -154,7 +155,10 @@ def roll(low: Lowering, x: Operand, shifts: Sequence[int], dims: Sequence[int] =
         parts = [
             pair
             for v, p in parts
-            for pair in ((v.slice(dim, 0, n - k), p.slice(dim, k, n)), (v.slice(dim, n - k, n), p.slice(dim, 0, k)))
+            for pair in (
+                (v.slice(dim, 0, n - k), p.slice(dim, k, n)),
+                (v.slice(dim, n - k, n), p.slice(dim, 0, k)),
+            )
         ]
     pieces = tuple(piece_of(v, p) for v, p in parts if v.numel)
     return Sparse(numel(low.shape), pieces)

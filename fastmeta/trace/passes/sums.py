@@ -25,9 +25,7 @@ def with_accumulation(instructions: Sequence[Instruction]) -> list[Instruction]:
             if any(view.buffer.space != Space.WORK or len(uses.readers[view.buffer]) != 1 for view in (a, b)):
                 continue
             first, second = uses.writers[a.buffer], uses.writers[b.buffer]
-            if taken & {*first, *second, at} or not all(
-                _adds(found[w]) for w in (*first, *second)
-            ):
+            if taken & {*first, *second, at} or not all(_adds(found[w]) for w in (*first, *second)):
                 continue
             new = [_retargeted(found[w], a, add.out) for w in first]
             new += [_retargeted(found[w], b, add.out) for w in second]
