@@ -87,12 +87,8 @@ class Call:
 ASSIGN = "assign"
 _FRESH = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
 _HOST_READS = frozenset({aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default})
-_WRITES = {
-    aten.copy_.default: lambda to, source, *_: aten.expand.default(source, list(to.shape)),
-    aten.zero_.default: lambda to: 0.0,
-    aten.fill_.Scalar: lambda to, number: number,
-    aten.fill_.Tensor: lambda to, number: number,
-}
+#: Operators that write what they are given.
+_WRITES = frozenset({aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor})
 
 
 _INDEXED = frozenset(
@@ -208,9 +204,12 @@ class Recorder(TorchDispatchMode):
                 value = Value(1, tensor.dtype, tensor.detach().clone().reshape(1))
                 return Ref(value, 0, (), (), tensor.dtype)
             raise UntraceableError(
-                f"it reads a tensor {tuple(tensor.shape)} that is none of its arguments, parameters or buffers"
+                f"it reads a tensor {tuple(tensor.shape)} that is none of its arguments, parameters or "
+                "buffers"
             )
-        return Ref(value, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        return Ref(
+            value, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -296,11 +295,8 @@ class Recorder(TorchDispatchMode):
             self._set(to, _constant(to))
             return out
         if func in _WRITES:
-            others = [refs[id(a)] if isinstance(a, Tensor) else a for a in args[1:]]
-            if func is aten.copy_.default or func is aten.fill_.Tensor:
-                source: Any = others[0]
-            else:
-                source = float(others[0]) if others else 0.0
+            written_by = args[1] if len(args) > 1 else 0.0
+            source: Any = refs[id(written_by)] if isinstance(written_by, Tensor) else float(written_by)
         else:
             functional = _functional(func)
             call = Call(

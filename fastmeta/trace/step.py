@@ -214,7 +214,7 @@ class _Pass:
         self.carried.copies = copies
         self.loss = loss
         if loss is not None:
-            weights = {}
+            weights: dict[str, Any] = {}
             for name in ("weight", "pos_weight"):
                 value = getattr(loss, name)
                 if value is not None:

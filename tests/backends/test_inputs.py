@@ -222,7 +222,7 @@ def test_forms_tell_trees_apart() -> None:
 @pytest.mark.parametrize(
     "tree",
     [object(), [object()], {"x": np.ones(2)}, defaultdict(list, x=torch.ones(1)), {1, 2}, range(2)],
-    ids=str,
+    ids=["object", "list", "array", "defaultdict", "set", "range"],
 )
 def test_what_is_no_tree(tree: Any) -> None:
     with pytest.raises(inputs.NotATreeError):

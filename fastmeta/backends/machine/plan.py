@@ -384,7 +384,7 @@ def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None
     )
     mine, theirs = found.grads, expected.grads
     for field in ("params", "lr"):
-        of = {name: value for name, value in (getattr(theirs, field) or {}).items()}
+        of: dict[str, Tensor] = getattr(theirs, field) or {}
         own = getattr(mine, field) or {}
         groups[f"the gradient by {field}"] = ([own.get(name) for name in of], list(of.values()))
     for field in ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights"):

@@ -252,7 +252,7 @@ def _max_pool(
     ceil_mode: bool = False,
 ) -> list[Operand]:
     shape = _shape(low)
-    lead = len(shape) - len(low.call.args[1]) if low.call is not None else 2  # type: ignore[arg-type]
+    lead = len(shape) - len(kernel)
     dims = len(shape) - lead
     kernel, padding, dilation = (_every(s, dims) for s in (kernel, padding, dilation))
     stride = _every(stride, dims) if stride else kernel
@@ -293,7 +293,7 @@ def max_pool_backward(low: Lowering, g: Operand, x: Operand, kernel: Sizes, *arg
 
 
 def _shares(shape: Sizes, out: Sizes, args: Sequence[Any]) -> torch.Tensor:
-    """1 / the divisor of every window, [1, 1, *out]: what PyTorch makes of ones, by their number."""
+    """1 / the divisor of every window, [1, 1, *out]: PyTorch's means of ones."""
     kernel, stride, padding, ceil, include, divisor = (*args, *[None] * 6)[:6]
     pool = torch.nn.functional.avg_pool2d if len(out) == 2 else torch.nn.functional.avg_pool3d
     ones = torch.ones(1, 1, *shape, dtype=torch.float64)

@@ -143,7 +143,7 @@ def index_copy(low: Lowering, x: Operand, dim: int, index: Operand, source: Oper
 def _advanced(
     low: Lowering, view: View, indices: Sequence[Operand | None], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[View, View, int, int, bool]:
-    """(view at index zero, index, step, limit, wraps) for x[indices], in the shape of the result."""
+    """(view at index zero, index, step, limit, wraps) of x[indices], in the result's shape."""
     from torch import broadcast_shapes
 
     at = [d for d, index in enumerate(indices) if index is not None]
@@ -162,14 +162,15 @@ def _advanced(
         index, step, limit, wraps = places[0], view.strides[at[0]], view.shape[at[0]], True
     else:  # as of one flat dimension
         dense = contiguous([view.shape[d] for d in at])
-        index = None  # type: ignore[assignment]
+        flat: View | None = None
         for d, place, step_ in zip(at, places, dense, strict=True):
             n = float(view.shape[d])
             place = low.build.map(
                 "where", low.build.map("lt", place, 0.0), low.build.map("add", place, n), place
             )
             place = low.build.map("mul", place, float(step_))
-            index = place if index is None else low.build.map("add", index, place)
+            flat = place if flat is None else low.build.map("add", flat, place)
+        index = places[0] if flat is None else flat
         step, limit, wraps = view.strides[at[-1]], numel([view.shape[d] for d in at]), False
     index = index.expand(common)
     strides = (*[0] * lead, *index.strides, *[0] * (len(out) - lead - len(common)))

@@ -74,7 +74,7 @@ def diagonal_backward(
 
     like = empty(tuple(sizes), device="meta").diagonal(offset, dim1, dim2)
     source = low.view(g, tuple(like.shape)).expand(tuple(like.shape))
-    piece = Piece(like.storage_offset(), tuple(like.shape), tuple(like.stride()), source)
+    piece = Piece(int(like.storage_offset()), tuple(like.shape), tuple(like.stride()), source)
     return Sparse(numel(sizes), (piece,))
 
 
