@@ -159,6 +159,26 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[torch.Generator], 
         lambda x: F.pad(x, (1, 2, 2, 1), mode="replicate") + F.pad(x, (1, 2, 2, 1), mode="reflect"),
         (_x(2, 3, 4, 5),),
     ),
+    "replicated_lines": (
+        lambda x: F.pad(x, (1, 2), mode="replicate") + F.pad(x, (1, 2), mode="reflect"),
+        (_x(2, 3, 5),),
+    ),
+    "replicated_volumes": (
+        lambda x: (
+            F.pad(x, (1, 0, 1, 1, 0, 1), mode="replicate") + F.pad(x, (1, 0, 1, 1, 0, 1), mode="reflect")
+        ),
+        (_x(1, 2, 3, 3, 3),),
+    ),
+    "sign": (lambda a: a.sign() * a, (_x(*M),)),
+    "var_mean": (
+        lambda a: torch.var_mean(a, 1)[0] + torch.var_mean(a, (1,), keepdim=True)[1][:, 0],
+        (_x(*M),),
+    ),
+    "slice_scatter": (
+        lambda a, b: a.slice_scatter(b, 1, 2, 6, 2).select_scatter(b[0, 0] + b[:, 0], 1, 6),
+        (_x(*M), _x(5, 2)),
+    ),
+    "index_copy": (lambda a, b: a.index_copy(0, torch.tensor([3, 1]), b), (_x(*M), _x(2, 7))),
     "bilinear": (lambda a, b, w: F.bilinear(a, b, w), (_x(5, 3), _x(5, 4), _x(6, 3, 4))),
     "prod": (lambda a: a.prod(1) + a[:, :3].prod(1) + a[:2].prod(), (_x(*M),)),
     "unfold": (lambda x: F.unfold(x, 2), (_x(2, 3, 4, 5),)),
@@ -237,6 +257,7 @@ def _operators(function: Callable[..., Tensor], tensors: list[Tensor], derivativ
         for _ in range(derivatives):
             if not value.requires_grad:
                 break
+            torch.autograd.grad(value.square().sum(), wanted, retain_graph=True, allow_unused=True)
             found = torch.autograd.grad(value.square().sum(), wanted, create_graph=True, allow_unused=True)
             value = torch.stack([g.sin().sum() for g in found if g is not None]).sum()
     return seen

@@ -34,16 +34,13 @@ _UNARY = {
     "round": "round",
     "trunc": "trunc",
     "clone": "copy",
-    "lift_fresh_copy": "copy",
     "detach": "copy",
-    "alias": "copy",
 }
 _BINARY = {
     "mul": "mul",
     "div": "div",
     "maximum": "max",
     "minimum": "min",
-    "pow": "pow",
     "atan2": "atan2",
 }
 _COMPARE = {"lt": "lt", "le": "le", "eq": "eq", "ne": "ne", "gt": "gt", "ge": "ge"}
@@ -178,11 +175,6 @@ def reciprocal(low: Lowering, x: Operand) -> Operand:
 @lowers("rsqrt")
 def rsqrt(low: Lowering, x: Operand) -> Operand:
     return low.map("div", 1.0, low.map("sqrt", x))
-
-
-@lowers("square")
-def square(low: Lowering, x: Operand) -> Operand:
-    return low.map("mul", x, x)
 
 
 @lowers("exp2")

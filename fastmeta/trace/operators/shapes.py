@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastmeta.trace.builder import Piece, Sparse
 from fastmeta.trace.ir import Map, Operand, View
@@ -76,11 +75,6 @@ def diagonal_backward(
     source = low.view(g, tuple(like.shape)).expand(tuple(like.shape))
     piece = Piece(int(like.storage_offset()), tuple(like.shape), tuple(like.stride()), source)
     return Sparse(numel(sizes), (piece,))
-
-
-@lowers("as_strided_scatter", "as_strided_backward")
-def not_taken(low: Lowering, *_: Any) -> Operand:
-    raise UntraceableError("as_strided has no lowering")
 
 
 def _written(low: Lowering, x: Operand, part: View, source: Operand) -> View:
