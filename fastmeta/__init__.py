@@ -20,6 +20,7 @@ from fastmeta.algorithms import (
 )
 from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
+from fastmeta.inputs import Inputs
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward, task_gradient
 from fastmeta.update_rules import SGD
 from fastmeta.version import __version__
@@ -36,6 +37,7 @@ __all__ = [
     "CaptureError",
     "Context",
     "IMAMLLoss",
+    "Inputs",
     "MAMLPlusPlus",
     "MetaCurvature",
     "MetaGradient",

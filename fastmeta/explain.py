@@ -107,10 +107,10 @@ def meta_step_cost(problem: Problem) -> dict[str, int]:
     if problem.program is None:
         return {}
     f, first = multiply_adds(problem.program)
-    query = 0 if problem.query is None else problem.query.x.shape[1] * (3 * f - first)
+    query = 0 if problem.query is None else (problem.query.examples or 0) * (3 * f - first)
     if problem.support is None or problem.steps == 0:
         return {"store": problem.tasks * query}
-    examples = problem.support.x.shape[2 if problem.support.per_step else 1]
+    examples = problem.support.examples or 0
     if problem.order == "first":
         modes = {"store": 3 * f - first}
     else:
@@ -122,10 +122,9 @@ def meta_step_cost(problem: Problem) -> dict[str, int]:
 
 def _what(problem: Problem) -> str:
     parts = [f"T = {problem.tasks} tasks", f"K = {problem.steps} inner steps, {problem.order} order"]
-    if problem.support is not None:
-        parts.insert(1, f"N = {problem.support.x.shape[2 if problem.support.per_step else 1]}")
-    if problem.query is not None:
-        parts.insert(2, f"M = {problem.query.x.shape[1]}")
+    for at, letter, batch in ((1, "N", problem.support), (2, "M", problem.query)):
+        if batch is not None and batch.examples is not None:
+            parts.insert(at, f"{letter} = {batch.examples}")
     adapted = f"{len(problem.rates)} of {len(problem.params)} parameters adapted"
     dtype = str(next(iter(problem.params.values())).dtype).removeprefix("torch.")
     return ", ".join([*parts, adapted, dtype])

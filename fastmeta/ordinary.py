@@ -9,15 +9,18 @@ subclasses). A subclass that changes no more than what functions do (`__torch_fu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from fastmeta.inputs import NotATreeError, Tree, leaves_of, mapped
+
 #: The classes that need no look: of tensors, and of what may stand where one could.
 KNOWN: frozenset[type] = frozenset({Tensor, nn.Parameter, type(None), float, int})
-_PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
+#: Of tensors alone.
+PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
 
 
 def all_known(*groups: Any) -> bool:
@@ -33,9 +36,10 @@ def all_known(*groups: Any) -> bool:
 
 
 def all_plain(*groups: Any) -> bool:
-    """Whether the tensors among these, and in these mappings and tuples, are all plain ones."""
+    """Whether the tensors among these, and in these mappings, tuples and trees, are all plain
+    ones."""
     members = [member for group in groups for member in _members(group)]
-    return all(type(member) in _PLAIN for member in members if isinstance(member, Tensor))
+    return all(type(leaf) in PLAIN for member in members for leaf in _leaves(member))
 
 
 def _members(group: Any) -> Iterable[Any]:
@@ -44,22 +48,38 @@ def _members(group: Any) -> Iterable[Any]:
     return group.values() if isinstance(group, Mapping) else (group,)
 
 
+def _leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree; none of what is no tree, which the checks will name."""
+    try:
+        return leaves_of(tree)
+    except NotATreeError:
+        return []
+
+
 def plain(given: Any) -> Any:
-    """`given`, tensors of subclasses without their class: a tensor, or a mapping or a named tuple
-    of tensors.
+    """`given`, tensors of subclasses without their class: a tensor, or a mapping of tensors, or a
+    named tuple of trees.
 
     What is no ordinary tensor underneath stays as it is, for `check_ordinary` to refuse.
     """
     if isinstance(given, Tensor):
-        if type(given) in _PLAIN or _dispatches(given):
+        if type(given) in PLAIN or _dispatches(given):
             return given
         with torch._C.DisableTorchFunctionSubclass():
             return given.as_subclass(Tensor)
     if isinstance(given, Mapping):
         return given if all_known(given) else {name: plain(value) for name, value in given.items()}
     if isinstance(given, tuple) and hasattr(given, "_make"):
-        return given._make(map(plain, given))
+        return given._make(map(plain_tree, given))
     return given
+
+
+def plain_tree(tree: Tree) -> Tree:
+    """A tree whose leaves are as `plain` has them."""
+    try:
+        return mapped(plain, tree)
+    except NotATreeError:  # which the checks will name
+        return tree
 
 
 def check_ordinary(what: str, tensor: Tensor) -> None:
@@ -74,7 +94,7 @@ def check_ordinary(what: str, tensor: Tensor) -> None:
             one of torch.func's wrappers.
         ValueError: its storage is freed or too small; it is on the meta device.
     """
-    if type(tensor) not in _PLAIN and _dispatches(tensor):
+    if type(tensor) not in PLAIN and _dispatches(tensor):
         name = type(tensor).__name__
         ways = {
             "DTensor": "`.full_tensor()` or `.to_local()`",
@@ -151,11 +171,18 @@ def savable(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     return tensors
 
 
-def lack_memory(*groups: Mapping[str, Tensor] | Iterable[Tensor | None] | None) -> bool:
+def lack_memory(*groups: Mapping[str, Any] | Iterable[Tree] | None) -> bool:
     """Whether some plain tensor of these has lost its memory since it was checked."""
     for group in groups:
-        for tensor in group.values() if isinstance(group, Mapping) else group or ():
-            if tensor is not None and not has_memory(tensor):
+        for tree in group.values() if isinstance(group, Mapping) else group or ():
+            if tree is None:
+                continue
+            # most are tensors, which need no walk
+            if tree.__class__ in PLAIN:
+                lost = not has_memory(cast(Tensor, tree))
+            else:
+                lost = not all(map(has_memory, leaves_of(tree)))
+            if lost:
                 return True
     return False
 

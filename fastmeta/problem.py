@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch import device as Device
 from torch import dtype as Dtype
+
+from fastmeta.inputs import Tree, first_leaf
 
 if TYPE_CHECKING:
     from fastmeta.graph.program import Program
@@ -56,12 +59,21 @@ class Batch:
     `x` is [T, N, *in], or [T, K, N, *in] for a support set with `per_step`; `y` has the same
     leading dimensions and is None where no loss is asked for; `weights` is [T, N] or [T, K, N] or
     None.
+
+    `x` and `y` may be trees of tensors instead, as `fastmeta.inputs` says. A backend that has a
+    `program` gets one tensor for `x`, and one that has a loss with a name one tensor for `y`.
     """
 
-    x: Tensor
-    y: Tensor | None = None
+    x: Tree
+    y: Tree = None
     weights: Tensor | None = None
     per_step: bool = False
+
+    @property
+    def examples(self) -> int | None:
+        """N, that of the first tensor of `x`; None where that has no dimension for it."""
+        shape = first_leaf(self.x).shape[2 if self.per_step else 1 :]
+        return shape[0] if shape else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +126,7 @@ class Problem:
         "task"  # "task" | "running" | "module"; `program`, where there is one, was captured for it
     )
     adapted_grad: dict[str, Tensor] | None = None  # cotangents of theta_K: name -> [T, *shape], all names
-    output_grad: Tensor | None = None  # cotangent of the output at theta_K: [T, M, *out]
+    output_grad: Tree = None  # cotangent of the output at theta_K: [T, M, *out], or a tree
     program: Program | None = None  # the captured network, or None
     refused: str = ""  # why there is no program
     prefer_flat: bool = False  # whoever returns `Gradients.flat_params` may leave `Gradients.params` None
@@ -128,22 +140,27 @@ class Problem:
     third: bool = False  # a third derivative is taken, which those of PyTorch's fused norms are not right in
     exchange: Exchange | None = None  # of net, where a backend that runs the module itself has made it
 
+    @property
+    def device(self) -> Device:
+        """Where all tensors are."""
+        return next(iter(self.params.values())).device
+
 
 @dataclass(slots=True)
 class Gradients:
     """Gradients of J, None where not asked for; shapes are those of the problem's own tensors.
 
     `params` holds every parameter (zeros where J does not depend on it), `lr` every entry of
-    `rates`.
+    `rates`. The gradient by a tree is a tree of the same form, as `fastmeta.inputs` says.
     """
 
     params: dict[str, Tensor] | None = None
     lr: dict[str, Tensor] | None = None
-    support_x: Tensor | None = None
-    support_y: Tensor | None = None
+    support_x: Tree = None
+    support_y: Tree = None
     support_weights: Tensor | None = None
-    query_x: Tensor | None = None
-    query_y: Tensor | None = None
+    query_x: Tree = None
+    query_y: Tree = None
     query_weights: Tensor | None = None
     flat_params: Tensor | None = (
         None  # if a backend has them so: params, in order, in one vector; see `prefer_flat`
@@ -157,7 +174,7 @@ class Result:
     their memory."""
 
     task_losses: Tensor | None = None  # [T]: sum_k s_k Q_t(theta_k), unweighted; None without a query loss
-    output: Tensor | None = None  # [T, M, *out] at theta_K; None without a query
+    output: Tree = None  # [T, M, *out] at theta_K, or a tree; None without a query
     adapted: dict[str, Tensor] | None = None  # every name -> [T, *shape]; None unless asked for
     grads: Gradients = field(default_factory=Gradients)
     loss: Tensor | None = None  # (): sum_t c_t task_losses[t], if the backend has it so

@@ -41,6 +41,11 @@ def register(learner: Learner) -> int:
     return handle
 
 
+def takes(tensors: Tensors) -> bool:
+    """Whether a custom operator can have these inputs: tensors, and no trees of them."""
+    return all(x is None or isinstance(x, Tensor) for x in tensors)
+
+
 def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `fastmeta.algorithms.meta_loss.meta_loss` does, as torch.compile traces it.
 
@@ -192,7 +197,13 @@ def _output_shape(
     x = torch.zeros(int(examples), *input_shape, dtype=dtype, device=device)
     params, _ = learner.meta_parameters()
     with torch.no_grad(), preserved(device, learner.net):
-        return tuple(call(learner.net, params, x, batch_stats=learner.module.batch_stats).shape[1:])
+        output = call(learner.net, params, x, batch_stats=learner.module.batch_stats)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{learner.who}: under torch.compile `net` must return one tensor, {type(learner.net).__name__} "
+            f"returned {type(output).__name__}: leave the call out of what is compiled"
+        )
+    return tuple(output.shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -266,7 +266,7 @@ class _IMAMLMachinery(InnerLoopMachinery):
         moved, captured = run_and_read(
             Operation(options, self.net, start, support, -1 / self.module.proximal, self.loss)
         )
-        return _Step(start, dict(zip(start, moved, strict=True)), captured)
+        return _Step(start, moved, captured)
 
     def implicit(
         self, params: dict[str, Tensor], step: _Step, query: dict[str, Tensor]

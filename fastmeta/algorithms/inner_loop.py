@@ -13,10 +13,10 @@ from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
-from fastmeta.ops.checks import Tensors, check_net
+from fastmeta.ops.checks import Tensors, check_net, leaves_named
 from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
-from fastmeta.ops.options import Adapt, Options, argument, check_options, names_of, rule_of
+from fastmeta.ops.options import Adapt, Options, check_options, names_of, rule_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates, repeated
 from fastmeta.update_rules import SGD
@@ -142,8 +142,7 @@ def check_no_gradients(who: str, tensors: Tensors) -> None:
     Raises:
         ValueError: an input requires grad.
     """
-    for field, tensor in tensors._asdict().items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise ValueError(
-                f"{argument(who, field)} must not require grad: {who} has no gradients of its inputs"
-            )
+    for field, tree in tensors._asdict().items():
+        for name, tensor in leaves_named(who, field, tree):
+            if tensor.requires_grad:
+                raise ValueError(f"{name} must not require grad: {who} has no gradients of its inputs")

@@ -14,6 +14,7 @@ from fastmeta.algorithms.algorithm import Algorithm
 from fastmeta.algorithms.inner_rates import InnerRates
 from fastmeta.algorithms.machinery import MAMLMachinery, options_of
 from fastmeta.algorithms.meta_loss import leaves_of, meta_loss
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
     from fastmeta.explain import Explanation
 
 
+# where torch.compile breaks its graph
+_outside = torch.compiler.disable(meta_loss)
+
+
 class MetaLoss(NamedTuple):
     """What a `MAML` returns. Only `loss` is differentiable: a loss built from the others raises on
     backward."""
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
-    output: Tensor  # [T, M, *out]
+    output: Tree  # [T, M, *out]; of a network that returns several tensors, what it returns
 
 
 class MAML(Algorithm):
@@ -208,7 +213,8 @@ class MAML(Algorithm):
         )
         own = self._machinery
         if torch.compiler.is_compiling():
-            return MetaLoss(*compiled.meta_loss(own, tensors, support_per_step))
+            run = compiled.meta_loss if compiled.takes(tensors) else _outside
+            return MetaLoss(*run(own, tensors, support_per_step))
         out = MetaLoss(*meta_loss(own, tensors, support_per_step))
         return checked(out, self.who, self.on_divergence, task_weights)
 

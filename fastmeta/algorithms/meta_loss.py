@@ -15,12 +15,14 @@ from fastmeta.algorithms.learner import Learner
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import Replay
+from fastmeta.inputs import NotATreeError, Tree
 from fastmeta.losses import Loss
 from fastmeta.ops import again
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import Settled, settled
 from fastmeta.ops.once import refused
 from fastmeta.ops.options import Options
+from fastmeta.ops.places import Places, placed
 from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
 from fastmeta.ordinary import savable
@@ -40,7 +42,7 @@ class Leaves(NamedTuple):
     wrt: frozenset[str]  # "params", "lr"
 
 
-def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tree]:
     """(loss (), task_losses [T], output [T, M, *out]); loss has a graph where gradients are on and
     wanted."""
     params, rates = learner.meta_parameters()
@@ -62,11 +64,11 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
     captured = again.reads(result.grads.captured, aliases) if result.grads.captured else []
     if leaves or inputs or captured:
         gradients = [flat_gradient(learner, call, result)] if leaves else []
-        if inputs:
-            gradients += [
-                found.by_task_weights() if field == "task_weights" else input_gradient(field, result)
-                for field in inputs
-            ]
+        given, places = placed(tensors)
+        at = tuple([i for i, x in enumerate(given) if x.requires_grad]) if inputs else ()
+        if at:
+            by = places.gradients(result.grads, found.by_task_weights() if "task_weights" in inputs else None)
+            gradients += [by[i] for i in at]
         recipe = Recipe(
             options=call.options,
             net=learner.net,
@@ -78,12 +80,13 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
             flat=flat,
             names=tuple(params),
             keys=tuple(rates),
-            inputs=inputs,
+            places=places,
+            inputs=at,
             parts=tuple([read.part for read in captured]) if captured else (),
             own=None if flat is None else (params, rates),
             whole=found.rest is None,
         )
-        loss = recipe.attach(loss, gradients, leaves, params, rates, tensors, captured)
+        loss = recipe.attach(loss, gradients, leaves, params, rates, given, captured)
     return loss, task_losses, output
 
 
@@ -126,16 +129,15 @@ def flat_gradient(learner: Learner, call: Call, result: Result) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def found_in(found: Settled) -> tuple[Tensor, Tensor, Tensor]:
+def found_in(found: Settled) -> tuple[Tensor, Tensor, Tree]:
     """(loss, task_losses, output)."""
     result = found.result
-    return found.loss, cast(Tensor, result.task_losses), cast(Tensor, result.output)
+    return found.loss, cast(Tensor, result.task_losses), result.output
 
 
-def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+def answer(call: Call, result: Result) -> tuple[Tensor, Tensor, Tree]:
     """(loss, task_losses, output)."""
-    task_losses, output = cast(Tensor, result.task_losses), cast(Tensor, result.output)
-    return mean_loss(result, call.problem.task_weights), task_losses, output
+    return mean_loss(result, call.problem.task_weights), cast(Tensor, result.task_losses), result.output
 
 
 def attached(
@@ -171,21 +173,18 @@ def attached_to(loss: Tensor, gradients: list[Tensor], leaves: list[Tensor], inp
 
 
 def inputs_of(tensors: Tensors) -> list[str]:
-    """The inputs that require grad."""
+    """The inputs that require grad, or hold a tensor that does."""
     try:
         if True not in [x is not None and x.requires_grad for x in tensors]:
             return []
-    except AttributeError:  # not a tensor: the checks will name it
+    except AttributeError:  # not all of them are single tensors
+        pass
+    try:
+        given, places = placed(tensors)
+        fields = [field for field, x in zip(places.fields, given, strict=True) if x.requires_grad]
+    except (NotATreeError, AttributeError):  # the checks will name it
         return []
-    return [field for field, x in tensors._asdict().items() if x is not None and x.requires_grad]
-
-
-def input_gradient(field: str, result: Result) -> Tensor:
-    """The gradient of the mean loss by an input."""
-    if field == "task_weights":
-        task_losses = cast(Tensor, result.task_losses)
-        return task_losses / task_losses.shape[0]
-    return cast(Tensor, getattr(result.grads, field))
+    return list(dict.fromkeys(fields))
 
 
 class Recipe(NamedTuple):
@@ -207,7 +206,8 @@ class Recipe(NamedTuple):
     flat: FlatParameters | None
     names: tuple[str, ...]  # of the parameters
     keys: tuple[str, ...]  # of the learned rates
-    inputs: list[str]  # those that a gradient is wanted of
+    places: Places  # of the inputs
+    inputs: tuple[int, ...]  # the numbers of those that a gradient is wanted of
     parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
     own: (
         tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
@@ -223,7 +223,7 @@ class Recipe(NamedTuple):
         leaves: list[Tensor],
         params: Mapping[str, Tensor],
         rates: Mapping[str, Tensor],
-        tensors: Tensors,
+        tensors: Sequence[Tensor],
         captured: Sequence[again.Read],
     ) -> Tensor:
         """`loss` as a function of what its gradients are known for.
@@ -233,12 +233,13 @@ class Recipe(NamedTuple):
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
             leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector
                 of a flat module.
-            params, rates, tensors: everything that the loss was computed from.
+            params, rates, tensors: everything that the loss was computed from, inputs in the order
+                of `places`.
             captured: what was read besides.
         """
         given, rest = leaves, [*tensors]
         if self.inputs:
-            given = given + [getattr(tensors, field) for field in self.inputs]
+            given = given + [tensors[at] for at in self.inputs]
         if captured:
             gradients = gradients + [read.gradient for read in captured]
             given = given + [read.tensor for read in captured]
@@ -262,7 +263,7 @@ class Recipe(NamedTuple):
         """
         count = len(given) - len(self.parts)
         here = [again.local(tensor) for tensor in given[:count]]
-        by: dict[str, dict[str, Tensor]] = {"tensors": {}, "params": {}, "lr": {}, "flat": {}}
+        by: dict[str, dict[Any, Tensor]] = {"tensors": {}, "params": {}, "lr": {}, "flat": {}}
         first, then = self._slots()
         for (group, name), tensor in [*zip(then, rest, strict=True), *zip(first, here, strict=True)]:
             by[group][name] = tensor
@@ -272,7 +273,8 @@ class Recipe(NamedTuple):
             pieces = iter(views(by["flat"][""], self.flat.parts(params, rates)))
             params.update({name: next(pieces) for name in self.flat.names})
             rates.update({key: next(pieces) for key in self.flat.keys})
-        tensors, lr = Tensors(**by["tensors"]), self.lr_of(rates)
+        inputs = by["tensors"]
+        tensors, lr = self.places.tensors([inputs[at] for at in range(len(inputs))]), self.lr_of(rates)
         parts = tuple(part for part in self.parts if part is not None)
         losses = self.loss, self.query_loss
         captured = again.read_again(given[count:], self.parts)
@@ -283,14 +285,14 @@ class Recipe(NamedTuple):
         found = iter(again.gradients(call, lr, wanted, captured, replay, dtype, grad))
         return [next(found) if need else None for need in needs]
 
-    def _slots(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    def _slots(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
         """(group, name) of what `attach` was given, but for what was captured, and of the rest."""
-        first = [] if self.flat is None else [("flat", "")]
-        then = [("tensors", field) for field in Tensors._fields]
+        first: list[tuple[str, Any]] = [] if self.flat is None else [("flat", "")]
+        then: list[tuple[str, Any]] = [("tensors", at) for at in range(len(self.places.fields))]
         for group, names in (("params", self.names), ("lr", self.keys)):
             if self.flat is None:
                 (first if group in self.wrt else then).extend([(group, name) for name in names])
-        return first + [("tensors", field) for field in self.inputs], then
+        return first + [("tensors", at) for at in self.inputs], then
 
 
 class _Attach(torch.autograd.Function):

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.machinery import MAMLMachinery
 from fastmeta.algorithms.maml import MAML, MetaLoss, checked
-from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, input_gradient, inputs_of
+from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.backends._captured import leaves_behind
+from fastmeta.inputs import mapped
 from fastmeta.network.swap import locked
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import all_finite, leave_out, looked_for
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, check_options
+from fastmeta.ops.places import placed
 from fastmeta.ops.plan import prepare
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class Stepwise(MAML):
         )
         own = self._machinery
         # checks everything before the first step
-        own.prepare(*own.meta_parameters(), tensors, support_per_step)
-        watched = looked_for(self.on_divergence, support_x.is_cpu, task_weights)
+        call = own.prepare(*own.meta_parameters(), tensors, support_per_step)
+        watched = looked_for(self.on_divergence, call.plan.shapes.device.type == "cpu", task_weights)
         out = (own.settled if watched else own.chain)(tensors, support_per_step)
         return checked(out, self.who, self.on_divergence, task_weights)
 
@@ -87,10 +89,10 @@ class Stepwise(MAML):
         options = own.options(who)._replace(steps=steps, step_weights=None)
         check_options(options)
         support = Tensors(x, y, weights)
-        prepare(options, self.net, own.meta_parameters()[0], support, self.loss, None, 0.0)
+        call = prepare(options, self.net, own.meta_parameters()[0], support, self.loss, None, 0.0)
         *_, theta = own.path(own.step(), support, steps, False)
-        shapes = {name: value.shape for name, value in self.net.named_parameters()}
-        return {n: v.expand(len(x), *v.shape) if v.shape == shapes[n] else v for n, v in theta.items()}
+        tasks, shapes = call.problem.tasks, call.plan.shapes.params
+        return {n: v.expand(tasks, *v.shape) if tuple(v.shape) == shapes[n] else v for n, v in theta.items()}
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """As `MAML.explain`; the backend is that of every step."""
@@ -161,12 +163,12 @@ class StepwiseMachinery(MAMLMachinery):
             params, rates = self.meta_parameters()
             own = [self.flat.vector] if self.flat is not None else [*params.values(), *rates.values()]
             leaves = [leaf for leaf in own if leaf.requires_grad]
-            inputs = [getattr(tensors, field) for field in inputs_of(tensors)]
+            inputs = [tensor for tensor in placed(tensors)[0] if tensor.requires_grad]
 
         def again(tasks: Tensor | None) -> _Gradients:
             part = tensors
             if tasks is not None:
-                part = Tensors(*[None if x is None else x.index_select(0, tasks) for x in tensors])
+                part = Tensors(*[mapped(lambda x: x.index_select(0, tasks), tree) for tree in tensors])
             out = self.chain(part, per_step, tasks)
             known = {id(leaf) for leaf in (*leaves, *inputs)}
             captured.extend(leaf for leaf in leaves_behind(out.loss) if id(leaf) not in known)
@@ -184,7 +186,7 @@ class StepwiseMachinery(MAMLMachinery):
             part = rest.answer.out
             loss, found = part.loss * rest.scale, [grad * rest.scale for grad in rest.answer.grads]
             task_losses = task_losses.index_copy(0, rest.tasks, part.task_losses)
-            output = output.index_copy(0, rest.tasks, part.output)
+            output = mapped(lambda a, b: a.index_copy(0, rest.tasks, b), output, part.output)
         return MetaLoss(attached_to(loss, found, leaves, [*inputs, *captured]), task_losses, output)
 
     def _query(self, theta: dict[str, Tensor], tensors: Tensors) -> MetaLoss:
@@ -205,7 +207,10 @@ class StepwiseMachinery(MAMLMachinery):
         if wanted or fields or captured:
             params = result.grads.params or {}
             gradients = [torch.cat([params[name].reshape(-1) for name in theta])] if wanted else []
-            gradients += [input_gradient(field, result) for field in fields]
+            given, places = placed(query)
+            at = tuple(i for i, x in enumerate(given) if x.requires_grad) if fields else ()
+            by = places.gradients(result.grads, task_losses / task_losses.shape[0])
+            gradients += [by[i] for i in at]
             recipe = Recipe(
                 options=options,
                 net=self.net,
@@ -217,12 +222,13 @@ class StepwiseMachinery(MAMLMachinery):
                 flat=None,
                 names=tuple(theta),
                 keys=(),
-                inputs=fields,
+                places=places,
+                inputs=at,
                 parts=tuple(read.part for read in captured),
                 own=None,
             )
             leaves = [*theta.values()] if wanted else []
-            loss = recipe.attach(loss, gradients, leaves, theta, {}, query, captured)
+            loss = recipe.attach(loss, gradients, leaves, theta, {}, given, captured)
         return MetaLoss(loss, task_losses, output)
 
 
@@ -244,4 +250,4 @@ class _Gradients:
 
 def support_of(support: Tensors, k: int, per_step: bool) -> Tensors:
     """The support set of inner step k."""
-    return Tensors(*[None if x is None else x[:, k] for x in support]) if per_step else support
+    return Tensors(*[mapped(lambda x: x[:, k], tree) for tree in support]) if per_step else support

@@ -21,6 +21,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from fastmeta.backends._random_state import RandomState
+from fastmeta.inputs import Tree, leaves_of
 from fastmeta.problem import Problem
 
 R = TypeVar("R")
@@ -123,13 +124,13 @@ class Captured:
         return len(self._totals)
 
     def evaluated(
-        self, evaluate: Callable[[], tuple[Tensor, Tensor]], ours: Iterable[Tensor | None]
-    ) -> tuple[Tensor, Tensor, Watch]:
+        self, evaluate: Callable[[], tuple[Tensor, Tree]], ours: Iterable[Tree]
+    ) -> tuple[Tensor, Tree, Watch]:
         """(loss, output, what was read).
 
         Args:
             evaluate: gives a loss and an output.
-            ours: what the network and the loss are given.
+            ours: what the network and the loss are given: trees of tensors.
 
         Raises:
             CapturedError: something was read, and nobody watched; see `rerun`.
@@ -138,21 +139,21 @@ class Captured:
         return loss, output, watch
 
     def watched(
-        self, evaluate: Callable[[], tuple[Tensor, ...]], ours: Iterable[Tensor | None]
-    ) -> tuple[tuple[Tensor, ...], Watch]:
+        self, evaluate: Callable[[], tuple[Tree, ...]], ours: Iterable[Tree]
+    ) -> tuple[tuple[Tree, ...], Watch]:
         """(what `evaluate` gives, what was read); the rest as of `evaluated`."""
-        given = [tensor for tensor in ours if tensor is not None] if self.wanted is not None else []
+        given = [leaf for tree in ours for leaf in leaves_of(tree)] if self.wanted is not None else []
         watch = Watch(given, self._start, self._also, self._known)
         if self.wanted is None:
             return evaluate(), watch
         if not self._watches:
             found = evaluate()
-            if watch.reaches(found):
+            if watch.reaches(leaves_of(found)):
                 raise CapturedError
             return found, watch
         with watch:
             found = evaluate()
-        watch.follow(found)
+        watch.follow(leaves_of(found))
         self._note(watch)
         return found, watch
 

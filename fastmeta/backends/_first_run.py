@@ -8,7 +8,7 @@ module has its own again, and depend on what an earlier pass left behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.bounded import Known
+from fastmeta.inputs import Tree, mapped, signature
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import Carried, Exchange
 from fastmeta.problem import Problem
@@ -57,9 +58,7 @@ def _key(problem: Problem) -> int:
         for key, value in vars(module).items()
         if type(value) in _NUMBERS
     ]
-    return hash(
-        (*attributes, batch.x.shape[1:], batch.x.dtype, batch.x.device, problem.order, problem.batch_stats)
-    )
+    return hash((*attributes, signature(batch.x, skip=1), problem.device, problem.order, problem.batch_stats))
 
 
 def _examined(problem: Problem) -> str | None:
@@ -73,15 +72,17 @@ def _examined(problem: Problem) -> str | None:
     x, other = _two_inputs(problem)
     with preserved_for(problem) as start:
 
-        def run(inputs: Tensor, carried: Carried | None) -> Tensor:
+        def run(inputs: Tree, carried: Carried | None) -> Tree:
             start.restore()
             return call(exchange, params, inputs, batch_stats=problem.batch_stats, carried=carried)
 
         try:
             carried = Carried()
             output = run(x, carried)
-            _check_reached(output, exchange)
-            _check_backward(output, params, exchange, second=problem.order == "second")
+            _check_reached(_inputs.differentiable(output), exchange)
+            _check_backward(
+                _inputs.differentiable(output), params, exchange, second=problem.order == "second"
+            )
             return _what_is_carried(run, x, other, output, exchange, carried)
         except _Unsuitable as error:
             raise ValueError(str(error)) from None
@@ -95,21 +96,25 @@ class _Unsuitable(Exception):
     """The network cannot be evaluated with parameters of a task's own."""
 
 
-def _two_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
+def _two_inputs(problem: Problem) -> tuple[Tree, Tree]:
     """The first task's, and others of the same kind."""
     batch = _inputs.any_batch(problem)
-    sets = batch.x.unbind(1)[0] if batch.per_step else batch.x  # [T, N, *in]
+
+    def other(x: Tensor) -> Tensor:
+        return x * 0.75 if x.is_floating_point() else x.flip(0) if x.dim() else x
+
+    first = _inputs.one_task(batch)
     if problem.tasks > 1:
-        return sets[0], sets[1]
+        return first, mapped(lambda x: x[1, 0] if batch.per_step else x[1], batch.x)
     if problem.query is not None and problem.query is not batch:
-        return sets[0], problem.query.x[0]
-    return sets[0], sets[0] * 0.75 if sets.is_floating_point() else sets[0].flip(0)
+        return first, _inputs.one_task(problem.query)
+    return first, mapped(other, first)
 
 
-def _check_reached(output: Tensor, exchange: Exchange) -> None:
+def _check_reached(outputs: Sequence[Tensor], exchange: Exchange) -> None:
     """All parameters were exchanged: none of the module's own is in the graph."""
     names = {at: name for name, at in exchange.own.items()}
-    pending: list[Any] = [output.grad_fn]
+    pending: list[Any] = [output.grad_fn for output in outputs]
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()
@@ -126,13 +131,17 @@ def _check_reached(output: Tensor, exchange: Exchange) -> None:
         pending += [child for child, _ in node.next_functions]
 
 
-def _check_backward(output: Tensor, params: Mapping[str, Tensor], exchange: Exchange, second: bool) -> None:
+def _check_backward(
+    outputs: Sequence[Tensor], params: Mapping[str, Tensor], exchange: Exchange, second: bool
+) -> None:
     """The backward pass is the same whatever parameters the module has while it runs."""
-    if not output.requires_grad:
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs:
         return
     leaves = [leaf for leaf in params.values() if leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    objective = (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+    directions = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    objective = torch.stack([(y * v).sum() for y, v in zip(outputs, directions, strict=True)]).sum()
 
     def gradients() -> list[Tensor]:
         first = _inputs.gradients([objective], leaves, create_graph=second, retain_graph=True)
@@ -157,10 +166,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _what_is_carried(
-    run: Callable[[Tensor, Carried | None], Tensor],
-    x: Tensor,
-    other: Tensor,
-    first: Tensor,  # the output for x
+    run: Callable[[Tree, Carried | None], Tree],
+    x: Tree,
+    other: Tree,
+    first: Tree,  # the output for x
     exchange: Exchange,
     carried: Carried,  # after that
 ) -> str:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._random_state import preserved_for
+from fastmeta.inputs import Tree, flatten, leaves_of, like, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import Conventions, call, own
 from fastmeta.network.swap import Exchange
-from fastmeta.problem import Batch, Problem
+from fastmeta.problem import Batch, Gradients, Problem
 from fastmeta.update_rules import SGD
+
+_PARTS = ("x", "y", "weights")
 
 
 def any_batch(problem: Problem) -> Batch:
@@ -25,6 +28,76 @@ def any_batch(problem: Problem) -> Batch:
     if batch is None:
         raise ValueError("a problem needs a support or a query set")
     return batch
+
+
+def each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The same set with `function(tensor)` in the place of every tensor."""
+    x, y, weights = (mapped(function, getattr(batch, part)) for part in _PARTS)
+    return replace(batch, x=x, y=y, weights=weights)
+
+
+def one_task(batch: Batch) -> Tree:
+    """The inputs of the first task, those of its first step: [N, *in]."""
+    return mapped(lambda x: x[0, 0] if batch.per_step else x[0], batch.x)
+
+
+def parts_of(batch: Batch | None, role: str) -> dict[str, Tensor]:
+    """The tensors of a set by name: as `wrt` has it, "support_x", and for the leaves of a tree
+    "support_x/0" and so on.
+
+    Args:
+        batch: the set; None: there is none.
+        role: "support" or "query".
+    """
+    found = {}
+    for part in _PARTS:
+        tree = getattr(batch, part, None)
+        if isinstance(tree, Tensor):
+            found[f"{role}_{part}"] = tree
+        else:
+            found |= {f"{role}_{part}/{at}": leaf for at, leaf in enumerate(leaves_of(tree))}
+    return found
+
+
+def with_parts(batch: Batch, role: str, others: Mapping[str, Tensor]) -> Batch:
+    """The same set with those of its tensors that are in `others`, by the names of `parts_of`,
+    replaced."""
+    names = iter(parts_of(batch, role))
+    return each(batch, lambda tensor: others.get(next(names), tensor))
+
+
+def wanted_parts(problem: Problem, wrt: frozenset[str]) -> dict[str, Tensor]:
+    """What of the data of `problem` a gradient is asked for by, by the names of `parts_of`."""
+    data = parts_of(problem.support, "support") | parts_of(problem.query, "query")
+    return {
+        name: tensor
+        for name, tensor in data.items()
+        if name.partition("/")[0] in wrt and tensor.is_floating_point()
+    }
+
+
+def put_parts(grads: Gradients, problem: Problem, found: Mapping[str, Tensor]) -> None:
+    """Put gradients by the names of `parts_of` where they belong."""
+    for role, batch in (("support", problem.support), ("query", problem.query)):
+        for part in _PARTS:
+            field, tree = f"{role}_{part}", getattr(batch, part, None)
+            if field in found:
+                setattr(grads, field, found[field])
+            elif any(name.startswith(f"{field}/") for name in found):
+                names = [f"{field}/{at}" for at in range(len(leaves_of(tree)))]
+                setattr(grads, field, like(tree, map(found.get, names)))
+
+
+def products(output: Tree, cotangent: Tree) -> list[Tensor]:
+    """<output, cotangent>, a term for each leaf that has a cotangent."""
+    leaves, form = flatten(output)
+    pairs = zip(leaves, form.match(cotangent), strict=True)
+    return [(leaf * direction).sum() for leaf, direction in pairs if direction is not None]
+
+
+def differentiable(tree: Tree) -> list[Tensor]:
+    """The leaves of a tree that can have a gradient."""
+    return [leaf for leaf in leaves_of(tree) if leaf.is_floating_point()]
 
 
 def runs(problem: Problem) -> bool:
@@ -46,13 +119,8 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
     """The same problem: its tensors fresh leaves, its step weights written out, its network ready
     to run. For inside `isolated`."""
 
-    def leaf(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else own(tensor, requires_grad)
-
     def leaves(batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
-        return replace(batch, x=own(batch.x, requires_grad), y=leaf(batch.y), weights=leaf(batch.weights))
+        return None if batch is None else each(batch, lambda tensor: own(tensor, requires_grad))
 
     cotangents = problem.adapted_grad
     return replace(
@@ -65,7 +133,7 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         step_weights=with_step_weights(problem).step_weights,
         task_weights=None if problem.task_weights is None else own(problem.task_weights),
         adapted_grad=None if cotangents is None else {name: own(value) for name, value in cotangents.items()},
-        output_grad=None if problem.output_grad is None else own(problem.output_grad),
+        output_grad=mapped(own, problem.output_grad),
     )
 
 
@@ -128,14 +196,19 @@ def gradients(
 
 def output_shape(problem: Problem) -> tuple[int, ...]:
     """Shape of the network's output for one example: runs task 0 once, draws nothing from the
-    random state."""
-    batch = any_batch(problem)
+    random state.
+
+    Raises:
+        TypeError: the output is not one tensor.
+    """
     params = {name: value[0] if name in problem.per_task else value for name, value in problem.params.items()}
-    x = batch.x[0, 0] if batch.per_step else batch.x[0]  # [N, *in]
+    x = one_task(any_batch(problem))
     with torch.no_grad(), preserved_for(problem):
-        return tuple(
-            call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats).shape[1:]
-        )
+        output = call(problem.exchange or problem.net, params, x, batch_stats=problem.batch_stats)
+    for loss in (problem.loss, problem.query_loss):
+        if loss is not None:
+            loss.check_one("the network's output", output)
+    return tuple(output.shape[1:])
 
 
 def check_rates(problem: Problem) -> None:

@@ -15,16 +15,19 @@ from torch import Tensor
 from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._inputs import (
-    any_batch,
     check_class_indices,
     check_rates,
     detached,
     gradients,
     inner_loop,
+    products,
+    put_parts,
     varied,
+    wanted_parts,
     with_graph,
 )
 from fastmeta.backends._twice import check_twice, named_in
+from fastmeta.inputs import Tree, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, call_then, isolated
 from fastmeta.network.swap import Carried
@@ -47,7 +50,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
 
 def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    with isolated(any_batch(problem).x.device), named_in(problem):
+    with isolated(problem.device), named_in(problem):
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
@@ -60,9 +63,10 @@ def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         captured.add_kept(gradients([objective], captured.inputs, retain_graph=True))
         result.grads.captured = captured.pairs()
         if p.query is not None:
-            result.output = torch.stack([output for _, output, _ in answers]).detach()
+            outputs = [output for _, output, _ in answers]
+            result.output = mapped(lambda *tasks: torch.stack(tasks).detach(), *outputs)
         if p.query_loss is not None:
-            result.task_losses = torch.stack([loss for loss, _, _ in answers]).detach().to(result.output)
+            result.task_losses = torch.stack([loss for loss, _, _ in answers]).detach().to(_zero(p))
         if adapted:
             result.adapted = {
                 name: torch.stack([theta[name] for _, _, theta in answers]).detach() for name in p.params
@@ -78,17 +82,18 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
         captured = Captured(p, keep=True)
         return _objective(p, [_one_task(p, t, captured) for t in range(p.tasks)]), captured
 
-    with isolated(any_batch(problem).x.device):
+    with isolated(problem.device):
         return rerun(with_graph(problem), unrolled)
 
 
-def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tree, dict[str, Tensor]]:
     """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not
     asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
     momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
     state = Carried()
-    query_loss = output = _zero(p)
+    query_loss: Tensor = _zero(p)
+    output: Tree = None
     for k, weight in enumerate(p.step_weights or ()):
         if p.query is not None and (weight or k == p.steps):
             loss = p.query_loss if weight else None
@@ -106,11 +111,11 @@ def _evaluated(
     loss: Loss | None,
     captured: Captured,
     state: Carried,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tree]:
     """(loss, output) of one task; the loss zero where there is none."""
     x, y, weights = examples
 
-    def evaluate() -> tuple[Tensor, Tensor]:
+    def evaluate() -> tuple[Tensor, Tree]:
         net = p.exchange or p.net
         how: dict[str, Any] = {"batch_stats": p.batch_stats, "decompose": p.third, "carried": state}
         if loss is None:
@@ -152,11 +157,11 @@ def _inner_step(
 
 def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """x [N, *in], y [N, ...] and weights [N] of one task (and step), or None."""
-    x, y, weights = (None if tensor is None else tensor[at] for tensor in (batch.x, batch.y, batch.weights))
+    x, y, weights = (mapped(lambda t: t[at], tree) for tree in (batch.x, batch.y, batch.weights))
     return x, y, weights
 
 
-def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
+def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tree, dict[str, Tensor]]]) -> Tensor:
     """The scalar J of `fastmeta.problem`."""
     objective = _zero(p)
     for t, (query_loss, output, theta) in enumerate(answers):
@@ -165,7 +170,8 @@ def _objective(p: Problem, answers: Sequence[tuple[Tensor, Tensor, dict[str, Ten
             for name, cotangent in p.adapted_grad.items():
                 objective = objective + (cotangent[t] * theta[name]).sum()
         if p.output_grad is not None:
-            objective = objective + (p.output_grad[t] * output).sum()
+            for term in products(output, mapped(lambda cotangent, t=t: cotangent[t], p.output_grad)):
+                objective = objective + term
     return objective
 
 
@@ -184,9 +190,6 @@ def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:
         grads.lr = dict(
             zip(p.rates, gradients([objective], [*p.rates.values()], retain_graph=True), strict=True)
         )
-    for role, batch in (("support", p.support), ("query", p.query)):
-        for part in ("x", "y", "weights"):
-            tensor = getattr(batch, part, None)
-            if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
-                setattr(grads, f"{role}_{part}", gradients([objective], [tensor], retain_graph=True)[0])
+    data = wanted_parts(p, wrt)
+    put_parts(grads, p, {n: gradients([objective], [x], retain_graph=True)[0] for n, x in data.items()})
     return grads

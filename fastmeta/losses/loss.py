@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, finfo, int64, nn
 from torch import dtype as Dtype
 
+from fastmeta.inputs import Tree
 from fastmeta.losses import cross_entropy, elementwise
 from fastmeta.models.check import is_finite
 from fastmeta.ordinary import check_ordinary, plain
@@ -34,7 +35,8 @@ class Loss:
         weight: cross_entropy: class weights [C]. bce_with_logits: broadcasts to one example's
             output [*out], so it cannot tell examples apart (example weights do).
         pos_weight: of bce_with_logits: weight of the positive class, broadcasts to [*out].
-        function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar.
+        function: of a custom loss: f(output [N, *out], target [N, ...]) -> scalar. Both may be
+            trees of tensors as well: what the network returns, and what the user gives.
         weight_norm: the denominator of the mean over examples with weights w. "count": the mean is
             sum(w * l) / N. "sum": it is sum(w * l) / sum(w), and zero where all weights are zero.
             Where torch's own denominator is not N (cross_entropy of class indices counts the class
@@ -56,7 +58,7 @@ class Loss:
     ignore_index: int = -100
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
-    function: Callable[[Tensor, Tensor], Tensor] | None = None
+    function: Callable[[Tree, Tree], Tensor] | None = None
     weight_norm: str = "count"
     #: Everything but the values of the tensors: two losses with the same key run the same code.
     key: tuple[object, ...] = field(init=False, repr=False)
@@ -91,12 +93,13 @@ class Loss:
             if tensor is not None:
                 check_ordinary(f"{self.kind}: `{name}`", tensor)
 
-    def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    def __call__(self, output: Tree, target: Tree, weights: Tensor | None = None) -> Tensor:
         """The loss of one task; works under `torch.func.vmap`.
 
         Args:
-            output: [N, *out], floating point; [N, C, d...] for cross_entropy.
-            target: as `check_target` says, with leading dimension N.
+            output: [N, *out], floating point; [N, C, d...] for cross_entropy. A custom loss takes
+                any tree.
+            target: as `check_target` says, with leading dimension N. A custom loss takes any tree.
             weights: [N], of output's dtype: one weight an example. None: all ones.
 
         Returns:
@@ -107,9 +110,14 @@ class Loss:
         weights.
 
         Raises:
-            ValueError, TypeError: the target does not fit; weights with a custom loss.
+            ValueError, TypeError: the target does not fit; weights with a custom loss; a tree with
+                any other.
         """
-        self.check_target("target", target, (output.shape[0],), tuple(output.shape[1:]), output.dtype)
+        self.check_one("the network's output", output)
+        self.check_one("target", target)
+        if isinstance(output, Tensor) and isinstance(target, Tensor):
+            lead, out_shape = tuple(output.shape[:1]), tuple(output.shape[1:])
+            self.check_target("target", target, lead, out_shape, output.dtype)
         if self.function is not None:
             return self._custom(output, target, weights)
         values, shares = self._values(output, target)
@@ -138,6 +146,22 @@ class Loss:
     def needs_class_indices(self, target: Tensor) -> bool:
         """Whether `target` is read as class indices, whose range `check_values` checks."""
         return self.kind == "cross_entropy" and not target.is_floating_point()
+
+    def check_one(self, what: str, tree: Tree) -> None:
+        """Check that an output or a target is one tensor, where this loss takes nothing else.
+
+        Args:
+            what: its name in messages.
+            tree: the output or the target.
+
+        Raises:
+            TypeError: it is not.
+        """
+        if self.kind != "custom" and not isinstance(tree, Tensor):
+            raise TypeError(
+                f"{what} must be one tensor for {self.kind}, got {type(tree).__name__}; a function "
+                "loss(output, target) takes what the network returns as it is"
+            )
 
     def check_target(
         self, what: str, target: Tensor, lead: tuple[int, ...], out_shape: tuple[int, ...], dtype: Dtype
@@ -226,12 +250,12 @@ class Loss:
         if target.shape != shape:
             raise ValueError(f"{what} must be {shape} ({sort} for cross_entropy), got {tuple(target.shape)}")
 
-    def _custom(self, output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    def _custom(self, output: Tree, target: Tree, weights: Tensor | None) -> Tensor:
         if weights is not None:
             raise ValueError(
                 "custom loss: example weights need a loss with a name; weigh inside the function instead"
             )
-        function = cast("Callable[[Tensor, Tensor], Tensor]", self.function)
+        function = cast("Callable[[Tree, Tree], Tensor]", self.function)
         try:
             value = function(output, target)
         except (TypeError, RuntimeError) as error:  # the latter by script modules
@@ -298,7 +322,7 @@ def _check_options(loss: Loss) -> None:
             raise TypeError(f"{kind}: `{name}` must be a tensor, got {type(value).__name__}")
 
 
-def _check_takes_two(function: Callable[[Tensor, Tensor], Tensor], error: Exception) -> None:
+def _check_takes_two(function: Callable[[Tree, Tree], Tensor], error: Exception) -> None:
     """Check that a loss can be called with an output and a target.
 
     An error that the loss itself raises is not looked at.

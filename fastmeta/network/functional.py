@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmeta.inputs import NotATreeError, Tree, arguments, first_leaf, leaves_of, mapped
 from fastmeta.network import elementary
 from fastmeta.network.checkpoints import Plain
 from fastmeta.network.elementary_cells import CELLS
@@ -27,24 +28,24 @@ from fastmeta.network.twice import REPLACED
 _BATCH_STATS = ("task", "running", "module")
 
 
-class NotOneTensorError(TypeError):
-    """A network returned something else than one tensor."""
+class NotTensorsError(TypeError):
+    """A network returned something else than tensors."""
 
     def __init__(self, got: str) -> None:
-        super().__init__(f"the network must return one Tensor, got {got}")
+        super().__init__(f"the network must return a tensor, or a tuple, list or dict of tensors, got {got}")
         self.got = got
 
 
 def call(
     net: nn.Module | Exchange,
     params: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tree,
     *,
     batch_stats: str = "task",
     decompose: bool = False,
     carried: Carried | None = None,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
-) -> Tensor:
+) -> Tree:
     """The network's output for one task.
 
     Args:
@@ -52,7 +53,8 @@ def call(
             Whoever calls it often gives an `Exchange` of it.
         params: name, as in `net.named_parameters()`, -> tensor [*shape]; parameters left out keep
             the module's own.
-        x: inputs [N, *in]; the network may write into its input, it gets a copy.
+        x: inputs [N, *in], or a tree of inputs as `fastmeta.inputs` has them; the network may write
+            into its input, it gets a copy.
         batch_stats: "task": batch and instance norms use the statistics of `x`, in train and in
             eval mode, and leave the running ones alone. "running": norms that track running
             statistics use those. "module": each norm as its module, or the code that calls it, says
@@ -65,29 +67,29 @@ def call(
         forwards: name of a submodule -> what it runs in the place of its own forward.
 
     Returns:
-        The output [N, *out].
+        The output [N, *out], or the tree that the module returns.
 
     Derivatives: twice differentiable in `params` and `x` wherever the module is.
 
     Raises:
-        TypeError: the module returns something else than one tensor.
+        TypeError: the module returns something else than tensors.
         ValueError: a norm over the task's own batch would see one value per channel.
     """
     exchange = net if isinstance(net, Exchange) else Exchange(net)
-    return _one_tensor(_run(exchange, params, x, Conventions(batch_stats, decompose), carried, forwards))
+    return _tensors(_run(exchange, params, x, Conventions(batch_stats, decompose), carried, forwards))
 
 
 def call_then(
     net: nn.Module | Exchange,
     params: Mapping[str, Tensor],
-    x: Tensor,
-    then: Callable[[Tensor], Tensor],
+    x: Tree,
+    then: Callable[[Tree], Tensor],
     *,
     batch_stats: str = "task",
     decompose: bool = False,
     carried: Carried | None = None,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tree]:
     """(`then(output)`, output) for one task: a loss and what it is of.
 
     Args:
@@ -99,22 +101,28 @@ def call_then(
     found: list[Tensor] = []
 
     def note(output: Any) -> None:
-        found.append(then(_one_tensor(output)))
+        found.append(then(_tensors(output)))
 
     output = _run(exchange, params, x, Conventions(batch_stats, decompose), carried, forwards, note)
     return found[0], output
 
 
-def _one_tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise NotOneTensorError(type(output).__name__)
+def _tensors(output: Any) -> Tree:
+    if isinstance(output, Tensor):
+        return output
+    try:
+        leaves = leaves_of(output)
+    except NotATreeError as error:
+        raise NotTensorsError(str(error)) from None
+    if not leaves:
+        raise NotTensorsError(type(output).__name__)
     return output
 
 
 def _run(
     exchange: Exchange,
     params: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tree,
     conventions: Conventions,
     carried: Carried | None = None,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
@@ -122,7 +130,9 @@ def _run(
 ) -> Any:
     def forward() -> Any:
         with ExitStack() as stack:
-            if x.is_cuda and any(isinstance(module, nn.RNNBase) for module in exchange.net.modules()):
+            if first_leaf(x).is_cuda and any(
+                isinstance(module, nn.RNNBase) for module in exchange.net.modules()
+            ):
                 # cuDNN's recurrent networks have no double backward, the others have.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if "torch._dynamo" in sys.modules and any(map(_compiled, exchange.net.modules())):
@@ -130,19 +140,20 @@ def _run(
                 # failed to be
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(conventions)
-            return _output(exchange.net, x.clone(), forwards or {})
+            return _output(exchange.net, mapped(torch.clone, x), forwards or {})
 
     return exchange.run(params, forward, carried, then)
 
 
-def _output(net: nn.Module, x: Tensor, forwards: Mapping[str, Callable[..., Any]]) -> Any:
+def _output(net: nn.Module, x: Tree, forwards: Mapping[str, Callable[..., Any]]) -> Any:
     """What the module returns; to be called inside of an exchange, which puts the forwards back if
     this does not."""
     replaced = [(vars(net.get_submodule(name)), function) for name, function in forwards.items()]
     try:
         for attributes, function in replaced:
             attributes["forward"] = function
-        return net(x)
+        args, kwargs = arguments(x)
+        return net(*args, **kwargs)
     finally:
         for attributes, _ in replaced:
             attributes.pop("forward", None)
@@ -174,7 +185,7 @@ def norms_by_batch(net: nn.Module, batch_stats: str) -> list[str]:
 
 
 def normalises_by_batch(
-    net: nn.Module, params: Mapping[str, Tensor], x: Tensor, batch_stats: str = "task"
+    net: nn.Module, params: Mapping[str, Tensor], x: Tree, batch_stats: str = "task"
 ) -> bool:
     """Whether the network's code calls batch norm over its own batch, by a module or not: it is run
     once.

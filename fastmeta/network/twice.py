@@ -115,6 +115,8 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     F.embedding: partial(elementary.embedding, fused=True),
     F.embedding_bag: embedding_bag,
     torch.cdist: cdist,
+    # nn.TransformerEncoder asks whether it may pack its input, for a path without derivatives
+    torch._nested_tensor_from_mask_left_aligned: lambda *_: False,
 } | {
     function: _convolution(function)
     for function in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

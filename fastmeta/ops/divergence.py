@@ -22,8 +22,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastmeta.inputs import leaves_of
 from fastmeta.ops.plan import Call, mean_loss
-from fastmeta.ops.some_tasks import scatter, select
+from fastmeta.ops.some_tasks import DATA, scatter, select
 from fastmeta.problem import Result
 
 _CHOICES = ("raise", "skip", "keep")
@@ -283,8 +284,7 @@ class _Solved:
         if self.loss.is_cpu and not isfinite(self.loss.item()):
             return False
         grads = self.result.grads
-        single = [getattr(grads, field) for field in grads.__slots__]
-        found = [tensor for tensor in single if isinstance(tensor, Tensor)]
+        found = [leaf for field in (*DATA, "flat_params") for leaf in leaves_of(getattr(grads, field))]
         found += [gradient for _, gradient in grads.captured or ()]
         if grads.flat_params is None:
             found += (grads.params or {}).values()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.backends._random_state import preserved
+from fastmeta.inputs import Tree, arguments, described, mapped
 from fastmeta.losses import Loss
-from fastmeta.network.functional import NotOneTensorError, call
+from fastmeta.network.functional import NotTensorsError, call
 from fastmeta.network.swap import Exchange
-from fastmeta.ops.checks import Shapes, Tensors
+from fastmeta.ops.checks import Shapes, Tensors, leaves_named
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates, check_finite, check_ordinary_rates
 from fastmeta.ordinary import check_ordinary
@@ -25,7 +26,7 @@ from fastmeta.undisturbed import asynchronous
 def check_examples(
     options: Options, net: nn.Module, params: Mapping[str, Tensor], tensors: Tensors, shapes: Shapes
 ) -> None:
-    """Check that the examples of both sets have one shape and one dtype.
+    """Check that the examples of both sets have one shape and one dtype, where they are one tensor.
 
     Args:
         options, net, params, tensors, shapes: of the call.
@@ -35,7 +36,7 @@ def check_examples(
             does not tell.
     """
     support, query = tensors.support_x, tensors.query_x
-    if support is None or query is None:
+    if not isinstance(support, Tensor) or not isinstance(query, Tensor):
         return
     shape = tuple(query.shape[2:])
     if shape == shapes.input and query.dtype == support.dtype:
@@ -74,9 +75,9 @@ def diagnose(
     # memory
     for name, value in params.items():
         check_ordinary(f"{argument(options.who, 'params')}[{name!r}]", value)
-    for field, tensor in zip(tensors._fields, tensors, strict=True):
-        if tensor is not None:
-            check_ordinary(argument(options.who, field), tensor)
+    for field, tree in zip(tensors._fields, tensors, strict=True):
+        for name, tensor in leaves_named(options.who, field, tree):
+            check_ordinary(name, tensor)
     check_ordinary_rates(options.who, lr)
     for loss in losses:
         if loss is not None:
@@ -90,12 +91,21 @@ def diagnose(
         if part == "support" and not options.steps:
             continue  # it is not run
         output = _forward(options, net, params, tensors, shapes, part)
-        y = getattr(tensors, f"{part}_y")
-        if output is not None and y is not None and loss is not None:
-            label = argument(options.who, f"{part}_y")
-            loss.check_target(label, y, lead, tuple(output.shape[1:]), output.dtype)
-            if output.dim() > 1:
-                loss.check_values(label, y, output.shape[1])
+        y, weights = getattr(tensors, f"{part}_y"), getattr(tensors, f"{part}_weights")
+        if output is None or y is None or loss is None:
+            continue
+        loss.check_one(f"{argument(options.who, 'net')}: the network's output", output)
+        if not isinstance(output, Tensor) or not isinstance(y, Tensor):
+            continue  # a loss of the user's own
+        label = argument(options.who, f"{part}_y")
+        if not isinstance(getattr(tensors, f"{part}_x"), Tensor):  # the output has the examples
+            lead = (*y.shape[: 2 if part == "support" and options.support_per_step else 1], *output.shape[:1])
+            if weights is not None and tuple(weights.shape) != lead:
+                what = argument(options.who, f"{part}_weights")
+                raise ValueError(f"{what} must be {lead}, as the output, got {tuple(weights.shape)}")
+        loss.check_target(label, y, lead, tuple(output.shape[1:]), output.dtype)
+        if output.dim() > 1:
+            loss.check_values(label, y, output.shape[1])
 
 
 def _forward(
@@ -105,7 +115,7 @@ def _forward(
     tensors: Tensors,
     shapes: Shapes,
     part: str,
-) -> Tensor | None:
+) -> Tree:
     """The output of the first task, [N, *out]; None for a set that is not there or holds nothing.
 
     Raises:
@@ -115,16 +125,22 @@ def _forward(
     if x is None or 0 in lead:
         return None
     own = {name: value[0] if name in shapes.per_task else value for name, value in params.items()}
-    example = x.detach()[(0,) * (len(lead) - 1)]  # [N, *in]
+    at = (0, 0) if part == "support" and options.support_per_step else (0,)
+    example = mapped(lambda leaf: leaf.detach()[at], x)  # [N, *in]
     exchange = Exchange(net)  # refuses some networks by its own words
     try:
-        with preserved(x.device, net), torch.no_grad():
+        with preserved(shapes.device, net), torch.no_grad():
             return call(exchange, own, example, batch_stats=options.batch_stats)
     except Exception as error:
         if asynchronous(error):
             raise
         _check_call(options.who, net, example, error)
-        what, got = argument(options.who, f"{part}_x"), tuple(x.shape)
+        what = argument(options.who, f"{part}_x")
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{what}: the network raised {type(error).__name__}: {error}; given were {described(x)}"
+            ) from error
+        got = tuple(x.shape)
         dims = "[" + ", ".join(
             ("T", "N" if part == "support" else "M") if len(lead) == 2 else ("T", "K", "N")
         )
@@ -149,25 +165,35 @@ def _forward(
         ) from error
 
 
-def _check_call(who: str, net: nn.Module, x: Tensor, error: Exception) -> None:
-    """Check that the network takes one tensor and returns one.
+def _check_call(who: str, net: nn.Module, x: Tree, error: Exception) -> None:
+    """Check that the network takes what it is given and returns tensors.
 
     Raises:
         TypeError: it does not; `error` is what its call raised.
     """
-    what, wrap = argument(who, "net"), "wrap it in a module that does"
-    if isinstance(error, NotOneTensorError):
+    what, name = argument(who, "net"), type(net).__name__
+    if isinstance(error, NotTensorsError):
         raise TypeError(
-            f"{what} must return one tensor, {type(net).__name__} returned {error.got}: {wrap}"
+            f"{what} must return a tensor, or a tuple, list or dict of tensors, {name} returned {error.got}: "
+            "wrap it in a module that does"
         ) from error
+    args, kwargs = arguments(x)
     try:
-        signature(net.forward).bind(x)
+        signature(net.forward).bind(*args, **kwargs)
     except TypeError as unfit:
+        given = "one tensor" if isinstance(x, Tensor) else f"what it is given, {_counted(args, kwargs)}"
         raise TypeError(
-            f"{what} must take one tensor, {type(net).__name__}.forward {unfit}: {wrap}"
+            f"{what} must take {given}, {name}.forward {unfit}: give several arguments as a tuple, or with "
+            "their names as fastmeta.Inputs(...)"
         ) from error
     except ValueError:  # no signature
         return
+
+
+def _counted(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> str:
+    """How many arguments there are, and the names of those that have one."""
+    count = f"{len(args)} argument{'s' * (len(args) != 1)}"
+    return ", ".join([count, *map(repr, kwargs)])
 
 
 def _first_layer(net: nn.Module) -> tuple[nn.Linear | None, bool]:

@@ -96,4 +96,4 @@ def inner_loop(
 ) -> dict[str, Tensor]:
     """`inner_sgd` with its options in one piece, under any name in messages."""
     operation = Operation(options, net, params, tensors, lr, resolve(loss), aliases)
-    return dict(zip(params, run(operation), strict=True))
+    return run(operation)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastmeta.backends._inputs import one_task
 from fastmeta.backends._random_state import preserved
 from fastmeta.graph.cost import batch_readers
 from fastmeta.losses import Loss
@@ -91,9 +92,8 @@ def check_layers(options: Options, fields: Sequence[str], problem: Problem) -> N
         params = {
             name: value[0] if name in problem.per_task else value for name, value in problem.params.items()
         }
-        x = batch.x[0, 0] if batch.per_step else batch.x[0]
-        with preserved(x.device, problem.net):
-            called = normalises_by_batch(problem.net, params, x, options.batch_stats)
+        with preserved(problem.device, problem.net):
+            called = normalises_by_batch(problem.net, params, one_task(batch), options.batch_stats)
         refused = "batch_norm" if called else ""
     if refused:
         _refuse(options.who, fields[0], refused)

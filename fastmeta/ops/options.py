@@ -71,9 +71,10 @@ class Options(NamedTuple):
     task_chunk: int | None = None
 
 
-def argument(who: str, field: str) -> str:
-    """The name of an argument in a message: "inner_sgd: `x`"."""
-    return f"{who}: `{_ARGUMENTS.get(who, {}).get(field, field)}`"
+def argument(who: str, field: str, leaf: str = "") -> str:
+    """The name of an argument in a message: "inner_sgd: `x`"; with what names a leaf in it,
+    "inner_sgd: `x['ids']`"."""
+    return f"{who}: `{_ARGUMENTS.get(who, {}).get(field, field)}{leaf}`"
 
 
 def check_options(options: Options) -> None:

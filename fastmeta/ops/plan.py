@@ -20,18 +20,19 @@ from fastmeta.bounded import Bounded
 from fastmeta.capture.capture import captured, frozen_flags
 from fastmeta.errors import BackendUnavailable
 from fastmeta.graph.program import Program
+from fastmeta.inputs import Tree, leaves_of, signature
 from fastmeta.losses import Loss
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.renormalised import check_renormalised
 from fastmeta.network.swap import LOCK
 from fastmeta.ops.adapted import BY_GRAD, Adapted, adapted_now
 from fastmeta.ops.capture_check import check_capture
-from fastmeta.ops.checks import Shapes, Tensors, check_tensors, check_wrt
+from fastmeta.ops.checks import Shapes, Tensors, check_losses, check_tensors, check_wrt
 from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
-from fastmeta.ordinary import all_known, all_plain, check_ordinary, lack_memory, plain
+from fastmeta.ordinary import PLAIN, all_known, all_plain, check_ordinary, lack_memory, plain, plain_tree
 from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
 from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
@@ -132,7 +133,7 @@ class _Given(NamedTuple):
     lr: Rates
     wrt: frozenset[str]
     adapted_grad: dict[str, Tensor] | None
-    output_grad: Tensor | None
+    output_grad: Tree
     prefer_flat: bool
     frozen: frozenset[str]
     captures: Captures | None
@@ -151,7 +152,7 @@ def prepare(
     lr: Rates,
     wrt: frozenset[str] = NOTHING,
     adapted_grad: dict[str, Tensor] | None = None,
-    output_grad: Tensor | None = None,
+    output_grad: Tree = None,
     prefer_flat: bool = False,
     frozen: frozenset[str] = NOTHING,
     captures: Captures | None = None,
@@ -173,7 +174,7 @@ def prepare(
     # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
     if not all_known(params, tensors, lr, adapted_grad, output_grad):
         params, tensors, lr = plain(params), plain(tensors), plain(lr)
-        adapted_grad, output_grad = plain(adapted_grad), plain(output_grad)
+        adapted_grad, output_grad = plain(adapted_grad), plain_tree(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad):
             how = adapted_grad, output_grad, prefer_flat, frozen, captures
             given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, *how)
@@ -230,7 +231,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             rates_key(lr),
             *params,
             *map(_sort, params.values()),
-            *[None if tensor is None else _sort(tensor) for tensor in tensors],
+            *[None if x is None else _sort(x) if x.__class__ in PLAIN else signature(x) for x in tensors],
             adapted_grad is None,
             output_grad is None,
             prefer_flat,
@@ -280,9 +281,9 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     shapes = check_tensors(options, net, given.params, tensors)
     check_examples(options, net, given.params, tensors, shapes)
     check_wrt(options.who, wrt, tensors)
-    for cotangent in (given.output_grad, *(given.adapted_grad or {}).values()):
-        if cotangent is not None:
-            check_ordinary(f"{options.who}: a gradient of its results", cotangent)
+    check_losses(options.who, tensors, given.loss, given.query_loss)
+    for cotangent in (*leaves_of(given.output_grad), *(given.adapted_grad or {}).values()):
+        check_ordinary(f"{options.who}: a gradient of its results", cotangent)
     for used in (given.loss, given.query_loss):
         if used is not None:
             used.check_tensors()
@@ -389,6 +390,8 @@ def _capture(
     options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes, losses: tuple[Loss | None, ...]
 ) -> tuple[Program | None, str]:
     x = tensors.query_x if tensors.support_x is None else tensors.support_x
+    if x is not None and not isinstance(x, Tensor):
+        return None, f"the network's input is no single tensor, but {type(x).__name__}"
     if x is not None and not x.is_floating_point():
         return None, f"the network's input is {x.dtype}"
     for loss in losses:

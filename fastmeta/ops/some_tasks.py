@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._captured import merged
+from fastmeta.backends._inputs import each
+from fastmeta.inputs import Tree, mapped
 from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
-_DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
+#: The fields of `Gradients` that are by data.
+DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
 
 
 def select(problem: Problem, tasks: Tensor) -> Problem:
@@ -22,15 +25,11 @@ def select(problem: Problem, tasks: Tensor) -> Problem:
         tasks: [n] int64, n >= 1, on the problem's device.
     """
 
-    def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().index_select(0, tasks)
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.detach().index_select(0, tasks)
 
     def sets(batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
-        return replace(
-            batch, x=batch.x.detach().index_select(0, tasks), y=part(batch.y), weights=part(batch.weights)
-        )
+        return None if batch is None else each(batch, part)
 
     def shares(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -48,11 +47,11 @@ def select(problem: Problem, tasks: Tensor) -> Problem:
         },
         support=sets(problem.support),
         query=sets(problem.query),
-        task_weights=part(problem.task_weights),
+        task_weights=mapped(part, problem.task_weights),
         adapted_grad=None
         if cotangents is None
         else {name: v.index_select(0, tasks) for name, v in cotangents.items()},
-        output_grad=part(problem.output_grad),
+        output_grad=mapped(part, problem.output_grad),
         prefer_flat=False,
         scratch=Scratch(),
     )
@@ -79,14 +78,16 @@ def scatter(problem: Problem, whole: Result, tasks: Tensor, some: Result | None,
     def shared(part: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros_like(like) if part is None else part * scale
 
-    def kept(part: Tensor | None, all_of: Tensor | None) -> Tensor | None:
-        return all_of if part is None or all_of is None else all_of.clone().index_copy_(0, tasks, part)
+    def kept(part: Tree, all_of: Tree) -> Tree:
+        if part is None:
+            return all_of
+        return mapped(lambda whole, some: whole.clone().index_copy_(0, tasks, some), all_of, part)
 
     grads, own = whole.grads, Gradients() if some is None else some.grads
     found = Gradients()
-    for field in _DATA:
-        if (like := getattr(grads, field)) is not None:
-            setattr(found, field, spread(getattr(own, field), like))
+    for field in DATA:
+        pair = getattr(grads, field), getattr(own, field)
+        setattr(found, field, mapped(lambda like, part: spread(part, like), *pair))
     if grads.params is not None or grads.flat_params is not None:
         params = own.params or {}
         found.params = {

@@ -60,4 +60,4 @@ def forward(
 ) -> Tensor:
     """`task_forward` under another name in messages."""
     options = Options(who, batch_stats=batch_stats, backend=backend, task_chunk=task_chunk)
-    return run(Operation(options, net, params, Tensors(query_x=x)))[0]
+    return run(Operation(options, net, params, Tensors(query_x=x)))

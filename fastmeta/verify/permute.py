@@ -132,4 +132,4 @@ def _batch(batch: Batch | None, order: Tensor | None) -> Batch | None:
         return None
     axis = 2 if batch.per_step else 1
     y, weights = _examples(batch.y, axis, order), _examples(batch.weights, axis, order)
-    return replace(batch, x=batch.x.index_select(axis, order), y=y, weights=weights)  # type: ignore[arg-type]
+    return replace(batch, x=batch.x.index_select(axis, order), y=y, weights=weights)

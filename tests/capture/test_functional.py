@@ -308,10 +308,21 @@ def test_native_fast_path_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             assert error(call(layer, params, x, decompose=decompose), expected) < 1e-12
 
 
-def test_rejects_output_that_is_no_tensor() -> None:
+def test_returns_what_the_module_does() -> None:
     net = nn.LSTM(3, 5).double()
-    with pytest.raises(TypeError, match="must return one Tensor, got tuple"):
-        call(net, params_of(net), normal(4, 7, 3))
+    x = normal(4, 7, 3)
+    output, (hidden, cell) = call(net, params_of(net), x)
+    want, (want_hidden, want_cell) = net(x)
+    for got, expected in ((output, want), (hidden, want_hidden), (cell, want_cell)):
+        assert error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("output", [None, (), "text", object(), [object()]], ids=str)
+def test_rejects_output_that_holds_no_tensor(output: object) -> None:
+    net = nn.Linear(3, 5)
+    net.forward = lambda x: output
+    with pytest.raises(TypeError, match="must return a tensor, or a tuple, list or dict of tensors, got"):
+        call(net, params_of(net), normal(7, 3))
 
 
 def test_check_batch_stats_accepts_what_can_run() -> None:

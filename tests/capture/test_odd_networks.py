@@ -261,9 +261,19 @@ REFUSED = {
     ),
     "two-inputs": (lambda: _TwoInputs(4, 1).double(), "`net` must take one tensor, _TwoInputs.forward .*'z'"),
     "keyword-only": (lambda: _KeywordOnly(4, 1).double(), "`net` must take one tensor"),
-    "tuple": (lambda: _returning(lambda y: (y, y)), "`net` must return one tensor, _Returns returned tuple"),
-    "dict": (lambda: _returning(lambda y: {"y": y}), "`net` must return one tensor, _Returns returned dict"),
-    "none": (lambda: _returning(lambda y: None), "`net` must return one tensor, _Returns returned NoneType"),
+    "tuple": (
+        lambda: _returning(lambda y: (y, y)),
+        "`net`: the network's output must be one tensor for mse, got tuple; a function",
+    ),
+    "dict": (
+        lambda: _returning(lambda y: {"y": y}),
+        "`net`: the network's output must be one tensor for mse, got dict; a function",
+    ),
+    "none": (lambda: _returning(lambda y: None), "`net` must return a tensor, .* _Returns returned NoneType"),
+    "array": (
+        lambda: _returning(lambda y: (y, y.detach().numpy())),
+        r"`net` must return a tensor, .* _Returns returned ndarray at \[1\]",
+    ),
 }
 
 

@@ -47,7 +47,7 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
 def notes(problem: Problem) -> list[str]:
     """What a user should know about how `problem` runs here; may run two of its tasks once to find
     out."""
-    device = _inputs.any_batch(problem).x.device
+    device = problem.device
     problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
@@ -79,7 +79,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         RuntimeError: memory="recompute", and a step that was run again was another one.
         NotImplementedError: second order, and an operator has no second derivative.
     """
-    device = _inputs.any_batch(problem).x.device
+    device = problem.device
     problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device), named_in(problem):
         p = _inputs.detached(problem)
@@ -112,7 +112,7 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
         parts = chunks(p if vectorised else replace(p, task_chunk=1))
         return torch.stack([unrolled(part, vectorised, captured) for part in parts]).sum(), captured
 
-    device = _inputs.any_batch(problem).x.device
+    device = problem.device
     problem = replace(problem, autocast=autocast_dtype(device))
     with isolated(device):
         detached = _inputs.detached(problem)

@@ -7,7 +7,6 @@ step is differentiated by itself, none is run again, and nothing is stacked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.evaluation import evaluate_one
 from fastmeta.backends.torch.features import Features
 from fastmeta.backends.torch.sweep import goes_back
+from fastmeta.inputs import Tree, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Gradients, Problem, Result
-
-_PARTS = ("x", "y", "weights")
 
 
 def alone(p: Problem, wrt: frozenset[str], adapted: bool, standing: Mapping[str, tuple[str, ...]]) -> Result:
@@ -47,12 +45,8 @@ class _Task:
         }
         self.theta = {name: leaf[0] if name in p.per_task else leaf for name, leaf in self.params.items()}
         self.rates = {name: own(rate, "lr" in wrt) for name, rate in p.rates.items()}
-        self.data: dict[str, Tensor] = {}  # leaves by their names in `wrt`
-        for role in ("support", "query"):
-            for part in _PARTS:
-                tensor = getattr(getattr(p, role), part, None)
-                if tensor is not None:
-                    self.data[f"{role}_{part}"] = own(tensor, f"{role}_{part}" in wrt)
+        # leaves by the names of `parts_of`
+        self.data = {name: own(tensor, True) for name, tensor in _inputs.wanted_parts(p, wrt).items()}
         self.captured = Captured(p, keep=True)
         self.looks = bool(wrt) or p.captures is not None
         self.back = goes_back(p, wrt)
@@ -60,7 +54,7 @@ class _Task:
         self.features = {role: Features(p, names) for role, names in standing.items()}
         self.terms: list[Tensor] = []  # of J
         self.task_loss: Tensor | None = None
-        self.output: Tensor | None = None
+        self.output: Tree = None
 
     def run(self, adapted: bool) -> Result:
         p, momentum = self.p, dict[str, Tensor]()
@@ -71,11 +65,10 @@ class _Task:
             if k < p.steps:
                 self._inner_step(k, momentum)
         result = Result(grads=self._gradients())
-        if self.output is not None:
-            result.output = torch.stack([self.output.detach()])
+        result.output = mapped(lambda leaf: torch.stack([leaf.detach()]), self.output)
         if p.query_loss is not None and self.output is not None:
-            loss = self.task_loss
-            result.task_losses = self.output.new_zeros(1) if loss is None else loss.detach().reshape(1)
+            loss, first = self.task_loss, next(iter(p.params.values()))
+            result.task_losses = first.new_zeros(1) if loss is None else loss.detach().reshape(1)
         if adapted:
             result.adapted = {name: torch.stack([value.detach()]) for name, value in self.theta.items()}
         return result
@@ -104,14 +97,14 @@ class _Task:
         if last:
             self.output = output
             if p.output_grad is not None:
-                self.terms.append((output * p.output_grad[0]).sum())
+                cotangent = mapped(lambda leaf: leaf[0], p.output_grad)
+                self.terms += _inputs.products(output, cotangent)
 
-    def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tree]:
         """(loss, output) of one set at theta_k."""
-        x, y, weights = (
-            self.data[f"{role}_{part}"][at] if f"{role}_{part}" in self.data else None for part in _PARTS
-        )
-        examples = cast(Tensor, x), y, weights
+        batch = _inputs.with_parts(getattr(self.p, role), role, self.data)
+        batch = _inputs.each(batch, lambda tensor: tensor[at])
+        examples = batch.x, batch.y, batch.weights
         known = self.features.get(role)
         replayed = [] if known is None else known.values
         forwards = None if known is None else known.replaying(replayed) if replayed else known.recording()
@@ -131,7 +124,7 @@ class _Task:
             self.terms.append((self.theta[name] * cotangent[0]).sum())
         params = self.params if "params" in wrt else {}
         rates = self.rates if "lr" in wrt else {}
-        data = {key: leaf for key, leaf in self.data.items() if key in wrt and leaf.is_floating_point()}
+        data = self.data
         leaves, read = [*params.values(), *rates.values(), *data.values()], captured.inputs
         # what was read may be reached through the user's own graph
         found = _inputs.gradients(self.terms, [*leaves, *read], retain_graph=bool(read) or None)
@@ -142,6 +135,5 @@ class _Task:
             grads.params = {name: next(gradients) for name in params}
         if "lr" in wrt:
             grads.lr = {name: next(gradients) for name in rates}
-        for key in data:
-            setattr(grads, key, next(gradients))
+        _inputs.put_parts(grads, p, dict(zip(data, gradients, strict=False)))
         return grads

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._captured import merged
+from fastmeta.backends._inputs import each
+from fastmeta.inputs import Tree, flatten, leaves_of, mapped
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
-#: A tensor of a result: (group, member), the member "" for a group of one.
-_Key = tuple[str, str]
+#: A tensor of a result: (group, member), the member of a tree the number of a leaf.
+_Key = tuple[str, str | int]
 _DATA = ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights")
 
 
@@ -35,9 +37,7 @@ def cut(problem: Problem, start: int, stop: int) -> Problem:
         return None if tensor is None else tensor[start:stop]
 
     def sets(batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
-        return replace(batch, x=batch.x[start:stop], y=part(batch.y), weights=part(batch.weights))
+        return None if batch is None else each(batch, lambda tensor: tensor[start:stop])
 
     tasks = stop - start
     weights = part(problem.task_weights)
@@ -60,7 +60,7 @@ def cut(problem: Problem, start: int, stop: int) -> Problem:
         adapted_grad=None
         if cotangents is None
         else {name: value[start:stop] for name, value in cotangents.items()},
-        output_grad=part(problem.output_grad),
+        output_grad=mapped(lambda cotangent: cotangent[start:stop], problem.output_grad),
     )
 
 
@@ -107,10 +107,15 @@ class Joined:
         grads = Gradients(
             group("params", first.grads.params), group("lr", first.grads.lr), captured=self._captured
         )
+
+        def tree(name: str, like: Tree) -> Tree:
+            leaves, form = flatten(like)
+            return form.build(found[name, at] for at in range(len(leaves)))
+
         for field in _DATA:
-            setattr(grads, field, found.get((field, "")))
+            setattr(grads, field, tree(field, getattr(first.grads, field)))
         adapted = group("adapted", first.adapted)
-        return Result(found.get(("task_losses", "")), found.get(("output", "")), adapted, grads)
+        return Result(tree("task_losses", first.task_losses), tree("output", first.output), adapted, grads)
 
     def _dim(self, key: _Key) -> int | None:
         """The dimension of tasks; None: shared by all of them."""
@@ -118,7 +123,7 @@ class Joined:
         if group == "params":
             return 0 if member in self._problem.per_task else None
         if group == "lr":
-            return 1 if self._problem.rates[member].shape[1] > 1 else None
+            return 1 if self._problem.rates[str(member)].shape[1] > 1 else None
         return 0
 
 
@@ -139,6 +144,7 @@ def _tensors(result: Result) -> Iterator[tuple[_Key, Tensor]]:
     for group, members in (("adapted", result.adapted), ("params", grads.params), ("lr", grads.lr)):
         for member, tensor in (members or {}).items():
             yield (group, member), tensor
-    single = {"task_losses": result.task_losses, "output": result.output}
-    single |= {field: getattr(grads, field) for field in _DATA}
-    yield from (((group, ""), tensor) for group, tensor in single.items() if tensor is not None)
+    trees = {"task_losses": result.task_losses, "output": result.output}
+    trees |= {field: getattr(grads, field) for field in _DATA}
+    for group, tree in trees.items():
+        yield from (((group, at), tensor) for at, tensor in enumerate(leaves_of(tree)))

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmeta.backends._autocast import autocast
 from fastmeta.backends._captured import Captured, Watch
+from fastmeta.backends.torch.each_task import each_task
 from fastmeta.backends.torch.features import Features
+from fastmeta.inputs import Form, Tree, flatten, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call_then
 from fastmeta.problem import Batch, Problem
@@ -25,7 +26,7 @@ class Evaluation:
         problem: says how the network is called.
         params: every parameter, [T, *shape] if its name is in `stacked`, else [*shape].
         stacked: names of the parameters that every task has its own of.
-        batch: x [T, N, *in], y [T, N, ...], weights [T, N]; of one step.
+        batch: x [T, N, *in], y [T, N, ...], weights [T, N], x and y possibly trees; of one step.
         loss: None: the losses are zero.
         vectorised: by vmap instead of a loop.
         features, values: what is not to be computed again, and what it was: [T, ...] each.
@@ -43,46 +44,26 @@ class Evaluation:
     features: Features | None = None
     values: Sequence[Tensor] = ()
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tree]:
         """(losses [T], output [T, N, *out])."""
-        params, batch, values = self.params, self.batch, self.values
+        params, batch = self.params, self.batch
+        data, form = flatten((batch.x, batch.y, batch.weights))
+        forms: list[Form] = []  # of the output
 
-        def one_task(
-            theta: Mapping[str, Tensor], x: Tensor, y: Tensor | None, weights: Tensor | None, *known: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        def one_task(theta: Mapping[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            examples, known = form.build(tensors[: len(data)]), tensors[len(data) :]
             forwards = None if self.features is None else self.features.replaying(known)
-            return evaluate_one(self.problem, theta, (x, y, weights), self.loss, self.vectorised, forwards)
+            loss, output = evaluate_one(self.problem, theta, examples, self.loss, self.vectorised, forwards)
+            leaves, output_form = flatten(output)
+            forms.append(output_form)
+            return loss, *leaves
 
-        if self.vectorised:
-            dims = {name: 0 if name in self.stacked else None for name in params}
-            in_dims = (
-                dims,
-                0,
-                None if batch.y is None else 0,
-                None if batch.weights is None else 0,
-                *[0] * len(values),
-            )
-            every_task = torch.func.vmap(one_task, in_dims=in_dims, randomness="different")
-            return every_task(dict(params), batch.x, batch.y, batch.weights, *values)
+        losses, *outputs = each_task(one_task, params, self.stacked, [*data, *self.values], self.vectorised)
+        if forms.count(forms[0]) != len(forms):
+            raise ValueError("the network must return the same containers for every task, and did not")
+        return losses, forms[0].build(outputs)
 
-        # unbind once: the backward of one select a task would write all of [T, *shape] T times
-        columns = {name: value.unbind() for name, value in params.items() if name in self.stacked}
-        nothing = (None,) * batch.x.shape[0]
-        data = zip(
-            batch.x.unbind(),
-            nothing if batch.y is None else batch.y.unbind(),
-            nothing if batch.weights is None else batch.weights.unbind(),
-            *[value.unbind() for value in values],
-            strict=True,
-        )
-        answers = [
-            one_task({**params, **{name: column[task] for name, column in columns.items()}}, *entry)
-            for task, entry in enumerate(data)
-        ]
-        losses, outputs = zip(*answers, strict=True)
-        return torch.stack(losses), torch.stack(outputs)
-
-    def watched(self, captured: Captured) -> tuple[Tensor, Tensor, Watch]:
+    def watched(self, captured: Captured) -> tuple[Tensor, Tree, Watch]:
         """(losses [T], output [T, N, *out], what the network and the loss read past their
         arguments); `captured` takes note."""
         batch = self.batch
@@ -93,34 +74,37 @@ class Evaluation:
 def evaluate_one(
     problem: Problem,
     theta: Mapping[str, Tensor],
-    examples: tuple[Tensor, Tensor | None, Tensor | None],
+    examples: tuple[Tree, Tree, Tensor | None],
     loss: Loss | None,
     decompose: bool = False,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tree]:
     """The loss, (), and the output, [N, *out], of one task.
 
     Args:
         problem: says how the network is called.
         theta: every parameter, [*shape].
-        examples: x [N, *in], y [N, ...], weights [N].
+        examples: x [N, *in], y [N, ...], weights [N], x and y possibly trees.
         loss: None: the loss is zero.
         decompose, forwards: as of `call`.
     """
-    (x, y, weights), dtype = examples, next(iter(theta.values())).dtype
+    (x, y, weights), first = examples, next(iter(theta.values()))
     net, decompose = problem.exchange or problem.net, decompose or problem.third
 
-    def value_of(output: Tensor) -> Tensor:
-        # losses and their targets are those of the parameters' dtype
-        output = output if problem.autocast is None else output.to(dtype)
-        value = output.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
-        return value if problem.autocast is None else value.to(dtype)
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(first.dtype) if leaf.is_floating_point() else leaf
 
-    with autocast(x.device, problem.autocast):
+    def value_of(output: Tree) -> Tensor:
+        # losses and their targets are those of the parameters' dtype
+        output = output if problem.autocast is None else mapped(cast, output)
+        value = first.new_zeros(()) if loss is None or y is None else loss(output, y, weights)
+        return value if problem.autocast is None else cast(value)
+
+    with autocast(problem.device, problem.autocast):
         how: dict[str, Any] = {
             "batch_stats": problem.batch_stats,
             "decompose": decompose,
             "forwards": forwards,
         }
         value, output = call_then(net, theta, x, value_of, **how)
-        return value, output if problem.autocast is None else output.to(dtype)
+        return value, output if problem.autocast is None else mapped(cast, output)

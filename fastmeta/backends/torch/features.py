@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastmeta.backends._captured import Watch
+from fastmeta.backends.torch.each_task import each_task
 from fastmeta.backends.torch.still import still
+from fastmeta.inputs import flatten, mapped
 from fastmeta.network.functional import call
 from fastmeta.problem import Batch, Problem
 
@@ -102,7 +103,7 @@ def standing(problem: Problem) -> dict[str, tuple[str, ...]]:
     for role, times in passes.items():
         batch = getattr(p, role)
         if batch is not None and not batch.per_step and times > 1:
-            found[role] = still(p.net, params, p.rates.keys(), batch.x[0], p.batch_stats)
+            found[role] = still(p.net, params, p.rates.keys(), mapped(lambda x: x[0], batch.x), p.batch_stats)
     return {role: names for role, names in found.items() if names}
 
 
@@ -118,21 +119,20 @@ def recorded(
 
     net = problem.exchange or problem.net
 
-    def one_task(theta: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    data, form = flatten(batch.x)
+
+    def one_task(theta: Mapping[str, Tensor], *x: Tensor) -> tuple[Tensor, ...]:
         forwards = features.recording()
-        call(net, theta, x, batch_stats=problem.batch_stats, decompose=vectorised, forwards=forwards)
+        call(
+            net,
+            theta,
+            form.build(x),
+            batch_stats=problem.batch_stats,
+            decompose=vectorised,
+            forwards=forwards,
+        )
         return tuple(features.values)
 
-    if vectorised:
-        dims = {name: 0 if name in stacked else None for name in params}
-        found = torch.func.vmap(one_task, in_dims=(dims, 0), randomness="different")(dict(params), batch.x)
-    else:
-        answers = [
-            one_task(
-                {name: value[t] if name in stacked else value for name, value in params.items()}, batch.x[t]
-            )
-            for t in range(batch.x.shape[0])
-        ]
-        found = tuple(map(torch.stack, zip(*answers, strict=True)))
+    found = each_task(one_task, params, stacked, data, vectorised)
     features.values = []
     return found

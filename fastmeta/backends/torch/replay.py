@@ -69,7 +69,7 @@ class Replay:
 
 
 def marks_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each tensor on top of the largest of them, [n]: what cancels, as the gradient of
-    a bias in front of a batch norm does, is zero but for rounding."""
-    norms = torch.stack([tensor.detach().norm() for tensor in tensors])
+    """The norm of each floating-point tensor on top of the largest of them, [n]: what cancels, as
+    the gradient of a bias in front of a batch norm does, is zero but for rounding."""
+    norms = torch.stack([tensor.detach().norm() for tensor in tensors if tensor.is_floating_point()])
     return norms + norms.where(norms.isfinite(), 0).max()

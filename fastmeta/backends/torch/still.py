@@ -29,6 +29,7 @@ from fastmeta.backends._captured import leaves_behind
 from fastmeta.backends._random_state import RandomState, preserved
 from fastmeta.bounded import Bounded
 from fastmeta.capture.guards import Guard
+from fastmeta.inputs import Tree, first_leaf, leaves_of, mapped, signature
 from fastmeta.network.functional import call, own
 from fastmeta.network.swap import LOCK, Exchange
 from fastmeta.undisturbed import asynchronous
@@ -58,7 +59,7 @@ class _Unknown(Exception):
 
 
 def still(
-    net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tensor, batch_stats: str
+    net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tree, batch_stats: str
 ) -> tuple[str, ...]:
     """Names of the largest modules with parameters whose outputs stand still; () also where that is
     not known.
@@ -70,7 +71,7 @@ def still(
         net: the network.
         params: one task's parameters, name -> [*shape].
         moving: names of those that change.
-        x: one task's input, [N, *in].
+        x: one task's input, [N, *in] or a tree.
         batch_stats: as of `call`.
     """
     with LOCK:
@@ -78,7 +79,7 @@ def still(
         found = known.found(net)
         if found is None:
             return ()
-        key = (frozenset(moving), x.shape, x.dtype, x.device, batch_stats)
+        key = (frozenset(moving), signature(x), batch_stats)
         names = found.get(key)
         if names is None:
             names = found.put(key, _look(net, params, moving, x, batch_stats))
@@ -118,7 +119,7 @@ def give_up(net: nn.Module) -> None:
 
 
 def _look(
-    net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tensor, batch_stats: str
+    net: nn.Module, params: Mapping[str, Tensor], moving: Collection[str], x: Tree, batch_stats: str
 ) -> tuple[str, ...]:
     modules = dict(net.named_modules())
     if any(
@@ -127,16 +128,17 @@ def _look(
         return ()
     if any(type(module).__name__ == "OptimizedModule" for module in modules.values()):
         return ()
-    start = RandomState.now(x.device, net)
+    device = first_leaf(x).device
+    start = RandomState.now(device, net)
     # those that move require grad, so that what no function mode sees, such as C++, shows in the
     # graph
     values = {name: own(value.clone(), requires_grad=name in moving) for name, value in params.items()}
-    exchange, x = Exchange(net), own(x.clone())
-    known = [x, *values.values(), *net.buffers(), *_tensors(_Outside(modules.values()).alive)]
+    exchange, x = Exchange(net), mapped(lambda leaf: own(leaf.clone()), x)
+    known = [*leaves_of(x), *values.values(), *net.buffers(), *_tensors(_Outside(modules.values()).alive)]
     traced = _Traced(net, modules, [values[name] for name in moving], known, start)
     stubs = {name: traced.stub(name, module) for name, module in modules.items()}
     try:
-        with preserved(x.device, net), traced:
+        with preserved(device, net), traced:
             call(exchange, values, x, batch_stats=batch_stats, forwards=stubs)
             if start.drawn_outside_torch(start.anew()):
                 return ()

@@ -7,7 +7,7 @@ The mathematics is that of docs/architecture.md; the update rule brings its own 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,11 +20,11 @@ from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.backends.torch.features import Body, Features, recorded
 from fastmeta.backends.torch.replay import Replay
+from fastmeta.inputs import Tree, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Gradients, Problem, Result
 
-_PARTS = ("x", "y", "weights")
 #: Gradients that have to be followed back through the inner steps.
 _THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
 
@@ -93,18 +93,14 @@ class Sweep:
         self.back = goes_back(p, wrt)
         self.store = store
         self.task_losses: Tensor | None = None
-        self.output: Tensor | None = None
+        self.output: Tree = None
         self.total_rates = {name: torch.zeros_like(rate) for name, rate in p.rates.items()}
         self.total: dict[str, Tensor] = {}
         if "params" in wrt:
             self.total = {
                 f"params.{n}": torch.zeros_like(v) for n, v in p.params.items() if n not in self.names
             }
-        for role, batch in (("support", p.support), ("query", p.query)):
-            for part in _PARTS:
-                tensor = getattr(batch, part, None)
-                if f"{role}_{part}" in wrt and tensor is not None and tensor.is_floating_point():
-                    self.total[f"{role}_{part}"] = torch.zeros_like(tensor)
+        self.total |= {name: torch.zeros_like(x) for name, x in _inputs.wanted_parts(p, wrt).items()}
         self.bodies: dict[str, Body] = {}
         self.bodies = self._bodies(standing)
 
@@ -221,11 +217,11 @@ class Sweep:
                 kept = 0 if self.task_losses is None else self.task_losses
                 self.task_losses = kept + weighted.detach()
             if k == p.steps:
-                self.output = output.detach()
+                self.output = mapped(torch.detach, output)
                 if self.task_losses is None and p.query_loss is not None:
                     self.task_losses = torch.zeros_like(losses)
                 if p.output_grad is not None:
-                    terms.append((output * p.output_grad).sum())
+                    terms += _inputs.products(output, p.output_grad)
         wanted = [*leaves.values(), *others.values(), *seen.inputs]
         found = _inputs.gradients(terms, wanted, retain_graph=seen.through or None)
         self._add(others, found[len(leaves) :], k, seen)
@@ -238,12 +234,11 @@ class Sweep:
         role: str,
         batch: Batch,
         loss: Loss | None,
-    ) -> tuple[Tensor, Tensor, Watch]:
+    ) -> tuple[Tensor, Tree, Watch]:
         """Losses and outputs of all tasks, with the leaves `others` in the place of what they stand
         for, and what was captured."""
         params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
-        data = {part: others[f"{role}_{part}"] for part in _PARTS if f"{role}_{part}" in others}
-        batch = replace(batch, **data)  # type: ignore[arg-type]
+        batch = _inputs.with_parts(batch, role, others)
         params |= theta
         body = self.bodies.get(role)
         return Evaluation(
@@ -266,11 +261,11 @@ class Sweep:
             others = self._leaves(role, 0)
             params = {name: others.get(f"params.{name}", value) for name, value in self.p.params.items()}
             params |= {name: tasks.stack(self.p, name) for name in self.names}
-            x = others.get(f"{role}_x", batch.x)
-            given = features, self.p, params, self.stacked, replace(batch, x=x), self.vectorised
+            batch = _inputs.with_parts(batch, role, others)
+            given = features, self.p, params, self.stacked, batch, self.vectorised
             # the rest of the network may draw random numbers: that is for the passes to come
             with preserved_for(self.p):
-                values, seen = self.captured.watched(partial(recorded, *given), [*params.values(), x])
+                values, seen = self.captured.watched(partial(recorded, *given), [*params.values(), batch.x])
             keys = [f"{role}_features.{i}" for i in range(len(values))]
             leaves = dict(zip(keys, map(own, values), strict=True))
             bodies[role] = Body(features, leaves, values, others, seen)
@@ -296,7 +291,7 @@ class Sweep:
         depends on."""
         batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
         sources = {f"params.{name}": value for name, value in self.p.params.items()}
-        sources |= {f"{role}_{part}": getattr(batch, part) for part in _PARTS}
+        sources |= _inputs.parts_of(batch, role)
         sources |= self.bodies[role].values if role in self.bodies else {}
         return {key: own(sources[key], requires_grad=True) for key in self.total if key in sources}
 
@@ -314,9 +309,7 @@ class Sweep:
         grads = Gradients(lr=self.total_rates if "lr" in self.wrt else None, captured=self.captured.pairs())
         if "params" in self.wrt:
             grads.params = {name: self._params_gradient(name, lam) for name in self.p.params}
-        for key, total in self.total.items():
-            if not key.startswith("params."):
-                setattr(grads, key, total)
+        _inputs.put_parts(grads, self.p, self.total)
         return grads
 
     def _params_gradient(self, name: str, lam: Mapping[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ the reason."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, isfinite
 
 import torch
@@ -15,6 +16,7 @@ from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.bounded import Known
+from fastmeta.inputs import leaves_of, signature
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Problem
 from fastmeta.undisturbed import asynchronous
@@ -41,10 +43,7 @@ def step_of(batch: Batch, step: int) -> Batch:
     """What inner step `step` sees of a support set."""
     if not batch.per_step:
         return batch
-    y, weights = batch.y, batch.weights
-    return Batch(
-        batch.x[:, step], None if y is None else y[:, step], None if weights is None else weights[:, step]
-    )
+    return replace(_inputs.each(batch, lambda tensor: tensor[:, step]), per_step=False)
 
 
 def why_loop(problem: Problem) -> str:
@@ -140,15 +139,14 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
 def _key(problem: Problem) -> int:
     """Everything that vmap's being right may depend on. A hash, so that nothing is kept alive."""
     batch = _inputs.any_batch(problem)
-    tensors = {"x": batch.x, "y": batch.y, "weights": batch.weights}
     return hash(
         (
             tuple(module.training for module in problem.net.modules()),
             tuple(None if loss is None else loss.key for loss in (problem.loss, problem.query_loss)),
             tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
-            tuple((name, t.shape[1:], t.dtype) for name, t in tensors.items() if t is not None),
+            signature((batch.x, batch.y, batch.weights), skip=1),
             (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
-            (problem.order, problem.batch_stats, batch.x.device, problem.autocast),
+            (problem.order, problem.batch_stats, problem.device, problem.autocast),
         )
     )
 
@@ -203,14 +201,16 @@ def _probe(problem: Problem, vectorised: bool) -> tuple[Tensor, Tensor, Tensor]:
         vectorised=vectorised,
     ).run()
     generator = torch.Generator("cpu").manual_seed(0)
-    objective = losses.sum() + (output * _random_like(output, generator)).sum()
+    objective = losses.sum()
+    for leaf in _inputs.differentiable(output):
+        objective = objective + (leaf * _random_like(leaf, generator)).sum()
     leaves = list(theta.values())
     gradient = _inputs.gradients([objective], leaves, create_graph=second)
     directions = [_random_like(leaf, generator) for leaf in leaves]
     if second:
         check_twice(losses, gradient)
     product = _inputs.gradients(gradient, leaves, directions) if second else []
-    return output.detach().flatten(), _flat(gradient), _flat(product)
+    return _flat([leaf.to(losses) for leaf in leaves_of(output)]), _flat(gradient), _flat(product)
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.evaluation import Evaluation
+from fastmeta.inputs import Tree
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Problem
 
@@ -32,7 +33,7 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
     momentum: dict[str, Tensor] = {}
     terms: list[Tensor] = []
 
-    def evaluated(theta: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> tuple[Tensor, Tensor]:
+    def evaluated(theta: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> tuple[Tensor, Tree]:
         losses, output, _ = Evaluation(
             problem=p,
             params={**p.params, **theta},
@@ -51,7 +52,7 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
                     weight * (losses if p.task_weights is None else losses * p.task_weights).sum() / p.tasks
                 )
             if p.output_grad is not None and k == p.steps:
-                terms.append((output * p.output_grad).sum())
+                terms += _inputs.products(output, p.output_grad)
         if k < p.steps:
             support, loss, rule = _inputs.inner_loop(p)
             theta = _inputs.varied(theta)
