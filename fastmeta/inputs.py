@@ -26,9 +26,8 @@ What a backend may rely on, besides `fastmeta.problem`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, Enum),
     *(torch.dtype, torch.device, torch.Size),
 )
+_PLAIN = (tuple, list, dict)
 #: Containers in containers that are looked into.
 _DEEPEST = 50
 
@@ -52,12 +52,18 @@ class Inputs:
         maml(x, y, fm.Inputs(query_ids, attention_mask=query_mask), query_y)
 
     It stands wherever an `x` does: each task calls `net(*args, **kwargs)` with its own part of
-    every tensor. Without names a tuple says the same: `(ids, mask)`.
+    every tensor. Arguments without names need no class, a tuple does: `(ids, mask)` is `net(ids,
+    mask)`. Any other tree of tensors (a dict, a list, a NamedTuple; they may hold each other) is
+    the one argument of the network, `net(x)`.
+
+    Every tensor begins with the tasks, [T, ...] ([T, K, ...] with `support_per_step`). What follows
+    is the network's business: [T, N, ...] for what belongs to the examples, and anything for what
+    belongs to the task, such as an adjacency matrix [T, nodes, nodes]. Integers and booleans are
+    welcome.
 
     Args:
-        args, kwargs: tensors that begin with the tasks, [T, ...] ([T, K, ...] with
-            `support_per_step`), or tuples, lists, dicts and NamedTuples of them. Numbers, strings
-            and None are handed over as they are.
+        args, kwargs: tensors, or tuples, lists, dicts and NamedTuples of them. Numbers, strings and
+            None are handed over as they are.
     """
 
     __slots__ = ("args", "kwargs")
@@ -79,8 +85,7 @@ class NotATreeError(TypeError):
         self.kind, self.place = kind, place
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """A tree without its tensors.
 
     Args:
@@ -101,16 +106,15 @@ class Form:
         kind = self.kind
         if kind is Tensor:
             return next(leaves)
-        if issubclass(kind, _CONSTANTS):
+        if self is _NOTHING or issubclass(kind, _CONSTANTS):
             return self.keys[0]
         parts = [part._build(leaves) for part in self.parts]
         if kind is Inputs:
             count, *names = self.keys
             return Inputs(*parts[:count], **dict(zip(names, parts[count:], strict=True)))
         if issubclass(kind, dict):
-            held = dict(zip(self.keys, parts, strict=True))
-            return held if kind is dict else kind(held)
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+            return _made(kind, dict(zip(self.keys, parts, strict=True)))
+        return _made(kind, parts)
 
     def match(self, tree: Tree) -> list[Any]:
         """What another tree holds in the places of the leaves of this form; None for all of them
@@ -133,6 +137,7 @@ class Form:
 
 
 _LEAF = Form(Tensor)
+_NOTHING = Form(type(None), (None,))
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Form]:
@@ -153,7 +158,9 @@ def leaves_of(tree: Tree) -> list[Tensor]:
     Raises:
         NotATreeError: as `flatten`.
     """
-    return [tree] if isinstance(tree, Tensor) else flatten(tree)[0]
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [] if tree is None else flatten(tree)[0]
 
 
 def first_leaf(tree: Tree) -> Tensor:
@@ -199,6 +206,8 @@ def signature(tree: Tree, skip: int = 0) -> tuple[object, ...]:
         tree: any.
         skip: so many leading dimensions do not matter.
     """
+    if isinstance(tree, Tensor):
+        return tree.shape[skip:], tree.dtype, tree.device, tree.layout
     leaves, form = flatten(tree)
     return form, *[(leaf.shape[skip:], leaf.dtype, leaf.device, leaf.layout) for leaf in leaves]
 
@@ -215,6 +224,13 @@ def described(tree: Tree) -> str:
     if isinstance(tree, Tensor):
         return f"{tuple(tree.shape)} {tree.dtype}"
     return ", ".join(f"{name} {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in named_leaves(tree))
+
+
+def _made(kind: Any, content: Any) -> Tree:
+    """A container of a class, from a dict or a list of what it holds."""
+    if type(content) is kind:
+        return content
+    return kind(*content) if hasattr(kind, "_fields") else kind(content)
 
 
 def _parts_of(tree: Tree, keys: tuple[Any, ...]) -> tuple[Tree, ...]:
@@ -235,6 +251,8 @@ def _form_of(tree: Tree, leaves: list[Tensor], depth: int) -> Form:
     if isinstance(tree, Tensor):
         leaves.append(tree)
         return _LEAF
+    if tree is None:
+        return _NOTHING
     kind: type = type(tree)
     if issubclass(kind, _CONSTANTS):
         return Form(kind, (tree,))
@@ -245,6 +263,11 @@ def _form_of(tree: Tree, leaves: list[Tensor], depth: int) -> Form:
         keys = tuple(tree)
     elif not issubclass(kind, (tuple, list)):
         raise NotATreeError(kind.__name__)
+    if kind not in _PLAIN and kind is not Inputs and not hasattr(kind, "_fields"):
+        try:
+            _made(kind, dict(tree) if issubclass(kind, dict) else [*tree])
+        except Exception:  # a defaultdict, for example
+            raise NotATreeError(kind.__name__) from None
     if depth == _DEEPEST:
         raise NotATreeError(f"containers {depth} deep")
     parts = []
@@ -282,5 +305,5 @@ def _without_constants(form: Form) -> Form:
     if form.kind is Tensor:
         return form
     if issubclass(form.kind, _CONSTANTS):
-        return Form(type(None), (None,))
+        return _NOTHING
     return Form(form.kind, form.keys, tuple(map(_without_constants, form.parts)))

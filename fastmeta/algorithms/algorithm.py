@@ -11,6 +11,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.inputs import Tree
 from fastmeta.losses import Loss
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.eager import eager
@@ -51,15 +52,15 @@ class Algorithm(nn.Module):
         return self._machinery.names
 
     @eager
-    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def predict(self, adapted: Mapping[str, Tensor], x: Tree) -> Tree:
         """The network's output with adapted parameters.
 
         Args:
             adapted: what `adapt` returns.
-            x: inputs [T, M, *in].
+            x: inputs [T, M, *in], or a tree of tensors, see `fastmeta.Inputs`.
 
         Returns:
-            [T, M, *out].
+            [T, M, *out]; of a network that returns several tensors, what it returns.
 
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
@@ -115,7 +116,7 @@ class Machinery:
         """As `Algorithm.names`."""
         return adapted_names(self.who, self.net, self.module.adapts)
 
-    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def predict(self, adapted: Mapping[str, Tensor], x: Tree) -> Tree:
         """As `Algorithm.predict`."""
         module = self.module
         return task_forward(f"{self.who}.predict", self.net, adapted, x, module.batch_stats, module.backend)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta.algorithms.conjugate_gradient import conjugate_gradient
 from fastmeta.algorithms.inner_loop import InnerLoop, InnerLoopMachinery, check_no_gradients
 from fastmeta.algorithms.meta_loss import answer, attached
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.models.check import check_count, is_finite
 from fastmeta.ops.again import Read, captures_of, reads
@@ -43,7 +44,7 @@ class IMAMLLoss(NamedTuple):
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
-    output: Tensor  # [T, M, *out]
+    output: Tree  # [T, M, *out]; of a network that returns several tensors, what it returns
     residuals: Tensor | None = (
         None  # [T]: ||b - A u|| / ||b|| of every task's linear system; None without gradients
     )
@@ -142,10 +143,10 @@ class IMAML(InnerLoop):
     @eager
     def forward(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
@@ -221,7 +222,7 @@ class IMAML(InnerLoop):
         total = {name: value.sum(0) for name, value in gradients.items()}
         return IMAMLLoss(attached(loss, total, params, captured), task_losses, output, residuals, inner)
 
-    def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
+    def explain(self, x: Tree, y: Tree, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, and why others do not; print it.
 
         Args:

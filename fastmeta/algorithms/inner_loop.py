@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.algorithm import Algorithm, Machinery
 from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.network.swap import locked
 from fastmeta.ops.adapted import adapted_now
@@ -71,12 +72,12 @@ class InnerLoop(Algorithm):
 
     @eager
     def adapt(
-        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+        self, x: Tree, y: Tree, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
-            x: support inputs [T, N, *in].
+            x: support inputs [T, N, *in], or a tree of tensors, see `fastmeta.Inputs`.
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
             weights: of the support examples, [T, N]; of booleans: a mask.
@@ -87,7 +88,7 @@ class InnerLoop(Algorithm):
         steps = self.inner_steps if steps is None else steps
         return self._machinery.adapted(f"{self.who}.adapt", Tensors(x, y, weights), steps)
 
-    def explain(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Explanation:
+    def explain(self, x: Tree, y: Tree, weights: Tensor | None = None) -> Explanation:
         """Which backend runs the inner loop on these support sets, at what cost, and why others do
         not; print it.
 

@@ -12,6 +12,7 @@ from fastmeta.algorithms.algorithm import Machinery
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.learner import Learner
 from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.inputs import Tree
 from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
@@ -46,7 +47,7 @@ class MAMLMachinery(Machinery):
         """The options as they are now; `who` is for messages."""
         return options_of(self.module, who, support_per_step)
 
-    def predict(self, adapted: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def predict(self, adapted: Mapping[str, Tensor], x: Tree) -> Tree:
         """As `MAML.predict`."""
         module = self.module
         how = module.batch_stats, module.backend, module.task_chunk

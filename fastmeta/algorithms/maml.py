@@ -160,10 +160,10 @@ class MAML(Algorithm):
 
     def forward(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
@@ -172,9 +172,10 @@ class MAML(Algorithm):
         """Query losses after the inner loop.
 
         Args:
-            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`; or a tree of tensors,
+                see `fastmeta.Inputs`.
             support_y: as the loss wants it.
-            query_x: [T, M, *in].
+            query_x: [T, M, *in], or a tree.
             query_y: as the query loss wants it.
             task_weights: [T]; the loss is sum(task_weights * task_losses) / T, T less the tasks
                 that are skipped.
@@ -220,12 +221,12 @@ class MAML(Algorithm):
 
     @eager
     def adapt(
-        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+        self, x: Tree, y: Tree, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop.
 
         Args:
-            x: support inputs [T, N, *in].
+            x: support inputs [T, N, *in], or a tree of tensors, see `fastmeta.Inputs`.
             y: support targets.
             steps: None: `inner_steps`. Beyond those the last step's learning rates repeat.
             weights: of the support examples, [T, N]; of booleans: a mask.
@@ -247,10 +248,10 @@ class MAML(Algorithm):
 
     def explain(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_loop import InnerLoop, check_no_gradients
 from fastmeta.algorithms.meta_loss import attached
+from fastmeta.inputs import Tree
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.divergence import check_choice, check_diverged, left_out
 from fastmeta.ops.eager import eager
@@ -91,8 +92,8 @@ class Reptile(InnerLoop):
     @eager
     def forward(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         support_per_step: bool = False,
@@ -100,7 +101,8 @@ class Reptile(InnerLoop):
         """The inner loop, and how far it went.
 
         Args:
-            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+            support_x: [T, N, *in]; [T, K, N, *in] with `support_per_step`; or a tree of tensors,
+                see `fastmeta.Inputs`.
             support_y: as the loss wants it.
             task_weights: [T]; the loss is sum(task_weights * task_losses) / T.
             support_weights: [T, N] or [T, K, N].

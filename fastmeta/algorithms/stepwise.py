@@ -15,7 +15,7 @@ from fastmeta.algorithms.maml import MAML, MetaLoss, checked
 from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
 from fastmeta.backends._captured import leaves_behind
-from fastmeta.inputs import mapped
+from fastmeta.inputs import Tree, mapped
 from fastmeta.network.swap import locked
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
@@ -58,10 +58,10 @@ class Stepwise(MAML):
     @eager
     def forward(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
         task_weights: Tensor | None = None,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
@@ -81,7 +81,7 @@ class Stepwise(MAML):
 
     @eager
     def adapt(
-        self, x: Tensor, y: Tensor, steps: int | None = None, weights: Tensor | None = None
+        self, x: Tree, y: Tree, steps: int | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The parameters of every task after the inner loop; as `MAML.adapt`."""
         who, own = f"{self.who}.adapt", self._machinery

@@ -142,18 +142,18 @@ class Captured:
         self, evaluate: Callable[[], tuple[Tree, ...]], ours: Iterable[Tree]
     ) -> tuple[tuple[Tree, ...], Watch]:
         """(what `evaluate` gives, what was read); the rest as of `evaluated`."""
-        given = [leaf for tree in ours for leaf in leaves_of(tree)] if self.wanted is not None else []
+        given = _leaves(ours) if self.wanted is not None else []
         watch = Watch(given, self._start, self._also, self._known)
         if self.wanted is None:
             return evaluate(), watch
         if not self._watches:
             found = evaluate()
-            if watch.reaches(leaves_of(found)):
+            if watch.reaches(_leaves(found)):
                 raise CapturedError
             return found, watch
         with watch:
             found = evaluate()
-        watch.follow(leaves_of(found))
+        watch.follow(_leaves(found))
         self._note(watch)
         return found, watch
 
@@ -189,6 +189,11 @@ class Captured:
     def pairs(self) -> list[tuple[Tensor, Tensor]] | None:
         """(tensor, gradient) of everything found; None: nothing was looked for."""
         return None if self.wanted is None else list(self._totals.values())
+
+
+def _leaves(trees: Iterable[Tree]) -> list[Tensor]:
+    """The tensors of several trees."""
+    return [leaf for tree in trees for leaf in leaves_of(tree)]
 
 
 class Watch(TorchFunctionMode):

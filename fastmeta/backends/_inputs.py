@@ -62,6 +62,8 @@ def parts_of(batch: Batch | None, role: str) -> dict[str, Tensor]:
 def with_parts(batch: Batch, role: str, others: Mapping[str, Tensor]) -> Batch:
     """The same set with those of its tensors that are in `others`, by the names of `parts_of`,
     replaced."""
+    if not others:
+        return batch
     names = iter(parts_of(batch, role))
     return each(batch, lambda tensor: others.get(next(names), tensor))
 

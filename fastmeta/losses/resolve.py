@@ -44,7 +44,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
             callable f(output [N, *out], target) -> scalar, called for one task at a time, possibly
             under `torch.func.vmap`; or a `Loss`, which is returned as it is, with its own
             `weight_norm`. A loss module of PyTorch is read once, here; one that was subclassed or
-            has hooks is just a callable.
+            has hooks is just a callable. A callable gets the output as the network returns it,
+            tuples and dicts of tensors too, and the target as it was given.
         weight_norm: "count" or "sum", see `Loss`.
 
     A callable may read tensors that require grad, its own parameters or any others: they get their

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
@@ -20,8 +21,8 @@ from fastmeta.update_rules import SGD
 def inner_sgd(
     net: nn.Module,
     params: Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
+    x: Tree,
+    y: Tree,
     *,
     loss: object,
     lr: Rates,
@@ -43,7 +44,8 @@ def inner_sgd(
         net: the network; its parameters are not used, `params` are.
         params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
             tasks, or [T, *shape], one for each task.
-        x: support inputs [T, N, *in]; [T, K, N, *in] with `support_per_step`.
+        x: support inputs [T, N, *in]; [T, K, N, *in] with `support_per_step`; or a tree of
+            tensors, see `fastmeta.Inputs`.
         y: support targets, as the loss wants them.
         loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory,
         task_chunk, batch_stats,

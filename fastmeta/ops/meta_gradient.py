@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.ops.again import captures_of, reads
 from fastmeta.ops.checks import Tensors
@@ -24,14 +25,15 @@ class MetaGradient(NamedTuple):
 
     loss: Tensor  # ()
     task_losses: Tensor  # [T]
-    output: Tensor  # [T, M, *out]
+    output: Tree  # [T, M, *out]; of a network that returns several tensors, what it returns
     grads: dict[str, Tensor] | None = None  # parameter name -> as the parameter was given
     lr: Tensor | dict[str, Tensor] | None = None  # in the structure of `lr`; a number gets a tensor ()
-    support_x: Tensor | None = None
-    support_y: Tensor | None = None
+    # of trees: the same containers, None in the place of what is no floating-point tensor
+    support_x: Tree = None
+    support_y: Tree = None
     support_weights: Tensor | None = None
-    query_x: Tensor | None = None
-    query_y: Tensor | None = None
+    query_x: Tree = None
+    query_y: Tree = None
     query_weights: Tensor | None = None
     # (tensor, gradient) of every tensor that requires grad and that the network or a loss read past
     # its arguments
@@ -42,8 +44,8 @@ class MetaGradient(NamedTuple):
 def meta_gradient(
     net: nn.Module,
     params: Mapping[str, Tensor],
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
+    support: tuple[Tree, Tree],
+    query: tuple[Tree, Tree],
     *,
     loss: object,
     query_loss: object = None,
@@ -71,6 +73,7 @@ def meta_gradient(
         params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
             tasks, or [T, *shape], one for each task.
         support: x [T, N, *in] and y as the loss wants it; [T, K, N, ...] with `support_per_step`.
+            Both may be trees of tensors, see `fastmeta.Inputs`.
         query: x [T, M, *in] and y.
         loss: a name, a function of `torch.nn.functional`, a loss module or any f(output, target) ->
             scalar; see `fastmeta.losses.resolve`.
@@ -156,7 +159,7 @@ def meta_gradient(
     )
     found = settled("meta_gradient", "keep", call, call.solve())
     result = found.result
-    task_losses, output, grads = cast(Tensor, result.task_losses), cast(Tensor, result.output), result.grads
+    task_losses, output, grads = cast(Tensor, result.task_losses), result.output, result.grads
     return MetaGradient(
         found.loss,
         task_losses,
@@ -173,7 +176,7 @@ def meta_gradient(
     )
 
 
-def _pair(field: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _pair(field: str, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
     try:
         x, y = batch
     except (TypeError, ValueError):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from fastmeta.inputs import Tree
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.differentiable import Operation, run
 from fastmeta.ops.eager import eager
@@ -16,19 +17,19 @@ from fastmeta.ops.options import Options
 def task_forward(
     net: nn.Module,
     params: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tree,
     *,
     batch_stats: str = "task",
     task_chunk: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tree:
     """The network's output for all tasks at once.
 
     Args:
         net: the network; its parameters are not used, `params` are.
         params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
             tasks, or [T, *shape], one for each task.
-        x: inputs [T, N, *in].
+        x: inputs [T, N, *in], of any dtype; or a tree of tensors, see `fastmeta.Inputs`.
         batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or
             "module": each norm as the module itself does it, by its batch after .train(), by its
             running statistics after .eval(). Running statistics are never moved, unlike by the
@@ -37,7 +38,7 @@ def task_forward(
         backend: "auto", or the name of one.
 
     Returns:
-        The output [T, N, *out].
+        The output [T, N, *out]; of a network that returns several tensors, what it returns.
 
     Derivatives: differentiable in `params`, `x` and whatever requires grad that the network reads
         besides; more than once by plain autograd, where `create_graph=True` asks for it.
@@ -53,11 +54,11 @@ def forward(
     who: str,
     net: nn.Module,
     params: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tree,
     batch_stats: str,
     backend: str,
     task_chunk: int | None = None,
-) -> Tensor:
+) -> Tree:
     """`task_forward` under another name in messages."""
     options = Options(who, batch_stats=batch_stats, backend=backend, task_chunk=task_chunk)
     return run(Operation(options, net, params, Tensors(query_x=x)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta.inputs import Tree
 from fastmeta.losses import resolve
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.again import Aliases
@@ -23,8 +24,8 @@ _SCALE = 2.0**32
 def task_gradient(
     net: nn.Module,
     params: Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
+    x: Tree,
+    y: Tree,
     *,
     loss: object,
     adapt: Adapt = "all",
@@ -45,7 +46,7 @@ def task_gradient(
         net: the network; its parameters are not used, `params` are.
         params: every parameter by its name in `net.named_parameters()`: [*shape], shared by all
             tasks, or [T, *shape], one for each task.
-        x: inputs [T, N, *in].
+        x: inputs [T, N, *in]; or a tree of tensors, see `fastmeta.Inputs`.
         y: targets, as the loss wants them.
         loss, weight_norm, batch_stats, backend: as in `fastmeta.meta_gradient`.
         adapt: the parameters to differentiate by, as in `fastmeta.meta_gradient`.

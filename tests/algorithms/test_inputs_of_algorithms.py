@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ import fastmeta as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_tree = pytest.mark.parametrize("name", TREES)
+some_trees = pytest.mark.parametrize("name", ["columns", "graph", "keywords", "bert"])
 OPTIONS = {"inner_lr": 0.1, "inner_steps": 2}
 
 
@@ -51,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@each_tree
+@some_trees
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options(name: str, variant: str) -> None:
     net, support, query, loss = built(name)
@@ -113,7 +115,7 @@ ALGORITHMS = {
 }
 
 
-@each_tree
+@some_trees
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_algorithms(name: str, algorithm: str) -> None:
     net, support, query, loss = built(name)
@@ -188,6 +190,23 @@ def test_example_weights(name: str, dtype: torch.dtype) -> None:
     assert error(plain, want[0]) > 1e-3
     for one, other in zip(got, want, strict=True):
         assert error(one.double(), other.double()) < 1e-9
+
+
+@some_trees
+def test_flat_meta_parameters(name: str) -> None:
+    net, support, query, loss = built(name)
+    data = [required(tree) for tree in (*support, *query)]
+    found = []
+    for flat in (False, True):
+        maml = fm.MAML(deepcopy(net), loss=loss, **OPTIONS)
+        leaves = [fm.flatten(maml)] if flat else [*maml.parameters()]
+        by = [x for x in tensors(*data) if x.requires_grad]
+        grads = torch.autograd.grad(maml(*data).loss, [*leaves, *by], create_graph=True)
+        vector = torch.cat([g.reshape(-1) for g in grads])
+        again = torch.autograd.grad(vector.square().sum(), [*leaves, *by], materialize_grads=True)
+        found.append([vector, torch.cat([g.reshape(-1) for g in again])])
+    for one, other in zip(*found, strict=True):
+        assert error(one, other) < 1e-9
 
 
 class _Keeps(nn.Module):

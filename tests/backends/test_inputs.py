@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tree_networks import (
     TASKS,
     TREES,
+    Pair,
     adapted,
     built,
     called,
@@ -22,6 +26,7 @@ from tree_networks import (
 )
 
 import fastmeta as fm
+from fastmeta import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_tree = pytest.mark.parametrize("name", TREES)
@@ -151,3 +156,232 @@ def test_maml(name: str) -> None:
     for one, other in zip(tensors(predicted), tensors(out.output), strict=True):
         assert torch.allclose(one.double(), other.double(), atol=1e-12)
     assert "not on cpu: the network was not captured: the network's input is" in str(maml.explain(*data))
+
+
+class _Output(OrderedDict):
+    """Made like the outputs of a library of transformers: a dict whose entries are attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+def _form(tree: Any) -> Any:
+    return inputs.flatten(tree)[1]
+
+
+def _some_trees() -> list[Any]:
+    a, b, c = torch.ones(2, 3), torch.arange(2), torch.zeros(2, 0)
+    return [
+        a,
+        (a,),
+        [a, b],
+        {"x": a, 3: (b, None), None: 1.5},
+        OrderedDict(y=b, x=[c, "text"]),
+        _Output(logits=a, loss=None),
+        Pair(a, {"deep": [b, (c,)]}),
+        torch.return_types.max((a, b)),
+        fm.Inputs(a, [b], how="no", mask={"c": c}),
+        (torch.Size([1, 2]), torch.float32, True, a),
+    ]
+
+
+@pytest.mark.parametrize("at", range(len(_some_trees())))
+def test_trees_are_taken_apart_and_put_together(at: int) -> None:
+    tree = _some_trees()[at]
+    leaves, form = inputs.flatten(tree)
+    again = form.build(leaves)
+    assert type(again) is type(tree)
+    assert [*map(id, inputs.leaves_of(again))] == [*map(id, leaves)]
+    assert form.match(again) == leaves
+    assert form.match(None) == [None] * len(leaves)
+    assert [id(leaf) for _, leaf in inputs.named_leaves(tree)] == [*map(id, leaves)]
+    for name, leaf in inputs.named_leaves(tree):
+        assert eval(f"tree{name}", {"tree": tree}) is leaf
+    doubled = inputs.mapped(lambda x, y: x + y, tree, tree)
+    assert _form(doubled) == form
+    assert hash(_form(doubled)) == hash(form)
+    assert inputs.signature(doubled) == inputs.signature(tree)
+    for one, other in zip(inputs.leaves_of(doubled), leaves, strict=True):
+        assert torch.equal(one, 2 * other)
+    gradient = inputs.like(tree, [None] * len(leaves))
+    assert form.match(gradient) == [None] * len(leaves)
+    assert inputs.leaves_of(gradient) == []
+
+
+def test_forms_tell_trees_apart() -> None:
+    forms = [_form(tree) for tree in _some_trees()]
+    assert all(one != other for i, one in enumerate(forms) for other in forms[:i])
+    a = torch.ones(1)
+    for one, other in (({"x": a, "n": 1}, {"x": a, "n": True}), ((a, 1), (a, 1.0)), ([a], (a,))):
+        assert _form(one) != _form(other)
+        assert inputs.signature(one) != inputs.signature(other)
+    assert inputs.signature((a,)) != inputs.signature((a.double(),))
+    assert inputs.signature((a,), skip=1) == inputs.signature((a.expand(3),), skip=1)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [object(), [object()], {"x": np.ones(2)}, defaultdict(list, x=torch.ones(1)), {1, 2}, range(2)],
+    ids=str,
+)
+def test_what_is_no_tree(tree: Any) -> None:
+    with pytest.raises(inputs.NotATreeError):
+        inputs.flatten(tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "other"),
+    [
+        ((torch.ones(1), torch.ones(1)), (torch.ones(1),)),
+        ({"x": torch.ones(1)}, {"y": torch.ones(1)}),
+        ([torch.ones(1)], 3),
+    ],
+)
+def test_trees_of_different_forms_are_not_mapped_together(tree: Any, other: Any) -> None:
+    with pytest.raises(ValueError, match=r"and|no container"):
+        inputs.mapped(lambda a, b: a, tree, other)
+
+
+def test_networks_are_called_as_functional_call_does() -> None:
+    a, b = torch.ones(1), torch.zeros(1)
+    assert inputs.arguments(a) == ((a,), {})
+    assert inputs.arguments((a, b)) == ((a, b), {})
+    assert inputs.arguments([a, b]) == (([a, b],), {})
+    assert inputs.arguments(Pair(a, b)) == ((Pair(a, b),), {})
+    assert inputs.arguments({"x": a}) == (({"x": a},), {})
+    assert inputs.arguments(fm.Inputs(a, y=b)) == ((a,), {"y": b})
+
+
+@each_backend
+@pytest.mark.parametrize("training", [False, True])
+def test_a_masked_encoder_in_eval_mode(training: bool, backend: str) -> None:
+    net, (x, y), query, loss = built("encoder")
+    maml = fm.MAML(net.train(training), loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    net.train(training)
+    want = losses_of(net, dict(net.named_parameters()), (x, y), query, loss, LR, STEPS)
+    assert error(maml(x, y, *query).task_losses, want) < 1e-9
+    assert "loop" not in str(maml.explain(x, y, *query))
+
+
+@each_backend
+def test_a_tensor_given_twice_gets_both_gradients(backend: str) -> None:
+    net, (_, y), (query, query_y), loss = built("named tuple")
+    x = torch.randn(TASKS, 4, 3, dtype=torch.float64, requires_grad=True)
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    got = torch.autograd.grad(maml(Pair(x, x), y, query, query_y).loss, x, create_graph=True)[0]
+    params = dict(net.named_parameters())
+    want = torch.autograd.grad(
+        losses_of(net, params, (Pair(x, x), y), (query, query_y), loss, LR, STEPS).mean(),
+        x,
+        create_graph=True,
+    )[0]
+    assert error(got, want) < 1e-9
+    assert error(*(torch.autograd.grad(g.square().sum(), x)[0] for g in (got, want))) < 1e-8
+
+
+@each_backend
+def test_an_output_of_integers_alone(backend: str) -> None:
+    class Chooses(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)
+
+    net = Chooses(3, 4).double()
+    x = torch.randn(TASKS, 5, 3, dtype=torch.float64)
+    params = dict(net.named_parameters())
+    got = fm.task_forward(net, params, x, backend=backend)
+    assert torch.equal(got, torch.stack([net(one) for one in x]))
+    assert not got.requires_grad
+
+
+@each_backend
+def test_an_output_with_attributes(backend: str) -> None:
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> _Output:
+            return _Output(loss=None, logits=super().forward(x))
+
+    net = Model(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randint(2, (TASKS, 5))
+    loss = lambda output, y: F.cross_entropy(output.logits, y)  # noqa: E731
+    out = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)(x, y, x, y)
+    assert type(out.output) is _Output
+    plain = nn.Linear(3, 2).double()
+    plain.load_state_dict(net.state_dict())
+    want = fm.MAML(plain, loss="cross_entropy", inner_lr=LR, inner_steps=STEPS)(x, y, x, y)
+    assert error(out.loss, want.loss) < 1e-12
+    assert error(out.output.logits, want.output) < 1e-12
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_other_integers(dtype: torch.dtype, backend: str) -> None:
+    net, (x, y), (query, query_y), loss = built("columns")
+    if dtype is torch.uint8:  # an embedding takes none
+        net = nn.Sequential(_Converts(), net)
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    got = maml(x.to(dtype), y, query.to(dtype), query_y).loss
+    assert torch.equal(got, maml(x, y, query, query_y).loss)
+
+
+class _Converts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long()
+
+
+@each_backend
+def test_a_learned_input_that_all_tasks_share(backend: str) -> None:
+    net, ((x, _), y), _, loss = built("graph")
+    shared = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
+    given = x, shared.expand(TASKS, -1, -1)
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    got = torch.autograd.grad(maml(given, y, given, y).loss, shared)[0]
+    params = dict(net.named_parameters())
+    want = torch.autograd.grad(
+        losses_of(net, params, (given, y), (given, y), loss, LR, STEPS).mean(), shared
+    )[0]
+    assert error(got, want) < 1e-9
+
+
+@each_backend
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_of_tasks_in_a_forward_pass(chunk: int, backend: str) -> None:
+    net, (x, _), _, _ = built("lstm")
+    x, params = required(x), _params(net)
+    found = []
+    for size in (None, chunk):
+        output, (hidden, cell) = fm.task_forward(net, params, x, backend=backend, task_chunk=size)
+        by = [*params.values(), *tensors(x)]
+        # the cell has no cotangent
+        grads = torch.autograd.grad(output.square().sum() + hidden.sum(), by, materialize_grads=True)
+        found.append([output, hidden, cell, *grads])
+    for one, other in zip(*found, strict=True):
+        assert error(one, other) < 1e-9
+
+
+@each_backend
+def test_the_first_tensor_may_have_no_examples(backend: str) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            assert scale.shape == ()
+            return scale * super().forward(x)
+
+    net = Scaled(3, 2).double()
+    scale, x = torch.rand(TASKS, dtype=torch.float64), torch.randn(TASKS, 5, 3, dtype=torch.float64)
+    y, weights = torch.randn(TASKS, 5, 2, dtype=torch.float64), torch.rand(TASKS, 5, dtype=torch.float64)
+    maml = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS, backend=backend)
+    out = maml((scale, x), y, (scale, x), y, support_weights=weights)
+    text = str(maml.explain((scale, x), y, (scale, x), y, support_weights=weights))
+    assert "T = 3 tasks, K = 2" in text
+    other = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS)
+    swapped = fm.Inputs(x=x, scale=scale)
+    want = other(swapped, y, swapped, y, support_weights=weights)
+    assert error(out.loss, want.loss) < 1e-12
+    assert "N = 5, M = 5" in str(other.explain(swapped, y, swapped, y))
+
+
+@each_backend
+def test_sets_may_differ(backend: str) -> None:
+    net, (x, y), (query, query_y), loss = built("encoder")
+    support, query = (x.args[0], y), (query, query_y)  # no padding in the support sets
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    want = losses_of(net, dict(net.named_parameters()), support, query, loss, LR, STEPS)
+    assert error(maml(*support, *query).task_losses, want) < 1e-9

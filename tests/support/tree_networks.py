@@ -188,6 +188,18 @@ def last_output(output: tuple[Tensor, Any], target: Tensor) -> Tensor:
     return F.mse_loss(output[0][:, -1], target) + 0.1 * output[1][1].square().mean()
 
 
+class Padded(nn.Module):
+    """Series of different lengths, which no vmap can pack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.core(packed)[1][0])
+
+
 class Tree(NamedTuple):
     """A network, and how data for it is made: number of examples and seed -> (x, y)."""
 
@@ -230,6 +242,11 @@ def _recurrent(n: int, seed: int) -> tuple[Any, Any]:
     return (draw(TASKS, n, 3, 3, seed=seed), state), draw(TASKS, n, 4, seed=seed + 3)
 
 
+def _padded(n: int, seed: int) -> tuple[Any, Any]:
+    lengths = 1 + ints(4, TASKS, n, seed=seed)
+    return (draw(TASKS, n, 4, 3, seed=seed), lengths), draw(TASKS, n, 1, seed=seed + 3)
+
+
 TREES = {
     "ids": Tree(
         Words,
@@ -260,6 +277,7 @@ TREES = {
     ),
     "bert": Tree(Bert, _bert, both_heads),
     "lstm": Tree(Recurrent, _recurrent, last_output),
+    "lengths": Tree(Padded, _padded),
 }
 
 

@@ -47,6 +47,8 @@ class _Task:
         self.rates = {name: own(rate, "lr" in wrt) for name, rate in p.rates.items()}
         # leaves by the names of `parts_of`
         self.data = {name: own(tensor, True) for name, tensor in _inputs.wanted_parts(p, wrt).items()}
+        sets = {"support": p.support, "query": p.query}
+        self.sets = {r: _inputs.with_parts(batch, r, self.data) for r, batch in sets.items() if batch}
         self.captured = Captured(p, keep=True)
         self.looks = bool(wrt) or p.captures is not None
         self.back = goes_back(p, wrt)
@@ -102,9 +104,9 @@ class _Task:
 
     def _evaluate(self, role: str, at: tuple[int, ...], loss: Loss | None) -> tuple[Tensor, Tree]:
         """(loss, output) of one set at theta_k."""
-        batch = _inputs.with_parts(getattr(self.p, role), role, self.data)
-        batch = _inputs.each(batch, lambda tensor: tensor[at])
-        examples = batch.x, batch.y, batch.weights
+        batch = self.sets[role]
+        x, y, weights = (mapped(lambda t: t[at], tree) for tree in (batch.x, batch.y, batch.weights))
+        examples = x, y, weights
         known = self.features.get(role)
         replayed = [] if known is None else known.values
         forwards = None if known is None else known.replaying(replayed) if replayed else known.recording()

@@ -71,5 +71,8 @@ class Replay:
 def marks_of(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each floating-point tensor on top of the largest of them, [n]: what cancels, as
     the gradient of a bias in front of a batch norm does, is zero but for rounding."""
-    norms = torch.stack([tensor.detach().norm() for tensor in tensors if tensor.is_floating_point()])
+    floating = [x.detach() for x in tensors if x.is_floating_point() or x.is_complex()]
+    if not floating:
+        return torch.zeros(0, device="cpu")
+    norms = torch.stack([tensor.norm() for tensor in floating])
     return norms + norms.where(norms.isfinite(), 0).max()

@@ -289,6 +289,8 @@ class Sweep:
     def _leaves(self, role: str, k: int) -> dict[str, Tensor]:
         """A leaf for everything in `total` that a pass over the support or the query set at step k
         depends on."""
+        if not self.total:
+            return {}
         batch = self.p.query if role == "query" else tasks.step_of(_inputs.inner_loop(self.p)[0], k)
         sources = {f"params.{name}": value for name, value in self.p.params.items()}
         sources |= _inputs.parts_of(batch, role)

@@ -144,7 +144,7 @@ def _key(problem: Problem) -> int:
             tuple(module.training for module in problem.net.modules()),
             tuple(None if loss is None else loss.key for loss in (problem.loss, problem.query_loss)),
             tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
-            signature((batch.x, batch.y, batch.weights), skip=1),
+            tuple([signature(tree, skip=1) for tree in (batch.x, batch.y, batch.weights)]),
             (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
             (problem.order, problem.batch_stats, problem.device, problem.autocast),
         )
