@@ -294,6 +294,21 @@ def test_an_output_of_integers_alone(backend: str) -> None:
 
 
 @each_backend
+def test_numbers_beside_outputs_are_those_of_the_first_task(backend: str) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"y": super().forward(x), "largest": x.max().item()}
+
+    net = Counts(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randn(TASKS, 5, 2, dtype=torch.float64)
+    loss = lambda output, y: F.mse_loss(output["y"], y) * output["largest"]  # noqa: E731
+    out = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)(x, y, x, y)
+    want = losses_of(net, dict(net.named_parameters()), (x, y), (x, y), loss, LR, STEPS)
+    assert error(out.task_losses, want) < 1e-9
+    assert out.output["largest"] == x[0].max().item()
+
+
+@each_backend
 def test_an_output_with_attributes(backend: str) -> None:
     class Model(nn.Linear):
         def forward(self, x: Tensor) -> _Output:
@@ -385,3 +400,20 @@ def test_sets_may_differ(backend: str) -> None:
     maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
     want = losses_of(net, dict(net.named_parameters()), support, query, loss, LR, STEPS)
     assert error(maml(*support, *query).task_losses, want) < 1e-9
+
+
+def test_query_sets_that_take_another_way_are_compared_too() -> None:
+    class Twofold(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            # what only the query sets reach looks at values
+            return super().forward(x) * (1.0 if mask is None else float(mask.sum()))
+
+    net = Twofold(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randn(TASKS, 5, 2, dtype=torch.float64)
+    query = fm.Inputs(x, mask=torch.rand(TASKS, 5) > 0.5)
+    maml = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS)
+    assert "tasks run in a loop: vmap failed" in str(maml.explain(x, y, query, y))
+    params = dict(net.named_parameters())
+    want = losses_of(net, params, (x, y), (query, y), "mse", LR, STEPS)
+    assert error(maml(x, y, query, y).task_losses, want) < 1e-9
+    assert "loop" not in str(maml.explain(x, y, x, y))
