@@ -122,6 +122,8 @@ def _unwatched(problem: Problem, known: _Known) -> str:
     for loss in (problem.loss, problem.query_loss):
         if loss is None or loss.function is None:
             continue
+        if any(isinstance(part, torch.jit.ScriptModule) for part in _modules_of(loss.function)):
+            return "the loss is a TorchScript module"
         entry = known.losses.get(id(loss.function))
         if entry is None or getattr(entry[0], "function", None) is not loss.function:
             holder = _Holder(loss.function)
@@ -133,6 +135,10 @@ def _unwatched(problem: Problem, known: _Known) -> str:
             what = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
             return f"the loss cannot be watched for changes ({what})"
     return ""
+
+
+def _modules_of(function: Any) -> list[nn.Module]:
+    return [*function.modules()] if isinstance(function, nn.Module) else []
 
 
 def _key(problem: Problem, wrt: frozenset[str]) -> object:
@@ -366,7 +372,7 @@ def _difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
     for what, f, e in pairs:
         if f is None or f.shape != e.shape:
             return f"{what} is missing"
-        size, off = float(e.norm()), float((f.to(e.dtype) - e).norm())
+        size, off = float(e.norm()), float((f - e).norm())
         if isfinite(size) and not off <= _TOLERANCE[dtype] * (size + floor) + 1e-12:
             return f"{what} by {off / size if size else off:.1e}"
     return ""
@@ -394,4 +400,4 @@ def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None
         own_leaves = leaves_of(f) if f is not None else [None] * len(leaves)
         for left, right in zip_longest(own_leaves, leaves):
             if right is not None:
-                yield what, left, right.to(left.dtype) if left is not None else right
+                yield what, None if left is None else left.double(), right.double()
