@@ -21,6 +21,7 @@ from fastmeta import _C
 
 COUNT = 1 << 15
 REPETITIONS = 300
+POSITIVE = ("log", "log1p", "sqrt", "pow")
 # name: constants, where there are derivatives, and PyTorch's function
 FUNCTIONS: dict[str, tuple[tuple[float, ...], Callable[..., Tensor]]] = {
     "exp": ((), torch.exp),
@@ -66,14 +67,17 @@ def main(chosen: tuple[str, ...]) -> None:
         constants, theirs = FUNCTIONS[name]
         row = []
         for dtype in (torch.float32, torch.float64):
-            inputs = [torch.linspace(0.01, 8, COUNT, dtype=dtype)] * (2 if name == "pow" else 1)
+            x = torch.linspace(0.01 if name in POSITIVE else -8, 8, COUNT, dtype=dtype)
             output = torch.empty(COUNT, dtype=dtype)
             for order in range(3):
+                inputs = [x, x] if name == "pow" or order else [x]
                 call = (name, order, dtype == torch.float64, list(constants), inputs, output)
                 there = order == 0 or constants
                 row.append(f"{nanoseconds(lambda call=call: _C.elementary(*call)):.2f}" if there else "")
             with torch.inference_mode():
-                row.append(f"{nanoseconds(lambda run=theirs, at=inputs: run(*at)):.2f}")
+                row.append(
+                    f"{nanoseconds(lambda run=theirs, at=[x, x] if name == 'pow' else [x]: run(*at)):.2f}"
+                )
         print(f"| {name} | " + " | ".join(row) + " |")
 
 

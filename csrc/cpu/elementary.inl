@@ -12,15 +12,14 @@ FM_INLINE void map(const Elementary<S>& e, const F& f) {
   for (i64 i = 0; i < rest; ++i) e.out[whole + i] = last[i];
 }
 
-// Of an element-wise function, its value or a derivative.
+// Of an element-wise function its value, or with y = f(x) a derivative.
 template <class S>
 void element(const Elementary<S>& e) {
   Elementwise<S> of{};
   of.function = e.function, of.c0 = e.c0, of.c1 = e.c1;
   with_function(of, [&](auto f) {
-    map(e, [&](Vec<S> x, Vec<S>) {
-      const Vec<S> y = f.value(x);
-      if (e.order == 0) return y;
+    map(e, [&](Vec<S> x, Vec<S> y) {
+      if (e.order == 0) return f.value(x);
       Vec<S> d1, d2;
       f.derivatives(x, y, d1, d2);
       return e.order == 1 ? d1 : d2;

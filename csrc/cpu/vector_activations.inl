@@ -87,10 +87,9 @@ FM_INLINE Vec<double> gelu_from(Vec<double> x, Vec<double> negative) {
 FM_INLINE Vec<double> gelu_for_float(Vec<double> x) {
   using Fit = NormalFit<float>;
   const Vec<double> t = at_most<double>(magnitude<double>(x), Fit::MOST);
-  const Vec<double> p = polynomial<double>((t - Fit::A) / (t + Fit::A), Fit::C) / (Fit::B * t + 1.0);
-  const Power<double> e = power<double>(-0.5 * t * t);
-  const Vec<double> s = two_to<double>(e.n);
-  return gelu_from(x, -t * p * (s + s * e.m));
+  const Vec<double> a = t + Fit::A, b = Fit::B * t + 1.0, inverse = 1.0 / (a * b);  // one division for two
+  const Vec<double> p = polynomial<double>((t - Fit::A) * b * inverse, Fit::C) * a * inverse;
+  return gelu_from(x, -t * p * exp_for_float(-0.5 * t * t));
 }
 FM_INLINE Vec<double> gelu_(Vec<double> x) {
   using Fit = NormalFit<double>;
@@ -112,7 +111,7 @@ FM_INLINE Vec<float> gelu_(Vec<float> x) {
 // With q = exp(-|x|) and b = 2 + q: mish(x) = x q b / (2 + q b) for x < 0, and
 // x (1 + 2 q) / (1 + q b + q q) for others.
 FM_INLINE Vec<double> mish_for_float(Vec<double> x) {
-  const Vec<double> q = vector_exp<double>(-magnitude<double>(x)), b = q + 2.0;
+  const Vec<double> q = exp_for_float(-magnitude<double>(x)), b = q + 2.0;
   const Mask<double> negative = x < 0.0;
   const Vec<double> top = select_(negative, q * b, 1.0 + 2.0 * q);
   return x * top / (top + 2.0 * select_(negative, 1.0, q * q));

@@ -158,15 +158,35 @@ FM_INLINE Vec<S> polynomial(Vec<S> x, const S (&coefficients)[N]) {
   return p;
 }
 
+// Half of the lanes in double precision, and both halves in single again.
+typedef VectorOf<float, FM_VECTOR_BYTES / 2>::type Half;
+FM_INLINE Vec<double> doubled(Half x) { return __builtin_convertvector(x, Vec<double>); }
+FM_INLINE Half halved(Vec<double> x) { return __builtin_convertvector(x, Half); }
+#if FM_HAS_FMA && FM_VECTOR_BYTES == 64
+FM_INLINE Half lower(Vec<float> x) { return _mm512_castps512_ps256(x); }
+FM_INLINE Half upper(Vec<float> x) { return _mm512_maskz_extractf32x8_ps(0xff, x, 1); }
+FM_INLINE Vec<float> together(Half lower, Half upper) {
+  return _mm512_maskz_insertf32x8(0xffff, _mm512_castps256_ps512(lower), upper, 1);
+}
+#elif FM_HAS_FMA
+FM_INLINE Half lower(Vec<float> x) { return _mm256_castps256_ps128(x); }
+FM_INLINE Half upper(Vec<float> x) { return _mm256_extractf128_ps(x, 1); }
+FM_INLINE Vec<float> together(Half lower, Half upper) { return _mm256_set_m128(upper, lower); }
+#else
+union Halves {
+  Vec<float> whole;
+  Half half[2];
+};
+FM_INLINE Half lower(Vec<float> x) { return Halves{x}.half[0]; }
+FM_INLINE Half upper(Vec<float> x) { return Halves{x}.half[1]; }
+FM_INLINE Vec<float> together(Half lower, Half upper) {
+  Halves x;
+  x.half[0] = lower, x.half[1] = upper;
+  return x.whole;
+}
+#endif
 // f(x...) in double precision.
 template <class F, class... X>
 FM_INLINE Vec<float> in_double(const F& f, X... x) {
-  typedef typename VectorOf<float, FM_VECTOR_BYTES / 2>::type Half;
-  union Halves {
-    Vec<float> whole;
-    Half half[2];
-  } y;
-  for (int i = 0; i < 2; ++i)
-    y.half[i] = __builtin_convertvector(f(__builtin_convertvector(Halves{x}.half[i], Vec<double>)...), Half);
-  return y.whole;
+  return together(halved(f(doubled(lower(x))...)), halved(f(doubled(upper(x))...)));
 }

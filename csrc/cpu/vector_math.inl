@@ -68,6 +68,16 @@ FM_INLINE Vec<S> vector_exp(Vec<S> x) {
   return scaled<S>(power<S>(clamp<S>(x, ExpFit<S>::LEAST, ExpFit<S>::MOST)));
 }
 
+// The same for results in single precision: to some ten digits.
+FM_INLINE Vec<double> exp_for_float(Vec<double> x) {
+  constexpr double C[] = {0.00019731221977859517, 0.0013935070376667206, 0.008333592374168107,
+                          0.041666462621501317,   0.1666666553034172,    0.5};
+  const Vec<double> shifted = clamp<double>(x, -300.0, 300.0) * 1.44269504088896340736 + ROUND<double>;
+  const Vec<double> r = clamp<double>(x, -300.0, 300.0) - (shifted - ROUND<double>)*0.69314718055994530942;
+  const Vec<double> s = two_to<double>(words<double>(shifted));
+  return s + s * (r + r * r * polynomial<double>(r, C));
+}
+
 template <class S>
 FM_INLINE Vec<S> vector_expm1(Vec<S> x) {
   const Power<S> p = power<S>(clamp<S>(x, ExpFit<S>::LEAST_M1, ExpFit<S>::MOST));
@@ -186,6 +196,16 @@ FM_INLINE Vec<S> vector_log(Vec<S> x) {
   Vec<S> normal;
   const Parts<S> p = parts_of_any<S>(x, normal);
   return log_or_edge<S>(x, normal, log_of<S>(p.e, p.f));
+}
+// The same for x >= 0 and results in single precision.
+FM_INLINE Vec<double> log_for_float(Vec<double> x) {
+  constexpr double C[] = {0.10761125427665678,   -0.11359933156849032, 0.086176088824719402,
+                          -0.095781377481197208, 0.11145435812486755,  -0.12526457173605943,
+                          0.14284499302767778,   -0.16665924015902983, 0.20000018710244163,
+                          -0.25000007211396946,  0.33333333250358027,  -0.5};
+  const Parts<double> p = parts<double>(x);
+  return log_or_edge<double>(x, x,
+                             p.e * 0.69314718055994530942 + (p.f + p.f * p.f * polynomial<double>(p.f, C)));
 }
 template <class S>
 FM_INLINE Vec<S> vector_log1p(Vec<S> x) {
@@ -353,7 +373,7 @@ FM_INLINE Vec<double> power_of_positive(Vec<double> x, Vec<double> y) {
 }
 FM_INLINE Vec<float> power_of_positive(Vec<float> x, Vec<float> y) {
   return in_double([](Vec<double> v, Vec<double> w)
-                       FM_INLINE_LAMBDA { return vector_exp<double>(w * vector_log<double>(v)); },
+                       FM_INLINE_LAMBDA { return exp_for_float(w * log_for_float(v)); },
                    x, y);
 }
 template <class S>
