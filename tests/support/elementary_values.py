@@ -60,7 +60,7 @@ def ulp(found: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
     where infinity, NaN or the sign of a zero is missing, or is too much."""
     bits, least = (52, -1074) if found.dtype == torch.float64 else (23, -149)
     unit = (high.view(torch.int64) & EXPONENT).view(torch.float64).mul_(2.0**-bits).clamp_(min=2.0**least)
-    error = found.double().sub_(high)
+    error = found.double() - high
     error = (error if low is None else error.sub_(low)).abs_().div_(unit)
     target = high.to(found.dtype)
     special = ~target.isfinite() | (target == 0)
@@ -69,7 +69,7 @@ def ulp(found: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
         same = (near | (found == target)) & (found.signbit() == target.signbit())
         same |= found.isnan() & target.isnan()
         error = torch.where(special, torch.where(same, 0.0, math.inf), error)
-    return error.nan_to_num_(nan=math.inf)
+    return error.masked_fill_(error.isnan(), math.inf)
 
 
 if __name__ == "__main__":
