@@ -1,7 +1,7 @@
 """One task on its own, by autograd through its whole inner loop: one backward pass at the end.
 
-The graph of all inner steps is kept, as `EagerSweep` with `store` keeps it; what is done is less: no
-step is differentiated by itself, none is run again, and nothing is stacked.
+The graph of all inner steps is kept, as `EagerSweep` with `store` keeps it; what is done is less:
+no step is differentiated by itself, none is run again, and nothing is stacked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The meta-step of the `torch` backend: the pieces of the sweep by autograd, on the module itself."""
+"""The meta-step of the `torch` backend: the pieces of the sweep by autograd, on the module."""
 
 from __future__ import annotations
 
