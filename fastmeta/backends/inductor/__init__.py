@@ -134,7 +134,7 @@ def _more(problem: Problem) -> object:
     ]
     cotangents = [] if problem.output_grad is None else _given(problem)
     return (
-        (problem.tasks, problem.per_task, problem.device, asked_for()),
+        (problem.tasks, problem.per_task, problem.device, asked_for(), torch.get_num_threads()),
         (tuple(weights), tuple(cotangents)),
     )
 

@@ -16,6 +16,9 @@ from torch import Tensor, fx
 from fastmeta.undisturbed import asynchronous
 
 
+_INDEXING = ("index", "gather", "scatter", "embedding", "take", "put", "nll_loss")
+
+
 class CompileError(Exception):
     """PyTorch's compiler failed; says why."""
 
@@ -82,11 +85,19 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Compiled:
 def _inductor(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     from torch._inductor import compile
 
-    # one CUDA graph holds all steps of a call: the compiler is not to make its own
-    options: dict[str, Any] = {"triton.cudagraphs": False}
+    # One CUDA graph holds all steps of a call: the compiler is not to make its own. An index that is
+    # out of range ends the process if a thread of a loop finds it, and is an error if there is one.
+    threads = 1 if any(map(_indexes, graph.graph.nodes)) else torch.get_num_threads()
+    options: dict[str, Any] = {"triton.cudagraphs": False, "cpp.threads": threads}
     with torch.no_grad():
         run: Callable[..., Sequence[Tensor]] = compile(graph, list(example), options=options)
     return run
+
+
+def _indexes(node: fx.Node) -> bool:
+    """Whether an operator reads or writes by indices."""
+    name = str(node.target)
+    return node.op == "call_function" and any(part in name for part in _INDEXING)
 
 
 def _first_line(error: Exception) -> str:
