@@ -74,6 +74,12 @@ class Kept(Generic[V]):
         if known is not None:
             known.found.put((_key(problem, wrt), more), reason)
 
+    def forget(self, problem: Problem, wrt: frozenset[str], more: object) -> None:
+        """Trace problems like this one anew."""
+        known = self._of.get(problem.net)
+        if known is not None:
+            known.found.drop((_key(problem, wrt), more))
+
 
 def _unwatched(problem: Problem, known: _Known[Any]) -> str:
     """Why changes of the network or of a loss would go unnoticed, "" if they would not; forgets

@@ -121,7 +121,12 @@ def _unfit(problem: Problem, wrt: frozenset[str]) -> str:
 
 def _pieces(problem: Problem, wrt: frozenset[str]) -> Pieces | str:
     """What was compiled for problems like this one, or why nothing can be."""
-    return _kept.find(problem, wrt, _more(problem), lambda: _first(problem, wrt))
+    more = _more(problem)
+    found = _kept.find(problem, wrt, more, lambda: _first(problem, wrt))
+    if isinstance(found, Pieces) and not found.buffers.same(problem.net):
+        _kept.forget(problem, wrt, more)
+        found = _kept.find(problem, wrt, more, lambda: _first(problem, wrt))
+    return found
 
 
 def _more(problem: Problem) -> object:

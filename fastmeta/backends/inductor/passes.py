@@ -88,9 +88,11 @@ class Buffers:
 
     Args:
         places: name -> (path of its module, name in it, whether it is a registered buffer).
+        sorts: of each what a trace depends on.
     """
 
     places: dict[str, tuple[str, str, bool]]
+    sorts: tuple[object, ...]
 
     @classmethod
     def of(cls, problem: Problem) -> Buffers:
@@ -100,21 +102,32 @@ class Buffers:
             UntraceableError: one is where it cannot be found again.
         """
         found = Tracer(problem, frozenset()).sources.attributes
-        return cls(
-            {
-                name: (name.removesuffix(key).removesuffix("."), key, registered)
-                for name, (_, key, registered) in found.items()
-            }
-        )
+        places = {
+            name: (name.removesuffix(key).removesuffix("."), key, registered)
+            for name, (_, key, registered) in found.items()
+        }
+        return cls(places, _sorts(_values(problem.net, places)))
 
     def values(self, net: nn.Module) -> dict[str, Tensor]:
         """As they are now, by name."""
-        found: dict[str, Tensor] = {}
-        for name, (path, key, registered) in self.places.items():
-            module = net.get_submodule(path)
-            held: Any = module._buffers if registered else vars(module)
-            found[name] = held[key]
-        return found
+        return _values(net, self.places)
+
+    def same(self, net: nn.Module) -> bool:
+        """Whether the module's tensors differ from what they were in nothing but values."""
+        return _sorts(self.values(net)) == self.sorts
+
+
+def _values(net: nn.Module, places: Mapping[str, tuple[str, str, bool]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, (path, key, registered) in places.items():
+        module = net.get_submodule(path)
+        held: Any = module._buffers if registered else vars(module)
+        found[name] = held[key]
+    return found
+
+
+def _sorts(values: Mapping[str, Tensor]) -> tuple[object, ...]:
+    return tuple((v.shape, v.dtype, v.device, v.requires_grad) for v in values.values())
 
 
 class _NoReads(TorchFunctionMode):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._copies import copy_together
 from fastmeta.backends.inductor.pieces import Pieces
 from fastmeta.backends.inductor.sweep import CompiledSweep
 from fastmeta.inputs import Tree, mapped
@@ -75,9 +76,7 @@ class Job:
         return _copied(self._captured)
 
     def _load(self, problem: Problem) -> None:
-        sources = self._tensors(problem, self.pieces.buffers.values(problem.net))
-        for target, source in zip(self._targets, sources, strict=True):
-            target.copy_(source)
+        copy_together(self._targets, self._tensors(problem, self.pieces.buffers.values(problem.net)))
 
     def _sweep(self) -> Result:
         return CompiledSweep(self._static, self.wrt, self.pieces, self._buffers).run(self.adapted)
