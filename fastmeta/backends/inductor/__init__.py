@@ -61,6 +61,7 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
 
     Raises:
         ValueError: one of these, on the CPU.
+        IndexError: an index that the module reads rows by is out of range, on the CPU.
         RuntimeError: the module has become one that cannot be run here.
     """
     _inputs.check_rates(problem)
@@ -239,4 +240,9 @@ def _run(problem: Problem, wrt: frozenset[str], adapted: bool, pieces: Pieces) -
         job = scratch.get("inductor")
         if job is None or job.pieces is not pieces or (job.wrt, job.adapted) != (wrt, adapted):
             job = scratch["inductor"] = Job(problem, wrt, adapted, pieces)
-        return job.run(problem)
+        try:
+            return job.run(problem)
+        except RuntimeError as error:
+            if "index out of bounds" in str(error):  # as compiled code for the CPU says it
+                raise IndexError("an index is out of range: the network reads rows by it") from error
+            raise

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fastmeta.undisturbed import asynchronous
 
-
+#: Parts of the names of operators that read or write by indices.
 _INDEXING = ("index", "gather", "scatter", "embedding", "take", "put", "nll_loss")
 
 
@@ -85,8 +85,8 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Compiled:
 def _inductor(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     from torch._inductor import compile
 
-    # One CUDA graph holds all steps of a call: the compiler is not to make its own. An index that is
-    # out of range ends the process if a thread of a loop finds it, and is an error if there is one.
+    # One CUDA graph holds all steps of a call: the compiler is not to make its own. An index out of
+    # range ends the process if one of several threads finds it; with one thread it is an error.
     threads = 1 if any(map(_indexes, graph.graph.nodes)) else torch.get_num_threads()
     options: dict[str, Any] = {"triton.cudagraphs": False, "cpp.threads": threads}
     with torch.no_grad():

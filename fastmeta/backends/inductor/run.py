@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._copies import copy_together
@@ -20,6 +20,8 @@ from fastmeta.problem import Batch, Gradients, Problem, Result, Scratch
 
 #: One capture at a time in a process: PyTorch's random state is part of one.
 _CAPTURING = threading.Lock()
+#: In the place of the module, which compiled code has no use for, and which it would keep alive.
+_NO_NET = nn.Identity()
 
 
 class Job:
@@ -37,7 +39,7 @@ class Job:
         self.device = problem.device
         self.why_no_graph = "" if self.device.type == "cuda" else "there is no GPU"
         self._lock = threading.Lock()
-        self._static = _each(problem, _dense)
+        self._static = replace(_each(problem, _dense), net=_NO_NET, exchange=None)
         self._buffers = {name: _dense(value) for name, value in pieces.buffers.values(problem.net).items()}
         self._targets = self._tensors(self._static, self._buffers)
         self._graph: torch.cuda.CUDAGraph | None = None
