@@ -1,4 +1,4 @@
-"""The C++ engine; `fastmeta.backends.cpu` is its only user. See csrc/bindings.cpp."""
+"""The C++ engines; the backends `cpu` and `machine` are their only users. See csrc/bindings.cpp."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +42,35 @@ class Plan:
     @property
     def parameter_set_bytes(self) -> int: ...
 
+class Machine:
+    """Traced programs, and how much memory they take."""
+
+    def __init__(self, description: Mapping[str, Any]) -> None: ...
+    def run(
+        self,
+        tasks: int,
+        threads: int,
+        data: Sequence[Tensor | None],
+        rate: Sequence[Tensor | None],
+        adapted_grad: Sequence[Tensor | None],
+        adapted: Sequence[Tensor | None],
+        grad: Sequence[Tensor | None],
+        rate_grad: Sequence[Tensor | None],
+        fixed: Sequence[Tensor | None],
+        fixed_grad: Sequence[Tensor | None],
+        support: Sequence[Tensor | None],
+        support_grad: Sequence[Tensor | None],
+        query: Sequence[Tensor | None],
+        query_grad: Sequence[Tensor | None],
+        others: Sequence[Tensor | None],
+        step_weights: Sequence[float],
+        poison: bool,
+    ) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+
+def machine_functions() -> list[str]: ...
+def machine_lanes(is_double: bool) -> int: ...
 def kinds() -> dict[str, tuple[int, int, int, int, int]]: ...
 def functions() -> list[str]: ...
 def instruction_set() -> str: ...

@@ -63,7 +63,7 @@ def _explained(call: Call) -> Explanation:
     chosen = call.plan.backend.__name__.rpartition(".")[2]
     tried = backends.candidates(problem)
     before = tried[: tried.index(chosen)] if chosen in tried else tried
-    refused = {name: backends.why_not(name, problem, wrt) or "another backend was named" for name in before}
+    refused = {name: _reason(name, problem, wrt) for name in before}
     runs: list[str] = []
     if hasattr(call.plan.backend, "describe"):
         runs = call.plan.backend.describe(problem, wrt)
@@ -72,6 +72,15 @@ def _explained(call: Call) -> Explanation:
     return Explanation(
         chosen, _what(problem), tuple(runs), _cost(call, chosen), refused, _conventions(problem, chosen)
     )
+
+
+def _reason(name: str, problem: Problem, wrt: frozenset[str]) -> str:
+    """Why a backend did not get the call."""
+    backend = backends.get(name)
+    reason = backends.why_not(name, problem, wrt)
+    if not reason and hasattr(backend, "yields"):
+        reason = backend.yields(problem, wrt)
+    return reason or "another backend was named"
 
 
 def in_steps(whole: Explanation, queries: int) -> Explanation:

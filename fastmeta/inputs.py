@@ -116,6 +116,14 @@ class Form(NamedTuple):
             return _made(kind, dict(zip(self.keys, parts, strict=True)))
         return _made(kind, parts)
 
+    def without_constants(self) -> Form:
+        """The same form with None in the place of every constant."""
+        if self.kind is Tensor:
+            return self
+        if issubclass(self.kind, _CONSTANTS):
+            return _NOTHING
+        return Form(self.kind, self.keys, tuple([part.without_constants() for part in self.parts]))
+
     def match(self, tree: Tree) -> list[Any]:
         """What another tree holds in the places of the leaves of this form; None for all of them
         where that tree, or a part of it, is None.
@@ -186,7 +194,7 @@ def mapped(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
     """A tree with other leaves, None in the place of its constants: gradients, for example."""
-    return _without_constants(flatten(tree)[1]).build(leaves)
+    return flatten(tree)[1].without_constants().build(leaves)
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Tensor]]:
@@ -299,11 +307,3 @@ def _named(tree: Tree) -> Iterator[tuple[str, Tensor]]:
         for name, part in _items(tree):
             for inside, leaf in _named(part):
                 yield name + inside, leaf
-
-
-def _without_constants(form: Form) -> Form:
-    if form.kind is Tensor:
-        return form
-    if issubclass(form.kind, _CONSTANTS):
-        return _NOTHING
-    return Form(form.kind, form.keys, tuple(map(_without_constants, form.parts)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from fastmeta.inputs import NotATreeError, Tree, leaves_of, mapped
+from fastmeta.inputs import NotATreeError, Tree, flatten, leaves_of
 
 #: The classes that need no look: of tensors, and of what may stand where one could.
 KNOWN: frozenset[type] = frozenset({Tensor, nn.Parameter, type(None), float, int})
@@ -77,9 +77,10 @@ def plain(given: Any) -> Any:
 def plain_tree(tree: Tree) -> Tree:
     """A tree whose leaves are as `plain` has them."""
     try:
-        return mapped(plain, tree)
+        leaves, form = flatten(tree)
     except NotATreeError:  # which the checks will name
         return tree
+    return tree if PLAIN.issuperset(map(type, leaves)) else form.build(map(plain, leaves))
 
 
 def check_ordinary(what: str, tensor: Tensor) -> None:

@@ -10,6 +10,10 @@ and, where it does not run on the CPU, a fourth:
 
     device() -> str                       where it runs, as PyTorch calls it
 
+A backend may have one more:
+
+    yields(problem, wrt) -> str           why "auto" had better take a later one, "" if not
+
 `wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted.
 `adapted` says whether `Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only,
 never values.
@@ -71,8 +75,11 @@ def select(name: str, problem: Problem, wrt: frozenset[str]) -> ModuleType:
         return get(name)
     reasons = []
     for candidate in candidates(problem):
+        backend = get(candidate)
         reason = why_not(candidate, problem, wrt)
+        if not reason and hasattr(backend, "yields"):
+            reason = backend.yields(problem, wrt)
         if not reason:
-            return get(candidate)
+            return backend
         reasons.append(f"{candidate}: {reason}")
     raise BackendUnavailable("no backend can run this call; " + "; ".join(reasons))

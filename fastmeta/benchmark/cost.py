@@ -27,7 +27,9 @@ def flops(case: Case) -> float:
 
     Source: docs/architecture.md, "Cost"; first order drops the Hessian-vector products.
     """
-    program = None if case.ids else captured(case.make(), case.input_shape, torch.float32)[0]
+    program = (
+        None if case.ids or case.more_inputs else captured(case.make(), case.input_shape, torch.float32)[0]
+    )
     if program is None:
         return math.nan
     f, f1 = multiply_adds(program)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.cases.losses import LOSSES, draw_target
+from fastmeta.inputs import Tree, arguments, mapped
 from fastmeta.losses import Loss
 
 OPERATORS = ("meta_gradient", "inner_sgd", "task_forward")
@@ -26,9 +27,9 @@ class Instance:
     params: dict[str, Tensor]
     loss: nn.Module | Loss | str
     query_loss: nn.Module | Loss | str | None  # None: the support loss
-    support_x: Tensor  # [T, N, *in] or [T, K, N, *in]
+    support_x: Tree  # [T, N, *in] or [T, K, N, *in], or a tuple of such tensors
     support_y: Tensor
-    query_x: Tensor  # [T, M, *in]
+    query_x: Tree  # [T, M, *in]
     query_y: Tensor
     rates: dict[str, Tensor]  # name -> [K or 1, T or 1, *(S or 1s)], as an operator takes them
     per_task: frozenset[str] = frozenset()
@@ -81,6 +82,8 @@ class Case:
     kinks: bool = False  # a derivative in use jumps somewhere
     wrt_inputs: bool = True  # gradients to the data are compared too
     ids: int = 0  # inputs are integers below this; 0: floating-point numbers
+    # further inputs of floating-point numbers, one example of each: the network is called with all
+    more_inputs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def id(self) -> str:
@@ -131,13 +134,18 @@ class Case:
         def positive(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator) + 0.5
 
-        def inputs(*shape: int) -> Tensor:
-            return torch.randint(self.ids, shape, generator=generator) if self.ids else normal(*shape)
+        def inputs(*lead: int) -> Tree:
+            shape = (*lead, *self.input_shape)
+            first = torch.randint(self.ids, shape, generator=generator) if self.ids else normal(*shape)
+            return (
+                (first, *(normal(*lead, *more) for more in self.more_inputs)) if self.more_inputs else first
+            )
 
         tasks, steps = self.tasks, self.steps
         lead = (tasks, steps, self.shots) if self.per_step else (tasks, self.shots)
         with torch.no_grad():
-            output_shape = tuple(net(inputs(1, *self.input_shape).expand(2, *self.input_shape)).shape[1:])
+            two = mapped(lambda leaf: leaf.expand(2, *leaf.shape[1:]), inputs(1))
+            output_shape = tuple(net(*arguments(two)[0]).shape[1:])
         params = {name: value.detach().clone() for name, value in net.named_parameters()}
         own = [
             name
@@ -154,9 +162,9 @@ class Case:
             params=params,
             loss=LOSSES[self.loss].make(),
             query_loss=LOSSES[self.query_loss].make() if self.query_loss else None,
-            support_x=inputs(*lead, *self.input_shape),
+            support_x=inputs(*lead),
             support_y=draw_target(LOSSES[self.loss].target, lead, output_shape, generator),
-            query_x=inputs(tasks, self.queries, *self.input_shape),
+            query_x=inputs(tasks, self.queries),
             query_y=draw_target(LOSSES[query_loss].target, (tasks, self.queries), output_shape, generator),
             rates=_draw_rates(self.rates, self.lr, adapted, steps, tasks, positive),
             per_task=frozenset(own),
@@ -217,6 +225,8 @@ def _converted(value: Any, what: torch.dtype | str) -> Any:
         return value.to(what)
     if isinstance(value, Tensor):
         return value.to(what) if isinstance(what, str) or value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_converted(entry, what) for entry in value)
     if isinstance(value, dict):
         return {name: _converted(entry, what) for name, entry in value.items()}
     return value

@@ -36,30 +36,25 @@ class GraphNet(nn.Module):
     """Rounds of messages between the nodes of a graph, then the mean over nodes through a linear
     head.
 
-    A graph is one tensor [nodes, I + nodes]: features of the nodes, then the adjacency matrix.
-
     Args:
-        nodes: of every graph.
         inputs: I, features of a node.
         width: of a node's state.
         outputs: of the head.
         rounds: of messages.
     """
 
-    def __init__(self, nodes: int, inputs: int, width: int, outputs: int, rounds: int = 2) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, rounds: int = 2) -> None:
         super().__init__()
-        self.inputs, self.nodes = inputs, nodes
         self.embed = nn.Linear(inputs, width)
         self.own = nn.ModuleList(nn.Linear(width, width) for _ in range(rounds))
         self.message = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(rounds))
         self.head = nn.Linear(width, outputs)
 
-    def forward(self, graph: Tensor) -> Tensor:
-        """[N, nodes, I + nodes] -> [N, outputs]."""
-        x, adjacency = graph.split([self.inputs, self.nodes], -1)
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        """[N, nodes, I] and [N, nodes, nodes] -> [N, outputs]."""
         h = torch.relu(self.embed(x))
         for own, message in zip(self.own, self.message, strict=True):
-            h = torch.relu(own(h) + adjacency @ message(h) / self.nodes)
+            h = torch.relu(own(h) + adjacency @ message(h) / x.shape[1])
         return self.head(h.mean(1))
 
 

@@ -100,7 +100,7 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
     "transformer": _modules(
         "transformer", partial(Transformer, 8, 8, 32, 5, layers=1, heads=4), (8, 8), 5, 15, "ce"
     ),
-    "gnn": _modules("gnn", partial(GraphNet, 10, 4, 32, 1), (10, 14), kinks=True),
+    "gnn": _modules("gnn", partial(GraphNet, 4, 32, 1), (10, 4), kinks=True, more_inputs=((10, 10),)),
     "lora": _modules("lora", partial(Lora, 32, 32, 32), (32,), adapt=_LOW_RANK),
     "melu": _modules("melu", partial(Melu, 4, 100, 16, 64), (4,), 20, 10, kinks=True, ids=100),
     "transformer-wide": tuple(

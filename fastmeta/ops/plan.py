@@ -403,11 +403,11 @@ def _problem(plan: Plan, given: _Given) -> Problem:
 def _capture(
     options: Options, net: nn.Module, tensors: Tensors, shapes: Shapes, losses: tuple[Loss | None, ...]
 ) -> tuple[Program | None, str]:
-    x = tensors.query_x if tensors.support_x is None else tensors.support_x
-    if x is not None and not isinstance(x, Tensor):
-        return None, f"the network's input is no single tensor, but {type(x).__name__}"
-    if x is not None and not x.is_floating_point():
-        return None, f"the network's input is {x.dtype}"
+    for x in (tensors.support_x, tensors.query_x):
+        if x is not None and not isinstance(x, Tensor):
+            return None, f"the network's input is no single tensor, but {type(x).__name__}"
+        if x is not None and not x.is_floating_point():
+            return None, f"the network's input is {x.dtype}"
     for loss in losses:
         if loss is not None and loss.learned:
             return None, f"`{loss.learned}` of the loss {loss.kind} requires grad"

@@ -165,9 +165,9 @@ class Builder:
         taken = torch.zeros(sparse.size, dtype=torch.bool)
         counts = [taken.as_strided(p.shape, p.strides, p.offset) for p in sparse.pieces]
         apart = sparse.base is None
-        for at in counts:
-            apart = apart and not bool(at.any())
-            at.fill_(True)
+        for places in counts:
+            apart = apart and not bool(places.any())
+            places.fill_(True)
         if sparse.base is not None:
             self.emit(Map(whole, "copy", (sparse.base,)))
         elif not bool(taken.all()):

@@ -32,10 +32,10 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "min": torch.minimum,
     "pow": torch.pow,
     "atan2": torch.atan2,
-    "lt": lambda a, b: (a < b),
-    "le": lambda a, b: (a <= b),
-    "eq": lambda a, b: (a == b),
-    "ne": lambda a, b: (a != b),
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
     "where": lambda c, a, b: torch.where(c != 0, a, b),
     **{
         name: getattr(torch, name)
@@ -83,12 +83,16 @@ def interpret(
         if tensor is None:
             constant = view.buffer.constant
             tensor = held[view.buffer] = (
-                torch.full((view.buffer.size,), torch.nan, dtype=dtype) if constant is None else constant.to(dtype)
+                torch.full((view.buffer.size,), torch.nan, dtype=dtype)
+                if constant is None
+                else constant.to(dtype)
             )
         if min(view.strides, default=0) >= 0:
-            return tensor.as_strided(view.shape, view.strides, view.offset)
+            return tensor.as_strided(view.shape, view.strides, tensor.storage_offset() + view.offset)
         grids = torch.meshgrid(*[torch.arange(n) for n in view.shape], indexing="ij")
-        index = sum((g * s for g, s in zip(grids, view.strides, strict=True)), torch.zeros((), dtype=torch.int64))
+        index = sum(
+            (g * s for g, s in zip(grids, view.strides, strict=True)), torch.zeros((), dtype=torch.int64)
+        )
         return tensor[index + view.offset]
 
     def value(operand: Operand) -> Tensor:

@@ -79,9 +79,7 @@ class View:
             self.buffer is other.buffer
             and self.offset == other.offset
             and self.shape == other.shape
-            and all(
-                n == 1 or s == t for n, s, t in zip(self.shape, self.strides, other.strides, strict=True)
-            )
+            and all(n == 1 or s == t for n, s, t in zip(self.shape, self.strides, other.strides, strict=True))
         )
 
     def expand(self, shape: Sequence[int]) -> View:
@@ -131,10 +129,11 @@ class View:
 
         if not self.numel:
             return View(self.buffer, self.offset, tuple(shape), contiguous(shape))
-        if min(self.strides, default=0) < 0:
+        strides = tuple(0 if n == 1 else s for n, s in zip(self.shape, self.strides, strict=True))
+        if min(strides, default=0) < 0:
             return None
         try:
-            like = empty(1, device="meta").as_strided(self.shape, self.strides).view(tuple(shape))
+            like = empty(1, device="meta").as_strided(self.shape, strides).view(tuple(shape))
         except RuntimeError:
             return None
         return View(self.buffer, self.offset, tuple(shape), tuple(like.stride()))

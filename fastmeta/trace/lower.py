@@ -101,7 +101,9 @@ class Lowering:
     def map(self, function: str, *args: Operand) -> Operand:
         """`Builder.map` to the shape and layout of the operator's result."""
         if not any(isinstance(a, View) for a in args):  # numbers alone
-            return self.build.copy(args[0], self.shape) if function == "copy" else self._numbers(function, args)
+            return (
+                self.build.copy(args[0], self.shape) if function == "copy" else self._numbers(function, args)
+            )
         strides = self.strides
         if strides is not None and not _dense_in_some_order(self.shape, strides):
             strides = None
@@ -121,9 +123,9 @@ class Lowering:
 
     def _checked(self, ref: Ref) -> torch.Tensor:
         tensor = ref.tensor()
-        if not tensor.is_floating_point() and self.dtype == torch.float32 and tensor.numel():
-            if int(tensor.to(torch.int64).abs().max()) > 1 << 24:
-                raise UntraceableError("it uses an integer constant above 2^24 in float32")
+        integers = not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() > 0
+        if integers and self.dtype == torch.float32 and int(tensor.to(torch.int64).abs().max()) > 1 << 24:
+            raise UntraceableError("it uses an integer constant above 2^24 in float32")
         if tensor.is_complex():
             raise UntraceableError("it computes with complex numbers")
         return tensor
@@ -182,22 +184,20 @@ class Lowering:
             return
         whole = self.build.new((out.value.size,))
         at = View(whole.buffer, out.offset, out.shape, out.strides)
-        self.build.emit(
-            Map(at, "copy", (result.expand(out.shape) if isinstance(result, View) else result,))
-        )
+        self.build.emit(Map(at, "copy", (result.expand(out.shape) if isinstance(result, View) else result,)))
         self._known[out.value] = (whole.buffer, 0)
 
     def _assigned(self, before: Value, at: Ref, source: Any) -> tuple[Buffer, int] | Sparse:
         """What a storage holds after `source` was written into a view of it."""
         content = self.operand(source) if isinstance(source, Ref) else float(source)
         view = content.expand(at.shape) if isinstance(content, View) else self.view(content, at.shape)
-        if isinstance(content, View) and at.numel == before.size and at.offset == 0:
-            if at.strides == contiguous(at.shape) and view.dense:
-                return view.buffer, view.offset
+        whole = at.numel == before.size and at.offset == 0 and at.strides == contiguous(at.shape)
+        if isinstance(content, View) and whole and view.dense:
+            return view.buffer, view.offset
         old = self.operand(Ref(before, 0, (before.size,), (1,), before.dtype))
-        whole = self.build.copy(old, (before.size,))
-        self.build.emit(Map(View(whole.buffer, at.offset, at.shape, at.strides), "copy", (view,)))
-        return whole.buffer, 0
+        copied = self.build.copy(old, (before.size,))
+        self.build.emit(Map(View(copied.buffer, at.offset, at.shape, at.strides), "copy", (view,)))
+        return copied.buffer, 0
 
 
 def raw(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -87,12 +87,8 @@ class Call:
 ASSIGN = "assign"
 _FRESH = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default})
 _HOST_READS = frozenset({aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default})
-_WRITES = {
-    aten.copy_.default: lambda to, source, *_: aten.expand.default(source, list(to.shape)),
-    aten.zero_.default: lambda to: 0.0,
-    aten.fill_.Scalar: lambda to, number: number,
-    aten.fill_.Tensor: lambda to, number: number,
-}
+#: Operators that write what they are given.
+_WRITES = frozenset({aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor})
 
 
 _INDEXED = frozenset(
@@ -113,6 +109,12 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._decomp import decomposition_table
 
     return dict(decomposition_table)
+
+
+@cache
+def _composite(function: Any) -> bool:
+    """Whether PyTorch makes an operator out of others before it gets to a backend."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"))
 
 
 def name_of(function: Any) -> str:
@@ -177,8 +179,7 @@ class Recorder(TorchDispatchMode):
 
     Raises (inside):
         UntraceableError: what runs cannot be a program: it reads a value on the host, draws random
-            numbers, reads a tensor from outside, changes what was registered, or its shapes depend
-            on values.
+            numbers, reads a tensor from outside, or its shapes depend on values.
     """
 
     def __init__(self, supported: Container[str] = frozenset()) -> None:
@@ -203,9 +204,12 @@ class Recorder(TorchDispatchMode):
                 value = Value(1, tensor.dtype, tensor.detach().clone().reshape(1))
                 return Ref(value, 0, (), (), tensor.dtype)
             raise UntraceableError(
-                f"it reads a tensor {tuple(tensor.shape)} that is none of its arguments, parameters or buffers"
+                f"it reads a tensor {tuple(tensor.shape)} that is none of its arguments, parameters or "
+                "buffers"
             )
-        return Ref(value, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        return Ref(
+            value, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -233,9 +237,13 @@ class Recorder(TorchDispatchMode):
             raise UntraceableError(f"the shape of what {func} returns depends on values")
         if func._schema.is_mutable:
             return self._write(func, args, kwargs, refs)
-        if traced and name_of(func) not in self._supported and func in _decompositions():
+        if traced and name_of(func) not in self._supported:
             with self:
-                return _decompositions()[func](*args, **kwargs)
+                found = func.decompose(*args, **kwargs) if _composite(func) else NotImplemented
+                if found is NotImplemented and func in _decompositions():
+                    found = _decompositions()[func](*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         out = func(*args, **kwargs)
         outs = list(_tensors(out))
         if all(_key(o) in self._values for o in outs):  # views
@@ -287,11 +295,8 @@ class Recorder(TorchDispatchMode):
             self._set(to, _constant(to))
             return out
         if func in _WRITES:
-            others = [refs[id(a)] if isinstance(a, Tensor) else a for a in args[1:]]
-            if func is aten.copy_.default or func is aten.fill_.Tensor:
-                source: Any = others[0]
-            else:
-                source = float(others[0]) if others else 0.0
+            written_by = args[1] if len(args) > 1 else 0.0
+            source: Any = refs[id(written_by)] if isinstance(written_by, Tensor) else float(written_by)
         else:
             functional = _functional(func)
             call = Call(

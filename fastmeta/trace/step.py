@@ -214,7 +214,7 @@ class _Pass:
         self.carried.copies = copies
         self.loss = loss
         if loss is not None:
-            weights = {}
+            weights: dict[str, Any] = {}
             for name in ("weight", "pos_weight"):
                 value = getattr(loss, name)
                 if value is not None:
@@ -341,7 +341,9 @@ def _grad(
     ends = list(ends)
     if not ends or not leaves or not any(end.requires_grad for end in ends):
         return [None] * len(leaves)
-    return torch.autograd.grad(ends, list(leaves), by, create_graph=create, retain_graph=True, allow_unused=True)
+    return torch.autograd.grad(
+        ends, list(leaves), by, create_graph=create, retain_graph=True, allow_unused=True
+    )
 
 
 def _value(problem: Problem, name: str) -> Tensor:
@@ -380,4 +382,3 @@ def not_traced(error: Exception) -> str:
         return str(error)
     message = str(error).strip() or "no message"
     return f"{type(error).__name__}: {message.splitlines()[0]}"
-

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fastmeta.inputs import Tree, first_leaf, mapped
 from fastmeta.problem import Batch, Problem, Result
 
 #: Parameter name -> the axes (from the end) that are shuffled, each with its order.
@@ -83,7 +84,8 @@ def _unit_orders(problem: Problem, generator: torch.Generator) -> Orders:
     if len(set(used)) < len(used):
         return orders
     rows = all(
-        batch is None or batch.x.ndim == 3 + batch.per_step for batch in (problem.support, problem.query)
+        batch is None or first_leaf(batch.x).ndim == 3 + batch.per_step
+        for batch in (problem.support, problem.query)
     )
     for (i, _), (j, following) in pairwise(linears):
         units = following.in_features
@@ -120,11 +122,11 @@ def _reorder(tensors: dict[str, Tensor], orders: Orders) -> dict[str, Tensor]:
 def _example_order(batch: Batch | None, generator: torch.Generator) -> Tensor | None:
     if batch is None:
         return None
-    return torch.randperm(batch.x.shape[2 if batch.per_step else 1], generator=generator)
+    return torch.randperm(first_leaf(batch.x).shape[2 if batch.per_step else 1], generator=generator)
 
 
-def _examples(tensor: Tensor | None, axis: int, order: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or order is None else tensor.index_select(axis, order)
+def _examples(tree: Tree, axis: int, order: Tensor | None) -> Tree:
+    return tree if order is None else mapped(lambda leaf: leaf.index_select(axis, order), tree)
 
 
 def _batch(batch: Batch | None, order: Tensor | None) -> Batch | None:
@@ -132,4 +134,4 @@ def _batch(batch: Batch | None, order: Tensor | None) -> Batch | None:
         return None
     axis = 2 if batch.per_step else 1
     y, weights = _examples(batch.y, axis, order), _examples(batch.weights, axis, order)
-    return replace(batch, x=batch.x.index_select(axis, order), y=y, weights=weights)
+    return replace(batch, x=_examples(batch.x, axis, order), y=y, weights=weights)

@@ -6,6 +6,7 @@ import torch
 
 from fastmeta.capture.capture import captured
 from fastmeta.cases import Case
+from fastmeta.inputs import leaves_of
 from fastmeta.losses import resolve
 from fastmeta.ops.rates import plan_rates
 from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
@@ -22,8 +23,8 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
     support = Batch(made.support_x, made.support_y, made.support_weights, case.per_step)
     query = Batch(made.query_x, None if forward_only else made.query_y, made.query_weights)
     program, refused = (
-        (None, "the network's input is int64")
-        if case.ids
+        (None, "the network's inputs are not one tensor of floating-point numbers")
+        if case.ids or case.more_inputs
         else captured(made.net, case.input_shape, dtype, case.batch_stats)
     )
     shapes = {name: tuple(value.shape) for name, value in made.net.named_parameters()}
@@ -69,7 +70,7 @@ def wanted(case: Case, problem: Problem) -> frozenset[str]:
     if case.wrt_inputs:
         for side, batch in (("support", problem.support), ("query", problem.query)):
             for part in ("x", "y", "weights"):
-                tensor = None if batch is None else getattr(batch, part)
-                if tensor is not None and tensor.is_floating_point():
+                tree = None if batch is None else getattr(batch, part)
+                if tree is not None and any(leaf.is_floating_point() for leaf in leaves_of(tree)):
                     names.add(f"{side}_{part}")
     return frozenset(names) & frozenset(DIFFERENTIABLE)

@@ -30,6 +30,8 @@ def _walk(result: Result) -> Iterator[tuple[Key, Tensor]]:
     for group, value in fields:
         if isinstance(value, dict):
             yield from (((group, member), tensor) for member, tensor in value.items())
+        elif isinstance(value, tuple):  # several inputs, None for integers
+            yield from (((group, str(i)), leaf) for i, leaf in enumerate(value) if leaf is not None)
         elif value is not None:
             yield (group, ""), value
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastmeta import backends
 from fastmeta.cases import Case
 from fastmeta.cases.architectures import ARCHITECTURES
+from fastmeta.inputs import arguments, leaves_of, mapped
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of, wanted
 from fastmeta.verify.quantities import Key
@@ -56,25 +57,34 @@ def _plain(case: Case) -> dict[Key, Tensor]:
     params = {name: value.requires_grad_() for name, value in made.params.items()}
     rates = {name: value.requires_grad_() for name, value in made.rates.items()}
     data = {name: getattr(made, name) for name in ("support_x", "support_y", "query_x", "query_y")}
-    floating = {name: value.requires_grad_() for name, value in data.items() if value.is_floating_point()}
+    floating: dict[Key, Tensor] = {}
+    for name, tree in data.items():
+        for i, leaf in enumerate(leaves_of(tree)):
+            if leaf.is_floating_point():
+                key = (f"d_{name}", "" if isinstance(tree, Tensor) else str(i))
+                floating[key] = leaf.requires_grad_()
     losses, outputs = [], []
     with _twice_differentiable():
-        for support_x, support_y, query_x, query_y in zip(*data.values(), strict=True):
+        for t in range(case.tasks):
+            support_x, support_y, query_x, query_y = (
+                mapped(lambda leaf, t=t: leaf[t], tree) for tree in data.values()
+            )
+            inputs, query_inputs = arguments(support_x)[0], arguments(query_x)[0]
             theta: dict[str, Tensor] = dict(params)
             for _ in range(case.steps):
-                inner = loss(functional_call(made.net, theta, (support_x,)), support_y)
+                inner = loss(functional_call(made.net, theta, inputs), support_y)
                 gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
                 theta = {
                     name: value - rates[name][0, 0] * gradient
                     for (name, value), gradient in zip(theta.items(), gradients, strict=True)
                 }
-            outputs.append(functional_call(made.net, theta, (query_x,)))
+            outputs.append(functional_call(made.net, theta, query_inputs))
             losses.append(loss(outputs[-1], query_y))
         total = torch.stack(losses).mean()
         keys: dict[Key, Tensor] = {("d_params", name): value for name, value in params.items()}
         keys |= {("d_lr", name): value for name, value in rates.items()}
-        keys |= {(f"d_{name}", ""): value for name, value in floating.items()}
-        found = torch.autograd.grad(total, list(keys.values()))
+        keys |= floating
+        found = torch.autograd.grad(total, list(keys.values()), materialize_grads=True)
     values = {
         ("task_losses", ""): torch.stack(losses).detach(),
         ("output", ""): torch.stack(outputs).detach(),

@@ -222,7 +222,7 @@ def test_forms_tell_trees_apart() -> None:
 @pytest.mark.parametrize(
     "tree",
     [object(), [object()], {"x": np.ones(2)}, defaultdict(list, x=torch.ones(1)), {1, 2}, range(2)],
-    ids=str,
+    ids=["object", "list", "array", "defaultdict", "set", "range"],
 )
 def test_what_is_no_tree(tree: Any) -> None:
     with pytest.raises(inputs.NotATreeError):
@@ -294,6 +294,21 @@ def test_an_output_of_integers_alone(backend: str) -> None:
 
 
 @each_backend
+def test_numbers_beside_outputs_are_those_of_the_first_task(backend: str) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"y": super().forward(x), "largest": x.max().item()}
+
+    net = Counts(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randn(TASKS, 5, 2, dtype=torch.float64)
+    loss = lambda output, y: F.mse_loss(output["y"], y) * output["largest"]  # noqa: E731
+    out = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)(x, y, x, y)
+    want = losses_of(net, dict(net.named_parameters()), (x, y), (x, y), loss, LR, STEPS)
+    assert error(out.task_losses, want) < 1e-9
+    assert out.output["largest"] == x[0].max().item()
+
+
+@each_backend
 def test_an_output_with_attributes(backend: str) -> None:
     class Model(nn.Linear):
         def forward(self, x: Tensor) -> _Output:
@@ -309,3 +324,96 @@ def test_an_output_with_attributes(backend: str) -> None:
     want = fm.MAML(plain, loss="cross_entropy", inner_lr=LR, inner_steps=STEPS)(x, y, x, y)
     assert error(out.loss, want.loss) < 1e-12
     assert error(out.output.logits, want.output) < 1e-12
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_other_integers(dtype: torch.dtype, backend: str) -> None:
+    net, (x, y), (query, query_y), loss = built("columns")
+    if dtype is torch.uint8:  # an embedding takes none
+        net = nn.Sequential(_Converts(), net)
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    got = maml(x.to(dtype), y, query.to(dtype), query_y).loss
+    assert torch.equal(got, maml(x, y, query, query_y).loss)
+
+
+class _Converts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long()
+
+
+@each_backend
+def test_a_learned_input_that_all_tasks_share(backend: str) -> None:
+    net, ((x, _), y), _, loss = built("graph")
+    shared = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
+    given = x, shared.expand(TASKS, -1, -1)
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    got = torch.autograd.grad(maml(given, y, given, y).loss, shared)[0]
+    params = dict(net.named_parameters())
+    want = torch.autograd.grad(
+        losses_of(net, params, (given, y), (given, y), loss, LR, STEPS).mean(), shared
+    )[0]
+    assert error(got, want) < 1e-9
+
+
+@each_backend
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_of_tasks_in_a_forward_pass(chunk: int, backend: str) -> None:
+    net, (x, _), _, _ = built("lstm")
+    x, params = required(x), _params(net)
+    found = []
+    for size in (None, chunk):
+        output, (hidden, cell) = fm.task_forward(net, params, x, backend=backend, task_chunk=size)
+        by = [*params.values(), *tensors(x)]
+        # the cell has no cotangent
+        grads = torch.autograd.grad(output.square().sum() + hidden.sum(), by, materialize_grads=True)
+        found.append([output, hidden, cell, *grads])
+    for one, other in zip(*found, strict=True):
+        assert error(one, other) < 1e-9
+
+
+@each_backend
+def test_the_first_tensor_may_have_no_examples(backend: str) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            assert scale.shape == ()
+            return scale * super().forward(x)
+
+    net = Scaled(3, 2).double()
+    scale, x = torch.rand(TASKS, dtype=torch.float64), torch.randn(TASKS, 5, 3, dtype=torch.float64)
+    y, weights = torch.randn(TASKS, 5, 2, dtype=torch.float64), torch.rand(TASKS, 5, dtype=torch.float64)
+    maml = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS, backend=backend)
+    out = maml((scale, x), y, (scale, x), y, support_weights=weights)
+    text = str(maml.explain((scale, x), y, (scale, x), y, support_weights=weights))
+    assert "T = 3 tasks, K = 2" in text
+    other = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS)
+    swapped = fm.Inputs(x=x, scale=scale)
+    want = other(swapped, y, swapped, y, support_weights=weights)
+    assert error(out.loss, want.loss) < 1e-12
+    assert "N = 5, M = 5" in str(other.explain(swapped, y, swapped, y))
+
+
+@each_backend
+def test_sets_may_differ(backend: str) -> None:
+    net, (x, y), (query, query_y), loss = built("encoder")
+    support, query = (x.args[0], y), (query, query_y)  # no padding in the support sets
+    maml = fm.MAML(net, loss=loss, inner_lr=LR, inner_steps=STEPS, backend=backend)
+    want = losses_of(net, dict(net.named_parameters()), support, query, loss, LR, STEPS)
+    assert error(maml(*support, *query).task_losses, want) < 1e-9
+
+
+def test_query_sets_that_take_another_way_are_compared_too() -> None:
+    class Twofold(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            # what only the query sets reach looks at values
+            return super().forward(x) * (1.0 if mask is None else float(mask.sum()))
+
+    net = Twofold(3, 2).double()
+    x, y = torch.randn(TASKS, 5, 3, dtype=torch.float64), torch.randn(TASKS, 5, 2, dtype=torch.float64)
+    query = fm.Inputs(x, mask=torch.rand(TASKS, 5) > 0.5)
+    maml = fm.MAML(net, loss="mse", inner_lr=LR, inner_steps=STEPS)
+    assert "tasks run in a loop: vmap failed" in str(maml.explain(x, y, query, y))
+    params = dict(net.named_parameters())
+    want = losses_of(net, params, (x, y), (query, y), "mse", LR, STEPS)
+    assert error(maml(x, y, query, y).task_losses, want) < 1e-9
+    assert "loop" not in str(maml.explain(x, y, x, y))

@@ -317,7 +317,9 @@ def test_returns_what_the_module_does() -> None:
         assert error(got, expected) < 1e-12
 
 
-@pytest.mark.parametrize("output", [None, (), "text", object(), [object()]], ids=str)
+@pytest.mark.parametrize(
+    "output", [None, (), "text", object(), [object()]], ids=["None", "empty", "text", "object", "list"]
+)
 def test_rejects_output_that_holds_no_tensor(output: object) -> None:
     net = nn.Linear(3, 5)
     net.forward = lambda x: output

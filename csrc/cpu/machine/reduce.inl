@@ -112,7 +112,7 @@ void reduce_as(const machine::Step& s, machine::Memory<S>& m) {
   S* const to = m.at[out.space] + out.offset;
   const int kept = s.dims - s.reduced;
   const int last = kept - 1;
-  const bool columns = kept > 0 && x.stride[last] == 1 && out.stride[last] == 1 && s.n[last] > 1 &&
+  const bool columns = s.reduction != Reduction::argmax && kept > 0 && x.stride[last] == 1 && out.stride[last] == 1 && s.n[last] > 1 &&
                        (s.n[last] >= L || x.stride[s.dims - 1] != 1);
   i64 outer = 1;
   for (int d = 0; d < (columns ? last : kept); ++d) outer *= s.n[d];

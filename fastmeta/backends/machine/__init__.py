@@ -12,7 +12,9 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
+from fastmeta.backends.machine.cost import slower
 from fastmeta.problem import Problem, Result
+from fastmeta.trace.record import UntraceableError
 
 try:
     from fastmeta import _C
@@ -56,17 +58,24 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     found = plans.programs(problem, wrt)
     if isinstance(found, str):
         return found
-    key = ("machine", wrt)
+    key = f"checked {sorted(wrt)}"
     if key not in problem.scratch:
         try:
             reason = plans.check_first(problem, wrt, _unchecked)
-        except plans.UntraceableError as error:
+        except UntraceableError as error:
             reason = str(error)
         if reason:
             plans.remember_refusal(problem, wrt, reason)
             return reason
-        problem.scratch[key] = True  # type: ignore[index]
+        problem.scratch[key] = True
     return ""
+
+
+def yields(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why "auto" had better take a later backend for a problem that is not refused, "" if not."""
+    found = plans.programs(problem, wrt)
+    dtype = next(iter(problem.params.values())).dtype
+    return found if isinstance(found, str) else slower(problem, found, dtype)
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
@@ -87,7 +96,7 @@ def _unchecked(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         if isinstance(found, str):
             raise RuntimeError(found)
         job = problem.scratch["machine"] = runs.Job(problem, wrt, adapted, found)
-    return job.run(problem)  # type: ignore[no-any-return]
+    return job.run(problem)
 
 
 def notes(problem: Problem) -> list[str]:

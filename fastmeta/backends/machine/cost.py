@@ -1,12 +1,15 @@
-"""Whether a machine has one task at a time or one in every lane."""
+"""Which of the machine's two ways a problem takes, and when PyTorch itself is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastmeta.problem import Problem
+from fastmeta.trace.ir import Space
 
 try:
     from fastmeta import _C
@@ -16,14 +19,60 @@ except ImportError:  # the backend says so
 if TYPE_CHECKING:
     from fastmeta.backends.machine.plan import Programs
 
-#: Set by tests and benchmarks: True or False instead of the choice below.
-import os
-LANES: bool | None = {'0':False,'1':True}.get(os.environ.get('FM_LANES',''))
+#: What all lanes together may hold at once, in bytes: measured where the second-level cache has 1
+#: MiB, a task in every lane wins below and loses above.
+_LANES_AT_MOST = 3 << 19
+#: Multiply-adds of one step of one task above which PyTorch's own threads inside of a product pay,
+#: where there are more threads than tasks.
+_LARGE = 20_000_000
+
+_forced: bool | None = None
+
+
+@contextmanager
+def forced(lanes: bool | None) -> Iterator[None]:
+    """Take one of the two ways, whatever the sizes say; for tests and measurements."""
+    global _forced
+    before, _forced = _forced, lanes
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def in_lanes(problem: Problem, programs: Programs, dtype: torch.dtype) -> bool:
-    """One task in every lane, where at least half of the lanes have one."""
-    if LANES is not None:
-        return LANES
+    """Whether one task is in every lane: where all lanes have one, and together fit the cache."""
+    if _forced is not None:
+        return _forced
     lanes = int(_C.machine_lanes(dtype == torch.float64))
-    return problem.tasks >= lanes
+    if problem.tasks < lanes:
+        return False
+    traced = [t for t in (programs.support, programs.query) if t is not None]
+    theta = max((t.layout.sizes.get(Space.THETA, 0) for t in traced), default=0)
+    if _bytes(4 * theta, lanes, dtype) > _LANES_AT_MOST:
+        return False
+    for role in ("support", "query"):
+        program = programs.program(role, dtype, rows=False)
+        if program is not None:
+            own = sum(program.sizes.get(s, 0) for s in (Space.WORK, Space.KEPT, Space.ONCE, Space.OTHER))
+            if _bytes(own + 4 * theta, lanes, dtype) > _LANES_AT_MOST:
+                return False
+    return True
+
+
+def _bytes(elements: int, lanes: int, dtype: torch.dtype) -> int:
+    return elements * lanes * dtype.itemsize
+
+
+def slower(problem: Problem, programs: Programs, dtype: torch.dtype) -> str:
+    """Why "auto" had better take PyTorch, "" if not: the machine runs one task on one thread."""
+    if problem.tasks >= torch.get_num_threads() or _forced is not None:
+        return ""
+    for role in ("support", "query"):
+        program = programs.program(role, dtype, rows=True)
+        if program is not None and sum(program.multiply_adds()) > _LARGE:
+            return (
+                f"{problem.tasks} of large tasks for {torch.get_num_threads()} threads: a product of "
+                "PyTorch's takes them all"
+            )
+    return ""

@@ -143,7 +143,10 @@ def _key(problem: Problem, wrt: frozenset[str]) -> object:
         for t in (b.x, b.y, b.weights)
     ]
     return (
-        tuple((name, v.shape[1:] if name in problem.per_task else v.shape, v.dtype) for name, v in problem.params.items()),
+        tuple(
+            (name, v.shape[1:] if name in problem.per_task else v.shape, v.dtype)
+            for name, v in problem.params.items()
+        ),
         tuple(sets),
         problem.support is None,
         problem.query is None,
@@ -249,7 +252,9 @@ def _plan(
     for slot in fixed:
         name = slot.name.removeprefix("fixed.")
         gradients = [s[slot.name].gradient if slot.name in s else -1 for s in (at_support, at_query)]
-        others.append((slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients))
+        others.append(
+            (slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients)
+        )
     output = 0 if found.query is None else found.query.output.size
     rule = problem.rule
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
@@ -369,11 +374,17 @@ def _difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
 
 def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None, Tensor]]:
     """(what, that of the machine, that of the module), floating-point."""
-    groups = {"the losses": (found.task_losses, expected.task_losses), "the output": (found.output, expected.output)}
-    groups["what was adapted"] = (list((found.adapted or {}).values()), list((expected.adapted or {}).values()))
+    groups = {
+        "the losses": (found.task_losses, expected.task_losses),
+        "the output": (found.output, expected.output),
+    }
+    groups["what was adapted"] = (
+        list((found.adapted or {}).values()),
+        list((expected.adapted or {}).values()),
+    )
     mine, theirs = found.grads, expected.grads
     for field in ("params", "lr"):
-        of = {name: value for name, value in (getattr(theirs, field) or {}).items()}
+        of: dict[str, Tensor] = getattr(theirs, field) or {}
         own = getattr(mine, field) or {}
         groups[f"the gradient by {field}"] = ([own.get(name) for name in of], list(of.values()))
     for field in ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights"):

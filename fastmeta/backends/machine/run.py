@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmeta.backends import _inputs
 from fastmeta.backends.machine.plan import Plan, Programs, make_plan
 from fastmeta.inputs import Tree, first_leaf, mapped
+from fastmeta.network.functional import isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
 from fastmeta.trace.ir import Space
 from fastmeta.trace.step import Slot
@@ -42,7 +43,8 @@ class Job:
         params = problem.params
         if "params" in wrt:
             grads.params = {
-                name: torch.zeros(value.shape, dtype=value.dtype, device=_CPU) for name, value in params.items()
+                name: torch.zeros(value.shape, dtype=value.dtype, device=_CPU)
+                for name, value in params.items()
             }
         if "lr" in wrt:
             grads.lr = {
@@ -84,6 +86,8 @@ class Job:
             POISON,
         )
         if outcome:
+            with isolated(_CPU):
+                _inputs.check_class_indices(problem)  # says which, where it is one
             raise IndexError("index out of range in self")
         if seeds is not None and grads.params is not None:
             for name in self.programs.others:
@@ -145,7 +149,11 @@ class Job:
             if name in self.programs.adapted:
                 found[name] = torch.empty((problem.tasks, *shape), dtype=self.dtype, device=_CPU)
             else:
-                own = value.detach() if name in problem.per_task else value.detach().expand(problem.tasks, *shape)
+                own = (
+                    value.detach()
+                    if name in problem.per_task
+                    else value.detach().expand(problem.tasks, *shape)
+                )
                 found[name] = own.clone(memory_format=torch.contiguous_format)
         return found
 

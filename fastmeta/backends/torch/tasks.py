@@ -17,7 +17,7 @@ from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.bounded import Known
-from fastmeta.inputs import leaves_of, signature
+from fastmeta.inputs import Form, flatten, leaves_of, signature
 from fastmeta.network.functional import own
 from fastmeta.problem import Batch, Problem
 from fastmeta.undisturbed import asynchronous
@@ -55,6 +55,8 @@ def why_loop(problem: Problem) -> str:
     reason = _loops.get(problem.net, key)
     if reason is None:
         reason = _compare(problem)
+        if reason == "" and problem.steps and _form(problem.query) not in (None, _form(problem.support)):
+            reason = _compare(replace(problem, steps=0))  # the query sets may take another way
         if reason is not None:
             _loops.put(problem.net, key, reason)
     return reason or ""
@@ -140,10 +142,16 @@ def _key(problem: Problem) -> int:
             tuple(None if loss is None else loss.key for loss in (problem.loss, problem.query_loss)),
             tuple((name, value.shape, value.dtype) for name, value in problem.params.items()),
             tuple([signature(tree, skip=1) for tree in (batch.x, batch.y, batch.weights)]),
+            _form(problem.query),
             (problem.per_task, frozenset(problem.rates), problem.steps > 0, batch.per_step),
             (problem.order, problem.batch_stats, problem.device, problem.autocast),
         )
     )
+
+
+def _form(batch: Batch | None) -> Form | None:
+    """The form of a set's inputs, None without a set."""
+    return None if batch is None else flatten(batch.x)[1]
 
 
 def _compare(problem: Problem) -> str | None:

@@ -29,15 +29,15 @@ class AutogradLoop:
 
         def step() -> tuple[Tensor, ...]:
             losses = []
-            for support_x, support_y, query_x, query_y in zip(*plain_torch.episode(made), strict=True):
+            for support_x, support_y, query_x, query_y in plain_torch.tasks(made):
                 theta: dict[str, Tensor] = dict(params)
                 for _ in range(case.steps):
-                    inner = loss(functional_call(made.net, theta, (support_x,)), support_y)
+                    inner = loss(functional_call(made.net, theta, support_x), support_y)
                     now = [theta[name] for name in adapted]
                     gradients = torch.autograd.grad(inner, now, create_graph=True)
                     updated = zip(adapted, now, gradients, strict=True)
                     theta |= {name: value - case.lr * gradient for name, value, gradient in updated}
-                losses.append(loss(functional_call(made.net, theta, (query_x,)), query_y))
+                losses.append(loss(functional_call(made.net, theta, query_x), query_y))
             return torch.autograd.grad(torch.stack(losses).mean(), tuple(params.values()))
 
         return Prepared(step, lambda out: dict(zip(params, out, strict=True)))

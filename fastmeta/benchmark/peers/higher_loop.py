@@ -33,11 +33,11 @@ class Higher:
 
         def step() -> Any:
             net.zero_grad(set_to_none=True)
-            for support_x, support_y, query_x, query_y in zip(*plain_torch.episode(made), strict=True):
+            for support_x, support_y, query_x, query_y in plain_torch.tasks(made):
                 with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (adapted, inner):
                     for _ in range(case.steps):
-                        inner.step(loss(adapted(support_x), support_y))
-                    (loss(adapted(query_x), query_y) / case.tasks).backward()
+                        inner.step(loss(adapted(*support_x), support_y))
+                    (loss(adapted(*query_x), query_y) / case.tasks).backward()
 
         def gradient(_: Any) -> dict[str, Tensor]:
             return {name: value.grad for name, value in net.named_parameters() if value.grad is not None}

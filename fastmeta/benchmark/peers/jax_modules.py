@@ -16,8 +16,8 @@ Forward = Callable[[Params, Any], Any]
 
 
 def written(net: nn.Module) -> Forward | None:
-    """A network as a function (parameters by name, x [N, *in]) -> output; None if it is not written
-    here."""
+    """A network as a function (parameters by name, x [N, *in] or a tuple of inputs) -> output; None
+    if it is not written here."""
     make = _MODULES.get(type(net))
     return None if make is None else make(net)
 
@@ -108,10 +108,10 @@ def _graph(net: GraphNet) -> Forward:
     def run(params: Params, graph: Any) -> Any:
         import jax
 
-        x, adjacency = graph[..., : net.inputs], graph[..., net.inputs :]
+        x, adjacency = graph
         h = jax.nn.relu(_linear(params, "embed", x))
         for i in range(len(net.own)):
-            message = adjacency @ _linear(params, f"message.{i}", h) / net.nodes
+            message = adjacency @ _linear(params, f"message.{i}", h) / x.shape[-2]
             h = jax.nn.relu(_linear(params, f"own.{i}", h) + message)
         return _linear(params, "head", h.mean(1))
 

@@ -63,7 +63,7 @@ class JaxLoop(JaxVmap):
         add = jax.jit(lambda total, more: jax.tree.map(jax.numpy.add, total, more))
         scale = jax.jit(lambda total: jax.tree.map(lambda value: value / case.tasks, total))
         params, episode = _arrays(made)
-        tasks = [tuple(part[t] for part in episode) for t in range(case.tasks)]
+        tasks = [jax.tree.map(lambda leaf, t=t: leaf[t], episode) for t in range(case.tasks)]
 
         def step() -> Any:
             total = one(params, *tasks[0])
@@ -117,7 +117,7 @@ def _arrays(made: Instance) -> tuple[Params, tuple[Any, ...]]:
         return jax.device_put(found.astype(np.int32) if wide else found)
 
     params = {name: array(value) for name, value in made.params.items()}
-    return params, tuple(array(part) for part in plain_torch.episode(made))
+    return params, tuple(jax.tree.map(array, part) for part in plain_torch.episode(made))
 
 
 def _tensors(gradients: Params) -> dict[str, Tensor]:

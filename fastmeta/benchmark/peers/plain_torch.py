@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastmeta.benchmark.peers import torch_modules
 from fastmeta.cases import Case, Instance
+from fastmeta.inputs import Tree, arguments, mapped
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,9 +44,18 @@ def load(made: Instance) -> nn.Module:
     return made.net
 
 
-def episode(made: Instance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def episode(made: Instance) -> tuple[Tree, Tensor, Tree, Tensor]:
     """Support inputs and targets, query inputs and targets."""
     return made.support_x, made.support_y, made.query_x, made.query_y
+
+
+def tasks(made: Instance) -> list[tuple[tuple[Tree, ...], Tensor, tuple[Tree, ...], Tensor]]:
+    """The same of every task, inputs as the arguments of a network."""
+    found = []
+    for t in range(len(made.query_y)):
+        support_x, support_y, query_x, query_y = (mapped(lambda leaf, t=t: leaf[t], x) for x in episode(made))
+        found.append((arguments(support_x)[0], support_y, arguments(query_x)[0], query_y))
+    return found
 
 
 def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
@@ -54,10 +64,10 @@ def functional_task(case: Case, net: nn.Module) -> Callable[..., Tensor]:
     forward, loss = torch_modules.forward(net), loss_function(case)
     names = {name for name, _ in net.named_parameters() if case.adapts(name)}
 
-    def on(adapted: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def on(adapted: dict[str, Tensor], fixed: dict[str, Tensor], x: Tree, y: Tensor) -> Tensor:
         return loss(forward({**adapted, **fixed}, x), y)
 
-    def task(params: dict[str, Tensor], *data: Tensor) -> Tensor:
+    def task(params: dict[str, Tensor], *data: Tree) -> Tensor:
         support_x, support_y, query_x, query_y = data
         adapted = {name: value for name, value in params.items() if name in names}
         fixed = {name: value for name, value in params.items() if name not in names}

@@ -12,12 +12,13 @@ from torch.func import grad_and_value, vmap
 from fastmeta.benchmark.peers import plain_torch
 from fastmeta.benchmark.peers.peer import Prepared
 from fastmeta.cases import Case, Instance
+from fastmeta.inputs import Tree
 
 
 def _meta_gradient(case: Case, made: Instance) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
     task = vmap(plain_torch.functional_task(case, made.net), in_dims=(None, 0, 0, 0, 0))
 
-    def objective(params: dict[str, Tensor], *episode: Tensor) -> Tensor:
+    def objective(params: dict[str, Tensor], *episode: Tree) -> Tensor:
         losses: Tensor = task(params, *episode)
         return losses.mean()
 

@@ -13,9 +13,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastmeta.cases.modules import Recurrent
+from fastmeta.inputs import Tree, arguments
 
 Params = dict[str, Tensor]
-Forward = Callable[[Params, Tensor], Tensor]
+Forward = Callable[[Params, Tree], Tensor]
 
 
 def forward(net: nn.Module) -> Forward:
@@ -27,7 +28,7 @@ def forward(net: nn.Module) -> Forward:
         for name, child in module.named_children():
             if isinstance(child, nn.LayerNorm):
                 setattr(module, name, _LayerNorm(child))
-    return lambda params, x: functional_call(plain, params, (x,))
+    return lambda params, x: functional_call(plain, params, arguments(x)[0])
 
 
 class _LayerNorm(nn.Module):

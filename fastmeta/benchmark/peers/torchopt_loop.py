@@ -40,10 +40,10 @@ class TorchOpt:
             net_state = torchopt.extract_state_dict(net, by="reference")
             inner_state = torchopt.extract_state_dict(inner, by="reference")
             losses = []
-            for support_x, support_y, query_x, query_y in zip(*plain_torch.episode(made), strict=True):
+            for support_x, support_y, query_x, query_y in plain_torch.tasks(made):
                 for _ in range(case.steps):
-                    inner.step(loss(net(support_x), support_y))
-                losses.append(loss(net(query_x), query_y))
+                    inner.step(loss(net(*support_x), support_y))
+                losses.append(loss(net(*query_x), query_y))
                 torchopt.recover_state_dict(net, net_state)
                 torchopt.recover_state_dict(inner, inner_state)
             return torch.autograd.grad(torch.stack(losses).mean(), tuple(parameters.values()))

@@ -78,6 +78,25 @@ class Causal(nn.Module):
         return self.head(attended + weights.sum(-2, keepdim=True).transpose(1, 2))
 
 
+class Ranker(nn.Module):
+    """A question of token ids and passages of features, by attention from one to the other; what a
+    passage's length leaves out is masked."""
+
+    def __init__(self, vocabulary: int = 6) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, WIDTH)
+        self.passage = nn.Linear(INPUTS, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: Tensor, passage: Tensor, length: Tensor) -> Tensor:
+        places = torch.arange(1, passage.shape[1] + 1, device=ids.device)
+        keys = self.passage(passage)
+        hidden = places > length.abs() + 1  # the first is always there
+        attended, _ = self.attention(self.embedding(ids), keys, keys, key_padding_mask=hidden)
+        return self.head(attended.mean(1))
+
+
 class SelfAttention(nn.Module):
     """Projections to heads and back; what happens between is a subclass's own."""
 
@@ -261,6 +280,7 @@ CASES = (
     small("encoder_pre_norm", lambda: Encoder(True, "gelu"), _TOKENS, loss="ce"),
     small("decoder", Decoder, _TOKENS, kinks=True),
     small("padded_attention", Padded, (4,), loss="ce", ids=6),
+    small("ranker", Ranker, (3,), ids=6, more_inputs=(_TOKENS, (1,))),
     small("causal_attention", Causal, _TOKENS),
     small("attention_by_hand", SelfAttention, _TOKENS),
     small("fused_attention", Fused, _TOKENS),

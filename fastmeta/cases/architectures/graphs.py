@@ -31,16 +31,15 @@ class ConstantGcn(nn.Module):
         return (self.adjacency @ self.second(h)).mean(1)
 
 
-class PackedGcn(nn.Module):
-    """Graph convolutions over the adjacency that comes with the input [nodes, I + nodes]."""
+class OwnGcn(nn.Module):
+    """Graph convolutions over a weighted adjacency that comes with every example."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(INPUTS, WIDTH), nn.Linear(WIDTH, 2)
 
-    def forward(self, graph: Tensor) -> Tensor:
-        x, weights = graph[..., :INPUTS], graph[..., INPUTS:].abs()
-        adjacency = weights / weights.sum(-1, keepdim=True)
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        adjacency = weights.abs() / weights.abs().sum(-1, keepdim=True)
         h = F.elu(torch.bmm(adjacency, self.first(x)))
         return self.second(torch.bmm(adjacency, h)).sum(1)
 
@@ -184,7 +183,7 @@ _SET = (NODES, INPUTS)
 
 CASES = (
     small("gcn", ConstantGcn, _SET, loss="ce", kinks=True),
-    small("gcn_own_graph", PackedGcn, (NODES, INPUTS + NODES), kinks=True),
+    small("gcn_own_graph", OwnGcn, _SET, more_inputs=((NODES, NODES),), kinks=True),
     small("gat", Gat, _SET, kinks=True),
     small("edge_messages", EdgeMessages, _SET),
     small("scatter_messages", ScatterMessages, _SET),

@@ -57,9 +57,7 @@ def _windows(x: View, kernel: Sizes, stride: Sizes, dilation: Sizes, out: Sizes)
 
 def _reach(out: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes) -> list[int]:
     """How long an input all windows take."""
-    return [
-        (o - 1) * s + d * (k - 1) + 1 for o, k, s, d in zip(out, kernel, stride, dilation, strict=True)
-    ]
+    return [(o - 1) * s + d * (k - 1) + 1 for o, k, s, d in zip(out, kernel, stride, dilation, strict=True)]
 
 
 def _columns(low: Lowering, windows: View, groups: int, dims: int) -> View:
@@ -101,9 +99,9 @@ def spread(
     dims, kernel = len(into), w.shape[2:]
     stuffed = _stuffed(low, dy, kernel, stride, padding, dilation, into)
     each, channels = w.shape[0] // groups, w.shape[1]
-    split = View(
-        w.buffer, w.offset, (groups, each, *w.shape[1:]), (w.strides[0] * each, *w.strides)
-    ).permute([0, 2, 1, *range(3, 3 + dims)])
+    split = View(w.buffer, w.offset, (groups, each, *w.shape[1:]), (w.strides[0] * each, *w.strides)).permute(
+        [0, 2, 1, *range(3, 3 + dims)]
+    )
     for d in range(dims):
         split = split.flip(3 + d)
     depth = each * numel(kernel)
@@ -135,7 +133,14 @@ def _stuffed(
 
 
 def weight_gradient(
-    low: Lowering, dy: View, x: View, w_shape: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+    low: Lowering,
+    dy: View,
+    x: View,
+    w_shape: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
 ) -> View:
     """[N, G O, *out], [N, G C, *in] -> [G O, C, *kernel]."""
     out, kernel = dy.shape[2:], w_shape[2:]
@@ -223,7 +228,14 @@ def convolution_backward(
 
 
 def _pool(
-    low: Lowering, x: View, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, out: Sizes, edge: float
+    low: Lowering,
+    x: View,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    out: Sizes,
+    edge: float,
 ) -> View:
     reach = _reach(out, kernel, stride, dilation)
     sizes = [max(r, n + p) if p or r > n else n for r, n, p in zip(reach, x.shape[2:], padding, strict=True)]
@@ -231,11 +243,16 @@ def _pool(
 
 
 def _max_pool(
-    low: Lowering, x: Operand, kernel: Sizes, stride: Sizes = (), padding: Sizes = (0,), dilation: Sizes = (1,),
-    ceil_mode: bool = False
+    low: Lowering,
+    x: Operand,
+    kernel: Sizes,
+    stride: Sizes = (),
+    padding: Sizes = (0,),
+    dilation: Sizes = (1,),
+    ceil_mode: bool = False,
 ) -> list[Operand]:
     shape = _shape(low)
-    lead = len(shape) - len(low.call.args[1]) if low.call is not None else 2  # type: ignore[arg-type]
+    lead = len(shape) - len(kernel)
     dims = len(shape) - lead
     kernel, padding, dilation = (_every(s, dims) for s in (kernel, padding, dilation))
     stride = _every(stride, dims) if stride else kernel
@@ -276,7 +293,7 @@ def max_pool_backward(low: Lowering, g: Operand, x: Operand, kernel: Sizes, *arg
 
 
 def _shares(shape: Sizes, out: Sizes, args: Sequence[Any]) -> torch.Tensor:
-    """1 / the divisor of every window, [1, 1, *out]: what PyTorch makes of ones, by their number."""
+    """1 / the divisor of every window, [1, 1, *out]: PyTorch's means of ones."""
     kernel, stride, padding, ceil, include, divisor = (*args, *[None] * 6)[:6]
     pool = torch.nn.functional.avg_pool2d if len(out) == 2 else torch.nn.functional.avg_pool3d
     ones = torch.ones(1, 1, *shape, dtype=torch.float64)
@@ -292,7 +309,16 @@ def avg_pool(low: Lowering, x: Operand, kernel: Sizes, *args: Any) -> Operand:
     dims = len(shape) - 2
     stride = _every(args[0], dims) if args and args[0] else _every(kernel, dims)
     padding = _every(args[1], dims) if len(args) > 1 else [0] * dims
-    windows = _pool(low, low.view(x, shape).expand(shape), _every(kernel, dims), stride, padding, [1] * dims, low.shape[2:], 0.0)
+    windows = _pool(
+        low,
+        low.view(x, shape).expand(shape),
+        _every(kernel, dims),
+        stride,
+        padding,
+        [1] * dims,
+        low.shape[2:],
+        0.0,
+    )
     total = low.build.reduce("sum", windows, list(range(2 + dims, 2 + 2 * dims)))
     return low.map("mul", total, low.build.constant(_shares(shape[2:], low.shape[2:], (kernel, *args))))
 
@@ -357,3 +383,30 @@ def upsample_backward(low: Lowering, g: Operand, *_: Any) -> Operand:
         sizes += [n, times]
     split = View(view.buffer, view.offset, tuple(sizes), contiguous(sizes))
     return low.build.reduce("sum", split, list(range(3, len(sizes), 2)))
+
+
+@lowers("upsample_bilinear2d_backward")
+def bilinear_backward(
+    low: Lowering,
+    g: Operand,
+    out: Sizes,
+    shape: Sizes,
+    corners: bool,
+    scale_h: Any = None,
+    scale_w: Any = None,
+) -> Operand:
+    """Two products with what PyTorch makes of the identity along each dimension."""
+
+    def along(n: int, m: int, scale: Any) -> View:
+        eye = torch.eye(n, dtype=torch.float64)[None]
+        return low.build.array(torch.ops.aten.upsample_linear1d(eye, [m], corners, scale)[0])  # [n, m]
+
+    given = _shape(low)
+    view = low.build.dense(low.view(g, given).expand(given))
+    (n, channels, height, width), (oh, ow) = shape, out
+    rows, columns = along(height, oh, scale_h), along(width, ow, scale_w)
+    flat = View(view.buffer, view.offset, (n * channels, oh, ow), contiguous((n * channels, oh, ow)))
+    across = low.build.product(flat, columns.permute([1, 0]).unsqueeze(0).expand((n * channels, ow, width)))
+    left = rows.unsqueeze(0).expand((n * channels, height, oh))
+    found = low.build.product(left, across)
+    return View(found.buffer, found.offset, tuple(shape), contiguous(shape))

@@ -37,7 +37,10 @@ def index_select(low: Lowering, x: Operand, dim: int, index: Operand) -> Operand
     view, out = low.view(x, shape).expand(shape), low.shape
     places = low.view(index, at).expand(at)
     spread = View(
-        places.buffer, places.offset, out, tuple(places.strides[0] if d == dim else 0 for d in range(len(out)))
+        places.buffer,
+        places.offset,
+        out,
+        tuple(places.strides[0] if d == dim else 0 for d in range(len(out))),
     )
     return low.build.gather(_along(view, dim, out), spread, view.strides[dim], shape[dim])
 
@@ -79,7 +82,9 @@ def _scattered(low: Lowering, x: Operand, dim: int, index: Operand, source: Oper
         return low.build.map("add", x, source) if add else source
     dim %= len(shape)
     values = low.view(source, at)
-    cut = View(values.buffer, values.offset, at, values.expand(at).strides if not values.shape else values.strides)
+    cut = View(
+        values.buffer, values.offset, at, values.expand(at).strides if not values.shape else values.strides
+    )
     out = _along(whole, dim, at)
     places = low.view(index, at).expand(at)
     low.build.scatter(out, cut, places, whole.strides[dim], shape[dim], accumulate=add)
@@ -113,7 +118,12 @@ def _with_index(
         tuple((places.strides[0] if at else 0) if d == dim else 0 for d in range(len(given))),
     )
     low.build.scatter(
-        _along(whole, dim, given), low.view(values, given), spread, whole.strides[dim], shape[dim], accumulate=add
+        _along(whole, dim, given),
+        low.view(values, given),
+        spread,
+        whole.strides[dim],
+        shape[dim],
+        accumulate=add,
     )
     return whole
 
@@ -133,7 +143,7 @@ def index_copy(low: Lowering, x: Operand, dim: int, index: Operand, source: Oper
 def _advanced(
     low: Lowering, view: View, indices: Sequence[Operand | None], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[View, View, int, int, bool]:
-    """(view at index zero, index, step, limit, wraps) for x[indices], in the shape of the result."""
+    """(view at index zero, index, step, limit, wraps) of x[indices], in the result's shape."""
     from torch import broadcast_shapes
 
     at = [d for d, index in enumerate(indices) if index is not None]
@@ -152,12 +162,15 @@ def _advanced(
         index, step, limit, wraps = places[0], view.strides[at[0]], view.shape[at[0]], True
     else:  # as of one flat dimension
         dense = contiguous([view.shape[d] for d in at])
-        index = None  # type: ignore[assignment]
+        flat: View | None = None
         for d, place, step_ in zip(at, places, dense, strict=True):
             n = float(view.shape[d])
-            place = low.build.map("where", low.build.map("lt", place, 0.0), low.build.map("add", place, n), place)
+            place = low.build.map(
+                "where", low.build.map("lt", place, 0.0), low.build.map("add", place, n), place
+            )
             place = low.build.map("mul", place, float(step_))
-            index = place if index is None else low.build.map("add", index, place)
+            flat = place if flat is None else low.build.map("add", flat, place)
+        index = places[0] if flat is None else flat
         step, limit, wraps = view.strides[at[-1]], numel([view.shape[d] for d in at]), False
     index = index.expand(common)
     strides = (*[0] * lead, *index.strides, *[0] * (len(out) - lead - len(common)))
@@ -185,7 +198,12 @@ def index(low: Lowering, x: Operand, indices: Sequence[Operand | None]) -> Opera
 
 @lowers("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(
-    low: Lowering, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False, *_: Any
+    low: Lowering,
+    x: Operand,
+    indices: Sequence[Operand | None],
+    values: Operand,
+    accumulate: bool = False,
+    *_: Any,
 ) -> Operand:
     from fastmeta.trace.record import UntraceableError
 
@@ -209,3 +227,40 @@ def _no_masks(low: Lowering, start: int) -> None:
     refs = list(low.call.refs())[start:]  # type: ignore[union-attr]
     if any(ref.dtype == torch.bool for ref in refs[: len(refs)]):
         raise UntraceableError("the shape of what a mask selects depends on values")
+
+
+def _moved(low: Lowering, shape: tuple[int, ...], sizes: Sequence[int], forward: Any) -> View:
+    """For every element of what an operator that only moves elements returns, the place of what
+    stands there."""
+    import torch
+
+    places = torch.arange(numel(shape), dtype=torch.float64).reshape(shape)
+    return low.build.array(forward(places, list(sizes)).reshape(-1))
+
+
+def _enter_padding(name: str) -> None:
+    import torch
+
+    forward = getattr(torch.ops.aten, name)
+
+    @lowers(name)
+    def padded(low: Lowering, x: Operand, sizes: Sequence[int]) -> Operand:
+        (shape,) = _shapes(low)
+        view = low.build.dense(low.view(x, shape).expand(shape))
+        index = _moved(low, shape, sizes, forward)
+        return low.build.gather(View(view.buffer, view.offset, index.shape, (0,)), index, 1, numel(shape))
+
+    @lowers(f"{name}_backward")
+    def padded_backward(low: Lowering, g: Operand, x: Operand, sizes: Sequence[int]) -> Operand:
+        given, shape = _shapes(low)
+        source = low.build.dense(low.view(g, given).expand(given))
+        index = _moved(low, shape, sizes, forward)
+        total = low.build.copy(0.0, (numel(shape),))
+        out = View(total.buffer, 0, index.shape, (0,))
+        low.build.scatter(out, View(source.buffer, source.offset, index.shape, (1,)), index, 1, numel(shape))
+        return View(total.buffer, 0, shape, contiguous(shape))
+
+
+for _kind in ("replication", "reflection"):
+    for _dims in (1, 2, 3):
+        _enter_padding(f"{_kind}_pad{_dims}d")

@@ -34,16 +34,13 @@ _UNARY = {
     "round": "round",
     "trunc": "trunc",
     "clone": "copy",
-    "lift_fresh_copy": "copy",
     "detach": "copy",
-    "alias": "copy",
 }
 _BINARY = {
     "mul": "mul",
     "div": "div",
     "maximum": "max",
     "minimum": "min",
-    "pow": "pow",
     "atan2": "atan2",
 }
 _COMPARE = {"lt": "lt", "le": "le", "eq": "eq", "ne": "ne", "gt": "gt", "ge": "ge"}
@@ -180,11 +177,6 @@ def rsqrt(low: Lowering, x: Operand) -> Operand:
     return low.map("div", 1.0, low.map("sqrt", x))
 
 
-@lowers("square")
-def square(low: Lowering, x: Operand) -> Operand:
-    return low.map("mul", x, x)
-
-
 @lowers("exp2")
 def exp2(low: Lowering, x: Operand) -> Operand:
     return low.map("exp", low.map("mul", x, math.log(2)))
@@ -256,8 +248,18 @@ def isnan(low: Lowering, x: Operand) -> Operand:
     return low.map("ne", x, x)
 
 
-@lowers("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty",
-        "new_empty_strided", "empty_strided")
+@lowers(
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "empty_strided",
+)
 def filled(low: Lowering, x: Operand, *args: Any, **_: Any) -> Operand:
     name = "" if low.call is None else str(low.call.function)
     number = 1.0 if "ones" in name else 0.0
@@ -309,7 +311,9 @@ def silu_backward(low: Lowering, g: Operand, x: Operand) -> Operand:
 @lowers("gelu")
 def gelu(low: Lowering, x: Operand, approximate: str = "none") -> Operand:
     if approximate == "tanh":
-        return low.map("mul", low.map("mul", 0.5, x), low.map("add", 1.0, low.map("tanh", _tanh_part(low, x))))
+        return low.map(
+            "mul", low.map("mul", 0.5, x), low.map("add", 1.0, low.map("tanh", _tanh_part(low, x)))
+        )
     return low.map("mul", x, _normal(low, x))
 
 
@@ -331,7 +335,9 @@ def gelu_backward(low: Lowering, g: Operand, x: Operand, approximate: str = "non
         s = low.map("sub", 1.0, low.map("mul", t, t))
         inner = low.map("mul", low.map("mul", 0.5, x), low.map("mul", s, rise))
         return low.map("mul", g, low.map("add", low.map("mul", 0.5, low.map("add", 1.0, t)), inner))
-    density = low.map("mul", 1 / math.sqrt(2 * math.pi), low.map("exp", low.map("mul", -0.5, low.map("mul", x, x))))
+    density = low.map(
+        "mul", 1 / math.sqrt(2 * math.pi), low.map("exp", low.map("mul", -0.5, low.map("mul", x, x)))
+    )
     return low.map("mul", g, low.map("add", _normal(low, x), low.map("mul", x, density)))
 
 

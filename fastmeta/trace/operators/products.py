@@ -16,7 +16,7 @@ def product(low: Lowering, a: Operand, b: Operand) -> Operand:
     left, right = (low.view(x, shape).expand(shape) for x, shape in zip((a, b), shapes, strict=True))
     batched = len(left.shape) == 3
     out = low.build.product(left if batched else left.unsqueeze(0), right if batched else right.unsqueeze(0))
-    shape = (out.shape if batched else out.shape[1:])
+    shape = out.shape if batched else out.shape[1:]
     return View(out.buffer, out.offset, shape, contiguous(shape))
 
 
@@ -69,3 +69,26 @@ def add_matrix_vector(
 @lowers("addcmul")
 def addcmul(low: Lowering, base: Operand, a: Operand, b: Operand, value: float = 1) -> Operand:
     return low.map("add", base, low.map("mul", low.map("mul", a, b), float(value)))
+
+
+@lowers("_trilinear")
+def trilinear(
+    low: Lowering,
+    a: Operand,
+    b: Operand,
+    c: Operand,
+    expand_a: list[int],
+    expand_b: list[int],
+    expand_c: list[int],
+    summed: list[int],
+    _: int = 1,
+) -> Operand:
+    shapes = [ref.shape for ref in low.call.refs()]  # type: ignore[union-attr]
+    views = []
+    for x, shape, dims in zip((a, b, c), shapes, (expand_a, expand_b, expand_c), strict=True):
+        view = low.view(x, shape).expand(shape)
+        for dim in sorted(dims):
+            view = view.unsqueeze(dim)
+        views.append(view)
+    whole = low.build.map("mul", low.build.map("mul", views[0], views[1]), views[2])
+    return low.build.reduce("sum", whole, summed) if summed else whole

@@ -19,13 +19,17 @@ def _given(low: Lowering, x: Operand) -> View:
 
 
 @lowers("sum", "sum.dim_IntList")
-def total(low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Operand:
+def total(
+    low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> Operand:
     view = _given(low, x)
     return low.build.reduce("sum", view, list(dim or ()), keepdim) if view.shape else view
 
 
 @lowers("mean", "mean.dim")
-def mean(low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Operand:
+def mean(
+    low: Lowering, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> Operand:
     view = _given(low, x)
     if not view.shape:
         return view
@@ -137,3 +141,49 @@ def cumsum(low: Lowering, x: Operand, dim: int, **_: Any) -> Operand:
     summed = low.build.product(rows, triangle)
     back = View(summed.buffer, 0, moved.shape, contiguous(moved.shape))
     return back.permute([order.index(d) for d in range(len(order))])
+
+
+def _variance(low: Lowering, x: Operand, dim: Any, correction: float | None, keep: bool) -> list[Operand]:
+    """[variance, mean], both as `keep` says."""
+    view = _given(low, x)
+    dims = [d % len(view.shape) for d in dim] if dim else list(range(len(view.shape)))
+    n = numel([view.shape[d] for d in dims])
+    middle = low.build.map("div", low.build.reduce("sum", view, dims, True), float(n))
+    centred = low.build.map("sub", view, middle)
+    squares = low.build.reduce("sum", low.build.map("mul", centred, centred), dims, keep)
+    variance = low.build.map("div", squares, float(n - (1 if correction is None else correction)))
+    if keep:
+        return [variance, middle]
+    shape = [view.shape[d] for d in range(len(view.shape)) if d not in dims]
+    return [variance, low.build.reshape(middle, shape)]
+
+
+@lowers("var.correction", "std.correction")
+def variance(
+    low: Lowering, x: Operand, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> Operand:
+    found = _variance(low, x, dim, correction, keepdim)[0]
+    deviation = low.call is not None and "std" in str(low.call.function)
+    return low.build.map("sqrt", found) if deviation else found
+
+
+@lowers("var_mean.correction")
+def variance_and_mean(
+    low: Lowering, x: Operand, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> list[Operand]:
+    return _variance(low, x, dim, correction, keepdim)
+
+
+@lowers("prod.dim_int", "prod")
+def product_of(low: Lowering, x: Operand, dim: int | None = None, keepdim: bool = False, **_: Any) -> Operand:
+    """One multiplication after the other."""
+    view = _given(low, x)
+    if dim is None:
+        view, dim = low.build.reshape(view, (view.numel,)), 0
+    dim %= len(view.shape)
+    found = view.slice(dim, 0, 1)
+    for at in range(1, view.shape[dim]):
+        found = low.build.map("mul", found, view.slice(dim, at, at + 1))
+    if keepdim:
+        return found
+    return low.build.reshape(found, [n for d, n in enumerate(view.shape) if d != dim])

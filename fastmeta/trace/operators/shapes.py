@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastmeta.trace.builder import Piece, Sparse
 from fastmeta.trace.ir import Map, Operand, View
@@ -74,13 +73,8 @@ def diagonal_backward(
 
     like = empty(tuple(sizes), device="meta").diagonal(offset, dim1, dim2)
     source = low.view(g, tuple(like.shape)).expand(tuple(like.shape))
-    piece = Piece(like.storage_offset(), tuple(like.shape), tuple(like.stride()), source)
+    piece = Piece(int(like.storage_offset()), tuple(like.shape), tuple(like.stride()), source)
     return Sparse(numel(sizes), (piece,))
-
-
-@lowers("as_strided_scatter", "as_strided_backward")
-def not_taken(low: Lowering, *_: Any) -> Operand:
-    raise UntraceableError("as_strided has no lowering")
 
 
 def _written(low: Lowering, x: Operand, part: View, source: Operand) -> View:
@@ -104,7 +98,8 @@ def slice_scatter(
     dim %= len(low.shape)
     n = low.shape[dim]
     start, end = (
-        min(max(i + n if i < 0 else i, 0), n) for i in (0 if start is None else start, n if end is None else end)
+        min(max(i + n if i < 0 else i, 0), n)
+        for i in (0 if start is None else start, n if end is None else end)
     )
     return _written(low, x, _places(low.shape).slice(dim, start, end, step), source)
 
@@ -154,7 +149,10 @@ def roll(low: Lowering, x: Operand, shifts: Sequence[int], dims: Sequence[int] =
         parts = [
             pair
             for v, p in parts
-            for pair in ((v.slice(dim, 0, n - k), p.slice(dim, k, n)), (v.slice(dim, n - k, n), p.slice(dim, 0, k)))
+            for pair in (
+                (v.slice(dim, 0, n - k), p.slice(dim, k, n)),
+                (v.slice(dim, n - k, n), p.slice(dim, 0, k)),
+            )
         ]
     pieces = tuple(piece_of(v, p) for v, p in parts if v.numel)
     return Sparse(numel(low.shape), pieces)

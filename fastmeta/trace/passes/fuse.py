@@ -105,8 +105,10 @@ def _siblings(step: Map, at: int, uses: Uses, steps: Sequence[Instruction]) -> l
         if isinstance(a, View) and all(a.strides):
             for reader in uses.readers.get(a.buffer, ()):
                 other = steps[reader]
-                if reader < at and isinstance(other, Map) and any(
-                    isinstance(o, View) and o.same_elements(a) for o in other.args
+                if (
+                    reader < at
+                    and isinstance(other, Map)
+                    and any(isinstance(o, View) and o.same_elements(a) for o in other.args)
                 ):
                     found[reader] = None
     return list(found)[-4:]

@@ -50,5 +50,3 @@ def _narrow(step: Product) -> Product:
         return step
     swap = [*range(len(step.out.shape) - 2), len(step.out.shape) - 1, len(step.out.shape) - 2]
     return Product(step.out.permute(swap), step.b.permute(swap), step.a.permute(swap), step.accumulate)
-
-

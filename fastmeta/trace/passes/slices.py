@@ -16,11 +16,12 @@ def in_slices(instructions: Sequence[Instruction]) -> list[Instruction]:
         uses = Uses(found)
         new: dict[int, list[Instruction]] = {}
         for at, step in enumerate(found):
-            if isinstance(step, Map) and step.out.whole and step.out.buffer.space == Space.WORK:
-                if len(uses.writers[step.out.buffer]) == 1:
-                    parts = _parts(step, [found[r] for r in uses.readers[step.out.buffer]])
-                    if parts:
-                        new[at] = parts
+            if not isinstance(step, Map) or not step.out.whole or step.out.buffer.space != Space.WORK:
+                continue
+            if len(uses.writers[step.out.buffer]) == 1:
+                parts = _parts(step, [found[r] for r in uses.readers[step.out.buffer]])
+                if parts:
+                    new[at] = parts
         if not new:
             return found
         found = [s for at, step in enumerate(found) for s in new.get(at, [step])]
