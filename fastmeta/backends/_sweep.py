@@ -22,7 +22,7 @@ from fastmeta.problem import Gradients, Problem, Result
 #: What a piece keeps of an inner step for the way back.
 K = TypeVar("K")
 #: Gradients that have to be followed back through the inner steps.
-_THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
+THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Step(Generic[K]):
 
 def needs_sweep_back(wrt: frozenset[str]) -> bool:
     """Whether a gradient in `wrt` has to be followed back through the inner steps."""
-    return bool(wrt & _THROUGH_STEPS)
+    return bool(wrt & THROUGH_STEPS)
 
 
 def goes_back(problem: Problem, wrt: frozenset[str]) -> bool:
