@@ -27,8 +27,9 @@ from types import ModuleType
 from fastmeta.errors import BackendUnavailable
 from fastmeta.problem import Problem
 
-#: All backends, fastest first. `reference` is never chosen by "auto".
-NAMES = ("cpu", "machine", "cuda", "triton", "torch", "reference")
+#: All backends. `inductor`, which compiles for a long time, and `reference` are never chosen by
+#: "auto".
+NAMES = ("cpu", "machine", "cuda", "triton", "inductor", "torch", "reference")
 #: What "auto" tries, in this order, by the device of the parameters.
 _AUTO = {"cpu": ("cpu", "machine", "torch"), "cuda": ("cuda", "triton", "torch")}
 

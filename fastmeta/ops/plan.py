@@ -48,6 +48,8 @@ _engine = backends.get("cpu")
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
 _NATIVE = ("fastmeta.backends.cpu", "fastmeta.backends.machine")
+# These trace the module, and have compared what they traced with it.
+_TRACE = ("machine", "inductor")
 
 
 @dataclass(slots=True)
@@ -335,7 +337,7 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
         raise
     plan.native = plan.backend.__name__ in _NATIVE
     name = plan.backend.__name__.rpartition(".")[2]
-    if name == "machine":
+    if name in _TRACE:
         plan.guard = guard_of(net)
     if plan.guard is not None or (program is not None and name not in _RUN_THE_MODULE):
         if plan.guard is None and (problem.steps or problem.query is not None):  # else nothing is run

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import zip_longest
-from math import isfinite
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
 
 from fastmeta.backends import _inputs, reference
+from fastmeta.backends._compared import difference, varied
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import rate_form
+from fastmeta.backends._sweep import THROUGH_STEPS
+from fastmeta.backends._traced import Kept
 from fastmeta.backends.machine.cost import in_lanes
 from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.torch.chunks import cut
-from fastmeta.bounded import Bounded
-from fastmeta.capture.capture import guard_of
-from fastmeta.capture.guards import HOOKS, Guard
-from fastmeta.inputs import leaves_of, mapped, signature
 from fastmeta.network.functional import isolated
-from fastmeta.problem import STORE_AT_MOST, Batch, Problem, Result
+from fastmeta.problem import STORE_AT_MOST, Problem
 from fastmeta.trace.ir import Space
 from fastmeta.trace.program import StepProgram
 from fastmeta.trace.record import UntraceableError
@@ -38,10 +32,6 @@ except ImportError:  # the backend says so
 
 #: Programs of one network that are kept.
 _MOST_PROGRAMS = 64
-#: Largest relative difference from the module itself that rounding explains.
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
-#: Gradients that have to be followed back through the inner steps.
-_THROUGH_STEPS = frozenset({"params", "lr", "support_x", "support_y", "support_weights"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,107 +55,17 @@ class Programs:
         return self.lowered[role, rows]
 
 
-class _Known:
-    """Programs of one network, and the guard that they depend on."""
-
-    def __init__(self, guard: Guard) -> None:
-        self.guard = guard
-        self.programs: Bounded[object, Programs | str] = Bounded(_MOST_PROGRAMS)
-        self.losses: dict[int, tuple[nn.Module, Guard]] = {}
-
-
-class _Holder(nn.Module):
-    """Holds a loss, so that what it reads is guarded as a network's attributes are."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-
-_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_kept: Kept[Programs] = Kept(_MOST_PROGRAMS)
 
 
 def programs(problem: Problem, wrt: frozenset[str]) -> Programs | str:
     """What was traced for this problem, or why nothing can be; traced once."""
-    guard = guard_of(problem.net)
-    if guard is None:
-        return "it is a TorchScript module"
-    known = _known.get(problem.net)
-    if known is None or known.guard is not guard:
-        known = _known[problem.net] = _Known(guard)
-    reason = _unwatched(problem, known)
-    if reason:
-        return reason
-    key = _key(problem, wrt)
-    found = known.programs.get(key)
-    if found is None:
-        found = known.programs.put(key, _traced(problem, wrt))
-    return found
+    return _kept.find(problem, wrt, None, lambda: _traced(problem, wrt))
 
 
 def remember_refusal(problem: Problem, wrt: frozenset[str], reason: str) -> None:
     """Refuse problems like this one from now on."""
-    known = _known.get(problem.net)
-    if known is not None:
-        known.programs.put(_key(problem, wrt), reason)
-
-
-def _unwatched(problem: Problem, known: _Known) -> str:
-    """Why changes of the network or of a loss would go unnoticed, "" if they would not."""
-    guard = known.guard
-    if guard.hooked or any(getattr(m, hooks) for m in problem.net.modules() for hooks in HOOKS):
-        return "it has hooks"
-    if guard.entropy:
-        return f"its forward reads the clock or entropy ({guard.entropy[0]})"
-    if guard.unwatched:
-        return f"{guard.unwatched[0]} cannot be watched for changes"
-    for loss in (problem.loss, problem.query_loss):
-        if loss is None or loss.function is None:
-            continue
-        if any(isinstance(part, torch.jit.ScriptModule) for part in _modules_of(loss.function)):
-            return "the loss is a TorchScript module"
-        entry = known.losses.get(id(loss.function))
-        if entry is None or getattr(entry[0], "function", None) is not loss.function:
-            holder = _Holder(loss.function)
-            entry = known.losses[id(loss.function)] = (holder, Guard(holder))
-        elif not entry[1].holds(entry[0]):
-            known.programs.clear()
-            entry = known.losses[id(loss.function)] = (entry[0], Guard(entry[0]))
-        if entry[1].hooked or entry[1].entropy or entry[1].unwatched:
-            what = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
-            return f"the loss cannot be watched for changes ({what})"
-    return ""
-
-
-def _modules_of(function: Any) -> list[nn.Module]:
-    return [*function.modules()] if isinstance(function, nn.Module) else []
-
-
-def _key(problem: Problem, wrt: frozenset[str]) -> object:
-    sets = [
-        None if t is None else signature(t, 2 if b.per_step else 1)
-        for b in (problem.support, problem.query)
-        if b is not None
-        for t in (b.x, b.y, b.weights)
-    ]
-    return (
-        tuple(
-            (name, v.shape[1:] if name in problem.per_task else v.shape, v.dtype)
-            for name, v in problem.params.items()
-        ),
-        tuple(sets),
-        problem.support is None,
-        problem.query is None,
-        tuple(problem.rates) if problem.steps else (),
-        problem.steps > 0,
-        frozenset(wrt),
-        problem.frozen,
-        problem.order,
-        problem.batch_stats,
-        problem.output_grad is None,
-        None if problem.loss is None else problem.loss.key,
-        None if problem.query_loss is None else problem.query_loss.key,
-    )
+    _kept.refuse(problem, wrt, None, reason)
 
 
 def _traced(problem: Problem, wrt: frozenset[str]) -> Programs | str:
@@ -192,7 +92,7 @@ def _recorded(problem: Problem, wrt: frozenset[str]) -> Programs:
     wanted_fixed = frozenset(others) - problem.frozen if "params" in wrt else frozenset()
     tracer = Tracer(problem, wanted_fixed)
     gradient = bool(wrt)
-    through = bool(wrt & _THROUGH_STEPS)
+    through = bool(wrt & THROUGH_STEPS)
 
     def wanted(role: str) -> Wanted:
         data = frozenset(name for name in wrt if name.startswith(role))
@@ -275,7 +175,7 @@ def _plan(
         }
         for role, (program, _) in sets.items()
     }
-    second = bool(wrt & _THROUGH_STEPS) and problem.order == "second" and problem.steps > 0
+    second = bool(wrt & THROUGH_STEPS) and problem.order == "second" and problem.steps > 0
     machine = _C.Machine(
         {
             "is_double": dtype == torch.float64,
@@ -329,75 +229,12 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         return found
     lanes = in_lanes(problem, found, next(iter(problem.params.values())).dtype)
     for seed in (0, 1):
-        one = _varied(cut(problem, 0, 1), seed)
+        one = varied(cut(problem, 0, 1), seed)
         one.scratch["lanes"] = lanes
         with preserved_for(one):
             expected = reference.solve(one, wrt, True)
             answer = solve(one, wrt, True)
-        worst = _difference(answer, expected, next(iter(one.params.values())).dtype)
+        worst = difference(answer, expected, next(iter(one.params.values())).dtype)
         if not worst:
             return ""
     return f"its step program differs from the module: {worst}"
-
-
-def _varied(problem: Problem, seed: int) -> Problem:
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def noisy(tensor: Tensor | None, share: float) -> Tensor | None:
-        if tensor is None or not tensor.is_floating_point():
-            return tensor
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
-        return tensor.detach() + share * noise * tensor.detach().abs().mean()
-
-    def batch(b: Batch | None) -> Batch | None:
-        if b is None:
-            return None
-        return replace(b, x=mapped(lambda x: noisy(x, 0.3), b.x))
-
-    return replace(
-        problem,
-        params={name: noisy(value, 0.05) for name, value in problem.params.items()},  # type: ignore[misc]
-        support=batch(problem.support),
-        query=batch(problem.query),
-        scratch=type(problem.scratch)(),
-        captures=None,
-    )
-
-
-def _difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
-    """What differs most, "" if nothing does by more than rounding."""
-    pairs = list(_pairs(found, expected))
-    sizes = [float(e.norm()) for what, _, e in pairs if what.startswith("the gradient")]
-    floor = 1e-3 * max(sizes, default=0.0)
-    for what, f, e in pairs:
-        if f is None or f.shape != e.shape:
-            return f"{what} is missing"
-        size, off = float(e.norm()), float((f - e).norm())
-        if isfinite(size) and not off <= _TOLERANCE[dtype] * (size + floor) + 1e-12:
-            return f"{what} by {off / size if size else off:.1e}"
-    return ""
-
-
-def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-    """(what, that of the machine, that of the module), floating-point."""
-    groups = {
-        "the losses": (found.task_losses, expected.task_losses),
-        "the output": (found.output, expected.output),
-    }
-    groups["what was adapted"] = (
-        list((found.adapted or {}).values()),
-        list((expected.adapted or {}).values()),
-    )
-    mine, theirs = found.grads, expected.grads
-    for field in ("params", "lr"):
-        of: dict[str, Tensor] = getattr(theirs, field) or {}
-        own = getattr(mine, field) or {}
-        groups[f"the gradient by {field}"] = ([own.get(name) for name in of], list(of.values()))
-    for field in ("support_x", "support_y", "support_weights", "query_x", "query_y", "query_weights"):
-        groups[f"the gradient by {field}"] = (getattr(mine, field), getattr(theirs, field))
-    for what, (f, e) in groups.items():
-        leaves = leaves_of(e)
-        own_leaves = leaves_of(f) if f is not None else [None] * len(leaves)
-        for left, right in zip_longest(own_leaves, leaves):
-            if right is not None:
-                yield what, None if left is None else left.double(), right.double()

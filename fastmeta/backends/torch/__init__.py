@@ -19,6 +19,7 @@ from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._sweep import goes_back
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.alone import alone
@@ -27,7 +28,7 @@ from fastmeta.backends.torch.features import Moved, standing
 from fastmeta.backends.torch.memory import stores
 from fastmeta.backends.torch.replay import WHY, NotReplayedError
 from fastmeta.backends.torch.still import give_up
-from fastmeta.backends.torch.sweep import Sweep, goes_back
+from fastmeta.backends.torch.sweep import EagerSweep
 from fastmeta.backends.torch.unrolled import unrolled
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result
@@ -170,7 +171,7 @@ def _at_once_answers(
 ) -> Iterator[Result]:
     """All tasks of a chunk by vmap."""
     store = stores(problem, wrt, _at_once(problem), True)
-    return (Sweep(part, wrt, True, store, still).run(adapted) for part in chunks(problem))
+    return (EagerSweep(part, wrt, True, store, still).run(adapted) for part in chunks(problem))
 
 
 def _one_by_one(
@@ -181,4 +182,4 @@ def _one_by_one(
     graphs = problem.order == "second" and problem.steps > 0 and goes_back(problem, wrt)
     if not graphs or stores(problem, wrt, 1, False):
         return (alone(part, wrt, adapted, still) for part in parts)
-    return (Sweep(part, wrt, False, False, still).run(adapted) for part in parts)
+    return (EagerSweep(part, wrt, False, False, still).run(adapted) for part in parts)

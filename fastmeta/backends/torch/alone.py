@@ -1,7 +1,7 @@
 """One task on its own, by autograd through its whole inner loop: one backward pass at the end.
 
-The graph of all inner steps is kept, as `Sweep` with `store` keeps it; what is done is less: no
-step is differentiated by itself, none is run again, and nothing is stacked.
+The graph of all inner steps is kept, as `EagerSweep` with `store` keeps it; what is done is less:
+no step is differentiated by itself, none is run again, and nothing is stacked.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
+from fastmeta.backends._sweep import goes_back
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.evaluation import evaluate_one
 from fastmeta.backends.torch.features import Features
-from fastmeta.backends.torch.sweep import goes_back
 from fastmeta.inputs import Tree, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import own

@@ -15,6 +15,7 @@ from fastmeta.backends.torch.features import Features
 from fastmeta.inputs import Form, Tree, flatten, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call_then
+from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Problem
 
 
@@ -30,6 +31,8 @@ class Evaluation:
         loss: None: the losses are zero.
         vectorised: by vmap instead of a loop.
         features, values: what is not to be computed again, and what it was: [T, ...] each.
+        buffers: what stands in the place of buffers and other tensors of the module's own, by the
+            ids of those; None: copies of them.
 
     Derivatives: by ordinary autograd outside of vmap, twice; norms and attention are decomposed
         under vmap.
@@ -43,6 +46,7 @@ class Evaluation:
     vectorised: bool
     features: Features | None = None
     values: Sequence[Tensor] = ()
+    buffers: Mapping[int, Tensor] | None = None
 
     def run(self) -> tuple[Tensor, Tree]:
         """(losses [T], output [T, N, *out])."""
@@ -53,7 +57,8 @@ class Evaluation:
         def one_task(theta: Mapping[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
             examples, known = form.build(tensors[: len(data)]), tensors[len(data) :]
             forwards = None if self.features is None else self.features.replaying(known)
-            loss, output = evaluate_one(self.problem, theta, examples, self.loss, self.vectorised, forwards)
+            how = self.vectorised, forwards, self.buffers
+            loss, output = evaluate_one(self.problem, theta, examples, self.loss, *how)
             leaves, output_form = flatten(output)
             forms.append(output_form)
             return loss, *leaves
@@ -78,6 +83,7 @@ def evaluate_one(
     loss: Loss | None,
     decompose: bool = False,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
+    buffers: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tree]:
     """The loss, (), and the output, [N, *out], of one task.
 
@@ -87,6 +93,7 @@ def evaluate_one(
         examples: x [N, *in], y [N, ...], weights [N], x and y possibly trees.
         loss: None: the loss is zero.
         decompose, forwards: as of `call`.
+        buffers: as of `Evaluation`.
     """
     (x, y, weights), first = examples, next(iter(theta.values()))
     net, decompose = problem.exchange or problem.net, decompose or problem.third
@@ -105,6 +112,14 @@ def evaluate_one(
             "batch_stats": problem.batch_stats,
             "decompose": decompose,
             "forwards": forwards,
+            "carried": None if buffers is None else _standing_in(buffers),
         }
         value, output = call_then(net, theta, x, value_of, **how)
         return value, output if problem.autocast is None else mapped(cast, output)
+
+
+def _standing_in(buffers: Mapping[int, Tensor]) -> Carried:
+    """A module's state in which copies of these tensors stand for its own."""
+    carried = Carried()
+    carried.copies = {at: tensor.clone() for at, tensor in buffers.items()}
+    return carried

@@ -3,8 +3,8 @@ way back."""
 
 from __future__ import annotations
 
+from fastmeta.backends._sweep import needs_sweep_back
 from fastmeta.backends.torch import tasks
-from fastmeta.backends.torch.sweep import needs_sweep_back
 from fastmeta.problem import STORE_AT_MOST, Problem
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import preserved_for
+from fastmeta.backends._sweep import stack
 from fastmeta.backends._twice import NotTwiceDifferentiableError, check_twice
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.backends.torch.evaluation import Evaluation
@@ -31,12 +32,6 @@ _graphs: Known[tuple[int, bool], float] = Known(_MOST_SORTS)
 _stored: Known[int, bool] = Known(_MOST_SORTS)
 _twice: Known[tuple[int, bool], bool] = Known(_MOST_SORTS)
 _shapes: Known[int, tuple[int, ...]] = Known(_MOST_SORTS)
-
-
-def stack(problem: Problem, name: str) -> Tensor:
-    """Parameter `name` of every task: [T, *shape], not copied."""
-    value = problem.params[name]
-    return value if name in problem.per_task else value.expand(problem.tasks, *value.shape)
 
 
 def step_of(batch: Batch, step: int) -> Batch:

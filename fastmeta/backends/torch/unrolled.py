@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._captured import Captured
+from fastmeta.backends._sweep import stack
 from fastmeta.backends.torch import tasks
 from fastmeta.backends.torch.evaluation import Evaluation
 from fastmeta.inputs import Tree
@@ -29,7 +30,7 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
     """
     names = list(p.rates) if p.steps else []
     stacked = p.per_task | frozenset(names)
-    theta = {name: tasks.stack(p, name) for name in names}
+    theta = {name: stack(p, name) for name in names}
     momentum: dict[str, Tensor] = {}
     terms: list[Tensor] = []
 
@@ -62,5 +63,5 @@ def unrolled(p: Problem, vectorised: bool, captured: Captured) -> Tensor:
                 rate = p.rates[name][k if p.rates[name].shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
                 theta[name], momentum[name] = rule.update(theta[name], g, momentum.get(name), rate)
     for name, cotangent in (p.adapted_grad or {}).items():
-        terms.append((cotangent * theta.get(name, tasks.stack(p, name))).sum())
+        terms.append((cotangent * theta.get(name, stack(p, name))).sum())
     return torch.stack(terms).sum() if terms else next(iter(p.params.values())).new_zeros(())

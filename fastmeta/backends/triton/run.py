@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmeta.backends._copies import copy_together
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
-from fastmeta.backends.triton.memory import copy_together
 from fastmeta.backends.triton.network import build
 from fastmeta.backends.triton.step import FUNCTIONS, KINDS, MetaStep
 from fastmeta.bounded import Bounded
