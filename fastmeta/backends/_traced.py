@@ -20,7 +20,7 @@ V = TypeVar("V")
 _MOST_STATES, _MOST_LOSSES = 8, 16
 #: States of one network, or functions as its losses, after which it is no longer traced: to trace
 #: again and again costs more than it saves.
-_TOO_MANY = 32
+_TOO_MANY, _TOO_MANY_LOSSES = 32, 8
 
 
 class _Known(Generic[V]):
@@ -129,7 +129,7 @@ def _unwatched(problem: Problem, known: _Known[Any]) -> str:
         entry = known.losses.get(id(loss.function))
         if entry is None or getattr(entry[0], "function", None) is not loss.function:
             known.new_losses += 1
-            if known.new_losses > _TOO_MANY:
+            if known.new_losses > _TOO_MANY_LOSSES:
                 return "the loss is another function at every call: define it once"
             holder = _Holder(loss.function)
             entry = known.losses.put(id(loss.function), (holder, Guard(holder)))

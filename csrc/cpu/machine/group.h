@@ -1,6 +1,8 @@
 // A task, or the tasks of all lanes, taken through the steps of algorithm.h by programs.
 #pragma once
 
+#include <utility>
+
 #include "../../shared/algorithm.h"
 #include "../kernels.h"
 #include "layout.h"
@@ -49,9 +51,8 @@ class Group {
   Group(const Machine& m, const Layout& at, const Kernels<S>& kernels, const Executor<S>& executor,
         const MachineCall<S>& call, S* shared, S* workspace)
       : m_(m), at_(at), kernels_(kernels), executor_(executor), call_(call), shared_(shared), w_(workspace), L_(m.lanes) {
-    bool own_fixed = false;
-    for (const Fixed& f : m.others) own_fixed = own_fixed || f.per_task;
-    own_fixed_ = own_fixed;
+    for (const Fixed& f : m.others) own_fixed_ = own_fixed_ || f.per_task;
+    for (const Adapted& a : m.adapted) own_theta_ = own_theta_ || a.per_task;
   }
 
   // Tasks first .. first + count - 1; false where an index was out of range.
@@ -70,7 +71,7 @@ class Group {
   void load() {
     std::fill(losses_, losses_ + 64, 0.0);
     once_done_ = false;
-    std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
+    if (own_theta_) std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (m_.adapted[p].per_task)
         pack(call_.adapted[p].data, m_.adapted[p].size, m_.adapted[p].size,
@@ -108,7 +109,7 @@ class Group {
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (call_.adapted[p].adapted)
         unpack(theta(m_.steps) + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
-               call_.adapted[p].adapted, false);
+               call_.adapted[p].adapted);
   }
 
   void query_values() {
@@ -121,19 +122,24 @@ class Group {
   }
 
   void start_sweep() {
-    std::fill_n(w_ + at_.lambda, m_.theta * L_, S(0));
-    std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
+    if (m_.momentum != 0) std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
     std::fill_n(w_ + at_.others_sum, m_.fixed * L_, S(0));
     for (int i = 0; i < 2; ++i) zero_entry_gradients(i);
+    fresh_ = true;
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (call_.adapted[p].adapted_grad) {
+        complete_lambda();
         S* const to = w_ + at_.lambda + m_.adapted[p].offset * L_;
         pack(call_.adapted[p].adapted_grad, m_.adapted[p].size, m_.adapted[p].size, to);
         silence(to, m_.adapted[p].size);
       }
     zero_rate_gradients();
   }
-  void complete_lambda() {}
+  // Zero where nobody has written it.
+  void complete_lambda() {
+    if (fresh_) std::fill_n(w_ + at_.lambda, m_.theta * L_, S(0));
+    fresh_ = false;
+  }
 
   // lambda += s_k grad Q(theta_k), and what else the query set's pass gives.
   void query_gradient(i64 k) {
@@ -141,29 +147,33 @@ class Group {
     const double s = step_weight(k);
     const bool last = k == m_.steps;
     if (s == 0.0 && !last) return;
-    run_query(k, s);
-    add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
-    collect(1, k);
+    run_query(k, s);  // straight to lambda, if nothing is there yet
+    if (!std::exchange(fresh_, false)) add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
+    collect(1, k, S(1));
   }
 
   void step_back(i64 k) {
     if (m_.per_step) load_set(0, k);
     if (m_.wants_rates) rate_gradients(k);
     const bool momentum = m_.momentum != 0;
+    S alpha = 0;
+    if (m_.second_order && m_.plain_rule() && one_rate(k, alpha)) {
+      // H (alpha lambda) is alpha times H lambda
+      hessian_product(k, w_ + at_.lambda);
+      kernels_.sgd_direction(m_.theta * L_, alpha, nullptr, w_ + at_.grad, w_ + at_.lambda, w_ + at_.lambda);
+      collect(0, k, -alpha);
+      return;
+    }
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
-      S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
       kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from,
                              momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
     }
     if (m_.second_order) {
-      if (m_.per_step) once_done_ = false;
-      if (!m_.store) support_gradient(k);
-      if (m_.per_step && m_.store) run_once(0, k);
-      run_stage(0, 2, k);
+      hessian_product(k, w_ + at_.direction);
       add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
-      collect(0, k);
+      collect(0, k, S(1));
     }
     if (!m_.plain_rule())
       kernels_.sgd_adjoint(m_.theta * L_, S(m_.momentum), S(m_.weight_decay), w_ + at_.direction,
@@ -179,7 +189,7 @@ class Group {
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (m_.adapted[p].per_task && call_.adapted[p].grad)
         unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
-               call_.adapted[p].grad, false);
+               call_.adapted[p].grad);
     const S* const others = w_ + at_.others_sum;
     if (L_ == 1)
       add(others, m_.fixed, sums_ + at_.sum_fixed);
@@ -188,7 +198,7 @@ class Group {
     for (size_t p = 0; p < m_.others.size(); ++p)
       if (m_.others[p].per_task && call_.others[p].grad)
         unpack(others + m_.others[p].offset * L_, m_.others[p].size, m_.others[p].size,
-               call_.others[p].grad, false);
+               call_.others[p].grad);
   }
 
   void write_loss() {
@@ -197,7 +207,10 @@ class Group {
   }
 
  private:
-  S* theta(i64 k) { return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK); }
+  S* theta(i64 k) {
+    if (k == 0 && !own_theta_) return shared_ + at_.shared_theta;  // nobody writes to it
+    return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK);
+  }
   const Set& set(int which) const { return which ? m_.query : m_.support; }
   const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
   double step_weight(i64 k) const {
@@ -218,22 +231,21 @@ class Group {
     }
   }
   void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
-  void unpack(const S* from, i64 stride, i64 n, S* to, bool accumulate) const {
-    for (i64 l = 0; l < count_; ++l) {
-      S* const task = to + (first_ + l) * stride;
-      if (accumulate)
-        for (i64 i = 0; i < n; ++i) task[i] += from[i * L_ + l];
-      else
-        for (i64 i = 0; i < n; ++i) task[i] = from[i * L_ + l];
-    }
+  void unpack(const S* from, i64 stride, i64 n, S* to) const {
+    for (i64 l = 0; l < count_; ++l)
+      for (i64 i = 0; i < n; ++i) to[(first_ + l) * stride + i] = from[i * L_ + l];
+  }
+  void unpack_sum(const S* from, i64 stride, i64 n, S scale, S* to) const {
+    for (i64 l = 0; l < count_; ++l)
+      for (i64 i = 0; i < n; ++i) to[(first_ + l) * stride + i] += scale * from[i * L_ + l];
   }
   // Zero in the lanes of absent tasks.
   void silence(S* x, i64 n) const {
     for (i64 i = 0; i < n; ++i)
       for (i64 l = count_; l < L_; ++l) x[i * L_ + l] = 0;
   }
-  static void add(const S* from, i64 n, S* to) {
-    for (i64 i = 0; i < n; ++i) to[i] += from[i];
+  void add(const S* from, i64 n, S* to) const {
+    if (n > 0) kernels_.add(n, to, from, to);
   }
 
   void load_set(int which, i64 k) {
@@ -266,9 +278,9 @@ class Group {
     to(Space::theta) = theta(k);
     to(Space::fixed) = own_fixed_ ? w_ + at_.fixed : shared_ + at_.shared_fixed;
     to(Space::batch) = w_ + at_.batch[which];
-    to(Space::direction) = w_ + at_.direction;
+    to(Space::direction) = const_cast<S*>(direction_);
     to(Space::seed) = w_ + at_.seed;
-    to(Space::grad) = w_ + at_.grad;
+    to(Space::grad) = w_ + (which && fresh_ ? at_.lambda : at_.grad);
     to(Space::curvature) = w_ + at_.grad;  // g is no longer needed then
     to(Space::other) = w_ + at_.other;
     to(Space::output) = w_ + at_.output;
@@ -293,6 +305,14 @@ class Group {
     run_once(0, k);
     run_stage(0, 1, k);
   }
+  // H_k along `direction`, to where gradients go.
+  void hessian_product(i64 k, const S* direction) {
+    if (m_.per_step) once_done_ = false;
+    if (!m_.store) support_gradient(k);
+    if (m_.per_step && m_.store) run_once(0, k);
+    direction_ = direction;
+    run_stage(0, 2, k);
+  }
 
   void run_query(i64 k, double s) {
     S* const seed = w_ + at_.seed;
@@ -316,15 +336,16 @@ class Group {
     const S* const out = w_ + at_.output;
     if (m_.query_loss && s != 0.0)
       for (i64 l = 0; l < count_; ++l) losses_[l] += s * double(out[l]);
-    if (k == m_.steps && call_.output) unpack(out + OUTPUT_START * L_, m_.output, m_.output, call_.output, false);
+    if (k == m_.steps && call_.output) unpack(out + OUTPUT_START * L_, m_.output, m_.output, call_.output);
   }
 
-  // Adds a pass's gradients by what does not adapt, and by its set, to their totals.
-  void collect(int which, i64 k) {
+  // Adds a pass's gradients by what does not adapt, and by its set, times `scale` to their totals.
+  void collect(int which, i64 k, S scale) {
     const S* const other = w_ + at_.other;
     for (const Fixed& f : m_.others) {
       const i64 from = which ? f.query_grad : f.support_grad;
-      if (from >= 0) add(other + from * L_, f.size * L_, w_ + at_.others_sum + f.offset * L_);
+      S* const to = w_ + at_.others_sum + f.offset * L_;
+      if (from >= 0) kernels_.sgd_direction(f.size * L_, -scale, nullptr, other + from * L_, to, to);
     }
     const Set& s = set(which);
     const i64 sets = !which && m_.per_step ? m_.steps : 1;
@@ -332,7 +353,7 @@ class Group {
       const Entry& e = s.entries[i];
       S* const grad = entries(which)[i].grad;
       if (e.grad >= 0 && grad)
-        unpack(other + e.grad * L_, sets * e.size, e.size, grad + (sets > 1 ? k * e.size : 0), true);
+        unpack_sum(other + e.grad * L_, sets * e.size, e.size, scale, grad + (sets > 1 ? k * e.size : 0));
     }
   }
   void zero_entry_gradients(int which) {
@@ -344,6 +365,18 @@ class Group {
   }
 
   // ---- learning rates
+  // Whether one number is the rate of all parameters in all lanes.
+  bool one_rate(i64 k, S& alpha) {
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      if (a.rate_element || (a.rate_per_task && L_ > 1)) return false;
+      S own = 0;
+      rates(k, p, own);
+      if (p > 0 && own != alpha) return false;
+      alpha = own;
+    }
+    return !m_.adapted.empty();
+  }
   // Elements for all lanes, or null and one number.
   const S* rates(i64 k, size_t p, S& alpha) {
     const Adapted& a = m_.adapted[p];
@@ -406,7 +439,9 @@ class Group {
   const MachineCall<S>& call_;
   S *const shared_, *const w_;
   const i64 L_;
-  bool own_fixed_ = false, once_done_ = false, bad_index_ = false;
+  bool own_fixed_ = false, own_theta_ = false, once_done_ = false, bad_index_ = false;
+  bool fresh_ = false;  // lambda has not been written yet
+  const S* direction_ = nullptr;
   i64 first_ = 0, count_ = 0;
   S* sums_ = nullptr;
   double losses_[64] = {};
