@@ -98,15 +98,14 @@ constexpr ProductFunction<S> row_tile_or_none() {
   else
     return nullptr;
 }
-#define FM_ROWS(NV)                                                                                     \
-  {                                                                                                     \
-    row_tile_or_none<S, 1, NV>(), row_tile_or_none<S, 2, NV>(), row_tile_or_none<S, 3, NV>(),           \
-        row_tile_or_none<S, 4, NV>(), row_tile_or_none<S, 5, NV>(), row_tile_or_none<S, 6, NV>(),       \
-        row_tile_or_none<S, 7, NV>(), row_tile_or_none<S, 8, NV>(), row_tile_or_none<S, 9, NV>(),       \
-        row_tile_or_none<S, 10, NV>(), row_tile_or_none<S, 11, NV>(), row_tile_or_none<S, 12, NV>()     \
-  }
+#define FM_ROWS(NV)                                                                            \
+  {row_tile_or_none<S, 1, NV>(),  row_tile_or_none<S, 2, NV>(),  row_tile_or_none<S, 3, NV>(), \
+   row_tile_or_none<S, 4, NV>(),  row_tile_or_none<S, 5, NV>(),  row_tile_or_none<S, 6, NV>(), \
+   row_tile_or_none<S, 7, NV>(),  row_tile_or_none<S, 8, NV>(),  row_tile_or_none<S, 9, NV>(), \
+   row_tile_or_none<S, 10, NV>(), row_tile_or_none<S, 11, NV>(), row_tile_or_none<S, 12, NV>()}
 template <class S>
-constexpr ProductFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3), FM_ROWS(4)};
+constexpr ProductFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3),
+                                                                   FM_ROWS(4)};
 #undef FM_ROWS
 
 template <class S, int MR, int NR>
@@ -116,11 +115,9 @@ constexpr ProductFunction<S> lane_tile_or_none() {
   else
     return nullptr;
 }
-#define FM_LANES(MR)                                                                                  \
-  {                                                                                                   \
-    lane_tile_or_none<S, MR, 1>(), lane_tile_or_none<S, MR, 2>(), lane_tile_or_none<S, MR, 3>(),      \
-        lane_tile_or_none<S, MR, 4>(), lane_tile_or_none<S, MR, 5>()                                  \
-  }
+#define FM_LANES(MR)                                                                            \
+  {lane_tile_or_none<S, MR, 1>(), lane_tile_or_none<S, MR, 2>(), lane_tile_or_none<S, MR, 3>(), \
+   lane_tile_or_none<S, MR, 4>(), lane_tile_or_none<S, MR, 5>()}
 template <class S>
 constexpr ProductFunction<S> LANE_TILES[MOST_ROWS][MOST_LANE_COLUMNS] = {
     FM_LANES(1), FM_LANES(2), FM_LANES(3), FM_LANES(4),  FM_LANES(5),  FM_LANES(6),
