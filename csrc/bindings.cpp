@@ -331,8 +331,8 @@ void run_elementary(fm::ElementaryName name, fm::Function function, i64 order, c
   kernels.elementary(e);
 }
 
-// One function over tensors: an elementary one, or an element-wise one (of order 0) or its first or
-// second derivative.
+// One function over tensors: an elementary one of x, or pow of x and y; an element-wise one of x, or
+// with y = f(x) its first or second derivative.
 void elementary(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"name", "order", "is_double", "constants", "inputs", "output"};
   const auto given = fm::binding::arguments("elementary", names, args, kwargs);
@@ -360,8 +360,9 @@ void elementary(const py::args& args, const py::kwargs& kwargs) {
   part(4).check_list(given[4]);
   Tensors tensors(3);
   const Items inputs = tensors.items(given[4]);
-  if (inputs.size() != (known == fm::ElementaryName::pow ? 2 : 1))
-    refuse("inputs must be one tensor, or two for pow, got " + std::to_string(inputs.size()));
+  if (inputs.size() != (known == fm::ElementaryName::pow || order > 0 ? 2 : 1))
+    refuse("inputs must be x, or x and y for pow and derivatives, got " + std::to_string(inputs.size()) +
+           " items");
   const auto& isa = fm::instruction_set();
   if (part(2).boolean(given[2]))
     run_elementary<double>(known, function, order, *isa.f64, inputs, given[5], constants, tensors);

@@ -95,7 +95,8 @@ struct Elementwise {
 enum class ElementaryName : int { none, FM_ELEMENTARY(FM_ENUMERATOR) pow };
 #undef FM_ENUMERATOR
 
-// out[i] = f(x[i]) or f(x[i], y[i]) for arrays of no particular size.
+// out[i] = f(x[i]), f(x[i], y[i]) or, with y = f(x), a derivative of f at x, for arrays of no particular
+// size.
 template <class S>
 struct Elementary {
   ElementaryName name;  // none: an element-wise function

@@ -35,15 +35,15 @@ FM_INLINE Twofold<S> operator+(Twofold<S> a, Twofold<S> b) {
 template <class S>
 FM_INLINE Twofold<S> operator*(Twofold<S> a, Twofold<S> b) {
   Twofold<S> product = exact_product<S>(a.high, b.high);
-  product.low += a.high * b.low + a.low * b.high;
+  product.low = fma_<S>(a.high, b.low, fma_<S>(a.low, b.high, product.low));
   return product;
 }
 template <class S>
 FM_INLINE Vec<S> operator/(Twofold<S> a, Twofold<S> b) {
   const Vec<S> quotient = a.high / b.high;
   const Twofold<S> product = exact_product<S>(quotient, b.high);
-  const Vec<S> rest = ((a.high - product.high) - product.low) + a.low - quotient * b.low;
-  return quotient + rest / b.high;
+  const Vec<S> rest = ((a.high - product.high) - product.low) + a.low;
+  return quotient + fma_<S>(-quotient, b.low, rest) / b.high;
 }
 template <class S>
 FM_INLINE Twofold<S> twofold(Vec<S> x) {
@@ -87,10 +87,10 @@ FM_INLINE Vec<double> gelu_from(Vec<double> x, Vec<double> negative) {
 FM_INLINE Vec<double> gelu_for_float(Vec<double> x) {
   using Fit = NormalFit<float>;
   const Vec<double> t = at_most<double>(magnitude<double>(x), Fit::MOST);
-  const Vec<double> p = polynomial<double>((t - Fit::A) / (t + Fit::A), Fit::C) / (Fit::B * t + 1.0);
-  const Power<double> e = power<double>(-0.5 * t * t);
-  const Vec<double> s = two_to<double>(e.n);
-  return gelu_from(x, -t * p * (s + s * e.m));
+  const Vec<double> a = t + Fit::A, b = fma_<double>(t, Fit::B, 1.0),
+                    inverse = 1.0 / (a * b);  // one division for two
+  const Vec<double> p = polynomial<double>((t - Fit::A) * b * inverse, Fit::C) * a * inverse;
+  return gelu_from(x, -t * p * exp_for_float(-0.5 * t * t));
 }
 FM_INLINE Vec<double> gelu_(Vec<double> x) {
   using Fit = NormalFit<double>;
@@ -112,10 +112,10 @@ FM_INLINE Vec<float> gelu_(Vec<float> x) {
 // With q = exp(-|x|) and b = 2 + q: mish(x) = x q b / (2 + q b) for x < 0, and
 // x (1 + 2 q) / (1 + q b + q q) for others.
 FM_INLINE Vec<double> mish_for_float(Vec<double> x) {
-  const Vec<double> q = vector_exp<double>(-magnitude<double>(x)), b = q + 2.0;
+  const Vec<double> q = select_(x < -300.0, 0.0, exp_for_float(-magnitude<double>(x)));
   const Mask<double> negative = x < 0.0;
-  const Vec<double> top = select_(negative, q * b, 1.0 + 2.0 * q);
-  return x * top / (top + 2.0 * select_(negative, 1.0, q * q));
+  const Vec<double> top = select_(negative, q * (q + 2.0), fma_<double>(q, 2.0, 1.0));
+  return x * top / fma_<double>(select_(negative, 1.0, q * q), 2.0, top);
 }
 FM_INLINE Vec<double> mish_(Vec<double> x) {
   const Vec<double> t = at_most<double>(magnitude<double>(x), 760.0) + 0.0 * x;  // NaN of infinity

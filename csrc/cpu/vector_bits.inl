@@ -78,22 +78,26 @@ FM_INLINE Mask<S> first_lanes(i64 count) {
 
 #if defined(__AVX512F__) && FM_VECTOR_BYTES == 64
 #define FM_HAS_FMA 1
-FM_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
-FM_INLINE Vec<double> fma_(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+FM_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+FM_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
 FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
 FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm512_maskz_sqrt_pd(0xff, x); }
 FM_INLINE bool any(Mask<float> m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
 FM_INLINE bool any(Mask<double> m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #elif defined(__FMA__) && FM_VECTOR_BYTES == 32
 #define FM_HAS_FMA 1
-FM_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
-FM_INLINE Vec<double> fma_(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+FM_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+FM_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 FM_INLINE Vec<float> sqrt_(Vec<float> x) { return _mm256_sqrt_ps(x); }
 FM_INLINE Vec<double> sqrt_(Vec<double> x) { return _mm256_sqrt_pd(x); }
 FM_INLINE bool any(Mask<float> m) { return _mm256_movemask_ps((__m256)m) != 0; }
 FM_INLINE bool any(Mask<double> m) { return _mm256_movemask_pd((__m256d)m) != 0; }
 #else
 #define FM_HAS_FMA 0
+template <class V>
+FM_INLINE V fused(V a, V b, V c) {
+  return a * b + c;
+}
 FM_INLINE Vec<float> sqrt_(Vec<float> x) {
   for (int i = 0; i < lanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
@@ -109,6 +113,25 @@ FM_INLINE bool any(M mask) {
   return all != 0;
 }
 #endif
+
+// a b + c. A compiler may contract a * b + c into one instruction in one place and not in another,
+// and the bits would depend on the place; so it is always written out.
+template <class S>
+FM_INLINE Vec<S> fma_(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return fused(a, b, c);
+}
+template <class S>
+FM_INLINE Vec<S> fma_(Vec<S> a, Vec<S> b, S c) {
+  return fused(a, b, broadcast(c));
+}
+template <class S>
+FM_INLINE Vec<S> fma_(Vec<S> a, S b, Vec<S> c) {
+  return fused(a, broadcast(b), c);
+}
+template <class S>
+FM_INLINE Vec<S> fma_(Vec<S> a, S b, S c) {
+  return fused(a, broadcast(b), broadcast(c));
+}
 
 // high + low with low far below high: a number in twice the precision.
 template <class S>
@@ -132,7 +155,7 @@ template <class S>
 FM_INLINE Twofold<S> exact_product(Vec<S> a, Vec<S> b) {
   const Vec<S> high = a * b;
 #if FM_HAS_FMA
-  return {high, fma_(a, b, -high)};
+  return {high, fma_<S>(a, b, -high)};
 #else
   constexpr Word<S> UPPER = ~((Word<S>(1) << (Format<S>::MANTISSA + 2) / 2) - 1);
   const Vec<S> a1 = (Vec<S>)(words<S>(a) & UPPER), b1 = (Vec<S>)(words<S>(b) & UPPER);
@@ -140,33 +163,43 @@ FM_INLINE Twofold<S> exact_product(Vec<S> a, Vec<S> b) {
   return {high, ((a1 * b1 - high) + a1 * b2 + a2 * b1) + a2 * b2};
 #endif
 }
-// a - b c, where either the product is exact or there is one rounding.
-template <class S>
-FM_INLINE Vec<S> less_product(Vec<S> a, Vec<S> b, S c) {
-#if FM_HAS_FMA
-  return fma_(b, broadcast(-c), a);
-#else
-  return a - b * c;
-#endif
-}
-
 template <class S, int N>
 FM_INLINE Vec<S> polynomial(Vec<S> x, const S (&coefficients)[N]) {
   Vec<S> p = broadcast(coefficients[0]);
 #pragma GCC unroll 32
-  for (int i = 1; i < N; ++i) p = p * x + coefficients[i];
+  for (int i = 1; i < N; ++i) p = fma_<S>(p, x, coefficients[i]);
   return p;
 }
 
+// Half of the lanes in double precision, and both halves in single again.
+typedef VectorOf<float, FM_VECTOR_BYTES / 2>::type Half;
+FM_INLINE Vec<double> doubled(Half x) { return __builtin_convertvector(x, Vec<double>); }
+FM_INLINE Half halved(Vec<double> x) { return __builtin_convertvector(x, Half); }
+#if FM_HAS_FMA && FM_VECTOR_BYTES == 64
+FM_INLINE Half lower(Vec<float> x) { return _mm512_maskz_extractf32x8_ps(0xff, x, 0); }
+FM_INLINE Half upper(Vec<float> x) { return _mm512_maskz_extractf32x8_ps(0xff, x, 1); }
+FM_INLINE Vec<float> together(Half lower, Half upper) {
+  return _mm512_maskz_insertf32x8(0xffff, _mm512_castps256_ps512(lower), upper, 1);
+}
+#elif FM_HAS_FMA
+FM_INLINE Half lower(Vec<float> x) { return _mm256_castps256_ps128(x); }
+FM_INLINE Half upper(Vec<float> x) { return _mm256_extractf128_ps(x, 1); }
+FM_INLINE Vec<float> together(Half lower, Half upper) { return _mm256_set_m128(upper, lower); }
+#else
+union Halves {
+  Vec<float> whole;
+  Half half[2];
+};
+FM_INLINE Half lower(Vec<float> x) { return Halves{x}.half[0]; }
+FM_INLINE Half upper(Vec<float> x) { return Halves{x}.half[1]; }
+FM_INLINE Vec<float> together(Half lower, Half upper) {
+  Halves x;
+  x.half[0] = lower, x.half[1] = upper;
+  return x.whole;
+}
+#endif
 // f(x...) in double precision.
 template <class F, class... X>
 FM_INLINE Vec<float> in_double(const F& f, X... x) {
-  typedef typename VectorOf<float, FM_VECTOR_BYTES / 2>::type Half;
-  union Halves {
-    Vec<float> whole;
-    Half half[2];
-  } y;
-  for (int i = 0; i < 2; ++i)
-    y.half[i] = __builtin_convertvector(f(__builtin_convertvector(Halves{x}.half[i], Vec<double>)...), Half);
-  return y.whole;
+  return together(halved(f(doubled(lower(x))...)), halved(f(doubled(upper(x))...)));
 }

@@ -2,8 +2,8 @@
 // pow_, tanh_, sigmoid_, sin_, cos_, erf_ and, in vector_bits.inl, sqrt_. Included after vector.inl;
 // nothing else is needed.
 //
-// Errors are at most 2 units in the last place over the whole range, with and without contraction
-// of a * b + c into one instruction. Infinities, NaN, signed zeros and denormal arguments give what
+// Errors are at most 2 units in the last place over the whole range, with and without instructions
+// for a * b + c. Infinities, NaN, signed zeros and denormal arguments give what
 // they give in libm; so do denormal results, unless the processor is set to flush them. Every lane
 // is computed by itself: it does not matter which one a number is in.
 //
@@ -46,10 +46,10 @@ struct Power {
 template <class S>
 FM_INLINE Power<S> power(Vec<S> x, Vec<S> low = Vec<S>{}) {
   using Fit = ExpFit<S>;
-  const Vec<S> shifted = x * S(1.44269504088896340736) + ROUND<S>, n = shifted - ROUND<S>;
-  const Vec<S> high = x - n * Fit::LN2_HIGH;  // exact
-  const Vec<S> less = n * Fit::LN2_LOW - low, r = high - less, rest = (high - r) - less;
-  return {words<S>(shifted), r + (r * r * polynomial<S>(r, Fit::C) + (rest + rest * r))};
+  const Vec<S> shifted = fma_<S>(x, S(1.44269504088896340736), ROUND<S>), n = shifted - ROUND<S>;
+  const Vec<S> high = fma_<S>(n, -Fit::LN2_HIGH, x);  // exact
+  const Vec<S> less = fma_<S>(n, Fit::LN2_LOW, -low), r = high - less, rest = (high - r) - less;
+  return {words<S>(shifted), r + fma_<S>(r * r, polynomial<S>(r, Fit::C), fma_<S>(rest, r, rest))};
 }
 // 2^n, which must be a normal number.
 template <class S>
@@ -61,18 +61,29 @@ template <class S>
 FM_INLINE Vec<S> scaled(const Power<S>& p) {
   const Words<S> half = p.n >> 1;
   const Vec<S> first = two_to<S>(half);
-  return (first + first * p.m) * two_to<S>(p.n - half);
+  return fma_<S>(first, p.m, first) * two_to<S>(p.n - half);
 }
 template <class S>
 FM_INLINE Vec<S> vector_exp(Vec<S> x) {
   return scaled<S>(power<S>(clamp<S>(x, ExpFit<S>::LEAST, ExpFit<S>::MOST)));
 }
 
+// The same for results in single precision: to some ten digits.
+FM_INLINE Vec<double> exp_for_float(Vec<double> x) {
+  constexpr double C[] = {0.00019731221977859517, 0.0013935070376667206, 0.008333592374168107,
+                          0.041666462621501317,   0.1666666553034172,    0.5};
+  x = clamp<double>(x, -300, 300);
+  const Vec<double> shifted = fma_<double>(x, 1.44269504088896340736, ROUND<double>);
+  const Vec<double> r = fma_<double>(shifted - ROUND<double>, -0.69314718055994530942, x);
+  const Vec<double> s = two_to<double>(words<double>(shifted));
+  return fma_<double>(s, fma_<double>(r * r, polynomial<double>(r, C), r), s);
+}
+
 template <class S>
 FM_INLINE Vec<S> vector_expm1(Vec<S> x) {
   const Power<S> p = power<S>(clamp<S>(x, ExpFit<S>::LEAST_M1, ExpFit<S>::MOST));
   const Vec<S> half = two_to<S>(p.n - 1);  // of 2^n, which may be too large
-  const Vec<S> y = (half * p.m + (half - S(0.5))) * S(2);
+  const Vec<S> y = fma_<S>(half, p.m, half - S(0.5)) * S(2);
   return choose<S>(magnitude<S>(x) < Format<S>::EPSILON / 4, x, y);
 }
 
@@ -90,7 +101,7 @@ FM_INLINE Fraction<S> logistic(Vec<S> x, Vec<S> low = Vec<S>{}) {
   const Vec<S> one = choose<S>(far, Fit::SMALL, broadcast(S(1)));
   const Vec<S> s = two_to<S>(p.n - ((Words<S>)far & Word<S>(Fit::HALFWAY)));
   const Vec<S> sum = one + s, lost = one - (sum - s);  // where s is large
-  return {choose<S>(x < Fit::ZERO, S(0), one), sum + (s * p.m + lost)};
+  return {choose<S>(x < Fit::ZERO, S(0), one), sum + fma_<S>(s, p.m, lost)};
 }
 template <class S>
 FM_INLINE Vec<S> vector_sigmoid(Vec<S> x) {
@@ -115,9 +126,9 @@ struct TanhFit<double> {
 };
 template <class S>
 FM_INLINE Vec<S> vector_tanh(Vec<S> x) {
-  const Vec<S> a = magnitude<S>(x), z = a * a, near = a + a * (z * polynomial<S>(z, TanhFit<S>::C));
+  const Vec<S> a = magnitude<S>(x), z = a * a, near = fma_<S>(a, z * polynomial<S>(z, TanhFit<S>::C), a);
   const Power<S> p = power<S>(at_most<S>(a, TanhFit<S>::MOST) * S(2));
-  const Vec<S> s = two_to<S>(p.n), far = S(1) - S(2) / ((s + S(1)) + s * p.m);
+  const Vec<S> s = two_to<S>(p.n), far = S(1) - S(2) / fma_<S>(s, p.m, s + S(1));
   return with_sign<S>(choose<S>(a < S(0.625), near, far), x);
 }
 
@@ -170,8 +181,8 @@ FM_INLINE Parts<S> parts_of_any(Vec<S> x, Vec<S>& normal) {
 // log(2^e (1 + f))
 template <class S>
 FM_INLINE Vec<S> log_of(Vec<S> e, Vec<S> f) {
-  const Vec<S> y = f * f * polynomial<S>(f, LogFit<S>::C) + e * ExpFit<S>::LN2_LOW;
-  return e * ExpFit<S>::LN2_HIGH + (f + y);
+  const Vec<S> y = fma_<S>(f * f, polynomial<S>(f, LogFit<S>::C), e * ExpFit<S>::LN2_LOW);
+  return fma_<S>(e, ExpFit<S>::LN2_HIGH, f + y);
 }
 // y, or the logarithm of an x that is not positive and finite; of zero where `size` is zero.
 template <class S>
@@ -187,6 +198,16 @@ FM_INLINE Vec<S> vector_log(Vec<S> x) {
   const Parts<S> p = parts_of_any<S>(x, normal);
   return log_or_edge<S>(x, normal, log_of<S>(p.e, p.f));
 }
+// The same for x >= 0 and results in single precision.
+FM_INLINE Vec<double> log_for_float(Vec<double> x) {
+  constexpr double C[] = {0.10761125427665678,   -0.11359933156849032, 0.086176088824719402,
+                          -0.095781377481197208, 0.11145435812486755,  -0.12526457173605943,
+                          0.14284499302767778,   -0.16665924015902983, 0.20000018710244163,
+                          -0.25000007211396946,  0.33333333250358027,  -0.5};
+  const Parts<double> p = parts<double>(x);
+  const Vec<double> y = fma_<double>(p.f * p.f, polynomial<double>(p.f, C), p.f);
+  return log_or_edge<double>(x, x, fma_<double>(p.e, 0.69314718055994530942, y));
+}
 template <class S>
 FM_INLINE Vec<S> vector_log1p(Vec<S> x) {
   using F = Format<S>;
@@ -194,7 +215,7 @@ FM_INLINE Vec<S> vector_log1p(Vec<S> x) {
   const Parts<S> p = parts<S>(sum);
   // 2^-e (1 + x) - 1 with hardly a rounding; x alone tells where it is large
   const Vec<S> scale = (Vec<S>)((Word<S>(2 * F::BIAS + 1) - p.e_biased) << F::MANTISSA);
-  const Vec<S> f = choose<S>(x < F::INTEGERS, x * scale + (scale - S(1)), p.f);
+  const Vec<S> f = choose<S>(x < F::INTEGERS, fma_<S>(x, scale, scale - S(1)), p.f);
   const Vec<S> y = log_or_edge<S>(sum, sum, log_of<S>(p.e, f));
   return choose<S>(magnitude<S>(x) < F::EPSILON / 4, x, y);
 }
@@ -255,12 +276,12 @@ template <class S, bool COS>
 FM_INLINE Vec<S> sin_or_cos(Vec<S> x) {
   using Fit = SinFit<S>;
   const Vec<S> a = magnitude<S>(x);
-  const Vec<S> shifted = a * S(0.63661977236758134308) + ROUND<S>, n = shifted - ROUND<S>;
+  const Vec<S> shifted = fma_<S>(a, S(0.63661977236758134308), ROUND<S>), n = shifted - ROUND<S>;
   Vec<S> r = a;
 #pragma GCC unroll 4
-  for (const S part : Fit::PI_2) r = less_product<S>(r, n, part);
-  const Vec<S> z = r * r, sin = r + r * (z * polynomial<S>(z, Fit::SIN));
-  const Vec<S> cos = S(1) + z * polynomial<S>(z, Fit::COS);
+  for (const S part : Fit::PI_2) r = fma_<S>(n, -part, r);
+  const Vec<S> z = r * r, sin = fma_<S>(r, z * polynomial<S>(z, Fit::SIN), r);
+  const Vec<S> cos = fma_<S>(z, polynomial<S>(z, Fit::COS), S(1));
   // quarters of a turn; an odd one swaps sin and cos, the second and the third change the sign
   const Words<S> quarters = words<S>(shifted) + Word<S>(COS), odd = Words<S>{} - (quarters & 1);
   const Words<S> sign = (quarters << (8 * sizeof(S) - 2)) ^ (COS ? Words<S>{} : words<S>(x));
@@ -300,9 +321,9 @@ template <class S>
 FM_INLINE Vec<S> vector_erf(Vec<S> x) {
   using Fit = ErfFit<S>;
   const Vec<S> a = magnitude<S>(x), b = at_most<S>(a, Fit::MOST);
-  const Vec<S> near = a + a * polynomial<S>(a * a, Fit::NEAR);
+  const Vec<S> near = fma_<S>(a, polynomial<S>(a * a, Fit::NEAR), a);
   const Power<S> p = power<S>(b * polynomial<S>(b, Fit::FAR));
-  const Vec<S> s = two_to<S>(p.n), far = (S(1) - s) - s * p.m;
+  const Vec<S> s = two_to<S>(p.n), far = fma_<S>(-s, p.m, S(1) - s);
   return with_sign<S>(choose<S>(a < Fit::LIMIT, near, far), x);
 }
 
@@ -320,21 +341,21 @@ FM_INLINE Twofold<double> twofold_log(Vec<double> e, Vec<double> f) {
   const Twofold<double> d = exact_sum<double>(broadcast(2.0), f);
   const V inverse = 1.0 / d.high, s = f * inverse;
   const Twofold<double> sd = exact_product<double>(s, d.high);
-  const V s_low = (((f - sd.high) - sd.low) - s * d.low) * inverse;
+  const V s_low = fma_<double>(-s, d.low, (f - sd.high) - sd.low) * inverse;
   const Twofold<double> z = exact_product<double>(s, s);
-  const V z_low = z.low + 2.0 * s * s_low;
+  const V z_low = fma_<double>(2.0 * s, s_low, z.low);
   // p = 1/3 + z R, then log(1 + f) = 2 (s + s z p)
   const V r = polynomial<double>(z.high, ATANH_FIT);
   Twofold<double> p = exact_sum<double>(broadcast(0x1.5555555555555p-2), z.high * r);
-  p.low += z_low * r + 0x1.5555555555555p-56;
+  p.low = fma_<double>(z_low, r, p.low + 0x1.5555555555555p-56);
   Twofold<double> w = exact_product<double>(z.high, p.high);
-  w.low += z.high * p.low + z_low * p.high;
+  w.low = fma_<double>(z.high, p.low, fma_<double>(z_low, p.high, w.low));
   Twofold<double> v = exact_product<double>(s, w.high);
-  v.low += s * w.low + s_low * w.high;
+  v.low = fma_<double>(s, w.low, fma_<double>(s_low, w.high, v.low));
   Twofold<double> half = exact_sum<double>(s, v.high);
   half.low += s_low + v.low;
   Twofold<double> y = exact_sum<double>(e * ExpFit<double>::LN2_HIGH, 2.0 * half.high);
-  y.low += e * ExpFit<double>::LN2_LOW + 2.0 * half.low;
+  y.low = fma_<double>(e, ExpFit<double>::LN2_LOW, fma_<double>(half.low, 2.0, y.low));
   return y;
 }
 // exp(y log(x)) for x >= 0; NaN where that is 0 * infinity.
@@ -348,12 +369,12 @@ FM_INLINE Vec<double> power_of_positive(Vec<double> x, Vec<double> y) {
   const Vec<double> edge = choose<double>(normal == 0.0, -Format<double>::INFINITE, x) * y;
   const Vec<double> all = choose<double>(finite, t.high, edge);
   const Mask<double> usual = finite & (magnitude<double>(all) < 1000.0);
-  const Vec<double> low = choose<double>(usual, t.low + y * log.low, Vec<double>{});
+  const Vec<double> low = choose<double>(usual, fma_<double>(y, log.low, t.low), Vec<double>{});
   return scaled<double>(power<double>(clamp<double>(all, Fit::LEAST, Fit::MOST), low));
 }
 FM_INLINE Vec<float> power_of_positive(Vec<float> x, Vec<float> y) {
   return in_double([](Vec<double> v, Vec<double> w)
-                       FM_INLINE_LAMBDA { return vector_exp<double>(w * vector_log<double>(v)); },
+                       FM_INLINE_LAMBDA { return exp_for_float(w * log_for_float(v)); },
                    x, y);
 }
 template <class S>

@@ -54,7 +54,7 @@ def difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
     for what, f, e in pairs:
         if f is None or f.shape != e.shape:
             return f"{what} is missing"
-        size, off = float(e.norm()), float((f.to(e.dtype) - e).norm())
+        size, off = float(e.norm()), float((f - e).norm())
         if isfinite(size) and not off <= _TOLERANCE[dtype] * (size + floor) + 1e-12:
             return f"{what} by {off / size if size else off:.1e}"
     return ""
@@ -80,4 +80,4 @@ def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None
         own_leaves = leaves_of(f) if f is not None else [None] * len(leaves)
         for left, right in zip_longest(own_leaves, leaves):
             if right is not None:
-                yield what, left, right if left is None else right.to(left.dtype)
+                yield what, None if left is None else left.double(), right.double()

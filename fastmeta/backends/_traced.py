@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from fastmeta.bounded import Bounded
@@ -15,15 +16,38 @@ from fastmeta.inputs import signature
 from fastmeta.problem import Problem
 
 V = TypeVar("V")
+#: States of one network that are known at once, such as training and evaluation; and losses.
+_MOST_STATES, _MOST_LOSSES = 8, 16
+#: States of one network, or functions as its losses, after which it is no longer traced: to trace
+#: again and again costs more than it saves.
+_TOO_MANY = 32
 
 
 class _Known(Generic[V]):
-    """What was traced of one network, and the guards that it depends on."""
+    """What was traced of one network in one state, and the guards that it depends on."""
 
     def __init__(self, guard: Guard, entries: int) -> None:
         self.guard = guard
         self.found: Bounded[object, V | str] = Bounded(entries)
-        self.losses: dict[int, tuple[nn.Module, Guard]] = {}
+        self.losses: Bounded[int, tuple[nn.Module, Guard]] = Bounded(_MOST_LOSSES)
+        self.new_losses = 0
+
+
+class _States(Generic[V]):
+    """What was traced of one network."""
+
+    def __init__(self) -> None:
+        self.known: list[_Known[V]] = []
+        self.seen = 0
+
+    def at(self, net: nn.Module, guard: Guard, entries: int) -> _Known[V]:
+        """What is known of the state that `guard` is of."""
+        for known in self.known:
+            if known.guard is guard or known.guard.holds(net):
+                return known
+        self.seen += 1
+        self.known = [*self.known[1 - _MOST_STATES :], _Known(guard, entries)]
+        return self.known[-1]
 
 
 class _Holder(nn.Module):
@@ -43,7 +67,7 @@ class Kept(Generic[V]):
 
     def __init__(self, entries: int) -> None:
         self._entries = entries
-        self._of: WeakKeyDictionary[nn.Module, _Known[V]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[nn.Module, _States[V]] = WeakKeyDictionary()
 
     def find(
         self, problem: Problem, wrt: frozenset[str], more: object, trace: Callable[[], V | str]
@@ -58,9 +82,10 @@ class Kept(Generic[V]):
         guard = guard_of(problem.net)
         if guard is None:
             return "it is a TorchScript module"
-        known = self._of.get(problem.net)
-        if known is None or known.guard is not guard:
-            known = self._of[problem.net] = _Known(guard, self._entries)
+        states = self._of.setdefault(problem.net, _States())
+        known = states.at(problem.net, guard, self._entries)
+        if states.seen > _TOO_MANY:
+            return "the network has changed too often to be traced each time"
         reason = _unwatched(problem, known)
         if reason:
             return reason
@@ -70,15 +95,19 @@ class Kept(Generic[V]):
 
     def refuse(self, problem: Problem, wrt: frozenset[str], more: object, reason: str) -> None:
         """Refuse problems like this one from now on, as long as nothing changes."""
-        known = self._of.get(problem.net)
+        known = self._now(problem)
         if known is not None:
             known.found.put((_key(problem, wrt), more), reason)
 
     def forget(self, problem: Problem, wrt: frozenset[str], more: object) -> None:
         """Trace problems like this one anew."""
-        known = self._of.get(problem.net)
+        known = self._now(problem)
         if known is not None:
             known.found.drop((_key(problem, wrt), more))
+
+    def _now(self, problem: Problem) -> _Known[V] | None:
+        states, guard = self._of.get(problem.net), guard_of(problem.net)
+        return None if states is None or guard is None else states.at(problem.net, guard, self._entries)
 
 
 def _unwatched(problem: Problem, known: _Known[Any]) -> str:
@@ -94,13 +123,21 @@ def _unwatched(problem: Problem, known: _Known[Any]) -> str:
     for loss in (problem.loss, problem.query_loss):
         if loss is None or loss.function is None:
             continue
+        modules = loss.function.modules() if isinstance(loss.function, nn.Module) else ()
+        if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+            return "the loss is a TorchScript module"
         entry = known.losses.get(id(loss.function))
         if entry is None or getattr(entry[0], "function", None) is not loss.function:
+            known.new_losses += 1
+            if known.new_losses > _TOO_MANY:
+                return "the loss is another function at every call: define it once"
             holder = _Holder(loss.function)
-            entry = known.losses[id(loss.function)] = (holder, Guard(holder))
+            entry = known.losses.put(id(loss.function), (holder, Guard(holder)))
         elif not entry[1].holds(entry[0]):
-            known.found.clear()
-            entry = known.losses[id(loss.function)] = (entry[0], Guard(entry[0]))
+            for key in [*known.found]:
+                known.found.drop(key)
+            known.new_losses += 1
+            entry = known.losses.put(id(loss.function), (entry[0], Guard(entry[0])))
         if entry[1].hooked or entry[1].entropy or entry[1].unwatched:
             what = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
             return f"the loss cannot be watched for changes ({what})"

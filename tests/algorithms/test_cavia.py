@@ -117,7 +117,7 @@ def test_a_context_before_a_later_layer_matches_one_of_the_users_own(backend: st
         )
 
 
-def test_feature_maps_modulated_by_a_context_run_on_the_torch_backend() -> None:
+def test_feature_maps_modulated_by_a_context_run_by_traced_steps() -> None:
     class FiLM(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,7 +132,7 @@ def test_feature_maps_modulated_by_a_context_run_on_the_torch_backend() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), FiLM(), nn.Tanh(), nn.Flatten(), nn.Linear(36, 1)).double()
     x, y = torch.randn(3, 4, 2, 5, 5).double(), torch.randn(3, 4, 1).double()
     cavia = fm.CAVIA(net, context=["1.phi"], loss="mse", inner_lr=LR, inner_steps=STEPS)
-    assert cavia.explain(x, y, x, y).backend == "torch"
+    assert cavia.explain(x, y, x, y).backend == "machine"
     cavia(x, y, x, y).loss.backward()
     same = fm.CAVIA(copy.deepcopy(net), context=["1.phi"], loss="mse", inner_lr=LR, inner_steps=STEPS)
     same.backend = "reference"

@@ -256,7 +256,7 @@ def test_explain_names_the_backend_the_cost_and_the_reasons() -> None:
     assert "RReLU" in slow.refused["cpu"]
     named = _maml(backend="torch").explain(*episode)
     assert named.backend == "torch"
-    assert named.refused.keys() == {"cpu"}
+    assert named.refused.keys() == {"cpu", "machine"}
 
 
 @pytest.mark.parametrize("algorithm", [fm.MAML, fm.FOMAML, fm.MetaCurvature, fm.MAMLPlusPlus])

@@ -130,15 +130,25 @@ def _episode(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("memory", "chunk"), [("store", None), ("recompute", 2)], ids=["store", "recompute_chunks"]
 )
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_meta_gradient_matches_the_plain_loop(name: str, memory: str, chunk: int | None) -> None:
+def test_meta_gradient_matches_the_plain_loop(
+    name: str, backend: str, memory: str, chunk: int | None
+) -> None:
     net, episode = _network(name), [tensor.requires_grad_() for tensor in _episode()]
     steps = 3 if name in ("transformer", "gru") else 2
     maml = fm.MAML(
-        net, loss="mse", inner_lr=0.1, inner_steps=steps, learn_lr="element", memory=memory, task_chunk=chunk
+        net,
+        loss="mse",
+        inner_lr=0.1,
+        inner_steps=steps,
+        learn_lr="element",
+        memory=memory,
+        task_chunk=chunk,
+        backend=backend,
     )
     explanation = maml.explain(*episode)
-    assert explanation.backend == "torch"
+    assert explanation.backend == ("machine" if backend == "auto" else "torch")
     assert not [line for line in explanation.runs if "loop" in line]  # vectorised
     out = maml(*episode)
     wanted = [*net.parameters(), *maml.inner_lrs.parameters(), *episode]
@@ -154,12 +164,13 @@ def test_meta_gradient_matches_the_plain_loop(name: str, memory: str, chunk: int
         assert error(ours.reshape(theirs.shape), theirs) < TOLERANCE, index
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2])
-def test_operators_in_chunks_match_the_plain_loop(chunk: int | None) -> None:
+@pytest.mark.parametrize(("chunk", "backend"), [(None, "auto"), (None, "torch"), (1, "torch"), (2, "torch")])
+def test_operators_in_chunks_match_the_plain_loop(chunk: int | None, backend: str) -> None:
     net, (x, y, query_x, _) = _network("transformer"), _episode()
     params, again = leaves(net), leaves(net)
-    adapted = fm.inner_sgd(net, params, x, y, loss="mse", lr=0.1, steps=2, task_chunk=chunk)
-    output = fm.task_forward(net, adapted, query_x, task_chunk=chunk)
+    how = {"task_chunk": chunk, "backend": backend}
+    adapted = fm.inner_sgd(net, params, x, y, loss="mse", lr=0.1, steps=2, **how)
+    output = fm.task_forward(net, adapted, query_x, **how)
     with sdpa_kernel(SDPBackend.MATH):
         want = meta_losses(net, again, [x, y, query_x, torch.zeros(TASKS, QUERIES, 1).double()], 0.1, 2)
         grads = torch.autograd.grad(want.mean(), list(again.values()))

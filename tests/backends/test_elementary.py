@@ -194,7 +194,7 @@ def test_derivatives_are_those_of_autograd() -> None:
         (first,) = torch.autograd.grad(function(at).sum(), at, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), at)
         for order, expected in ((1, first.detach()), (2, second)):
-            found = compute((name, order, constants, [x]))
+            found = compute((name, order, constants, [x, function(x)]))
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -224,7 +224,8 @@ def test_refuses_what_is_not_an_array_of_one_size() -> None:
         {"output": torch.zeros(8)[::2]},
         {"output": 3},
         {"name": "softplus"},
-        {"name": "softplus", "constants": [1.0, 2.0], "order": 3},
+        {"name": "softplus", "constants": [1.0, 2.0], "order": 1},
+        {"name": "softplus", "constants": [1.0, 2.0], "order": 3, "inputs": [x, x]},
     ):
         with pytest.raises((ValueError, TypeError), match=r"^elementary: "):
             _C.elementary(**{**good, **change})

@@ -21,7 +21,7 @@ from elementary_values import FUNCTIONS, MOST_ULP, compute, ulp
 
 from fastmeta import _C
 
-CHUNK = 1 << 18
+CHUNK = 1 << 14  # of the second-level cache
 
 
 def largest_error(name: str) -> tuple[float, float]:

@@ -44,6 +44,7 @@ FUNCTIONS: dict[str, tuple[tuple[float, ...], Callable[..., Tensor]]] = {
     "elu": ((1, 0), F.elu),
 }
 MOST_ULP = 2.0
+EXPONENT = 0x7FF << 52
 
 
 def compute(call: Call) -> Tensor:
@@ -57,21 +58,18 @@ def compute(call: Call) -> Tensor:
 def ulp(found: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
     """How many units in the last place of its type `found` is off high + low, in float64; infinite
     where infinity, NaN or the sign of a zero is missing, or is too much."""
-    bits, least = (53, -1074) if found.dtype == torch.float64 else (24, -149)
-    unit = torch.ldexp(torch.ones_like(high), (torch.frexp(high)[1] - bits).clamp(min=least))
+    bits, least = (52, -1074) if found.dtype == torch.float64 else (23, -149)
+    unit = (high.view(torch.int64) & EXPONENT).view(torch.float64).mul_(2.0**-bits).clamp_(min=2.0**least)
     error = found.double() - high
-    error = (error if low is None else error - low).abs() / unit
-    error = error.nan_to_num(nan=math.inf)
+    error = (error if low is None else error.sub_(low)).abs_().div_(unit)
     target = high.to(found.dtype)
-    # zero or infinity by rounding: as good as the smallest or the largest number, of the same sign
-    largest = torch.finfo(found.dtype).max
-    near = (target == 0) & (high != 0) & (error <= MOST_ULP)
-    near |= target.isinf() & high.isfinite() & (found.abs() == largest)
-    same = near | (found == target)
-    same &= found.signbit() == target.signbit()
-    same |= found.isnan() & target.isnan()
     special = ~target.isfinite() | (target == 0)
-    return torch.where(special, torch.where(same, 0.0, math.inf), error)
+    if special.any():
+        near = high.isfinite() & (error <= MOST_ULP)  # zero or infinity by rounding
+        same = (near | (found == target)) & (found.signbit() == target.signbit())
+        same |= found.isnan() & target.isnan()
+        error = torch.where(special, torch.where(same, 0.0, math.inf), error)
+    return error.masked_fill_(error.isnan(), math.inf)
 
 
 if __name__ == "__main__":
