@@ -235,6 +235,15 @@ def test_what_a_loss_reads_is_followed(traced: list[int]) -> None:
     assert_right(net, loss)
 
 
+def test_static_tensors_are_given_back(traced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor._jobs, "_entries", 2)
+    problems = [make_problem(_small(seed)) for seed in range(3)]
+    for problem in problems:
+        _check(problem)
+    assert ["inductor" in problem.scratch for problem in problems] == [False, True, True]
+    _check(problems[0])
+
+
 def test_training_mode_is_followed(traced: list[int]) -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)).double().eval()
     assert_right(net)
