@@ -25,7 +25,11 @@ from fastmeta.verify.layer import verify_example as run_layer
 
 @click.command()
 @click.option(
-    "--backend", "names", type=click.Choice(backends.NAMES), multiple=True, help="Only this one; repeatable."
+    "--backend",
+    "names",
+    type=click.Choice(backends.NAMES),
+    multiple=True,
+    help="Only this one; repeatable. inductor, which compiles every case for long, runs only so.",
 )
 @click.option(
     "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only this one; repeatable."

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from problems import EVERYTHING, assert_same, make_problem, mlp
 from torch import Tensor, nn
+from traced_programs import LinearNet, assert_right, data, gradient, run_as_traced
 
 import fastmeta as fm
 from fastmeta import backends
 from fastmeta.backends import inductor
-from fastmeta.backends.inductor import compile as compiler
+from fastmeta.backends.inductor.run import _each
 from fastmeta.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,24 +28,7 @@ FORWARD: frozenset[str] = frozenset()
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Traced functions run operator by operator; gives the operators of each that was traced."""
-    found: list[int] = []
-
-    def as_it_is(graph: Any, example: Any) -> Callable[..., Any]:
-        found.append(len(graph.graph.nodes))
-        return graph
-
-    monkeypatch.setattr(compiler, "_inductor", as_it_is)
-    return found
-
-
-class _Net(nn.Module):
-    """A linear layer and what subclasses make of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.double()
+    return run_as_traced(monkeypatch)
 
 
 class _LSTM(nn.Module):
@@ -90,25 +73,6 @@ def _check(problem: Problem, wrt: frozenset[str] | None = None) -> None:
 def _small(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return mlp(3, 8, 2)
-
-
-def _data(tasks: int = 2) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(tasks, 5, n, generator=generator, dtype=torch.float64) for n in (3, 2))  # type: ignore[return-value]
-
-
-def _gradient(net: nn.Module, backend: str, loss: Any = "mse") -> list[Tensor]:
-    x, y = _data()
-    params = {name: value.detach() for name, value in net.named_parameters()}
-    found = fm.meta_gradient(net, params, (x, y), (x, y), loss=loss, lr=0.1, steps=2, backend=backend)
-    return [found.task_losses, *found.grads.values()]
-
-
-def _assert_right(net: nn.Module, loss: Any = "mse") -> None:
-    for found, expected in zip(
-        _gradient(net, "inductor", loss), _gradient(net, "reference", loss), strict=True
-    ):
-        assert float((found - expected).norm()) <= 1e-9 * float(expected.norm())
 
 
 @pytest.mark.parametrize(
@@ -184,21 +148,21 @@ def test_compiled_integers_match_reference() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double()
     params = {name: value.detach() for name, value in net.named_parameters()}
-    x, (_, y) = torch.randint(0, 5, (2, 5, 2)), _data()
+    x, (_, y) = torch.randint(0, 5, (2, 5, 2)), data()
 
-    def gradient(backend: str, x: Tensor) -> list[Tensor]:
+    def by(backend: str, x: Tensor) -> list[Tensor]:
         found = fm.meta_gradient(net, params, (x, y), (x, y), loss="mse", lr=0.1, steps=1, backend=backend)
         return [found.task_losses, *found.grads.values()]
 
-    for found, expected in zip(gradient("inductor", x), gradient("reference", x), strict=True):
+    for found, expected in zip(by("inductor", x), by("reference", x), strict=True):
         assert float((found - expected).norm()) <= 1e-9 * float(expected.norm())
     x[1, 2, 0] = 7  # out of range: an error, and the process lives
     with pytest.raises((ValueError, IndexError), match="out of range"):
-        gradient("inductor", x)
+        by("inductor", x)
 
 
 def test_maml_trains_as_the_reference_does(traced: list[int]) -> None:
-    x, y = _data()
+    x, y = data()
     found = []
     for backend in ("inductor", "reference"):
         net = _small()
@@ -214,11 +178,11 @@ def test_maml_trains_as_the_reference_does(traced: list[int]) -> None:
 
 
 def test_results_are_never_touched_again(traced: list[int]) -> None:
-    class Same(_Net):
+    class Same(LinearNet):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"given": x, "made": self.linear(x)}
 
-    net, (x, _) = Same(), _data()
+    net, (x, _) = Same(), data()
     params = {name: value.detach() for name, value in net.named_parameters()}
 
     def outputs(x: Tensor) -> dict[str, Tensor]:
@@ -235,7 +199,7 @@ def test_results_are_never_touched_again(traced: list[int]) -> None:
 
 
 def test_buffers_and_numbers_are_read_at_every_call(traced: list[int]) -> None:
-    class Scaled(_Net):
+    class Scaled(LinearNet):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -246,16 +210,16 @@ def test_buffers_and_numbers_are_read_at_every_call(traced: list[int]) -> None:
             return (self.linear(x) * self.scale) ** self.power + self.shift.sum()
 
     net = Scaled()
-    _assert_right(net)
+    assert_right(net)
     net.scale.mul_(3)
     net.shift = torch.tensor(0.7, dtype=torch.float64)
-    _assert_right(net)
+    assert_right(net)
     assert len(traced) == 3
     net.power = 2
-    _assert_right(net)
+    assert_right(net)
     assert len(traced) == 6
     net.shift = torch.tensor([0.7, 0.1], dtype=torch.float64)
-    _assert_right(net)
+    assert_right(net)
     assert len(traced) == 9
 
 
@@ -266,21 +230,30 @@ def test_what_a_loss_reads_is_followed(traced: list[int]) -> None:
         return ((output - target) ** 2).mean() * factor[0]
 
     net = _small()
-    _assert_right(net, loss)
+    assert_right(net, loss)
     factor[0] = 3.0
-    _assert_right(net, loss)
+    assert_right(net, loss)
+
+
+def test_static_tensors_are_given_back(traced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor._jobs, "_entries", 2)
+    problems = [make_problem(_small(seed)) for seed in range(3)]
+    for problem in problems:
+        _check(problem)
+    assert ["inductor" in problem.scratch for problem in problems] == [False, True, True]
+    _check(problems[0])
 
 
 def test_training_mode_is_followed(traced: list[int]) -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)).double().eval()
-    _assert_right(net)
+    assert_right(net)
     net.train()
     with pytest.raises(fm.BackendUnavailable, match="draws random numbers"):
-        _gradient(net, "inductor")
+        gradient(net, "inductor")
 
 
 def test_a_network_is_let_go(traced: list[int]) -> None:
-    class Shifted(_Net):
+    class Shifted(LinearNet):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("shift", torch.zeros(2, dtype=torch.float64))
@@ -289,133 +262,11 @@ def test_a_network_is_let_go(traced: list[int]) -> None:
             return self.linear(x) + self.shift
 
     net = Shifted()
-    _assert_right(net)
+    assert_right(net)
     gone = weakref.ref(net)
     del net
     gc.collect()
     assert gone() is None
-
-
-# ---- what is refused
-
-TABLE = torch.ones(2, dtype=torch.float64)
-
-
-class _ReadsAnInput(_Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * (2 if x.sum() > 0 else 1)
-
-
-class _ReadsABuffer(_Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * self.scale.tolist()[0]
-
-
-class _ReadsAGlobal(_Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * TABLE
-
-
-class _ReadsANumberOfAGlobal(_Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * TABLE[0].item()
-
-
-class _ReadsAScalarGlobal(_Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * TABLE.sum()
-
-
-class _Hidden(_Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.state = torch.zeros(2, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.state = self.state + self.linear(x).mean(0)
-        return self.linear(x) + self.state
-
-
-class _Selects(_Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)[x[:, 0] > 0].sum(0).expand(len(x), 2)
-
-
-@pytest.mark.parametrize(
-    ("net", "reason"),
-    [
-        (_ReadsAnInput(), "reads a value of a tensor"),
-        (_ReadsABuffer(), "reads a value of a tensor"),
-        (_ReadsAGlobal(), "none of its arguments, parameters or buffers"),
-        (_ReadsAScalarGlobal(), "none of its arguments, parameters or buffers"),
-        (_ReadsANumberOfAGlobal(), "none of its arguments|reads a value"),
-        (_Hidden(), "carries `net.state` over"),
-        (_Selects(), "depends on values"),
-        (nn.Sequential(nn.Linear(3, 2), nn.Dropout()).double(), "draws random numbers"),
-        (nn.Sequential(nn.Linear(3, 2)).half(), "float16"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_refuses(traced: list[int], net: nn.Module, reason: str) -> None:
-    problem = make_problem(net)
-    assert backends.why_not("inductor", problem, frozenset({"params"}))
-    with pytest.raises(fm.BackendUnavailable, match=reason):
-        backends.select("inductor", problem, frozenset({"params"}))
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"memory": "store"}, "run again"), ({"task_chunk": 1}, "side by side"), ({"third": True}, "third")],
-    ids=["memory", "task_chunk", "third"],
-)
-def test_refuses_options(traced: list[int], options: dict[str, Any], reason: str) -> None:
-    assert reason in backends.why_not("inductor", make_problem(_small(), **options), EVERYTHING)
-    assert traced == []
-
-
-def test_hooks_are_refused(traced: list[int]) -> None:
-    net = _small()
-    _assert_right(net)
-    net[0].register_forward_hook(lambda module, args, output: output * 2)
-    with pytest.raises(fm.BackendUnavailable, match="hooks"):
-        _gradient(net, "inductor")
-
-
-def test_a_wrong_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(graph: Any, example: Any) -> Callable[..., Any]:
-        return lambda *tensors: [1.001 * tensor for tensor in graph(*tensors)]
-
-    monkeypatch.setattr(compiler, "_inductor", wrong)
-    reason = backends.why_not("inductor", make_problem(_small()), frozenset({"params"}))
-    assert "differs from the module" in reason
-
-
-def test_a_failing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(graph: Any, example: Any) -> Callable[..., Any]:
-        raise RuntimeError("no space left\nand more")
-
-    monkeypatch.setattr(compiler, "_inductor", fails)
-    with pytest.raises(fm.BackendUnavailable, match=r"compiler failed: RuntimeError: no space left$"):
-        _gradient(_small(), "inductor")
-
-
-def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(fm.BackendUnavailable, match="no C\\+\\+ compiler \\(no-such-compiler\\)"):
-        _gradient(_small(), "inductor")
-
-
-def test_auto_never_takes_it(traced: list[int]) -> None:
-    assert all("inductor" not in names for names in backends._AUTO.values())
-    x, y = _data()
-    assert (
-        fm.MAML(_small(), loss="mse", inner_lr=0.1, inner_steps=1).explain(x, y, x, y).backend != "inductor"
-    )
-    assert traced == []
 
 
 def test_class_indices_out_of_range(traced: list[int]) -> None:
@@ -456,6 +307,4 @@ def test_cuda_graph_matches_reference() -> None:
 
 
 def _moved(problem: Problem) -> Problem:
-    from fastmeta.backends.inductor.run import _each
-
     return _each(problem, lambda tensor: tensor.cuda())

@@ -6,23 +6,23 @@ docs/inductor-backend.md says what is compiled, and when.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from weakref import ref
 
 import torch
-from torch import Tensor
 
-from fastmeta.backends import _inputs, reference
+from fastmeta.backends import _inputs
 from fastmeta.backends._autocast import autocast_dtype
-from fastmeta.backends._compared import difference, varied
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends._random_state import preserved_for
 from fastmeta.backends._traced import Kept
 from fastmeta.backends.inductor.compile import CompileError, no_cpp_compiler, unsupported
+from fastmeta.backends.inductor.first import compared
 from fastmeta.backends.inductor.pieces import Pieces, traced
 from fastmeta.backends.inductor.run import Job
-from fastmeta.backends.torch.chunks import cut
 from fastmeta.backends.torch.tasks import output_shape
+from fastmeta.bounded import Bounded
+from fastmeta.errors import BackendUnavailable
 from fastmeta.inputs import mapped
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Problem, Result, Scratch
@@ -33,9 +33,18 @@ from fastmeta.undisturbed import asynchronous
 _DTYPES = (torch.float32, torch.float64)
 #: Sorts of problems of one network that are kept.
 _MOST_SORTS = 64
-#: Tasks that the first call is compared on.
-_COMPARED = 2
+#: Jobs with static tensors, and graphs, that are kept, of all networks.
+_MOST_JOBS = 64
 _kept: Kept[Pieces] = Kept(_MOST_SORTS)
+
+
+def _give_back(kept: ref[Scratch]) -> None:
+    scratch = kept()
+    if scratch is not None:
+        scratch.pop("inductor", None)
+
+
+_jobs: Bounded[int, ref[Scratch]] = Bounded(_MOST_JOBS, dropped=_give_back)
 
 
 def missing() -> str:
@@ -62,15 +71,15 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     Raises:
         ValueError: one of these, on the CPU.
         IndexError: an index that the module reads rows by is out of range, on the CPU.
-        RuntimeError: the module has become one that cannot be run here.
+        BackendUnavailable: the module or a loss has become one that cannot be run here.
     """
     _inputs.check_rates(problem)
-    if problem.device.type == "cpu":
+    if problem.device.type == "cpu" and _reads_classes(problem):
         with isolated(problem.device):
             _inputs.check_class_indices(_inputs.detached(problem), output_shape)
     found = _pieces(problem, wrt)
     if isinstance(found, str):
-        raise RuntimeError(f"backend='inductor' cannot run this call: {found}")
+        raise BackendUnavailable(f"backend='inductor' cannot run this call: {found}")
     return _run(problem, wrt, adapted, found)
 
 
@@ -91,6 +100,14 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
         why = "" if job is None else job.why_no_graph
         lines.append(f"launched one by one: {why}" if why else "one CUDA graph from the second call on")
     return lines
+
+
+def _reads_classes(problem: Problem) -> bool:
+    pairs = ((problem.loss, problem.support), (problem.query_loss, problem.query))
+    return any(
+        loss is not None and batch is not None and batch.y is not None and loss.needs_class_indices(batch.y)
+        for loss, batch in pairs
+    )
 
 
 def _unfit(problem: Problem, wrt: frozenset[str]) -> str:
@@ -160,7 +177,7 @@ def _first(problem: Problem, wrt: frozenset[str]) -> Pieces | str:
             if p.steps and (state := carries_state(p)):
                 return f"the network carries `{state}` over from pass to pass"
             found = traced(p, wrt)
-            reason = _compared(p, wrt, found)
+            reason = compared(p, wrt, found)
             return f"what was compiled differs from the module: {reason}" if reason else found
         except (UntraceableError, CompileError) as error:
             return str(error)
@@ -172,67 +189,6 @@ def _first(problem: Problem, wrt: frozenset[str]) -> Pieces | str:
             return not_traced(error)
 
 
-def _compared(problem: Problem, wrt: frozenset[str], pieces: Pieces) -> str:
-    """How what was compiled differs from the module itself on the first tasks, "" if it does not.
-
-    All tasks run, the others with weights of zero: what was compiled is for this number of tasks.
-    """
-    worst = ""
-    for seed in (0, 1):
-        whole = _for_first_tasks(varied(problem, seed))
-        some = cut(whole, 0, min(_COMPARED, problem.tasks))
-        expected = reference.solve(some, wrt, True)
-        with torch.no_grad():
-            found = _of_first_tasks(Job(whole, wrt, True, pieces).run(whole), whole, some)
-        worst = difference(found, expected, next(iter(problem.params.values())).dtype)
-        if not worst:
-            return ""
-    return worst
-
-
-def _for_first_tasks(problem: Problem) -> Problem:
-    """The same problem, in whose J the first tasks alone are."""
-    first = next(iter(problem.params.values()))
-    shares = (torch.arange(problem.tasks, device=first.device) < _COMPARED).to(first.dtype)
-
-    def share(tensor: Tensor) -> Tensor:
-        return tensor * shares.reshape(-1, *[1] * (tensor.dim() - 1))
-
-    cotangents = problem.adapted_grad
-    return replace(
-        problem,
-        task_weights=shares if problem.task_weights is None else problem.task_weights * shares,
-        output_grad=mapped(lambda leaf: None if leaf is None else share(leaf), problem.output_grad),
-        adapted_grad=None
-        if cotangents is None
-        else {name: share(value) for name, value in cotangents.items()},
-    )
-
-
-def _of_first_tasks(result: Result, whole: Problem, some: Problem) -> Result:
-    """What an answer says of the first tasks."""
-    tasks, grads = some.tasks, result.grads
-
-    def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:tasks]
-
-    if grads.params is not None:
-        grads.params = {
-            name: value[:tasks] if name in whole.per_task else value for name, value in grads.params.items()
-        }
-    if grads.lr is not None:
-        grads.lr = {
-            name: value[:, :tasks] if value.shape[1] > 1 else value for name, value in grads.lr.items()
-        }
-    for role in ("support", "query"):
-        for name in ("x", "y", "weights"):
-            setattr(grads, f"{role}_{name}", mapped(part, getattr(grads, f"{role}_{name}")))
-    adapted = (
-        None if result.adapted is None else {name: value[:tasks] for name, value in result.adapted.items()}
-    )
-    return Result(part(result.task_losses), mapped(part, result.output), adapted, grads)
-
-
 def _run(problem: Problem, wrt: frozenset[str], adapted: bool, pieces: Pieces) -> Result:
     scratch: Scratch = problem.scratch
     # static tensors outlive the call: made in inference mode, nothing could be copied into them
@@ -240,6 +196,10 @@ def _run(problem: Problem, wrt: frozenset[str], adapted: bool, pieces: Pieces) -
         job = scratch.get("inductor")
         if job is None or job.pieces is not pieces or (job.wrt, job.adapted) != (wrt, adapted):
             job = scratch["inductor"] = Job(problem, wrt, adapted, pieces)
+            key = id(scratch)
+            _jobs.put(key, ref(scratch, lambda _: _jobs.drop(key)))
+        else:
+            _jobs.used(id(scratch))
         try:
             return job.run(problem)
         except RuntimeError as error:
