@@ -431,9 +431,11 @@ PYBIND11_MODULE(_C, m) {
         const auto& machine = fm::binding::initialised_machine(self);
         return fm::machine::workspace(machine) * (machine.is_double ? 8 : 4);
       });
-  m.def("machine_functions", &machine_functions, "The element-wise functions of the machine, in their order.");
-  m.def("machine_lanes", [](bool is_double) { return fm::binding::MachineReader::lanes_of(is_double); },
-        "Tasks side by side where the machine has one in every lane.");
+  m.def("machine_functions", &machine_functions,
+        "The element-wise functions of the machine, in their order.");
+  m.def(
+      "machine_lanes", [](bool is_double) { return fm::binding::MachineReader::lanes_of(is_double); },
+      "Tasks side by side where the machine has one in every lane.");
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
   m.def("kinds", &kinds,

@@ -127,7 +127,8 @@ class MachineReader {
     fits(Space::fixed, m_.fixed);
     fits(Space::seed, machine::SEED_OUTPUT + machine::rounded(m_.output));
     fits(Space::output, machine::OUTPUT_START + machine::rounded(m_.output));
-    to.program = m_.is_double ? machine::decode<double>(code, m_.lanes) : machine::decode<float>(code, m_.lanes);
+    to.program =
+        m_.is_double ? machine::decode<double>(code, m_.lanes) : machine::decode<float>(code, m_.lanes);
     const i64 others = code.sizes[int(Space::other)];
     each(part.at("entries"), part.entry(d, "entries"), 4, [&](const Part& p, const py::tuple& row) {
       machine::Entry e;
@@ -135,7 +136,8 @@ class MachineReader {
       e.grad = size_at(p, row[3], -1);
       if (e.offset + e.size > code.sizes[int(e.integer ? Space::ints : Space::batch)])
         p.refuse("lies outside of its space");
-      if (e.grad >= 0 && (e.integer || e.grad + e.size > others)) p.refuse("has a gradient outside of its space");
+      if (e.grad >= 0 && (e.integer || e.grad + e.size > others))
+        p.refuse("has a gradient outside of its space");
       to.entries.push_back(e);
     });
     for (size_t i = 0; i < m_.others.size(); ++i) {
@@ -175,43 +177,56 @@ class MachineCallReader {
   }
 
   machine::MachineCall<S> read(const Items (&lists)[13], const std::vector<double>& step_weights) {
-    static const char* const names[] = {"data",         "rate",  "adapted_grad", "adapted", "grad",
-                                        "rate_grad",    "fixed", "fixed_grad",   "support", "support_grad",
-                                        "query",        "query_grad", "others"};
-    const size_t counts[] = {m_.adapted.size(), m_.adapted.size(), m_.adapted.size(), m_.adapted.size(),
-                             m_.adapted.size(), m_.adapted.size(), m_.others.size(),  m_.others.size(),
-                             m_.support.entries.size(), m_.support.entries.size(), m_.query.entries.size(),
-                             m_.query.entries.size(), 5};
+    static const char* const names[] = {"data",      "rate",       "adapted_grad", "adapted", "grad",
+                                        "rate_grad", "fixed",      "fixed_grad",   "support", "support_grad",
+                                        "query",     "query_grad", "others"};
+    const size_t counts[] = {m_.adapted.size(),
+                             m_.adapted.size(),
+                             m_.adapted.size(),
+                             m_.adapted.size(),
+                             m_.adapted.size(),
+                             m_.adapted.size(),
+                             m_.others.size(),
+                             m_.others.size(),
+                             m_.support.entries.size(),
+                             m_.support.entries.size(),
+                             m_.query.entries.size(),
+                             m_.query.entries.size(),
+                             5};
     for (int i = 0; i < 13; ++i)
       if (!lists[i].empty() && lists[i].size() != counts[i])
         throw std::invalid_argument(std::string("Machine.run: ") + names[i] + " must have " +
                                     std::to_string(counts[i]) + " items or none");
     const auto in = [&](int list, size_t i, i64 count) -> const S* {
       if (lists[list].empty()) return nullptr;
-      return static_cast<const S*>(tensors_.read(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
+      return static_cast<const S*>(
+          tensors_.read(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
     };
     const auto to = [&](int list, size_t i, i64 count) -> S* {
       if (lists[list].empty()) return nullptr;
-      return static_cast<S*>(tensors_.write(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
+      return static_cast<S*>(
+          tensors_.write(lists[list][i], {names[list], i, "Machine.run"}, count, number()));
     };
     const auto there = [&](const void* p, int list, size_t i) {
-      if (!p) throw std::invalid_argument(std::string("Machine.run: ") + names[list] + "[" + std::to_string(i) +
-                                          "] must be a tensor, got None");
+      if (!p)
+        throw std::invalid_argument(std::string("Machine.run: ") + names[list] + "[" + std::to_string(i) +
+                                    "] must be a tensor, got None");
     };
     const i64 T = call_.tasks;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const machine::Adapted& a = m_.adapted[p];
       machine::AdaptedCall<S> c;
       const i64 own = a.per_task ? times(T, a.size) : a.size;
-      const i64 rates = times(times(a.rate_per_step ? m_.steps : 1, a.rate_per_task ? T : 1),
-                              a.rate_element ? a.size : 1);
+      const i64 rates =
+          times(times(a.rate_per_step ? m_.steps : 1, a.rate_per_task ? T : 1), a.rate_element ? a.size : 1);
       c.data = in(0, p, own), there(c.data, 0, p);
       c.rate = in(1, p, rates), there(c.rate, 1, p);
       c.adapted_grad = in(2, p, times(T, a.size));
       c.adapted = to(3, p, times(T, a.size));
       c.grad = to(4, p, own);
       c.rate_grad = to(5, p, rates);
-      if (c.rate_grad && !m_.wants_rates) throw std::invalid_argument("Machine.run: rate_grad was not asked for");
+      if (c.rate_grad && !m_.wants_rates)
+        throw std::invalid_argument("Machine.run: rate_grad was not asked for");
       call_.adapted.push_back(c);
     }
     for (size_t p = 0; p < m_.others.size(); ++p) {
@@ -271,17 +286,18 @@ class MachineCallReader {
 
 // 0, or 1 where an index was out of range.
 inline int run_machine(const py::args& args, const py::kwargs& kwargs) {
-  static const char* const names[] = {"self",         "tasks",      "threads",    "data",   "rate",
-                                      "adapted_grad", "adapted",    "grad",       "rate_grad", "fixed",
-                                      "fixed_grad",   "support",    "support_grad", "query", "query_grad",
-                                      "others",       "step_weights", "poison"};
+  static const char* const names[] = {
+      "self",         "tasks", "threads",    "data",   "rate",         "adapted_grad",
+      "adapted",      "grad",  "rate_grad",  "fixed",  "fixed_grad",   "support",
+      "support_grad", "query", "query_grad", "others", "step_weights", "poison"};
   const auto given = arguments("Machine.run", names, args, kwargs);
   const Machine& m = initialised_machine(given[0]);
   const auto part = [&](size_t i) { return Part{"Machine.run", names[i]}; };
   const i64 tasks = size_at(part(1), given[1], 1, i64(1) << 40);
   const int threads = int(size_at(part(2), given[2], 1, 1024));
   std::vector<py::handle> lists[13];
-  Tensors tensors(8 * (m.adapted.size() + m.others.size() + m.support.entries.size() + m.query.entries.size()) + 16);
+  Tensors tensors(
+      8 * (m.adapted.size() + m.others.size() + m.support.entries.size() + m.query.entries.size()) + 16);
   for (size_t i = 0; i < 13; ++i) {
     part(i + 3).check_list(given[i + 3]);
     lists[i] = tensors.items(given[i + 3]);

@@ -20,7 +20,7 @@ V = TypeVar("V")
 _MOST_STATES, _MOST_LOSSES = 8, 16
 #: States of one network, or functions as its losses, after which it is no longer traced: to trace
 #: again and again costs more than it saves.
-_TOO_MANY = 32
+_TOO_MANY, _TOO_MANY_LOSSES = 32, 8
 
 
 class _Known(Generic[V]):
@@ -56,6 +56,13 @@ class _Holder(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function = function
+
+
+def guarded(function: Any) -> tuple[nn.Module, Guard]:
+    """A guard of a loss of the user's own, and what it is of: `guard.holds(holder)` says whether
+    the loss is still what it was."""
+    holder = _Holder(function)
+    return holder, Guard(holder)
 
 
 class Kept(Generic[V]):
@@ -129,15 +136,14 @@ def _unwatched(problem: Problem, known: _Known[Any]) -> str:
         entry = known.losses.get(id(loss.function))
         if entry is None or getattr(entry[0], "function", None) is not loss.function:
             known.new_losses += 1
-            if known.new_losses > _TOO_MANY:
+            if known.new_losses > _TOO_MANY_LOSSES:
                 return "the loss is another function at every call: define it once"
-            holder = _Holder(loss.function)
-            entry = known.losses.put(id(loss.function), (holder, Guard(holder)))
+            entry = known.losses.put(id(loss.function), guarded(loss.function))
         elif not entry[1].holds(entry[0]):
             for key in [*known.found]:
                 known.found.drop(key)
             known.new_losses += 1
-            entry = known.losses.put(id(loss.function), (entry[0], Guard(entry[0])))
+            entry = known.losses.put(id(loss.function), guarded(loss.function))
         if entry[1].hooked or entry[1].entropy or entry[1].unwatched:
             what = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
             return f"the loss cannot be watched for changes ({what})"

@@ -16,6 +16,7 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch.autograd import forward_ad
 
 from fastmeta import backends
+from fastmeta.backends._traced import guarded
 from fastmeta.bounded import Bounded
 from fastmeta.capture.capture import captured, frozen_flags, guard_of
 from fastmeta.capture.guards import Guard
@@ -68,6 +69,7 @@ class Plan:
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
     native: bool = False  # the backend calls into nothing that has a global state to leave behind
     guard: Guard | None = None  # of a network that was traced: holds while the network does not change
+    losses: tuple[tuple[nn.Module, Guard], ...] = ()  # those of the user's own, and what they are of
 
 
 @dataclass(slots=True)
@@ -270,7 +272,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
 def _changed(plan: Plan, net: nn.Module, options: Options) -> bool:
     """Whether the network is another one than the plan was made for."""
     if plan.guard is not None:
-        return guard_of(net) is not plan.guard
+        return guard_of(net) is not plan.guard or not all(guard.holds(held) for held, guard in plan.losses)
     program, _ = captured(net, plan.shapes.input, plan.shapes.dtype, options.batch_stats)
     return program is not plan.program
 
@@ -339,6 +341,8 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     name = plan.backend.__name__.rpartition(".")[2]
     if name in _TRACE:
         plan.guard = guard_of(net)
+        own = [loss.function for loss in (given.loss, given.query_loss) if loss is not None]
+        plan.losses = tuple(guarded(function) for function in dict.fromkeys(own) if function is not None)
     if plan.guard is not None or (program is not None and name not in _RUN_THE_MODULE):
         if plan.guard is None and (problem.steps or problem.query is not None):  # else nothing is run
             check_capture(plan.backend, problem)

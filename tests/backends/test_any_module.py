@@ -148,7 +148,8 @@ def test_meta_gradient_matches_the_plain_loop(
         backend=backend,
     )
     explanation = maml.explain(*episode)
-    assert explanation.backend == ("machine" if backend == "auto" else "torch")
+    machine = backend == "auto" and name != "own_code"  # which sorts
+    assert explanation.backend == ("machine" if machine else "torch")
     assert not [line for line in explanation.runs if "loop" in line]  # vectorised
     out = maml(*episode)
     wanted = [*net.parameters(), *maml.inner_lrs.parameters(), *episode]

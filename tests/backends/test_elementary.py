@@ -72,18 +72,18 @@ def _arguments(dtype: torch.dtype) -> Tensor:
     functions are zero."""
     draw = torch.Generator().manual_seed(0)
     double = dtype == torch.float64
-    exponents = torch.arange(-1074, 1024) if double else torch.arange(-149, 128).repeat_interleave(60)
+    exponents = torch.arange(-1074, 1024) if double else torch.arange(-149, 128).repeat_interleave(40)
     binades = torch.ldexp(1 + torch.rand(len(exponents), generator=draw, dtype=torch.float64), exponents)
     usual = [(torch.rand(n, generator=draw, dtype=torch.float64)) * size for n, size in _SIZES[double]]
-    turns = torch.arange(1, 400 if double else 4000, dtype=torch.float64) * (math.pi / 2)
+    turns = torch.arange(1, 200 if double else 4000, dtype=torch.float64) * (math.pi / 2)
     some = torch.cat([binades, *usual]).to(dtype)
     positive = torch.cat([some, turns.to(dtype), torch.tensor(_LANDMARKS, dtype=dtype)])
     return torch.cat([positive, -positive])
 
 
 _SIZES = {
-    True: [(600, 1), (600, 8), (400, 40), (400, 750)],
-    False: [(9000, 1), (9000, 8), (9000, 40), (9000, 110)],
+    True: [(300, 1), (300, 8), (200, 40), (200, 750)],
+    False: [(5000, 1), (5000, 8), (5000, 40), (5000, 110)],
 }
 _LANDMARKS = (0.0, 1.0, 0.5, 2.0, 0.625, 1 / 3, 2 / 3, 20.0, math.inf, math.nan)
 

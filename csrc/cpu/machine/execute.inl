@@ -21,10 +21,10 @@ using VecMask = decltype(Vec<S>{} < Vec<S>{});
 
 #include "vector_functions.inl"
 
-#include "map.inl"
-#include "reduce.inl"
-#include "product.inl"
 #include "gather.inl"
+#include "map.inl"
+#include "product.inl"
+#include "reduce.inl"
 
 template <class S, bool LANES>
 void machine_run(const machine::Step* steps, i64 count, machine::Memory<S>& memory) {

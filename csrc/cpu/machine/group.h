@@ -2,57 +2,15 @@
 #pragma once
 
 #include "../../shared/algorithm.h"
-#include "../kernels.h"
-#include "layout.h"
+#include "group_state.h"
 
 namespace fm::machine {
 
-// Constants and what all tasks share, spread over the lanes.
 template <class S>
-void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call, S* base) {
-  const i64 L = m.lanes;
-  const auto spread = [&](auto from, i64 n, S* to) {
-    for (i64 i = 0; i < n; ++i)
-      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
-  };
-  std::fill(base, base + at.shared, S(0));
-  for (int i = 0; i < 2; ++i)
-    spread(m.constants[i].data(), i64(m.constants[i].size()), base + at.constants[i]);
-  for (size_t p = 0; p < m.adapted.size(); ++p)
-    if (!m.adapted[p].per_task)
-      spread(call.adapted[p].data, m.adapted[p].size, base + at.shared_theta + m.adapted[p].offset * L);
-  for (size_t p = 0; p < m.others.size(); ++p)
-    if (!m.others[p].per_task)
-      spread(call.others[p].data, m.others[p].size, base + at.shared_fixed + m.others[p].offset * L);
-}
-
-// Gradients that are sums over tasks, to the caller.
-template <class S>
-void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, const S* total) {
-  for (size_t p = 0; p < m.adapted.size(); ++p) {
-    const Adapted& a = m.adapted[p];
-    if (!a.per_task && call.adapted[p].grad)
-      std::copy_n(total + at.sum_theta + a.offset, a.size, call.adapted[p].grad);
-    if (!a.rate_per_task && call.adapted[p].rate_grad) {
-      const i64 n = (a.rate_per_step ? m.steps : 1) * (a.rate_element ? a.size : 1);
-      std::copy_n(total + at.sum_rates + at.rate_sums[p], n, call.adapted[p].rate_grad);
-    }
-  }
-  for (size_t p = 0; p < m.others.size(); ++p)
-    if (!m.others[p].per_task && call.others[p].grad)
-      std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
-}
-
-template <class S>
-class Group {
+class Group : private GroupState<S> {
  public:
-  Group(const Machine& m, const Layout& at, const Kernels<S>& kernels, const Executor<S>& executor,
-        const MachineCall<S>& call, S* shared, S* workspace)
-      : m_(m), at_(at), kernels_(kernels), executor_(executor), call_(call), shared_(shared), w_(workspace), L_(m.lanes) {
-    bool own_fixed = false;
-    for (const Fixed& f : m.others) own_fixed = own_fixed || f.per_task;
-    own_fixed_ = own_fixed;
-  }
+  using State = GroupState<S>;
+  using State::State;
 
   // Tasks first .. first + count - 1; false where an index was out of range.
   bool run(i64 first, i64 count, S* sums) {
@@ -70,7 +28,7 @@ class Group {
   void load() {
     std::fill(losses_, losses_ + 64, 0.0);
     once_done_ = false;
-    std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
+    if (own_theta_) std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (m_.adapted[p].per_task)
         pack(call_.adapted[p].data, m_.adapted[p].size, m_.adapted[p].size,
@@ -108,7 +66,7 @@ class Group {
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (call_.adapted[p].adapted)
         unpack(theta(m_.steps) + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
-               call_.adapted[p].adapted, false);
+               call_.adapted[p].adapted);
   }
 
   void query_values() {
@@ -121,19 +79,24 @@ class Group {
   }
 
   void start_sweep() {
-    std::fill_n(w_ + at_.lambda, m_.theta * L_, S(0));
-    std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
+    if (m_.momentum != 0) std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
     std::fill_n(w_ + at_.others_sum, m_.fixed * L_, S(0));
     for (int i = 0; i < 2; ++i) zero_entry_gradients(i);
+    fresh_ = true;
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (call_.adapted[p].adapted_grad) {
+        complete_lambda();
         S* const to = w_ + at_.lambda + m_.adapted[p].offset * L_;
         pack(call_.adapted[p].adapted_grad, m_.adapted[p].size, m_.adapted[p].size, to);
         silence(to, m_.adapted[p].size);
       }
     zero_rate_gradients();
   }
-  void complete_lambda() {}
+  // Zero where nobody has written it.
+  void complete_lambda() {
+    if (fresh_) std::fill_n(w_ + at_.lambda, m_.theta * L_, S(0));
+    fresh_ = false;
+  }
 
   // lambda += s_k grad Q(theta_k), and what else the query set's pass gives.
   void query_gradient(i64 k) {
@@ -141,29 +104,33 @@ class Group {
     const double s = step_weight(k);
     const bool last = k == m_.steps;
     if (s == 0.0 && !last) return;
-    run_query(k, s);
-    add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
-    collect(1, k);
+    run_query(k, s);  // straight to lambda, if nothing is there yet
+    if (!std::exchange(fresh_, false)) add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
+    collect(1, k, S(1));
   }
 
   void step_back(i64 k) {
     if (m_.per_step) load_set(0, k);
     if (m_.wants_rates) rate_gradients(k);
     const bool momentum = m_.momentum != 0;
+    S alpha = 0;
+    if (m_.second_order && m_.plain_rule() && one_rate(k, alpha)) {
+      // H (alpha lambda) is alpha times H lambda
+      hessian_product(k, w_ + at_.lambda);
+      kernels_.sgd_direction(m_.theta * L_, alpha, nullptr, w_ + at_.grad, w_ + at_.lambda, w_ + at_.lambda);
+      collect(0, k, -alpha);
+      return;
+    }
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
-      S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
       kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from,
                              momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
     }
     if (m_.second_order) {
-      if (m_.per_step) once_done_ = false;
-      if (!m_.store) support_gradient(k);
-      if (m_.per_step && m_.store) run_once(0, k);
-      run_stage(0, 2, k);
+      hessian_product(k, w_ + at_.direction);
       add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
-      collect(0, k);
+      collect(0, k, S(1));
     }
     if (!m_.plain_rule())
       kernels_.sgd_adjoint(m_.theta * L_, S(m_.momentum), S(m_.weight_decay), w_ + at_.direction,
@@ -179,7 +146,7 @@ class Group {
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       if (m_.adapted[p].per_task && call_.adapted[p].grad)
         unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
-               call_.adapted[p].grad, false);
+               call_.adapted[p].grad);
     const S* const others = w_ + at_.others_sum;
     if (L_ == 1)
       add(others, m_.fixed, sums_ + at_.sum_fixed);
@@ -187,8 +154,7 @@ class Group {
       executor_.lane_sums(m_.fixed, others, sums_ + at_.sum_fixed);
     for (size_t p = 0; p < m_.others.size(); ++p)
       if (m_.others[p].per_task && call_.others[p].grad)
-        unpack(others + m_.others[p].offset * L_, m_.others[p].size, m_.others[p].size,
-               call_.others[p].grad, false);
+        unpack(others + m_.others[p].offset * L_, m_.others[p].size, m_.others[p].size, call_.others[p].grad);
   }
 
   void write_loss() {
@@ -197,64 +163,39 @@ class Group {
   }
 
  private:
-  S* theta(i64 k) { return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK); }
-  const Set& set(int which) const { return which ? m_.query : m_.support; }
-  const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
-  double step_weight(i64 k) const {
-    if (!m_.query_loss) return 0.0;
-    return call_.step_weights.empty() ? (k == m_.steps ? 1.0 : 0.0) : call_.step_weights[k];
-  }
-
-  // [T, stride] of the user's, `n` elements of each task, to lanes; absent tasks are the last one.
-  template <class From, class To>
-  void pack_as(const From* from, i64 stride, i64 n, To* to) const {
-    if (L_ == 1) {
-      std::copy_n(from + first_ * stride, n, to);
-      return;
-    }
-    for (i64 l = 0; l < L_; ++l) {
-      const From* const task = from + (first_ + std::min(l, count_ - 1)) * stride;
-      for (i64 i = 0; i < n; ++i) to[i * L_ + l] = To(task[i]);
-    }
-  }
-  void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
-  void unpack(const S* from, i64 stride, i64 n, S* to, bool accumulate) const {
-    for (i64 l = 0; l < count_; ++l) {
-      S* const task = to + (first_ + l) * stride;
-      if (accumulate)
-        for (i64 i = 0; i < n; ++i) task[i] += from[i * L_ + l];
-      else
-        for (i64 i = 0; i < n; ++i) task[i] = from[i * L_ + l];
-    }
-  }
-  // Zero in the lanes of absent tasks.
-  void silence(S* x, i64 n) const {
-    for (i64 i = 0; i < n; ++i)
-      for (i64 l = count_; l < L_; ++l) x[i * L_ + l] = 0;
-  }
-  static void add(const S* from, i64 n, S* to) {
-    for (i64 i = 0; i < n; ++i) to[i] += from[i];
-  }
-
-  void load_set(int which, i64 k) {
-    const Set& s = set(which);
-    const i64 sets = !which && m_.per_step ? m_.steps : 1;
-    i64* const ints = reinterpret_cast<i64*>(w_ + aligned(at_.ints[which]));
-    for (size_t i = 0; i < s.entries.size(); ++i) {
-      const Entry& e = s.entries[i];
-      const void* const data = entries(which)[i].data;
-      if (e.integer)
-        pack_as(static_cast<const i64*>(data) + k * e.size, sets * e.size, e.size, ints + e.offset * L_);
-      else
-        pack_as(static_cast<const S*>(data) + k * e.size, sets * e.size, e.size,
-                w_ + at_.batch[which] + e.offset * L_);
-    }
-    if (!which && m_.per_step) once_done_ = false;
-  }
-  static i64 aligned(i64 at) {
-    constexpr i64 per = i64(sizeof(i64) / sizeof(S));
-    return (at + per - 1) / per * per;
-  }
+  using State::add;
+  using State::aligned;
+  using State::at_;
+  using State::bad_index_;
+  using State::call_;
+  using State::count_;
+  using State::direction_;
+  using State::entries;
+  using State::executor_;
+  using State::first_;
+  using State::fresh_;
+  using State::kernels_;
+  using State::L_;
+  using State::load_set;
+  using State::losses_;
+  using State::m_;
+  using State::once_done_;
+  using State::one_rate;
+  using State::own_fixed_;
+  using State::own_theta_;
+  using State::pack;
+  using State::rate_gradients;
+  using State::rates;
+  using State::set;
+  using State::shared_;
+  using State::silence;
+  using State::step_weight;
+  using State::sums_;
+  using State::theta;
+  using State::unpack;
+  using State::unpack_sum;
+  using State::w_;
+  using State::zero_rate_gradients;
 
   Memory<S> memory(int which, i64 k) {
     Memory<S> mem{};
@@ -266,9 +207,9 @@ class Group {
     to(Space::theta) = theta(k);
     to(Space::fixed) = own_fixed_ ? w_ + at_.fixed : shared_ + at_.shared_fixed;
     to(Space::batch) = w_ + at_.batch[which];
-    to(Space::direction) = w_ + at_.direction;
+    to(Space::direction) = const_cast<S*>(direction_);
     to(Space::seed) = w_ + at_.seed;
-    to(Space::grad) = w_ + at_.grad;
+    to(Space::grad) = w_ + (which && fresh_ ? at_.lambda : at_.grad);
     to(Space::curvature) = w_ + at_.grad;  // g is no longer needed then
     to(Space::other) = w_ + at_.other;
     to(Space::output) = w_ + at_.output;
@@ -293,6 +234,14 @@ class Group {
     run_once(0, k);
     run_stage(0, 1, k);
   }
+  // H_k along `direction`, to where gradients go.
+  void hessian_product(i64 k, const S* direction) {
+    if (m_.per_step) once_done_ = false;
+    if (!m_.store) support_gradient(k);
+    if (m_.per_step && m_.store) run_once(0, k);
+    direction_ = direction;
+    run_stage(0, 2, k);
+  }
 
   void run_query(i64 k, double s) {
     S* const seed = w_ + at_.seed;
@@ -316,15 +265,16 @@ class Group {
     const S* const out = w_ + at_.output;
     if (m_.query_loss && s != 0.0)
       for (i64 l = 0; l < count_; ++l) losses_[l] += s * double(out[l]);
-    if (k == m_.steps && call_.output) unpack(out + OUTPUT_START * L_, m_.output, m_.output, call_.output, false);
+    if (k == m_.steps && call_.output) unpack(out + OUTPUT_START * L_, m_.output, m_.output, call_.output);
   }
 
-  // Adds a pass's gradients by what does not adapt, and by its set, to their totals.
-  void collect(int which, i64 k) {
+  // Adds a pass's gradients by what does not adapt, and by its set, times `scale` to their totals.
+  void collect(int which, i64 k, S scale) {
     const S* const other = w_ + at_.other;
     for (const Fixed& f : m_.others) {
       const i64 from = which ? f.query_grad : f.support_grad;
-      if (from >= 0) add(other + from * L_, f.size * L_, w_ + at_.others_sum + f.offset * L_);
+      S* const to = w_ + at_.others_sum + f.offset * L_;
+      if (from >= 0) kernels_.sgd_direction(f.size * L_, -scale, nullptr, other + from * L_, to, to);
     }
     const Set& s = set(which);
     const i64 sets = !which && m_.per_step ? m_.steps : 1;
@@ -332,7 +282,7 @@ class Group {
       const Entry& e = s.entries[i];
       S* const grad = entries(which)[i].grad;
       if (e.grad >= 0 && grad)
-        unpack(other + e.grad * L_, sets * e.size, e.size, grad + (sets > 1 ? k * e.size : 0), true);
+        unpack_sum(other + e.grad * L_, sets * e.size, e.size, scale, grad + (sets > 1 ? k * e.size : 0));
     }
   }
   void zero_entry_gradients(int which) {
@@ -342,74 +292,6 @@ class Group {
       if (S* const grad = entries(which)[i].grad)
         std::fill_n(grad + first_ * sets * s.entries[i].size, count_ * sets * s.entries[i].size, S(0));
   }
-
-  // ---- learning rates
-  // Elements for all lanes, or null and one number.
-  const S* rates(i64 k, size_t p, S& alpha) {
-    const Adapted& a = m_.adapted[p];
-    const S* const all = call_.adapted[p].rate;
-    const i64 each = a.rate_element ? a.size : 1, own = a.rate_per_task ? each : 0,
-              row = (a.rate_per_task ? call_.tasks : 1) * each;
-    const S* const step = all + (a.rate_per_step ? k * row : 0);
-    if (!a.rate_element && (!a.rate_per_task || L_ == 1)) {
-      alpha = step[first_ * own];
-      return nullptr;
-    }
-    if (L_ == 1) return step + first_ * own;
-    S* const to = w_ + at_.alphas;
-    for (i64 l = 0; l < L_; ++l) {
-      const S* const task = step + (first_ + std::min(l, count_ - 1)) * own;
-      for (i64 i = 0; i < a.size; ++i) to[i * L_ + l] = task[a.rate_element ? i : 0];
-    }
-    return to;
-  }
-  void zero_rate_gradients() {
-    for (size_t p = 0; p < m_.adapted.size(); ++p) {
-      const Adapted& a = m_.adapted[p];
-      S* const grad = call_.adapted[p].rate_grad;
-      if (!grad || !a.rate_per_task) continue;
-      const i64 each = a.rate_element ? a.size : 1;
-      for (i64 k = 0; k < (a.rate_per_step ? m_.steps : 1); ++k)
-        std::fill_n(grad + (k * call_.tasks + first_) * each, count_ * each, S(0));
-    }
-  }
-  // d alpha_k = -lambda_{k+1} u_k, for the tasks that are there.
-  void rate_gradients(i64 k) {
-    const S* const u = w_ + at_.updates + k * at_.update_stride;
-    const S* const lambda = w_ + at_.lambda;
-    for (size_t p = 0; p < m_.adapted.size(); ++p) {
-      const Adapted& a = m_.adapted[p];
-      S* const grad = call_.adapted[p].rate_grad;
-      if (!grad) continue;
-      const i64 each = a.rate_element ? a.size : 1, row = a.rate_per_step ? k : 0;
-      for (i64 l = 0; l < count_; ++l) {
-        S* const to = a.rate_per_task
-                          ? grad + (row * call_.tasks + first_ + l) * each
-                          : sums_ + at_.sum_rates + at_.rate_sums[p] + row * each;
-        double total = 0;
-        for (i64 i = 0; i < a.size; ++i) {
-          const i64 at = (a.offset + i) * L_ + l;
-          if (a.rate_element)
-            to[i] -= lambda[at] * u[at];
-          else
-            total += double(lambda[at]) * double(u[at]);
-        }
-        if (!a.rate_element) to[0] -= S(total);
-      }
-    }
-  }
-
-  const Machine& m_;
-  const Layout& at_;
-  const Kernels<S>& kernels_;
-  const Executor<S>& executor_;
-  const MachineCall<S>& call_;
-  S *const shared_, *const w_;
-  const i64 L_;
-  bool own_fixed_ = false, once_done_ = false, bad_index_ = false;
-  i64 first_ = 0, count_ = 0;
-  S* sums_ = nullptr;
-  double losses_[64] = {};
 };
 
 }  // namespace fm::machine

@@ -68,7 +68,8 @@ inline Layout layout_of(const Machine& m, size_t element) {
   i64 rates = 0;
   for (const Adapted& p : m.adapted) {
     at.rate_sums.push_back(rates);
-    if (!p.rate_per_task) rates += (p.rate_per_step ? std::max<i64>(m.steps, 1) : 1) * (p.rate_element ? p.size : 1);
+    if (!p.rate_per_task)
+      rates += (p.rate_per_step ? std::max<i64>(m.steps, 1) : 1) * (p.rate_element ? p.size : 1);
   }
   at.sum_rates = take(rates);
   at.sums = next;

@@ -122,8 +122,8 @@ __attribute__((noinline)) void map_loop(const MapArgument<S>& to, const MapArgum
 template <class S>
 FM_INLINE void map_op(const machine::MicroOp& o, const MapArgument<S>* args, i64 vectors) {
   switch (machine::MapFunction(o.op)) {
-#define FM_CASE(name)                                                                              \
-  case machine::MapFunction::name:                                                                 \
+#define FM_CASE(name)              \
+  case machine::MapFunction::name: \
     return map_loop<S, machine::MapFunction::name>(args[o.to], args[o.a], args[o.b], args[o.c], vectors);
     FM_MACHINE_FUNCTIONS(FM_CASE)
 #undef FM_CASE
@@ -160,8 +160,7 @@ FM_INLINE bool transposed_copy(const machine::Step& s, machine::Memory<S>& m) {
         transpose_edge(from + j * ld_src + whole, ld_src, to + whole * ld_dst + j, ld_dst, i64(B),
                        s.n[r] - whole, false);
     }
-    if (j < s.n[c])
-      transpose_edge(from + j * ld_src, ld_src, to + j, ld_dst, s.n[c] - j, s.n[r], false);
+    if (j < s.n[c]) transpose_edge(from + j * ld_src, ld_src, to + j, ld_dst, s.n[c] - j, s.n[r], false);
   }
   return true;
 }
@@ -200,7 +199,8 @@ void run_map(const machine::Step& s, machine::Memory<S>& m) {
     tile += pitch;
   }
   S* out_tile[MOST_ARGS];
-  for (int i = 0; i < s.outputs; ++i, tile += pitch) out_tile[i] = tile, all_dense = all_dense && out[i].dense;
+  for (int i = 0; i < s.outputs; ++i, tile += pitch)
+    out_tile[i] = tile, all_dense = all_dense && out[i].dense;
 
   const i64 width = s.n[s.dims - 1];
   i64 rows = 1;

@@ -87,7 +87,9 @@ using ProductFunction = void (*)(const ProductTile<S>&);
 
 // As many accumulators as registers allow.
 constexpr int ROW_BUDGET = FM_REGISTERS == 32 ? 24 : 12;
-constexpr int MOST_ROWS = 12, MOST_VECTORS = 4, LANE_SIDE = FM_REGISTERS == 32 ? 5 : 3;
+constexpr int MOST_ROWS = 12, MOST_VECTORS = 4;
+constexpr int LANE_BUDGET = FM_REGISTERS == 32 ? 25 : 12, LANE_SIDE = FM_REGISTERS == 32 ? 5 : 3;
+constexpr int MOST_LANE_COLUMNS = 5;
 
 template <class S, int MR, int NV>
 constexpr ProductFunction<S> row_tile_or_none() {
@@ -96,31 +98,30 @@ constexpr ProductFunction<S> row_tile_or_none() {
   else
     return nullptr;
 }
-#define FM_ROWS(NV)                                                                                     \
-  {                                                                                                     \
-    row_tile_or_none<S, 1, NV>(), row_tile_or_none<S, 2, NV>(), row_tile_or_none<S, 3, NV>(),           \
-        row_tile_or_none<S, 4, NV>(), row_tile_or_none<S, 5, NV>(), row_tile_or_none<S, 6, NV>(),       \
-        row_tile_or_none<S, 7, NV>(), row_tile_or_none<S, 8, NV>(), row_tile_or_none<S, 9, NV>(),       \
-        row_tile_or_none<S, 10, NV>(), row_tile_or_none<S, 11, NV>(), row_tile_or_none<S, 12, NV>()     \
-  }
+#define FM_ROWS(NV)                                                                            \
+  {row_tile_or_none<S, 1, NV>(),  row_tile_or_none<S, 2, NV>(),  row_tile_or_none<S, 3, NV>(), \
+   row_tile_or_none<S, 4, NV>(),  row_tile_or_none<S, 5, NV>(),  row_tile_or_none<S, 6, NV>(), \
+   row_tile_or_none<S, 7, NV>(),  row_tile_or_none<S, 8, NV>(),  row_tile_or_none<S, 9, NV>(), \
+   row_tile_or_none<S, 10, NV>(), row_tile_or_none<S, 11, NV>(), row_tile_or_none<S, 12, NV>()}
 template <class S>
-constexpr ProductFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3), FM_ROWS(4)};
+constexpr ProductFunction<S> ROW_TILES[MOST_VECTORS][MOST_ROWS] = {FM_ROWS(1), FM_ROWS(2), FM_ROWS(3),
+                                                                   FM_ROWS(4)};
 #undef FM_ROWS
 
 template <class S, int MR, int NR>
 constexpr ProductFunction<S> lane_tile_or_none() {
-  if constexpr (MR <= LANE_SIDE && NR <= LANE_SIDE)
+  if constexpr (MR * NR <= LANE_BUDGET)
     return &lane_tile<S, MR, NR>;
   else
     return nullptr;
 }
-#define FM_LANES(MR)                                                                                  \
-  {                                                                                                   \
-    lane_tile_or_none<S, MR, 1>(), lane_tile_or_none<S, MR, 2>(), lane_tile_or_none<S, MR, 3>(),      \
-        lane_tile_or_none<S, MR, 4>(), lane_tile_or_none<S, MR, 5>()                                  \
-  }
+#define FM_LANES(MR)                                                                            \
+  {lane_tile_or_none<S, MR, 1>(), lane_tile_or_none<S, MR, 2>(), lane_tile_or_none<S, MR, 3>(), \
+   lane_tile_or_none<S, MR, 4>(), lane_tile_or_none<S, MR, 5>()}
 template <class S>
-constexpr ProductFunction<S> LANE_TILES[5][5] = {FM_LANES(1), FM_LANES(2), FM_LANES(3), FM_LANES(4), FM_LANES(5)};
+constexpr ProductFunction<S> LANE_TILES[MOST_ROWS][MOST_LANE_COLUMNS] = {
+    FM_LANES(1), FM_LANES(2), FM_LANES(3), FM_LANES(4),  FM_LANES(5),  FM_LANES(6),
+    FM_LANES(7), FM_LANES(8), FM_LANES(9), FM_LANES(10), FM_LANES(11), FM_LANES(12)};
 #undef FM_LANES
 
 // How `n` is cut into parts of `most` at most, all of about one size.
@@ -178,7 +179,10 @@ template <class S>
 FM_INLINE void product_in_lanes(i64 m, i64 n, ProductTile<S> t) {
   const S *const a = t.a, *const b = t.b;
   S* const c = t.c;
-  const i64 rows = even_part(m, LANE_SIDE), cols = even_part(n, LANE_SIDE);
+  // few rows: all of them, so that the right factor is read once
+  const i64 rows = m <= MOST_ROWS && n > 1 && LANE_BUDGET / m >= 2 ? m : even_part(m, LANE_SIDE);
+  const i64 fit = LANE_BUDGET / rows < MOST_LANE_COLUMNS ? LANE_BUDGET / rows : MOST_LANE_COLUMNS;
+  const i64 cols = even_part(n, fit);
   for (i64 j = 0; j < n; j += cols) {
     const i64 wide = n - j < cols ? n - j : cols;
     t.b = b + j * t.b_n;

@@ -95,8 +95,8 @@ class Decoder {
     v.ends = writes && word(0, 1, "a flag");
     for (int d = 0; d < s.dims; ++d) v.stride[d] = word(-MOST, MOST, "a stride");
     const Space space = Space(v.space);
-    const bool result = space == Space::grad || space == Space::other || space == Space::output ||
-                        space == Space::curvature;
+    const bool result =
+        space == Space::grad || space == Space::other || space == Space::output || space == Space::curvature;
     if (writes && !result && space != Space::work && space != Space::kept && space != Space::once)
       refuse("an instruction writes where it must not");
     return v;

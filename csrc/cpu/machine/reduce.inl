@@ -33,7 +33,8 @@ constexpr i64 SUM_PART = 64;
 
 // [width] elements side by side, each over all reduced indices.
 template <class S, bool MAX, int NV>
-FM_INLINE void reduce_columns(const machine::Step& s, const machine::View& x, const S* from, S* to, i64 left) {
+FM_INLINE void reduce_columns(const machine::Step& s, const machine::View& x, const S* from, S* to,
+                              i64 left) {
   constexpr int L = lanes<S>;
   const Vec<S> start = MAX ? broadcast(S(-__builtin_inf())) : Vec<S>{};
   Vec<S> acc[NV], part[NV];
@@ -112,7 +113,8 @@ void reduce_as(const machine::Step& s, machine::Memory<S>& m) {
   S* const to = m.at[out.space] + out.offset;
   const int kept = s.dims - s.reduced;
   const int last = kept - 1;
-  const bool columns = s.reduction != Reduction::argmax && kept > 0 && x.stride[last] == 1 && out.stride[last] == 1 && s.n[last] > 1 &&
+  const bool columns = s.reduction != Reduction::argmax && kept > 0 && x.stride[last] == 1 &&
+                       out.stride[last] == 1 && s.n[last] > 1 &&
                        (s.n[last] >= L || x.stride[s.dims - 1] != 1);
   i64 outer = 1;
   for (int d = 0; d < (columns ? last : kept); ++d) outer *= s.n[d];

@@ -85,25 +85,37 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         ValueError: a class index is out of range, or a learning rate is not finite.
         IndexError: an index that the module reads rows by is out of range.
     """
-    _inputs.check_rates(problem)
-    return _unchecked(problem, wrt, adapted)
+    job = _job(problem, wrt, adapted)
+    if problem.rates is not job.number_rates:
+        _inputs.check_rates(problem)
+        rates = problem.rates.values()
+        one = all(rate.numel() == 1 and rate.data_ptr() == next(iter(rates)).data_ptr() for rate in rates)
+        job.number_rates = problem.rates if one else None
+    return job.run(problem)
 
 
 def _unchecked(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
-    job = problem.scratch.get("machine")
+    return _job(problem, wrt, adapted).run(problem)
+
+
+def _job(problem: Problem, wrt: frozenset[str], adapted: bool) -> runs.Job:
+    job: runs.Job | None = problem.scratch.get("machine")
     if job is None or job.wrt != wrt or job.adapted != adapted:
         found = plans.programs(problem, wrt)
         if isinstance(found, str):
             raise RuntimeError(found)
         job = problem.scratch["machine"] = runs.Job(problem, wrt, adapted, found)
-    return job.run(problem)
+    return job
 
 
-def notes(problem: Problem) -> list[str]:
-    """What a user should know about how `problem` runs here."""
-    job = problem.scratch.get("machine")
-    if job is None:
-        return []
+def poison(on: bool) -> None:
+    """Fill scratch memory with NaN before every call, for tests."""
+    runs.POISON = on
+
+
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """How `problem` runs here."""
+    job = _job(problem, wrt, False)
     how = "a task in every lane" if job.plan.lanes else "a task a thread"
     return [
         f"traced: {how} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",

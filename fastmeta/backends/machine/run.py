@@ -15,6 +15,7 @@ from fastmeta.trace.step import Slot
 
 POISON = False
 _CPU = torch.device("cpu")
+_DENSE = torch.contiguous_format
 _MOST_THREADS = 1024
 
 
@@ -28,6 +29,8 @@ class Job:
         names = [slot.name for slot in self.plan.fixed]
         self.fixed = [name.removeprefix("fixed.") for name in names if name.startswith("fixed.")]
         self.rest = [name for name in names if not name.startswith("fixed.")]
+        # where rates are numbers the same dict comes with every call, and was checked
+        self.number_rates: dict[str, Tensor] | None = None
         weights = problem.step_weights
         self.step_weights = list(weights) if weights is not None and problem.query_loss is not None else []
 
@@ -42,15 +45,10 @@ class Job:
         result, grads = Result(), Gradients()
         params = problem.params
         if "params" in wrt:
-            grads.params = {
-                name: torch.zeros(value.shape, dtype=value.dtype, device=_CPU)
-                for name, value in params.items()
-            }
+            grads.params = {name: _like(value) for name, value in params.items()}
         if "lr" in wrt:
-            grads.lr = {
-                name: torch.zeros(rate.shape, dtype=self.dtype, device=_CPU)
-                for name, rate in problem.rates.items()
-            }
+            make = _like if problem.steps else torch.zeros_like
+            grads.lr = {name: make(rate, memory_format=_DENSE) for name, rate in problem.rates.items()}
         adapted: list[Tensor | None] = []
         if self.adapted:
             result.adapted = self._adapted(problem)
@@ -75,10 +73,10 @@ class Job:
             adapted,
             [] if grads.params is None else [grads.params[name] for name in names],
             [] if grads.lr is None or not problem.steps else [grads.lr[name] for name in names],
-            [*(params[name] for name in self.fixed), *self._rest(problem)],
+            [*map(params.__getitem__, self.fixed), *(self._rest(problem) if self.rest else ())],
             []
             if grads.params is None
-            else [*(grads.params[name] for name in self.fixed), *[None] * len(self.rest)],
+            else [*map(grads.params.__getitem__, self.fixed), *[None] * len(self.rest)],
             *support,
             *asked,
             [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output],
@@ -93,9 +91,12 @@ class Job:
             for name in self.programs.others:
                 cotangent = seeds[name]
                 grads.params[name] += cotangent if name in problem.per_task else cotangent.sum(0)
-        _inputs.put_parts(grads, problem, found)
-        for name in _unused(problem, wrt):
-            setattr(grads, name, mapped(torch.zeros_like, getattr(problem.support, name.partition("_")[2])))
+        if found:
+            _inputs.put_parts(grads, problem, found)
+        if not problem.steps:
+            for name in _unused(problem, wrt):
+                unused = getattr(problem.support, name.partition("_")[2])
+                setattr(grads, name, mapped(torch.zeros_like, unused))
         result.grads = grads
         if output is not None:
             result.output = self._output(output)
@@ -163,12 +164,12 @@ class Job:
         """Tensors of a set in the order of its slots, and memory for their gradients."""
         if batch is None:
             return [], []
-        parts = _inputs.parts_of(batch, role)
+        parts = _parts(batch, role)
         given: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         for slot in slots:
             value = parts[slot.name] if slot.name in parts else self._integers(batch, slot)
-            given.append(value.detach().to(torch.int64) if slot.space == Space.INTS else value)
+            given.append(value.to(torch.int64) if slot.space == Space.INTS else value)
             gradient = None
             if slot.gradient >= 0:
                 gradient = found[slot.name] = torch.zeros(value.shape, dtype=self.dtype, device=_CPU)
@@ -180,6 +181,24 @@ class Job:
         value = self.programs.sources.value(slot.name.removeprefix("buffer.")).detach()
         lead = first_leaf(batch.x).shape[: 2 if batch.per_step else 1]
         return value.expand(*lead, *value.shape)
+
+
+def _like(value: Tensor, memory_format: torch.memory_format = _DENSE) -> Tensor:
+    """Memory for a gradient, which the machine fills."""
+    return torch.empty_like(value, memory_format=memory_format)
+
+
+def _parts(batch: Batch, role: str) -> dict[str, Tensor]:
+    """As `_inputs.parts_of`, quickly where nothing is a tree."""
+    x, y, weights = batch.x, batch.y, batch.weights
+    if not isinstance(x, Tensor) or not (y is None or isinstance(y, Tensor)):
+        return _inputs.parts_of(batch, role)
+    found = {f"{role}_x": x}
+    if y is not None:
+        found[f"{role}_y"] = y
+    if weights is not None:
+        found[f"{role}_weights"] = weights
+    return found
 
 
 def _unused(problem: Problem, wrt: frozenset[str]) -> list[str]:

@@ -71,7 +71,12 @@ def _products_first(instructions: Sequence[Instruction]) -> list[Instruction]:
             single = view.buffer.space == Space.WORK and len(uses.readers[view.buffer]) == 1 == len(writers)
             inner = found[writers[0]] if single else None
             inside = _pair(inner)
-            if not single or inside is None or not isinstance(inner, Map) or not inner.out.same_elements(view):
+            if (
+                not single
+                or inside is None
+                or not isinstance(inner, Map)
+                or not inner.out.same_elements(view)
+            ):
                 continue
             if not of_products(other) or of_products(view):
                 continue

@@ -1,0 +1,208 @@
+// What a task, or the tasks of all lanes, have in memory: packing, sets, learning rates.
+#pragma once
+
+#include <utility>
+
+#include "../kernels.h"
+#include "layout.h"
+
+namespace fm::machine {
+
+// Constants and what all tasks share, spread over the lanes.
+template <class S>
+void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call, S* base) {
+  const i64 L = m.lanes;
+  const auto spread = [&](auto from, i64 n, S* to) {
+    for (i64 i = 0; i < n; ++i)
+      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
+  };
+  std::fill(base, base + at.shared, S(0));
+  for (int i = 0; i < 2; ++i)
+    spread(m.constants[i].data(), i64(m.constants[i].size()), base + at.constants[i]);
+  for (size_t p = 0; p < m.adapted.size(); ++p)
+    if (!m.adapted[p].per_task)
+      spread(call.adapted[p].data, m.adapted[p].size, base + at.shared_theta + m.adapted[p].offset * L);
+  for (size_t p = 0; p < m.others.size(); ++p)
+    if (!m.others[p].per_task)
+      spread(call.others[p].data, m.others[p].size, base + at.shared_fixed + m.others[p].offset * L);
+}
+
+// Gradients that are sums over tasks, to the caller.
+template <class S>
+void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, const S* total) {
+  for (size_t p = 0; p < m.adapted.size(); ++p) {
+    const Adapted& a = m.adapted[p];
+    if (!a.per_task && call.adapted[p].grad)
+      std::copy_n(total + at.sum_theta + a.offset, a.size, call.adapted[p].grad);
+    if (!a.rate_per_task && call.adapted[p].rate_grad) {
+      const i64 n = (a.rate_per_step ? m.steps : 1) * (a.rate_element ? a.size : 1);
+      std::copy_n(total + at.sum_rates + at.rate_sums[p], n, call.adapted[p].rate_grad);
+    }
+  }
+  for (size_t p = 0; p < m.others.size(); ++p)
+    if (!m.others[p].per_task && call.others[p].grad)
+      std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
+}
+
+template <class S>
+class GroupState {
+ public:
+  GroupState(const Machine& m, const Layout& at, const Kernels<S>& kernels, const Executor<S>& executor,
+             const MachineCall<S>& call, S* shared, S* workspace)
+      : m_(m),
+        at_(at),
+        kernels_(kernels),
+        executor_(executor),
+        call_(call),
+        shared_(shared),
+        w_(workspace),
+        L_(m.lanes) {
+    for (const Fixed& f : m.others) own_fixed_ = own_fixed_ || f.per_task;
+    for (const Adapted& a : m.adapted) own_theta_ = own_theta_ || a.per_task;
+  }
+
+ protected:
+  S* theta(i64 k) {
+    if (k == 0 && !own_theta_) return shared_ + at_.shared_theta;  // nobody writes to it
+    return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK);
+  }
+  const Set& set(int which) const { return which ? m_.query : m_.support; }
+  const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
+  double step_weight(i64 k) const {
+    if (!m_.query_loss) return 0.0;
+    return call_.step_weights.empty() ? (k == m_.steps ? 1.0 : 0.0) : call_.step_weights[k];
+  }
+
+  // [T, stride] of the user's, `n` elements of each task, to lanes; absent tasks are the last one.
+  template <class From, class To>
+  void pack_as(const From* from, i64 stride, i64 n, To* to) const {
+    if (L_ == 1) {
+      std::copy_n(from + first_ * stride, n, to);
+      return;
+    }
+    for (i64 l = 0; l < L_; ++l) {
+      const From* const task = from + (first_ + std::min(l, count_ - 1)) * stride;
+      for (i64 i = 0; i < n; ++i) to[i * L_ + l] = To(task[i]);
+    }
+  }
+  void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
+  void unpack(const S* from, i64 stride, i64 n, S* to) const {
+    for (i64 l = 0; l < count_; ++l)
+      for (i64 i = 0; i < n; ++i) to[(first_ + l) * stride + i] = from[i * L_ + l];
+  }
+  void unpack_sum(const S* from, i64 stride, i64 n, S scale, S* to) const {
+    for (i64 l = 0; l < count_; ++l)
+      for (i64 i = 0; i < n; ++i) to[(first_ + l) * stride + i] += scale * from[i * L_ + l];
+  }
+  // Zero in the lanes of absent tasks.
+  void silence(S* x, i64 n) const {
+    for (i64 i = 0; i < n; ++i)
+      for (i64 l = count_; l < L_; ++l) x[i * L_ + l] = 0;
+  }
+  void add(const S* from, i64 n, S* to) const {
+    if (n > 0) kernels_.add(n, to, from, to);
+  }
+
+  void load_set(int which, i64 k) {
+    const Set& s = set(which);
+    const i64 sets = !which && m_.per_step ? m_.steps : 1;
+    i64* const ints = reinterpret_cast<i64*>(w_ + aligned(at_.ints[which]));
+    for (size_t i = 0; i < s.entries.size(); ++i) {
+      const Entry& e = s.entries[i];
+      const void* const data = entries(which)[i].data;
+      if (e.integer)
+        pack_as(static_cast<const i64*>(data) + k * e.size, sets * e.size, e.size, ints + e.offset * L_);
+      else
+        pack_as(static_cast<const S*>(data) + k * e.size, sets * e.size, e.size,
+                w_ + at_.batch[which] + e.offset * L_);
+    }
+    if (!which && m_.per_step) once_done_ = false;
+  }
+  static i64 aligned(i64 at) {
+    constexpr i64 per = i64(sizeof(i64) / sizeof(S));
+    return (at + per - 1) / per * per;
+  }
+
+  // ---- learning rates
+  // Whether one number is the rate of all parameters in all lanes.
+  bool one_rate(i64 k, S& alpha) {
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      if (a.rate_element || (a.rate_per_task && L_ > 1)) return false;
+      S own = 0;
+      rates(k, p, own);
+      if (p > 0 && own != alpha) return false;
+      alpha = own;
+    }
+    return !m_.adapted.empty();
+  }
+  // Elements for all lanes, or null and one number.
+  const S* rates(i64 k, size_t p, S& alpha) {
+    const Adapted& a = m_.adapted[p];
+    const S* const all = call_.adapted[p].rate;
+    const i64 each = a.rate_element ? a.size : 1, own = a.rate_per_task ? each : 0,
+              row = (a.rate_per_task ? call_.tasks : 1) * each;
+    const S* const step = all + (a.rate_per_step ? k * row : 0);
+    if (!a.rate_element && (!a.rate_per_task || L_ == 1)) {
+      alpha = step[first_ * own];
+      return nullptr;
+    }
+    if (L_ == 1) return step + first_ * own;
+    S* const to = w_ + at_.alphas;
+    for (i64 l = 0; l < L_; ++l) {
+      const S* const task = step + (first_ + std::min(l, count_ - 1)) * own;
+      for (i64 i = 0; i < a.size; ++i) to[i * L_ + l] = task[a.rate_element ? i : 0];
+    }
+    return to;
+  }
+  void zero_rate_gradients() {
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      S* const grad = call_.adapted[p].rate_grad;
+      if (!grad || !a.rate_per_task) continue;
+      const i64 each = a.rate_element ? a.size : 1;
+      for (i64 k = 0; k < (a.rate_per_step ? m_.steps : 1); ++k)
+        std::fill_n(grad + (k * call_.tasks + first_) * each, count_ * each, S(0));
+    }
+  }
+  // d alpha_k = -lambda_{k+1} u_k, for the tasks that are there.
+  void rate_gradients(i64 k) {
+    const S* const u = w_ + at_.updates + k * at_.update_stride;
+    const S* const lambda = w_ + at_.lambda;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const Adapted& a = m_.adapted[p];
+      S* const grad = call_.adapted[p].rate_grad;
+      if (!grad) continue;
+      const i64 each = a.rate_element ? a.size : 1, row = a.rate_per_step ? k : 0;
+      for (i64 l = 0; l < count_; ++l) {
+        S* const to = a.rate_per_task ? grad + (row * call_.tasks + first_ + l) * each
+                                      : sums_ + at_.sum_rates + at_.rate_sums[p] + row * each;
+        double total = 0;
+        for (i64 i = 0; i < a.size; ++i) {
+          const i64 at = (a.offset + i) * L_ + l;
+          if (a.rate_element)
+            to[i] -= lambda[at] * u[at];
+          else
+            total += double(lambda[at]) * double(u[at]);
+        }
+        if (!a.rate_element) to[0] -= S(total);
+      }
+    }
+  }
+
+  const Machine& m_;
+  const Layout& at_;
+  const Kernels<S>& kernels_;
+  const Executor<S>& executor_;
+  const MachineCall<S>& call_;
+  S *const shared_, *const w_;
+  const i64 L_;
+  bool own_fixed_ = false, own_theta_ = false, once_done_ = false, bad_index_ = false;
+  bool fresh_ = false;  // lambda has not been written yet
+  const S* direction_ = nullptr;
+  i64 first_ = 0, count_ = 0;
+  S* sums_ = nullptr;
+  double losses_[64] = {};
+};
+
+}  // namespace fm::machine
