@@ -269,16 +269,6 @@ py::object new_plan(const py::args& args, const py::kwargs& kwargs) {
 // Not reached for what __new__ has made.
 fm::Plan no_init(const py::args&, const py::kwargs&) { throw py::type_error("Plan: made by Plan(...) only"); }
 
-fm::machine::Machine no_init_machine(const py::args&, const py::kwargs&) {
-  throw py::type_error("Machine: made by Machine(...) only");
-}
-
-std::vector<std::string> machine_functions() {
-#define FM_NAME(name) #name,
-  return {FM_MACHINE_FUNCTIONS(FM_NAME)};
-#undef FM_NAME
-}
-
 // Measurements keep every thread busy: many more than cores would take minutes.
 i64 most_measured() { return 2 * std::max<i64>(1, std::thread::hardware_concurrency()) + 8; }
 
@@ -421,21 +411,7 @@ PYBIND11_MODULE(_C, m) {
         const fm::Plan& plan = initialised(self);
         return plan.set_size * element_bytes(plan);
       });
-  py::class_<fm::machine::Machine>(m, "Machine")
-      .def_static("__new__", &fm::binding::new_machine)
-      .def(py::init(&no_init_machine), "Machine(description)")
-      .def("run", &fm::binding::run_machine,
-           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, rate_grad, fixed, fixed_grad, "
-           "support, support_grad, query, query_grad, others, step_weights, poison)")
-      .def_property_readonly("workspace_bytes", [](py::handle self) {
-        const auto& machine = fm::binding::initialised_machine(self);
-        return fm::machine::workspace(machine) * (machine.is_double ? 8 : 4);
-      });
-  m.def("machine_functions", &machine_functions,
-        "The element-wise functions of the machine, in their order.");
-  m.def(
-      "machine_lanes", [](bool is_double) { return fm::binding::MachineReader::lanes_of(is_double); },
-      "Tasks side by side where the machine has one in every lane.");
+  fm::binding::add_machine(m);
   m.def("instruction_set", [] { return fm::instruction_set().name; }, "The instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
   m.def("kinds", &kinds,

@@ -314,4 +314,33 @@ inline int run_machine(const py::args& args, const py::kwargs& kwargs) {
   return m.is_double ? as(0.0) : as(0.0f);
 }
 
+// Not reached for what __new__ has made.
+inline Machine no_machine(const py::args&, const py::kwargs&) {
+  throw py::type_error("Machine: made by Machine(...) only");
+}
+
+inline std::vector<std::string> machine_functions() {
+#define FM_NAME(name) #name,
+  return {FM_MACHINE_FUNCTIONS(FM_NAME)};
+#undef FM_NAME
+}
+
+inline void add_machine(py::module_& m) {
+  py::class_<machine::Machine>(m, "Machine")
+      .def_static("__new__", &new_machine)
+      .def(py::init(&no_machine), "Machine(description)")
+      .def("run", &run_machine,
+           "run(tasks, threads, data, rate, adapted_grad, adapted, grad, rate_grad, fixed, fixed_grad, "
+           "support, support_grad, query, query_grad, others, step_weights, poison)")
+      .def_property_readonly("workspace_bytes", [](py::handle self) {
+        const auto& machine = initialised_machine(self);
+        return machine::workspace(machine) * (machine.is_double ? 8 : 4);
+      });
+  m.def("machine_functions", &machine_functions,
+        "The element-wise functions of the machine, in their order.");
+  m.def(
+      "machine_lanes", [](bool is_double) { return MachineReader::lanes_of(is_double); },
+      "Tasks side by side where the machine has one in every lane.");
+}
+
 }  // namespace fm::binding

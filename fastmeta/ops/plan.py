@@ -341,8 +341,8 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     name = plan.backend.__name__.rpartition(".")[2]
     if name in _TRACE:
         plan.guard = guard_of(net)
-        own = [loss.function for loss in (given.loss, given.query_loss) if loss is not None]
-        plan.losses = tuple(guarded(function) for function in dict.fromkeys(own) if function is not None)
+        functions = [loss.function for loss in (given.loss, given.query_loss) if loss is not None]
+        plan.losses = tuple(guarded(f) for f in dict.fromkeys(functions) if f is not None)
     if plan.guard is not None or (program is not None and name not in _RUN_THE_MODULE):
         if plan.guard is None and (problem.steps or problem.query is not None):  # else nothing is run
             check_capture(plan.backend, problem)

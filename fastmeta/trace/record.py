@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -200,9 +201,6 @@ class Recorder(TorchDispatchMode):
         """
         value = self._values.get(_key(tensor))
         if value is None:
-            if tensor.dim() == 0:  # a number that an operator of PyTorch's has wrapped
-                value = Value(1, tensor.dtype, tensor.detach().clone().reshape(1))
-                return Ref(value, 0, (), (), tensor.dtype)
             raise UntraceableError(
                 f"it reads a tensor {tuple(tensor.shape)} that is none of its arguments, parameters or "
                 "buffers"
@@ -210,6 +208,10 @@ class Recorder(TorchDispatchMode):
         return Ref(
             value, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
         )
+
+    def value_of(self, tensor: Tensor) -> Value | None:
+        """What its storage holds now; None for a tensor from outside."""
+        return self._values.get(_key(tensor))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -314,6 +316,34 @@ class Recorder(TorchDispatchMode):
     def _set(self, tensor: Tensor, value: Value) -> None:
         self._values[_key(tensor)] = value
         self._alive.append(tensor)
+
+
+#: What gives values of a tensor to Python.
+_READS = frozenset(
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
+)
+
+
+class NoReads(TorchFunctionMode):
+    """Refuses code that reads values of tensors which may be others at the next call.
+
+    Args:
+        recorder: knows the tensors that the code has made itself.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READS:
+            value = self._recorder.value_of(args[0])
+            if value is None or value.traced:
+                raise UntraceableError(f"its code reads a value of a tensor (`Tensor.{func.__name__}`)")
+        return func(*args, **(kwargs or {}))
 
 
 def _key(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from fastmeta.trace.ir import Buffer, Space
 from fastmeta.trace.lower import OPERATORS, Lowering
 from fastmeta.trace.passes.place import rounded
 from fastmeta.trace.program import Result, StepProgram, finished
-from fastmeta.trace.record import Recorder, Ref, UntraceableError
+from fastmeta.trace.record import NoReads, Recorder, Ref, UntraceableError
 
 #: As csrc/cpu/machine/machine.h: where in OUTPUT and SEED the output begins.
 OUTPUT_START = 16
@@ -65,18 +65,16 @@ class Layout:
 
 @dataclass(slots=True)
 class Sources:
-    """Where the tensors that a module reads besides parameters are found at every call."""
+    """Where the tensors that a module reads besides parameters are found at every call. Holds no
+    module, so that it may be kept with one."""
 
-    #: name -> (module, name in it, whether it is a registered buffer)
-    attributes: dict[str, tuple[nn.Module, str, bool]] = field(default_factory=dict)
+    #: name -> (path of the module, name in it, whether it is a registered buffer)
+    attributes: dict[str, tuple[str, str, bool]] = field(default_factory=dict)
 
-    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """As they are now."""
-        return {name: self.value(name) for name in self.attributes}
-
-    def value(self, name: str) -> Tensor:
+    def value(self, net: nn.Module, name: str) -> Tensor:
         """One of them, as it is now."""
-        module, key, buffer = self.attributes[name]
+        path, key, buffer = self.attributes[name]
+        module = net.get_submodule(path)
         found = module._buffers[key] if buffer else vars(module)[key]
         if not isinstance(found, Tensor):
             raise UntraceableError(f"`{name}` is a tensor no longer")
@@ -206,7 +204,7 @@ class _Pass:
                 self.params[name] = self._other(slot, _value(p, name))
         copies: dict[int, Tensor] = {}
         for name in tracer.sources.attributes:
-            value = tracer.sources.value(name)
+            value = tracer.sources.value(p.net, name)
             space = Space.FIXED if value.is_floating_point() else Space.INTS
             slot = self.layout.add(f"buffer.{name}", tuple(value.shape), space)
             copies[id(value)] = self._other(slot, value)
@@ -256,7 +254,7 @@ class _Pass:
             slot = Slot("seed.loss", (), Space.SEED, 0)
             self.layout.slots.append(slot)
             seed = self._leaf(slot, torch.ones((), dtype=self.dtype), False)
-        with torch.set_grad_enabled(True), self.recorder:
+        with torch.set_grad_enabled(True), self.recorder, NoReads(self.recorder):
             value, returned = self._evaluated()
             outputs, out = flatten(returned)[0], Output.of(returned)
             cotangents = []
@@ -369,7 +367,7 @@ def _sources(net: nn.Module, exchange: Exchange) -> Sources:
             for key, value in values.items():
                 if isinstance(value, Tensor) and id(value) in copied and id(value) not in seen:
                     name = f"{prefix}.{key}" if prefix else key
-                    sources.attributes[name] = (module, key, buffers)
+                    sources.attributes[name] = (prefix, key, buffers)
                     seen[id(value)] = name
     if len(seen) != len(copied):
         raise UntraceableError("it holds tensors in a list or dict of its own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,8 @@ def test_a_changed_loss_is_traced_anew() -> None:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return _FACTOR * (output - target).abs().pow(power).mean()
 
-    for _FACTOR, power in ((1.0, 2), (3.0, 2), (3.0, 3)):
+    for factor, exponent in ((1.0, 2), (3.0, 2), (3.0, 3)):
+        _FACTOR, power = factor, exponent
         _same(_run(net, loss=loss), _run(net, "torch", loss=loss))
 
 
@@ -159,7 +161,20 @@ class Bakes(Gated):
     """A number of the host's, made of the input where no operator shows."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(np.abs(x.detach().numpy()).mean())
+        return super().forward(x) * float(np.abs(np.from_dlpack(x.detach())).mean())
+
+
+class Shows(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale.tolist()
+
+
+_NUMBER = torch.tensor(2.0, dtype=torch.float64)
+
+
+class Global(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * _NUMBER
 
 
 class Reads(Gated):
@@ -169,7 +184,7 @@ class Reads(Gated):
 
 class Draws(Gated):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * np.random.rand()
+        return super().forward(x) * random.random()
 
 
 class Keeps(Gated):
@@ -194,6 +209,8 @@ class Outside(Gated):
     ("kind", "reason"),
     [
         (Bakes, "differs from the module"),
+        (Shows, "reads a value"),
+        (Global, "none of its arguments"),
         (Reads, "reads a value"),
         (Draws, "draws random numbers"),
         (Keeps, "carries `net.last`"),

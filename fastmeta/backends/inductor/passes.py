@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._sweep import stack
@@ -19,15 +18,10 @@ from fastmeta.inputs import Tree
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Problem
 from fastmeta.trace.lower import OPERATORS
-from fastmeta.trace.record import Recorder, UntraceableError
+from fastmeta.trace.record import NoReads, Recorder
 from fastmeta.trace.step import Tracer
 
 _WEIGHTS = ("weight", "pos_weight")
-#: What gives values of a tensor to Python.
-_READS = frozenset(
-    getattr(Tensor, name)
-    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
-)
 
 
 def set_of(p: Problem, role: str, k: int) -> tuple[Batch, Loss | None]:
@@ -102,11 +96,7 @@ class Buffers:
             UntraceableError: one is where it cannot be found again.
         """
         found = Tracer(problem, frozenset()).sources.attributes
-        places = {
-            name: (name.removesuffix(key).removesuffix("."), key, registered)
-            for name, (_, key, registered) in found.items()
-        }
-        return cls(places, _sorts(_values(problem.net, places)))
+        return cls(found, _sorts(_values(problem.net, found)))
 
     def values(self, net: nn.Module) -> dict[str, Tensor]:
         """As they are now, by name."""
@@ -128,27 +118,6 @@ def _values(net: nn.Module, places: Mapping[str, tuple[str, str, bool]]) -> dict
 
 def _sorts(values: Mapping[str, Tensor]) -> tuple[object, ...]:
     return tuple((v.shape, v.dtype, v.device, v.requires_grad) for v in values.values())
-
-
-class _NoReads(TorchFunctionMode):
-    """Refuses code that reads values of tensors which may be others at the next call.
-
-    Args:
-        recorder: knows the tensors that the code has made itself.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _READS:
-            value = self._recorder._values.get(int(args[0].untyped_storage()._cdata))
-            if value is None or value.traced:
-                raise UntraceableError(f"its code reads a value of a tensor (`Tensor.{func.__name__}`)")
-        return func(*args, **(kwargs or {}))
 
 
 class Pass:
@@ -186,7 +155,7 @@ class Pass:
             recorder.register(one[name], name)
         params, batch, loss, buffers = self._placed(one)
         examples = batch.x, batch.y, batch.weights
-        with recorder, _NoReads(recorder):
+        with recorder, NoReads(recorder):
             evaluate_one(p, params, examples, loss, decompose=True, buffers=buffers)
 
     def evaluated(

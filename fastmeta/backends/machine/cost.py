@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
+from fastmeta.backends.machine.programs import Programs
 from fastmeta.problem import Problem
 from fastmeta.trace.ir import Space
 
@@ -15,9 +15,6 @@ try:
     from fastmeta import _C
 except ImportError:  # the backend says so
     _C = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from fastmeta.backends.machine.plan import Programs
 
 #: What all lanes together may hold at once, in bytes: measured where the second-level cache has 1
 #: MiB, a task in every lane wins below and loses above.

@@ -16,13 +16,13 @@ from fastmeta.backends._sweep import THROUGH_STEPS
 from fastmeta.backends._traced import Kept
 from fastmeta.backends.machine.cost import in_lanes
 from fastmeta.backends.machine.encode import Encoder
+from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.network.functional import isolated
 from fastmeta.problem import STORE_AT_MOST, Problem
 from fastmeta.trace.ir import Space
-from fastmeta.trace.program import StepProgram
 from fastmeta.trace.record import UntraceableError
-from fastmeta.trace.step import Output, Slot, Sources, Traced, Tracer, Wanted, not_traced
+from fastmeta.trace.step import Output, Slot, Tracer, Wanted, not_traced
 from fastmeta.undisturbed import asynchronous
 
 try:
@@ -32,27 +32,6 @@ except ImportError:  # the backend says so
 
 #: Programs of one network that are kept.
 _MOST_PROGRAMS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Programs:
-    """What was traced for one sort of problem."""
-
-    adapted: tuple[str, ...]
-    others: tuple[str, ...]  # parameters that do not adapt
-    sources: Sources
-    support: Traced | None
-    query: Traced | None
-    lowered: dict[tuple[str, bool], StepProgram]
-
-    def program(self, role: str, dtype: torch.dtype, rows: bool) -> StepProgram | None:
-        """The step program of a set, lowered once."""
-        traced = self.support if role == "support" else self.query
-        if traced is None:
-            return None
-        if (role, rows) not in self.lowered:
-            self.lowered[role, rows] = traced.lowered(dtype, rows)
-        return self.lowered[role, rows]
 
 
 _kept: Kept[Programs] = Kept(_MOST_PROGRAMS)

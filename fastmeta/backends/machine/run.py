@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
-from fastmeta.backends.machine.plan import Plan, Programs, make_plan
+from fastmeta.backends.machine.plan import Plan, make_plan
+from fastmeta.backends.machine.programs import Programs
 from fastmeta.inputs import Tree, first_leaf, mapped
 from fastmeta.network.functional import isolated
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -62,8 +63,10 @@ class Job:
                 loss = result.loss = torch.empty((), dtype=self.dtype, device=_CPU)
         seeds = problem.adapted_grad
         found: dict[str, Tensor] = {}
-        support = self._set("support", problem.support if problem.steps else None, plan.support, found)
-        asked = self._set("query", query, plan.query, found)
+        support = self._set(
+            "support", problem, problem.support if problem.steps else None, plan.support, found
+        )
+        asked = self._set("query", problem, query, plan.query, found)
         outcome = plan.machine.run(
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
@@ -136,7 +139,7 @@ class Job:
         for name in self.rest:
             kind, _, key = name.partition(".")
             if kind == "buffer":
-                found.append(self.programs.sources.value(key).detach().to(self.dtype))
+                found.append(self.programs.sources.value(problem.net, key).detach().to(self.dtype))
                 continue
             losses = [loss for loss in (problem.loss, problem.query_loss) if loss is not None]
             value = next(v for loss in losses if (v := getattr(loss, key)) is not None)
@@ -159,7 +162,12 @@ class Job:
         return found
 
     def _set(
-        self, role: str, batch: Batch | None, slots: tuple[Slot, ...], found: dict[str, Tensor]
+        self,
+        role: str,
+        problem: Problem,
+        batch: Batch | None,
+        slots: tuple[Slot, ...],
+        found: dict[str, Tensor],
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Tensors of a set in the order of its slots, and memory for their gradients."""
         if batch is None:
@@ -168,7 +176,7 @@ class Job:
         given: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         for slot in slots:
-            value = parts[slot.name] if slot.name in parts else self._integers(batch, slot)
+            value = parts[slot.name] if slot.name in parts else self._integers(problem, batch, slot)
             given.append(value.to(torch.int64) if slot.space == Space.INTS else value)
             gradient = None
             if slot.gradient >= 0:
@@ -176,9 +184,9 @@ class Job:
             gradients.append(gradient)
         return given, gradients
 
-    def _integers(self, batch: Batch, slot: Slot) -> Tensor:
+    def _integers(self, problem: Problem, batch: Batch, slot: Slot) -> Tensor:
         """An integer buffer, the same for all tasks."""
-        value = self.programs.sources.value(slot.name.removeprefix("buffer.")).detach()
+        value = self.programs.sources.value(problem.net, slot.name.removeprefix("buffer.")).detach()
         lead = first_leaf(batch.x).shape[: 2 if batch.per_step else 1]
         return value.expand(*lead, *value.shape)
 
