@@ -18,14 +18,6 @@ FM_SELECT(float)
 FM_SELECT(double)
 #undef FM_SELECT
 
-// For shared/loss_example.inl.
-template <class S>
-constexpr i64 EXPONENTIALS = lanes<S>;
-template <class S>
-FM_INLINE void exponentials(const S* z, S top, S (&e)[lanes<S>]) {
-  store(e, exp_(load(z) - top));
-}
-
 template <class S>
 FM_INLINE Twofold<S> operator+(Twofold<S> a, Twofold<S> b) {
   Twofold<S> sum = exact_sum_of_any<S>(a.high, b.high);

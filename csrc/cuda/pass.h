@@ -7,15 +7,6 @@
 namespace fm::cuda {
 
 #include "../shared/functions.inl"
-
-// For loss_example.inl: a thread computes one number at a time.
-template <class T>
-constexpr i64 EXPONENTIALS = 1;
-template <class T>
-FM_INLINE void exponentials(const T* z, T top, T (&e)[1]) {
-  e[0] = exp_(z[0] - top);
-}
-
 #include "../shared/loss_example.inl"
 
 // Support and query passes differ in their numbers alone: the code of a pass is compiled once if

@@ -1,7 +1,5 @@
 // The losses of one example, primal and tangent, for every kernel; formulas in docs/losses.md.
-// Included inside a namespace of the including file, after functions.inl. That file defines
-// exponentials(z, top, e): EXPONENTIALS<S> numbers exp(z[i] - top), of which those after the columns
-// are of no use.
+// Included inside a namespace of the including file, after functions.inl.
 
 // Terms of one element of an element-wise loss at output z and target y: value, d/dz, d2/dz2, d/dy,
 // d2/dz dy.
@@ -129,18 +127,6 @@ FM_INLINE S class_share(const LossCall<S>& l, i64 row, i64 c, i64 in_target) {
   return weight * (y * (S(1) - smoothing) + smoothing / S(l.cols));
 }
 
-// Calls body(c, exp(z[c] - top)) for every column.
-template <class S, class Body>
-FM_INLINE void for_exponentials(const S* z, S top, i64 cols, const Body& body) {
-  constexpr i64 BLOCK = EXPONENTIALS<S>;
-  for (i64 start = 0; start < cols; start += BLOCK) {
-    S e[BLOCK];
-    exponentials(z + start, top, e);
-    const i64 stop = cols < start + BLOCK ? cols : start + BLOCK;
-    for (i64 c = start; c < stop; ++c) body(c, e[c - start]);
-  }
-}
-
 // Position `row` of cross_entropy, or its tangent along rz. Returns its loss, or that one's
 // tangent. POSITIONS: an example has several.
 template <class S, bool TANGENT, bool POSITIONS>
@@ -157,10 +143,11 @@ S cross_entropy_position(const LossCall<S>& l, i64 row, S factor, S side_factor)
   S top = z[0];
   for (i64 c = 1; c < l.cols; ++c) top = z[c] > top || z[c] != z[c] ? z[c] : top;
   S total = 0, mean_rz = 0;
-  for_exponentials(z, top, l.cols, [&](i64 c, S e) FM_INLINE_LAMBDA {
+  for (i64 c = 0; c < l.cols; ++c) {
+    const S e = exp_(z[c] - top);
     total += e;
     if (TANGENT) mean_rz += e * rz[c];
-  });
+  }
   const S log_total = log_(total);
   mean_rz /= total;
   S shares = 0, value = 0;
@@ -170,15 +157,15 @@ S cross_entropy_position(const LossCall<S>& l, i64 row, S factor, S side_factor)
     if (q != 0) value -= q * (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
   }
   const S target_factor = -side_factor * (S(1) - S(l.spec.label_smoothing));
-  for_exponentials(z, top, l.cols, [&](i64 c, S e) FM_INLINE_LAMBDA {
-    const S p = e / total;
+  for (i64 c = 0; c < l.cols; ++c) {
+    const S p = exp_(z[c] - top) / total;
     if (l.dz)
       l.dz[row * l.ld + c] = factor * (TANGENT ? p * (rz[c] - mean_rz) * shares
                                                : p * shares - class_share(l, row, c, first + c * step));
     if (l.dtarget)
       l.dtarget[first + c * step] += target_factor * (l.class_weights ? l.class_weights[c] : S(1)) *
                                      (TANGENT ? rz[c] - mean_rz : z[c] - top - log_total);
-  });
+  }
   return value;
 }
 
