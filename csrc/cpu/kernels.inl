@@ -1,7 +1,7 @@
 // All kernels of one instruction set. The including file defines FM_ISA, FM_ISA_NAME,
-// FM_EXECUTORS, FM_VECTOR_BYTES and FM_REGISTERS, and is compiled with that instruction set's flags. Everything
-// is in an anonymous namespace, and no standard header is included: an inline function compiled for
-// AVX-512 must never be linked into portable code.
+// FM_EXECUTORS, FM_VECTOR_BYTES and FM_REGISTERS, and is compiled with that instruction set's flags.
+// Everything is in an anonymous namespace, and no standard header is included: an inline function compiled
+// for AVX-512 must never be linked into portable code.
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -84,7 +84,7 @@ namespace machine {
 extern const Executors FM_EXECUTORS;
 }
 extern const InstructionSet FM_ISA;
-const InstructionSet FM_ISA = {FM_ISA_NAME,   &KERNELS<float>, &KERNELS<double>,
-                               &peak<float>, &peak<double>,    FM_VECTOR_BYTES, &machine::FM_EXECUTORS};
+const InstructionSet FM_ISA = {FM_ISA_NAME,   &KERNELS<float>, &KERNELS<double>,      &peak<float>,
+                               &peak<double>, FM_VECTOR_BYTES, &machine::FM_EXECUTORS};
 
 }  // namespace fm
