@@ -93,7 +93,7 @@ class Stems(nn.Module):
         super().__init__()
         self.first, self.first_norm = nn.Conv2d(1, 5, 3, padding=1), nn.BatchNorm2d(5)
         self.second, self.second_norm = nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3)
-        self.third, self.third_norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+        self.third, self.third_norm = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
         self.head = nn.Linear(5 + 3 + 2 * 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -149,8 +149,7 @@ def _first_layers() -> Iterator[Case]:
     yield image_case("first_rgb", (3, 6, 5), *strided, nn.Tanh, wrt_inputs=False)
     wide = (conv(1, 20, 2), partial(nn.BatchNorm2d, 20), nn.ReLU, partial(nn.MaxPool2d, (3, 2)))
     yield image_case("first_pool_3_2", (1, 8, 6), *wide, wrt_inputs=False, kinks=True)
-    # float32 errors of correct runs differ by a hundred times from seed to seed: the median counts
-    yield Case("first_stems", Stems, (1, 4, 4), 2, 4, 3, loss="ce", kinks=True, wrt_inputs=False)
+    yield Case("first_stems", Stems, (1, 4, 4), 2, 4, 3, loss="ce", wrt_inputs=False)
 
 
 KIND = LayerKind(

@@ -46,12 +46,13 @@ struct MicroOp {
   int op, to, a, b, c;
 };
 
-#define FM_MACHINE_FUNCTIONS(F)                                                                            \
-  F(copy)                                                                                                  \
-  F(add)                                                                                                   \
-  F(sub) F(mul) F(div) F(max) F(min) F(pow) F(lt) F(le) F(eq) F(ne) F(where) F(neg) F(abs) F(relu) F(tanh) \
-      F(sigmoid) F(exp) F(expm1) F(log) F(log1p) F(sqrt) F(sin) F(cos) F(erf) F(sign) F(floor) F(ceil)     \
-          F(round) F(trunc) F(atan2)
+// clang-format off
+#define FM_MACHINE_FUNCTIONS(F)                                                \
+  F(copy) F(add) F(sub) F(mul) F(div) F(max) F(min) F(pow) F(lt) F(le) F(eq)   \
+  F(ne) F(where) F(neg) F(abs) F(relu) F(tanh) F(sigmoid) F(exp) F(expm1)      \
+  F(log) F(log1p) F(sqrt) F(sin) F(cos) F(erf) F(sign) F(floor) F(ceil)        \
+  F(round) F(trunc) F(atan2)
+// clang-format on
 
 enum class MapFunction : int {
 #define FM_NAME(name) name,
