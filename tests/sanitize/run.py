@@ -3,7 +3,7 @@
     python tests/sanitize/run.py [pytest's arguments; none: what matters]
 
 It builds the extension once more in build/sanitize, with the portable kernels alone, and runs tests
-of the cpu backend and the fuzzer of the binding against it. Any report ends the process.
+of the cpu backend and of the machine, and the fuzzer of the binding, against it. Any report ends the process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ TESTS = [
         "backends/test_ordinary_tensors",
         "layers/test_conv2d",
         "layers/test_max_pool2d",
+        "trace/test_operators",
+        "trace/test_program_words",
     )
 ]
 FUZZED = 2000
