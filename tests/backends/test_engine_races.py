@@ -20,6 +20,7 @@ FLAGS = "-std=c++17 -O1 -g1 -pthread -fsanitize=thread -fno-tree-slp-vectorize -
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("instruction_set", "kernels_base", "run", "thread_pool")),
     *(f"csrc/cpu/{name}.cpp" for name in ("check", "check_fused", "plan")),
+    "csrc/cpu/machine/execute_base.cpp",
     "tests/sanitize/engine_races.cpp",
 ]
 
