@@ -44,7 +44,6 @@ _sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a
 # network.
 _MOST_PLANS = 256
-# It looks at the memory of all tensors itself, at every call.
 _engine = backends.get("cpu")
 # These backends evaluate the module itself and need no program.
 _RUN_THE_MODULE = ("torch", "reference")
@@ -69,6 +68,7 @@ class Plan:
     flags: tuple[bool, ...] | None  # which parameters require grad, where `adapt` asks
     native: bool = False  # the backend calls into nothing that has a global state to leave behind
     guard: Guard | None = None  # of a network that was traced: holds while the network does not change
+    looks: bool = False  # the backend looks at the memory of all tensors itself, at every call
     losses: tuple[tuple[nn.Module, Guard], ...] = ()  # those of the user's own, and what they are of
 
 
@@ -264,7 +264,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
     if options.batch_stats != "task":
         check_batch_stats(net, options.batch_stats)
     problem = _problem(plan, given)
-    if plan.backend is not _engine and _lost_memory(problem, tensors):
+    if not plan.looks and _lost_memory(problem, tensors):
         return undisturbed(_first_call, given, masks, key)
     return Call(options, tensors, plan, problem, lr, wrt)
 
@@ -338,6 +338,8 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
         diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
         raise
     plan.native = plan.backend.__name__ in _NATIVE
+    # the machine makes copies of buffers first
+    plan.looks = plan.backend is _engine or (plan.native and next(net.buffers(), None) is None)
     name = plan.backend.__name__.rpartition(".")[2]
     if name in _TRACE:
         plan.guard = guard_of(net)

@@ -3,8 +3,8 @@
     python tests/sanitize/run.py [pytest's arguments; none: what matters]
 
 It builds the extension once more in build/sanitize, with the portable kernels alone, and runs tests
-of the cpu backend and of the machine, and the fuzzer of the binding, against it. Any report ends the
-process.
+of the cpu backend and of the machine, and the fuzzer of the binding, against it. Any report ends
+the process.
 """
 
 from __future__ import annotations
