@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmeta.trace.ir import Gather, Instruction, Map, Product, Reduce, Space, View
-from fastmeta.trace.passes.uses import Uses
+from fastmeta.trace.passes.uses import Uses, moved
 
 
 def without_copies(instructions: Sequence[Instruction]) -> list[Instruction]:
@@ -24,7 +24,7 @@ def without_copies(instructions: Sequence[Instruction]) -> list[Instruction]:
                 continue
             if taken & {*writers, at} or source.buffer is copy.out.buffer:
                 continue
-            outs = [_retargeted(found[w], source, copy.out) for w in writers]
+            outs = [retargeted(found[w], source, copy.out) for w in writers]
             if not outs or any(out is None for out in outs):
                 continue
             for w, instruction in zip(writers, outs, strict=True):
@@ -35,17 +35,10 @@ def without_copies(instructions: Sequence[Instruction]) -> list[Instruction]:
             taken |= {*writers, at}
         if not moves:
             return found
-        moved = {w for writers in moves.values() for w in writers}
-        order: list[Instruction] = []
-        for at, instruction in enumerate(found):
-            if at in moves:
-                order += [found[w] for w in moves[at]]
-            elif at not in moved:
-                order.append(instruction)
-        found = order
+        found = moved(found, moves)
 
 
-def _retargeted(instruction: Instruction, source: View, target: View) -> Instruction | None:
+def retargeted(instruction: Instruction, source: View, target: View) -> Instruction | None:
     """The same that writes to `target` what is read as `source`; None where it cannot."""
     if not isinstance(instruction, (Map, Reduce, Product, Gather)) or not instruction.out.whole:
         return None

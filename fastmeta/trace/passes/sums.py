@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmeta.trace.ir import Instruction, Map, Product, Reduce, Space, View
-from fastmeta.trace.passes.copies import _retargeted
-from fastmeta.trace.passes.uses import Uses
+from fastmeta.trace.passes.copies import retargeted
+from fastmeta.trace.passes.uses import Uses, moved
 
 
 def with_accumulation(instructions: Sequence[Instruction]) -> list[Instruction]:
@@ -26,8 +26,8 @@ def with_accumulation(instructions: Sequence[Instruction]) -> list[Instruction]:
             first, second = uses.writers[a.buffer], uses.writers[b.buffer]
             if taken & {*first, *second, at} or not all(_adds(found[w]) for w in (*first, *second)):
                 continue
-            new = [_retargeted(found[w], a, add.out) for w in first]
-            new += [_retargeted(found[w], b, add.out) for w in second]
+            new = [retargeted(found[w], a, add.out) for w in first]
+            new += [retargeted(found[w], b, add.out) for w in second]
             if any(n is None for n in new):
                 continue
             joined = [*first, *second]
@@ -41,14 +41,7 @@ def with_accumulation(instructions: Sequence[Instruction]) -> list[Instruction]:
             taken |= {*joined, at}
         if not moves:
             return found
-        moved = {w for writers in moves.values() for w in writers}
-        order: list[Instruction] = []
-        for at, instruction in enumerate(found):
-            if at in moves:
-                order += [found[w] for w in moves[at]]
-            elif at not in moved:
-                order.append(instruction)
-        found = order
+        found = moved(found, moves)
 
 
 def _products_first(instructions: Sequence[Instruction]) -> list[Instruction]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastmeta.trace.ir import RESULTS, Buffer, Instruction, Space, written
 
@@ -20,6 +20,19 @@ class Uses:
                 self.writers[buffer].append(at)
             for buffer in {view.buffer for view in instruction.reads()} - own:
                 self.readers[buffer].append(at)
+
+
+def moved(instructions: Sequence[Instruction], moves: Mapping[int, Sequence[int]]) -> list[Instruction]:
+    """The same instructions, but that at each place of `moves` those of the places under it stand,
+    in the place of what stood there."""
+    gone = {at for places in moves.values() for at in places}
+    order: list[Instruction] = []
+    for at, instruction in enumerate(instructions):
+        if at in moves:
+            order += [instructions[place] for place in moves[at]]
+        elif at not in gone:
+            order.append(instruction)
+    return order
 
 
 def alive(instructions: Sequence[Instruction]) -> list[Instruction]:
