@@ -104,6 +104,8 @@ def _cost(call: Call, chosen: str) -> dict[str, int]:
     problem = call.problem
     if chosen in ("torch", "reference"):
         return meta_step_cost(problem)
+    if hasattr(call.plan.backend, "cost"):
+        return dict(call.plan.backend.cost(problem, call.wrt))
     plan = _hoisting.hoisted(call.plan.backend.refuses, problem, call.wrt)
     return meta_step_cost(problem) if plan is None else _hoisting.cost(problem, plan, meta_step_cost)
 

@@ -10,9 +10,10 @@ and, where it does not run on the CPU, a fourth:
 
     device() -> str                       where it runs, as PyTorch calls it
 
-A backend may have one more:
+A backend may have more:
 
     yields(problem, wrt) -> str           why "auto" had better take a later one, "" if not
+    cost(problem, wrt) -> dict[str, int]  multiply-adds by memory mode, for `explain`
 
 `wrt` is a frozenset of names from `fastmeta.problem.DIFFERENTIABLE`: the gradients wanted.
 `adapted` says whether `Result.adapted` is wanted. `refuses` reads shapes, dtypes and options only,

@@ -249,6 +249,7 @@ def test_explain_says_how_it_runs() -> None:
     said = maml.explain(*support, *query)
     assert said.backend == "machine"
     assert "a task a thread" in str(said)
+    assert said.cost["recompute"] > said.cost["store"] > 0
     with forced(True):
         assert "a task in every lane" in str(
             fm.MAML(_net(), loss="mse", inner_lr=0.1, inner_steps=2).explain(*support, *query)

@@ -113,6 +113,21 @@ def poison(on: bool) -> None:
     runs.POISON = on
 
 
+def cost(problem: Problem, wrt: frozenset[str]) -> dict[str, int]:
+    """Multiply-adds of the products of one meta-step, by memory mode."""
+    job = _job(problem, wrt, False)
+    found, rows = job.programs, not job.plan.lanes
+    support, query = (found.program(role, job.dtype, rows) for role in ("support", "query"))
+    asked = 0 if query is None else sum(query.multiply_adds())
+    once, gradient, product = (0, 0, 0) if support is None else support.multiply_adds()
+    modes = {"store": gradient + product}
+    if product:
+        modes["recompute"] = 2 * gradient + product
+    if job.plan.memory in modes and problem.memory != "auto":
+        modes = {problem.memory: modes[problem.memory]}
+    return {mode: problem.tasks * (once + problem.steps * each + asked) for mode, each in modes.items()}
+
+
 def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """How `problem` runs here."""
     job = _job(problem, wrt, False)
