@@ -86,14 +86,12 @@ def finished(
     steps = alive(steps)
     if rows:
         steps = in_rows(steps)
-    stages = {buffer: min(stage, last_stage) for buffer, stage in stages_of(steps, last_stage).items()}
+    stages = stages_of(steps, last_stage)
     steps = fused(steps, stages)
     grouped = [[s for s in steps if stages[s.out.buffer] == stage] for stage in range(last_stage + 1)]
     constants = constants_of(steps)
     planned, spaces = placed(grouped, sizes)
-    places = {**planned}
-    for buffer, offset in constants.items():
-        places[buffer] = (Space.CONST, offset)
+    places = planned | {buffer: (Space.CONST, offset) for buffer, offset in constants.items()}
     values = [0.0] * max((offset + rounded(b.size) + 16 for b, offset in constants.items()), default=0)
     for buffer, offset in constants.items():
         if buffer.constant is not None:

@@ -161,11 +161,10 @@ class Tracer:
         problem: its tensors detached, on the CPU.
     """
 
-    def __init__(self, problem: Problem, wanted_fixed: frozenset[str]) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.exchange = Exchange(problem.net)
         self.sources = _sources(problem.net, self.exchange)
-        self._wanted_fixed = wanted_fixed
         self.dtype = next(iter(problem.params.values())).dtype
 
     def support(self, wanted: Wanted) -> Traced:

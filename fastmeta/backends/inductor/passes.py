@@ -95,7 +95,7 @@ class Buffers:
         Raises:
             UntraceableError: one is where it cannot be found again.
         """
-        found = Tracer(problem, frozenset()).sources.attributes
+        found = Tracer(problem).sources.attributes
         return cls(found, _sorts(_values(problem.net, found)))
 
     def values(self, net: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from fastmeta.backends.torch.chunks import cut
 from fastmeta.network.functional import isolated
 from fastmeta.problem import STORE_AT_MOST, Problem
 from fastmeta.trace.ir import Space
+from fastmeta.trace.passes.place import rounded
 from fastmeta.trace.record import UntraceableError
 from fastmeta.trace.step import Output, Slot, Tracer, Wanted, not_traced
 from fastmeta.undisturbed import asynchronous
@@ -57,8 +58,6 @@ def _traced(problem: Problem, wrt: frozenset[str]) -> Programs | str:
             if not RandomState.same_as(before, before.anew()):
                 return "its forward draws random numbers"
             return found
-        except UntraceableError as error:
-            return str(error)
         except Exception as error:
             if asynchronous(error):
                 raise
@@ -69,7 +68,7 @@ def _recorded(problem: Problem, wrt: frozenset[str]) -> Programs:
     adapted = tuple(problem.rates) if problem.steps else ()
     others = tuple(name for name in problem.params if name not in adapted)
     wanted_fixed = frozenset(others) - problem.frozen if "params" in wrt else frozenset()
-    tracer = Tracer(problem, wanted_fixed)
+    tracer = Tracer(problem)
     gradient = bool(wrt)
     through = bool(wrt & THROUGH_STEPS)
 
@@ -143,8 +142,8 @@ def _plan(
     output = 0 if found.query is None else found.query.output.size
     rule = problem.rule
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
-    theta_size = max((slot.offset + -(-slot.size // 16) * 16 for slot in theta), default=0)
-    fixed_size = max((slot.offset + -(-slot.size // 16) * 16 for slot in fixed), default=0)
+    theta_size = max((slot.offset + rounded(slot.size) for slot in theta), default=0)
+    fixed_size = max((slot.offset + rounded(slot.size) for slot in fixed), default=0)
     described = {
         role: None
         if program is None

@@ -96,10 +96,9 @@ class Job:
                 grads.params[name] += cotangent if name in problem.per_task else cotangent.sum(0)
         if found:
             _inputs.put_parts(grads, problem, found)
-        if not problem.steps:
-            for name in _unused(problem, wrt):
-                unused = getattr(problem.support, name.partition("_")[2])
-                setattr(grads, name, mapped(torch.zeros_like, unused))
+        for name in _unused(problem, wrt):
+            unused = getattr(problem.support, name.partition("_")[2])
+            setattr(grads, name, mapped(torch.zeros_like, unused))
         result.grads = grads
         if output is not None:
             result.output = self._output(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fastmeta.trace.ir import RESULTS, Buffer, Fused, Instruction, Map, Space, View, written
+from fastmeta.trace.ir import Buffer, Fused, Instruction, Map, Space, View, written
 from fastmeta.trace.passes.uses import Uses
 
 #: Of one pass.
@@ -21,10 +21,6 @@ class _Unit:
         self.before: set[_Unit] = set()
         self.after: set[_Unit] = set()
         self.closed = not isinstance(step, Map)
-
-    @property
-    def first(self) -> int:
-        return min(self.steps)
 
 
 def _squeezed(view: View) -> View:
@@ -202,17 +198,14 @@ def _instruction(unit: _Unit, uses: Uses) -> Instruction:
         return steps[0]
     inner: set[Buffer] = set()
     at_home = set(unit.steps)
-    outputs = 0
     for m in maps:
         buffer = m.out.buffer
         aligned = all(
             a.same_elements(m.out) for o in maps for a in o.args if isinstance(a, View) and a.buffer is buffer
         )
         private = at_home.issuperset(uses.readers.get(buffer, ())) and len(uses.writers[buffer]) == 1
-        if buffer.space == Space.WORK and buffer.space not in RESULTS and private and aligned:
+        if buffer.space == Space.WORK and private and aligned:
             inner.add(buffer)
-        else:
-            outputs += 1
     return Fused(maps[-1].out, maps, frozenset(inner))
 
 
