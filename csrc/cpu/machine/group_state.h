@@ -13,8 +13,7 @@ template <class S>
 void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call, S* base) {
   const i64 L = m.lanes;
   const auto spread = [&](auto from, i64 n, S* to) {
-    for (i64 i = 0; i < n; ++i)
-      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
+    for (i64 i = 0; i < n; ++i) std::fill_n(to + i * L, L, S(from[i]));
   };
   std::fill(base, base + at.shared, S(0));
   for (int i = 0; i < 2; ++i)

@@ -46,8 +46,13 @@ struct Machine {
   std::vector<Fixed> others;
   Set support, query;
   std::vector<double> constants[2];  // of the two programs
+  // Of each adapted parameter: whether a product of the support set's program completes its
+  // gradient (0) and its Hessian-vector product (1), and can do what follows at once.
+  std::vector<bool> at_once[2];
 
   bool plain_rule() const { return momentum == 0 && weight_decay == 0; }
+  // Once all else is known.
+  void find_updates();
 };
 
 template <class S>
