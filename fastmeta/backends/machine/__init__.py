@@ -12,7 +12,7 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
-from fastmeta.backends.machine.cost import slower
+from fastmeta.backends.machine.cost import lanes_are_worth_it, slower
 from fastmeta.problem import Problem, Result
 from fastmeta.trace.record import UntraceableError
 
@@ -76,6 +76,16 @@ def yields(problem: Problem, wrt: frozenset[str]) -> str:
     found = plans.programs(problem, wrt)
     dtype = next(iter(problem.params.values())).dtype
     return found if isinstance(found, str) else slower(problem, found, dtype)
+
+
+def faster_in_lanes(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why a problem that the `cpu` backend can run is faster here, "" where it is not: a task in
+    every lane, where all lanes are full and their numbers stay in the cache."""
+    if missing() or not lanes_are_worth_it(problem) or refuses(problem, wrt):
+        return ""
+    if not _job(problem, wrt, False).plan.lanes:
+        return ""
+    return f"the machine is faster here, with {problem.tasks} tasks side by side in the lanes"
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
