@@ -16,7 +16,7 @@ from fastmeta.losses import Loss
 from fastmeta.network.functional import Conventions, call, own
 from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Gradients, Problem
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import UpdateRule
 
 _PARTS = ("x", "y", "weights")
 
@@ -107,7 +107,7 @@ def runs(problem: Problem) -> bool:
     return problem.steps > 0 or problem.query is not None
 
 
-def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
+def inner_loop(problem: Problem) -> tuple[Batch, Loss, UpdateRule]:
     """What inner steps need: a problem with steps has it."""
     support, loss, rule = problem.support, problem.loss, problem.rule
     if support is None or loss is None or rule is None:
