@@ -11,12 +11,15 @@ from weakref import ref
 from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.algorithms.rule_tensors import RuleTensors
 from fastmeta.inputs import Tree
 from fastmeta.losses import Loss
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.eager import eager
+from fastmeta.ops.options import check_rule
+from fastmeta.ops.rule_numbers import NONE, Hyper
 from fastmeta.ops.task_forward import forward as task_forward
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import UpdateRule
 
 
 class Algorithm(nn.Module):
@@ -30,6 +33,7 @@ class Algorithm(nn.Module):
         inner_steps: K.
         adapts: `adapt=`; what a predicate chose.
         inner_lrs: the learning rates; learned ones are parameters.
+        inner_rule: the tensors of the update rule; those given as parameters are parameters.
         update_rule, batch_stats, backend: as given.
     """
 
@@ -41,15 +45,27 @@ class Algorithm(nn.Module):
     inner_steps: int
     adapts: str | tuple[str, ...]
     inner_lrs: InnerRates
-    update_rule: SGD
+    inner_rule: RuleTensors
     batch_stats: str
     backend: str
+    _update_rule: UpdateRule
+    _learns_rule: bool  # whether `inner_rule` has tensors: cheap to ask
     _machinery: Machinery
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapted parameters, as the network is frozen now."""
         return self._machinery.names
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """The update rule as it was given; to set another takes its tensors into `inner_rule`."""
+        return self._update_rule
+
+    @update_rule.setter
+    def update_rule(self, rule: UpdateRule) -> None:
+        self.inner_rule = RuleTensors(check_rule(self.who, rule))
+        self._update_rule, self._learns_rule = rule, not self.inner_rule.empty
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tree) -> Tree:
@@ -110,6 +126,12 @@ class Machinery:
     def loss(self) -> Loss:
         """Of the support sets."""
         return self.module.loss
+
+    @property
+    def hyper(self) -> Hyper:
+        """The tensors of the update rule by name."""
+        module = self.module
+        return module.inner_rule.values() if module._learns_rule else NONE
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -130,6 +130,7 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         exchange=Exchange(problem.net),
         params={name: own(value, requires_grad) for name, value in problem.params.items()},
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
+        hyper={name: own(value, requires_grad) for name, value in problem.hyper.items()},
         support=leaves(problem.support),
         query=leaves(problem.query),
         step_weights=with_step_weights(problem).step_weights,
@@ -214,7 +215,8 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def check_rates(problem: Problem) -> None:
-    """Check that learning rates are finite, unless an accelerator would have to be waited for.
+    """Check that learning rates and learned numbers of the rule are finite, unless an accelerator
+    would have to be waited for.
 
     Raises:
         ValueError: one is not.
@@ -232,6 +234,9 @@ def check_rates(problem: Problem) -> None:
         and all(rate.isfinite().all() for rate in several)
     ):
         raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
+    for name, number in problem.hyper.items() if problem.steps else ():
+        if number.device.type == "cpu" and not number.isfinite().all():
+            raise ValueError(f"`update_rule`: {name} must be finite, got NaN or infinity in it")
 
 
 def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, ...]] = output_shape) -> None:
