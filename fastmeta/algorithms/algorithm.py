@@ -45,27 +45,16 @@ class Algorithm(nn.Module):
     inner_steps: int
     adapts: str | tuple[str, ...]
     inner_lrs: InnerRates
+    update_rule: UpdateRule
     inner_rule: RuleTensors
     batch_stats: str
     backend: str
-    _update_rule: UpdateRule
-    _learns_rule: bool  # whether `inner_rule` has tensors: cheap to ask
     _machinery: Machinery
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapted parameters, as the network is frozen now."""
         return self._machinery.names
-
-    @property
-    def update_rule(self) -> UpdateRule:
-        """The update rule as it was given; to set another takes its tensors into `inner_rule`."""
-        return self._update_rule
-
-    @update_rule.setter
-    def update_rule(self, rule: UpdateRule) -> None:
-        self.inner_rule = RuleTensors(check_rule(self.who, rule))
-        self._update_rule, self._learns_rule = rule, not self.inner_rule.empty
 
     @eager
     def predict(self, adapted: Mapping[str, Tensor], x: Tree) -> Tree:
@@ -81,6 +70,11 @@ class Algorithm(nn.Module):
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
         return self._machinery.predict(adapted, x)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "update_rule":  # whose tensors are to be found at once
+            self.inner_rule = RuleTensors(check_rule(self.who, value))
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has machinery of its own
@@ -131,7 +125,7 @@ class Machinery:
     def hyper(self) -> Hyper:
         """The tensors of the update rule by name."""
         module = self.module
-        return module.inner_rule.values() if module._learns_rule else NONE
+        return module.inner_rule.values() if module.update_rule.learns else NONE
 
     @property
     def names(self) -> tuple[str, ...]:

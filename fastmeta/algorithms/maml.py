@@ -226,7 +226,7 @@ class MAML(Algorithm):
         )
         own = self._machinery
         if torch.compiler.is_compiling():
-            run = compiled.meta_loss if compiled.takes(tensors) and not self._learns_rule else _outside
+            run = compiled.meta_loss if compiled.takes(tensors) and not self.update_rule.learns else _outside
             return MetaLoss(*run(own, tensors, support_per_step))
         out = MetaLoss(*meta_loss(own, tensors, support_per_step))
         return checked(out, self.who, self.on_divergence, task_weights)

@@ -40,11 +40,6 @@ class RuleTensors(nn.Module):
             else:
                 self.register_buffer(name, value.clone(), persistent=False)
 
-    @property
-    def empty(self) -> bool:
-        """Whether there are none."""
-        return not self._names and next(self.parameters(), None) is None
-
     def values(self) -> dict[str, Tensor]:
         """The tensors by name, as operators take them."""
         if self.custom:

@@ -7,6 +7,9 @@ from collections.abc import Collection
 from fastmeta.problem import Problem
 from fastmeta.update_rules import UpdateRule
 
+#: All kinds of rules but those of the user's own.
+NAMED = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion")
+
 
 def refuses_rule(problem: Problem, kinds: Collection[str] = ()) -> str:
     """Why a backend cannot run the inner loop of a problem, "" if it can.

@@ -77,6 +77,7 @@ class CustomRule(UpdateRule):
                 f"CustomRule: `function` and `init` must be hashable, got {function!r} and {init!r}; wrap "
                 "them in functions"
             ) from error
+        object.__setattr__(self, "learns", bool(self.values))
 
     @property
     def module(self) -> nn.Module | None:

@@ -55,7 +55,8 @@ class UpdateRule(ABC):
         kind: the name that engines know the rule by: "sgd", "adam", ...; "custom".
         numbers: its plain numbers by name.
         learned: the names of its learned ones.
-        tensors: those by name; {} in a `form`.
+        learns: whether there are any, or a module with parameters.
+        tensors: the learned ones by name; {} in a `form`.
         options: what else tells two rules of one class apart, by name.
         form: the same rule without its tensors: what plans are found by. In a `Problem` the rule is
             such a form, and `Problem.hyper` has the tensors.
@@ -67,13 +68,14 @@ class UpdateRule(ABC):
     #: Names of numbers -> what they may be; others are at least 0.
     ranges: ClassVar[dict[str, Range]] = {"beta1": SHARE, "beta2": SHARE}
 
-    __slots__ = ("_given", "_hash", "_key", "form", "learned", "numbers", "options", "tensors")
+    __slots__ = ("_given", "_hash", "_key", "form", "learned", "learns", "numbers", "options", "tensors")
 
     _given: dict[str, Any]
     _hash: int
     _key: tuple[Any, ...]
     numbers: dict[str, float]
     learned: tuple[str, ...]
+    learns: bool
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     form: UpdateRule
@@ -111,6 +113,7 @@ class UpdateRule(ABC):
             "_hash": hash(key),
             "numbers": numbers,
             "learned": learned,
+            "learns": bool(learned),
             "tensors": tensors,
             "options": options,
             "form": self,

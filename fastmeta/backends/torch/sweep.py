@@ -64,9 +64,10 @@ class EagerSweep(Sweep[Kept]):
     ) -> None:
         super().__init__(p, wrt)
         self.vectorised, self.store = vectorised, store
+        # whether J depends on a support set otherwise than by theta
+        self.through_support = p.order == "second" or any(self.support_weights)
         self.captured = Captured(p)
-        runs_again = p.order == "second" or any(self.support_weights)
-        again = self.back and not store and runs_again and p.steps > 0
+        again = self.back and not store and self.through_support and p.steps > 0
         self.bodies: dict[str, Body] = {}
         self.bodies = self._bodies(standing)
         self._random_state = RandomState.of(p) if again else None
@@ -208,7 +209,7 @@ class EagerSweep(Sweep[Kept]):
             bodies[role] = Body(features, leaves, values, others, seen)
         for role, body in bodies.items():
             for (key, value), made in zip(body.values.items(), body.made, strict=True):
-                if made.requires_grad and (role == "query" or self.p.order == "second"):
+                if made.requires_grad and (role == "query" or self.through_support):
                     self.total[key] = torch.zeros_like(value)
         return bodies
 
