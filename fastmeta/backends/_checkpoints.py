@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from math import comb, isqrt
 from typing import NamedTuple
 
+from fastmeta.inputs import leaves_of
+from fastmeta.problem import Problem
+
 #: The actions. `at` is the number of a step, theta_at where it begins.
 SAVE, RESTORE, ADVANCE, BACK = "save", "restore", "advance", "back"
 
@@ -32,6 +35,18 @@ class Action(NamedTuple):
     kind: str
     at: int
     to: int
+
+
+def copy_bytes(p: Problem, tasks: int) -> int:
+    """What one copy of the adapted parameters and the state of the rule takes, in bytes.
+
+    Args:
+        p: the problem.
+        tasks: how many tasks run at once.
+    """
+    first = {name: p.params[name][0] if name in p.per_task else p.params[name] for name in p.rates}
+    state = [] if p.rule is None else leaves_of(p.rule.init({n: v.detach() for n, v in first.items()}))
+    return tasks * sum(tensor.numel() * tensor.element_size() for tensor in (*first.values(), *state))
 
 
 def slots_for(steps: int, copy_bytes: int, limit: int | None) -> int:

@@ -75,7 +75,8 @@ class WrittenSteps:
         }
         after = {name: pair[1] for name, pair in updated.items()}
         kept = {} if self.total_rates is None else after
-        return {name: pair[0] for name, pair in updated.items()}, after, kept
+        state = after if self.rule.momentum else {}
+        return {name: pair[0] for name, pair in updated.items()}, state, kept
 
     def direction(
         self, kept: Named, lam: Mapping[str, Tensor], sbar: dict[str, Tensor | None] | None, k: int

@@ -227,7 +227,8 @@ def errors(got: fm.MetaGradient, want: dict[str, Any]) -> dict[str, float]:
     for name in ("lr", "support_x", "query_x"):
         found[name] = _error([getattr(got, name)], [want[name]])
     found["params"] = _error(got.grads.values(), want["params"].values())
-    assert got.rule is not None and got.rule.keys() == want["rule"].keys()
+    assert got.rule is not None
+    assert got.rule.keys() == want["rule"].keys()
     return found | {f"rule.{n}": _error([got.rule[n]], [v]) for n, v in want["rule"].items()}
 
 

@@ -96,6 +96,8 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
             return _with_state(p, wrt, adapted)
         start = RandomState.of(p)
         vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
+        if p.memory == "checkpoint":
+            checkpointed.check(p, _at_once(p) if vectorised else 1)
         try:
             return rerun(p, lambda p: _replayable(p, wrt, adapted, vectorised, start), start)
         except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):

@@ -11,26 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._checkpoints import ADVANCE, BACK, RESTORE, SAVE, advances, schedule, slots_for
+from fastmeta.backends._checkpoints import (
+    ADVANCE,
+    BACK,
+    RESTORE,
+    SAVE,
+    advances,
+    copy_bytes,
+    schedule,
+    slots_for,
+)
 from fastmeta.backends._random_state import RandomState, replayed
 from fastmeta.backends._sweep import stack
 from fastmeta.backends.torch.replay import Replay
 from fastmeta.backends.torch.sweep import EagerSweep, Kept
-from fastmeta.inputs import Tree, leaves_of
+from fastmeta.inputs import Tree
 from fastmeta.problem import Problem, Result
 from fastmeta.update_rules.rule import Named, State
 
 
-def copy_bytes(p: Problem, tasks: int) -> int:
-    """What one copy of the adapted parameters and the state of the rule takes, in bytes.
+def check(p: Problem, tasks: int) -> None:
+    """Check that `memory_limit` leaves room for one copy; arguments as of `copy_bytes`.
 
-    Args:
-        p: the problem.
-        tasks: how many tasks run at once.
+    Raises:
+        ValueError: it does not.
     """
-    first = {name: p.params[name][0] if name in p.per_task else p.params[name] for name in p.rates}
-    state = [] if p.rule is None else leaves_of(p.rule.init({n: v.detach() for n, v in first.items()}))
-    return tasks * sum(tensor.numel() * tensor.element_size() for tensor in (*first.values(), *state))
+    if p.steps:
+        slots_for(p.steps, copy_bytes(p, tasks), p.memory_limit)
 
 
 def said(p: Problem, tasks: int) -> str:
