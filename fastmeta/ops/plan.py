@@ -185,7 +185,7 @@ def prepare(
         BackendUnavailable: the backend asked for cannot run this.
     """
     # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
-    if not all_known(params, tensors, lr, adapted_grad, output_grad, hyper):
+    if not all_known(params, tensors, lr, adapted_grad, output_grad) or (hyper and not all_known(hyper)):
         params, tensors, lr, hyper = plain(params), plain(tensors), plain(lr), plain(hyper)
         adapted_grad, output_grad = plain(adapted_grad), plain_tree(output_grad)
         if not all_plain(params, tensors, lr, adapted_grad, output_grad, hyper):
