@@ -22,7 +22,7 @@ from fastmeta.errors import BackendUnavailable, CaptureError
 from fastmeta.flat import flatten
 from fastmeta.inputs import Inputs
 from fastmeta.ops import MetaGradient, inner_sgd, meta_gradient, task_forward, task_gradient
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import SGD, Adagrad, Adam, AdamW, CustomRule, Lion, RMSProp
 from fastmeta.version import __version__
 
 __all__ = [
@@ -33,16 +33,22 @@ __all__ = [
     "IMAML",
     "MAML",
     "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "BackendUnavailable",
     "CaptureError",
     "Context",
+    "CustomRule",
     "IMAMLLoss",
     "Inputs",
+    "Lion",
     "MAMLPlusPlus",
     "MetaCurvature",
     "MetaGradient",
     "MetaLoss",
     "MetaSGD",
+    "RMSProp",
     "Reptile",
     "ReptileLoss",
     "__version__",

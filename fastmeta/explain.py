@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fastmeta import backends
 from fastmeta.backends import _hoisting
 from fastmeta.backends._autocast import said
+from fastmeta.backends._checkpoints import advances, copy_bytes, slots_for
 from fastmeta.graph.cost import batch_readers, multiply_adds
 from fastmeta.network.functional import norms_by_batch
 from fastmeta.ops.plan import Call
@@ -126,9 +127,18 @@ def meta_step_cost(problem: Problem) -> dict[str, int]:
         modes = {"store": 3 * f - first}
     else:
         modes = {"store": 9 * f - 5 * first, "recompute": 11 * f - 6 * first}
+        if problem.memory == "checkpoint":
+            modes["checkpoint"] = modes["store"] + round(_run_again(problem) * (3 * f - first))
         if problem.memory != "auto":
             modes = {problem.memory: modes[problem.memory]}
     return {mode: problem.tasks * (examples * problem.steps * each + query) for mode, each in modes.items()}
+
+
+def _run_again(problem: Problem) -> float:
+    """How many times each inner step is run besides that on the way back, on average."""
+    at_once = min(problem.tasks, problem.task_chunk or problem.tasks)
+    slots = slots_for(problem.steps, copy_bytes(problem, at_once), problem.memory_limit)
+    return advances(problem.steps, slots) / problem.steps
 
 
 def _what(problem: Problem) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.rule_tensors import PREFIX
 from fastmeta.ops.adapted import mark_as_trained
 
 
 def flatten(maml: MAML) -> Tensor:
-    """Move all parameters of `maml` that require grad, learned rates last, into one vector.
+    """Move all parameters of `maml` that require grad, learned rates and what is learned of the
+    update rule last, into one vector.
 
     The vector is the only leaf from here on: backward fills `flat.grad` and no other, the
     parameters are views of
@@ -52,6 +54,12 @@ def flatten(maml: MAML) -> Tensor:
     )
     keys = tuple(key for key, value in rates.items() if (key in old.keys if old else value.requires_grad))
     parts = [params[name] for name in names] + [rates[key] for key in keys]
+    for key in keys:
+        if not isinstance(rates[key], nn.Parameter):
+            raise ValueError(
+                "flatten: `update_rule` of `maml` has a tensor that requires grad and is no nn.Parameter, "
+                f"{key.removeprefix(PREFIX)}, which cannot be moved into a vector"
+            )
     if not parts:
         raise ValueError("flatten: no parameter of `maml` requires grad")
     for part in parts:

@@ -5,11 +5,13 @@ An operator (`fastmeta.ops`) checks what the user gave and writes it down as a `
 
 The scalar whose gradients a backend returns is
 
-    J = sum_t c_t * sum_k s_k * Q_t(theta_{t,k}) + <adapted_grad, theta_K> + <output_grad, output>
+    J = sum_t c_t * (sum_k s_k * Q_t(theta_{t,k}) + sum_k w_k * L_{t,k}(theta_{t,k}))
+        + <adapted_grad, theta_K> + <output_grad, output>
 
-with c_t = task_weights[t] / T (1 / T when `task_weights` is None), s_k = `step_weights[k]` and Q_t
-the query loss of task t. A term whose ingredients are absent (no query loss, no cotangent) is
-absent from the sum.
+with c_t = task_weights[t] / T (1 / T when `task_weights` is None), s_k = `step_weights[k]`, Q_t the
+query loss of task t, w_k = `support_step_weights[k]` and L_{t,k} the support loss of its step k,
+before the update. A term whose ingredients are absent (no query loss, no cotangent) is absent from
+the sum.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
     from fastmeta.graph.program import Program
     from fastmeta.losses import Loss
     from fastmeta.network.swap import Exchange
-    from fastmeta.update_rules import SGD
+    from fastmeta.update_rules import UpdateRule
 
 #: Everything that a gradient can be asked for, besides nothing at all.
 DIFFERENTIABLE = (
     "params",
     "lr",
+    "rule",
     "support_x",
     "support_y",
     "support_weights",
@@ -112,13 +115,19 @@ class Problem:
     rates: dict[str, Tensor] = field(default_factory=dict)
     # ^ adapted parameter name -> [K or 1, T or 1, *S] or [K or 1, T or 1, *1s], nothing in between,
     # K counted at least   1 when steps == 0; a parameter without an entry is not adapted
-    rule: SGD | None = None  # None iff support is None
+    rule: UpdateRule | None = None  # its `form`; None iff support is None
+    hyper: dict[str, Tensor] = field(default_factory=dict)
+    # ^ the learned numbers of the rule by name, () or [K]; of a rule of the user's own the
+    #   parameters of its module
     order: str = "second"  # "second" | "first"
     step_weights: tuple[float, ...] | None = None  # K + 1 numbers; None: (0, ..., 0, 1)
+    support_step_weights: tuple[float, ...] | None = None  # K numbers; None: all zero
     task_weights: Tensor | None = None  # [T]
     memory: str = (
-        "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once
+        "auto"  # "auto" | "store" | "recompute": the activations of every inner step, of what runs at once;
+        # "checkpoint": not even theta and the state of the rule of every step
     )
+    memory_limit: int | None = None  # bytes that those of all tasks may take with "checkpoint"
     task_chunk: int | None = (
         None  # at most so many tasks at a time, where a backend runs all of them side by side
     )
@@ -151,11 +160,13 @@ class Gradients:
     """Gradients of J, None where not asked for; shapes are those of the problem's own tensors.
 
     `params` holds every parameter (zeros where J does not depend on it), `lr` every entry of
-    `rates`. The gradient by a tree is a tree of the same form, as `fastmeta.inputs` says.
+    `rates`, `rule` every entry of `hyper`. The gradient by a tree is a tree of the same form, as
+    `fastmeta.inputs` says.
     """
 
     params: dict[str, Tensor] | None = None
     lr: dict[str, Tensor] | None = None
+    rule: dict[str, Tensor] | None = None
     support_x: Tree = None
     support_y: Tree = None
     support_weights: Tensor | None = None
@@ -173,7 +184,8 @@ class Result:
     """The answer to a problem; all tensors are fresh, detached and own (or share among themselves)
     their memory."""
 
-    task_losses: Tensor | None = None  # [T]: sum_k s_k Q_t(theta_k), unweighted; None without a query loss
+    # [T]: sum_k s_k Q_t(theta_k) + sum_k w_k L_{t,k}, without c_t; None without a query loss
+    task_losses: Tensor | None = None
     output: Tree = None  # [T, M, *out] at theta_K, or a tree; None without a query
     adapted: dict[str, Tensor] | None = None  # every name -> [T, *shape]; None unless asked for
     grads: Gradients = field(default_factory=Gradients)

@@ -11,12 +11,15 @@ from weakref import ref
 from torch import Tensor, nn
 
 from fastmeta.algorithms.inner_rates import InnerRates
+from fastmeta.algorithms.rule_tensors import RuleTensors
 from fastmeta.inputs import Tree
 from fastmeta.losses import Loss
 from fastmeta.ops.adapted import adapted_names
 from fastmeta.ops.eager import eager
+from fastmeta.ops.options import check_rule
+from fastmeta.ops.rule_numbers import NONE, Hyper
 from fastmeta.ops.task_forward import forward as task_forward
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import UpdateRule
 
 
 class Algorithm(nn.Module):
@@ -30,6 +33,7 @@ class Algorithm(nn.Module):
         inner_steps: K.
         adapts: `adapt=`; what a predicate chose.
         inner_lrs: the learning rates; learned ones are parameters.
+        inner_rule: the tensors of the update rule; those given as parameters are parameters.
         update_rule, batch_stats, backend: as given.
     """
 
@@ -41,7 +45,8 @@ class Algorithm(nn.Module):
     inner_steps: int
     adapts: str | tuple[str, ...]
     inner_lrs: InnerRates
-    update_rule: SGD
+    update_rule: UpdateRule
+    inner_rule: RuleTensors
     batch_stats: str
     backend: str
     _machinery: Machinery
@@ -65,6 +70,11 @@ class Algorithm(nn.Module):
         Derivatives: as `fastmeta.task_forward`, where gradients are on.
         """
         return self._machinery.predict(adapted, x)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "update_rule":  # whose tensors are to be found at once
+            self.inner_rule = RuleTensors(check_rule(self.who, value))
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has machinery of its own
@@ -110,6 +120,12 @@ class Machinery:
     def loss(self) -> Loss:
         """Of the support sets."""
         return self.module.loss
+
+    @property
+    def hyper(self) -> Hyper:
+        """The tensors of the update rule by name."""
+        module = self.module
+        return module.inner_rule.values() if module.update_rule.learns else NONE
 
     @property
     def names(self) -> tuple[str, ...]:

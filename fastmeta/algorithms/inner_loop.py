@@ -20,7 +20,8 @@ from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, check_options, names_of, rule_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates, repeated
-from fastmeta.update_rules import SGD
+from fastmeta.ops.rule_numbers import repeated_hyper
+from fastmeta.update_rules import UpdateRule
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
@@ -49,7 +50,7 @@ class InnerLoop(Algorithm):
         inner_steps: int,
         adapt: Adapt,
         weight_norm: str,
-        update_rule: SGD | None,
+        update_rule: UpdateRule | None,
         batch_stats: str,
         backend: str,
     ) -> None:
@@ -59,7 +60,7 @@ class InnerLoop(Algorithm):
         self.loss = resolve(loss, weight_norm=weight_norm)
         self.inner_steps = inner_steps
         self.adapts = names_of(self.who, net, adapt)
-        self.update_rule = rule_of(update_rule)
+        self.update_rule = rule_of(self.who, update_rule)
         self.batch_stats = batch_stats
         self.backend = backend
         check_options(options_of(self, self.who))
@@ -100,7 +101,8 @@ class InnerLoop(Algorithm):
         own = self._machinery
         options = own.options(f"{self.who}.adapt")._replace(order="first")
         params, lr = own.params(), self.inner_lrs.as_given({})
-        return explain(prepare(options, self.net, params, Tensors(x, y, weights), self.loss, None, lr))
+        given = options, self.net, params, Tensors(x, y, weights), self.loss, None, lr
+        return explain(prepare(*given, hyper=own.hyper))
 
 
 class InnerLoopMachinery(Machinery):
@@ -121,8 +123,9 @@ class InnerLoopMachinery(Machinery):
         options = self.options(who)._replace(steps=steps, support_per_step=support_per_step)
         check_options(options)
         lr = repeated(self.inner_lrs.as_given({}), steps)
+        hyper = repeated_hyper(options.rule, self.hyper, steps)
         with torch.no_grad():
-            return inner_loop(options, self.net, self.params(), tensors, lr, self.loss)
+            return inner_loop(options, self.net, self.params(), tensors, lr, self.loss, hyper=hyper)
 
 
 def options_of(module: Any, who: str) -> Options:
@@ -131,7 +134,7 @@ def options_of(module: Any, who: str) -> Options:
         who,
         module.inner_steps,
         adapt=module.adapts,
-        rule=module.update_rule,
+        rule=module.update_rule.form,
         batch_stats=module.batch_stats,
         backend=module.backend,
     )

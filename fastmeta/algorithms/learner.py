@@ -13,6 +13,7 @@ from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.plan import NOTHING, Call
 from fastmeta.ops.rates import Rates
+from fastmeta.ops.rule_numbers import Hyper
 from fastmeta.problem import Captures
 
 
@@ -49,8 +50,12 @@ class Learner(Protocol):
     def lr_of(self, rates: dict[str, Tensor]) -> Rates:
         """The rates as an operator takes them, from the learned ones by their keys."""
 
+    def hyper_of(self, rates: dict[str, Tensor]) -> Hyper:
+        """The tensors of the update rule as an operator takes them, from all that has keys."""
+
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(the network's parameters by name, the learned rates by key); not to be modified."""
+        """(the network's parameters by name, the learned rates and the tensors of the update rule
+        by key); not to be modified."""
 
     def traced_parameters(self) -> dict[str, Tensor]:
         """The network's parameters by name, while torch.compile traces."""

@@ -12,12 +12,14 @@ from fastmeta.algorithms.algorithm import Machinery
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.learner import Learner
 from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.algorithms.rule_tensors import with_prefix, without_prefix
 from fastmeta.inputs import Tree
 from fastmeta.ops.again import Aliases
 from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates, of_tasks
+from fastmeta.ops.rule_numbers import NONE, Hyper
 from fastmeta.ops.task_forward import forward as task_forward
 from fastmeta.problem import Captures
 
@@ -56,6 +58,8 @@ class MAMLMachinery(Machinery):
     def meta_parameters(self, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(the network's parameters by name, the learned rates by key); not to be modified.
 
+        The tensors of the update rule come after the rates, under keys that no rate has.
+
         Args:
             check: whether a flattened module must still have its parameters in its vector.
 
@@ -64,6 +68,9 @@ class MAMLMachinery(Machinery):
         """
         params = self.params.current()
         rates = _NO_RATES if self.rates is None else self.rates.current()
+        hyper = self.hyper
+        if hyper:
+            rates = {**rates, **with_prefix(hyper)}
         if check and self.flat is not None:
             self.flat.check(params, rates)
         return params, rates
@@ -108,7 +115,8 @@ class MAMLMachinery(Machinery):
             still = [name for name, value in params.items() if not value.requires_grad]
             frozen = frozenset(still) if 0 < len(still) < len(params) else NOTHING
         given = options, self.net, params, tensors, module.loss, module.query_loss, self.lr_of(rates), wrt
-        return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures)
+        hyper = self.hyper_of(rates)
+        return prepare(*given, prefer_flat=flat, frozen=frozen, captures=captures, hyper=hyper)
 
     def lr_of(self, rates: dict[str, Tensor], tasks: Tensor | None = None) -> Rates:
         """The rates as an operator takes them, from the learned ones by their keys; with `tasks`,
@@ -116,6 +124,10 @@ class MAMLMachinery(Machinery):
         number = self.number
         lr = self.inner_lrs.as_given(rates) if number is None else number
         return lr if tasks is None else of_tasks(lr, tasks)
+
+    def hyper_of(self, rates: dict[str, Tensor]) -> Hyper:
+        """The tensors of the update rule as an operator takes them, out of `meta_parameters`."""
+        return without_prefix(rates) if rates else NONE
 
     def aliases(self) -> Aliases | None:
         """What a loss may read of a flattened module: the parameters, which autograd knows as
@@ -148,9 +160,11 @@ def options_of(module: Any, who: str, support_per_step: bool = False) -> Options
         module.adapts,
         module.step_weights,
         support_per_step,
-        module.update_rule,
+        module.update_rule.form,
         module.memory,
         module.batch_stats,
         module.backend,
         module.task_chunk,
+        module.support_step_weights,
+        module.memory_limit,
     )

@@ -24,7 +24,8 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, check_options, names_of, numbers_of, rule_of
 from fastmeta.ops.rates import Rates, repeated
-from fastmeta.update_rules import SGD
+from fastmeta.ops.rule_numbers import repeated_hyper
+from fastmeta.update_rules import UpdateRule
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
@@ -78,9 +79,16 @@ class MAML(Algorithm):
         weight_norm: the mean over examples with weights w: "count", sum(w * l) / N, or "sum", sum(w
             * l) / sum(w), which is zero, without any gradient, where all weights of a task are
               zero.
-        update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
-        memory: "auto", "store" (activations of every inner step) or "recompute" (only the
-            parameters of every step).
+        support_step_weights: K numbers: weights of each step's own support loss, before its update,
+            in the loss and in `task_losses` (test-time training); None: all zero.
+        update_rule: what a step does with a gradient: `fastmeta.SGD`, `Adam`, `AdamW`, `RMSProp`,
+            `Adagrad`, `Lion` or a `CustomRule`; None: plain SGD. Numbers of it that are
+            `nn.Parameter` and the parameters of a `CustomRule` are among `parameters()`, in
+            `inner_rule`.
+        memory: "auto", "store" (activations of every inner step), "recompute" (only the parameters
+            and the state of the update rule of every step) or "checkpoint" (those of about sqrt(K)
+            steps).
+        memory_limit: bytes that those may take at most with "checkpoint"; None: any.
         task_chunk: at most so many tasks at a time on the `torch` backend; None: all.
         batch_stats: batch norm by "task", the task's own batch; by the "running" statistics; or
             "module": each norm as the module itself does it, by its batch after .train(), by its
@@ -120,8 +128,10 @@ class MAML(Algorithm):
         lr_per_step: bool = False,
         step_weights: Sequence[float] | None = None,
         weight_norm: str = "count",
-        update_rule: SGD | None = None,
+        support_step_weights: Sequence[float] | None = None,
+        update_rule: UpdateRule | None = None,
         memory: str = "auto",
+        memory_limit: int | None = None,
         task_chunk: int | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
@@ -137,8 +147,10 @@ class MAML(Algorithm):
         self.order = order
         self.adapts = names_of(self.who, net, adapt)
         self.step_weights = numbers_of(self.who, step_weights)
-        self.update_rule = rule_of(update_rule)
+        self.update_rule = rule_of(self.who, update_rule)
+        self.support_step_weights = numbers_of(self.who, support_step_weights, "support_step_weights")
         self.memory = memory
+        self.memory_limit = memory_limit
         self.task_chunk = task_chunk
         self.batch_stats = batch_stats
         self.backend = backend
@@ -188,13 +200,13 @@ class MAML(Algorithm):
         Returns:
             `MetaLoss`.
 
-        Derivatives: `loss` is differentiable in the parameters, the learned rates, every input that
-            requires grad and everything else that requires grad and that the network or a loss
-            reads. The gradients are computed here, together with the loss, wherever gradients are
-            on. With `create_graph=True`, for Hessian-vector products of the outer loss, the
-            backward pass computes them again by plain autograd, which takes the time and the memory
-            of a loop over all inner steps in PyTorch; with order="first" inner gradients are
-            constants there too.
+        Derivatives: `loss` is differentiable in the parameters, the learned rates, the tensors of
+            the update rule, every input that requires grad and everything else that requires grad
+            and that the network or a loss reads. The gradients are computed here, together with the
+            loss, wherever gradients are on. With `create_graph=True`, for Hessian-vector products
+            of the outer loss, the backward pass computes them again by plain autograd, which takes
+            the time and the memory of a loop over all inner steps in PyTorch; with order="first"
+            inner gradients are constants there too.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. Nothing was
@@ -214,7 +226,7 @@ class MAML(Algorithm):
         )
         own = self._machinery
         if torch.compiler.is_compiling():
-            run = compiled.meta_loss if compiled.takes(tensors) else _outside
+            run = compiled.meta_loss if compiled.takes(tensors) and not self.update_rule.learns else _outside
             return MetaLoss(*run(own, tensors, support_per_step))
         out = MetaLoss(*meta_loss(own, tensors, support_per_step))
         return checked(out, self.who, self.on_divergence, task_weights)
@@ -237,14 +249,15 @@ class MAML(Algorithm):
         Derivatives: as `fastmeta.inner_sgd`, where gradients are on.
         """
         own = self._machinery
-        options = own.options(f"{self.who}.adapt")._replace(step_weights=None)
+        options = own.options(f"{self.who}.adapt")._replace(step_weights=None, support_step_weights=None)
         params, rates = own.differentiable()
-        lr = own.lr_of(rates)
+        lr, hyper = own.lr_of(rates), own.hyper_of(rates)
         if steps is not None:
             options = options._replace(steps=steps)
             check_options(options)
-            lr = repeated(lr, steps)
-        return inner_loop(options, self.net, params, Tensors(x, y, weights), lr, self.loss, own.aliases())
+            lr, hyper = repeated(lr, steps), repeated_hyper(options.rule, hyper, steps)
+        given = options, self.net, params, Tensors(x, y, weights), lr, self.loss, own.aliases()
+        return inner_loop(*given, hyper=hyper)
 
     def explain(
         self,

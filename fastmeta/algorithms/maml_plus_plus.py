@@ -17,6 +17,7 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.inner_sgd import inner_loop
 from fastmeta.ops.options import Adapt, Options, argument, check_flag, names_of
 from fastmeta.ops.rates import Rates, at_step
+from fastmeta.ops.rule_numbers import hyper_at
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
@@ -63,7 +64,8 @@ class MAMLPlusPlus(Stepwise):
         per_step_norms: whether norms have parameters of their own for every step.
         adapt: as in `fastmeta.MAML`; with `per_step_norms` without the norms.
         learn_lr, lr_per_step: as in `fastmeta.MAML`.
-        update_rule: weight decay only.
+        update_rule: one without a state: `fastmeta.SGD` with weight decay and clipping, or a
+            `CustomRule`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -185,7 +187,7 @@ class _PerStepNorms(StepwiseMachinery):
     ) -> Iterator[dict[str, Tensor]]:
         """As `StepwiseMachinery.path`; norms of theta_k, k > 0, are those of step k."""
         params, rates = self.differentiable()
-        lr = self.lr_of(rates, tasks)
+        lr, hyper = self.lr_of(rates, tasks), self.hyper_of(rates)
         theta = {**params}
         yield theta
         for k in range(steps):
@@ -193,7 +195,8 @@ class _PerStepNorms(StepwiseMachinery):
                 later = {name: rates[f"extra.{key}"] for name, key in self.norms.items()}  # [K - 1, *shape]
                 theta = {**theta, **{name: rows[min(k, len(rows)) - 1] for name, rows in later.items()}}
             tensors = support_of(support, k, per_step)
-            moved = inner_loop(options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases())
+            given = options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases()
+            moved = inner_loop(*given, hyper=hyper_at(options.rule, hyper, k))
             theta = {**theta, **{name: moved[name] for name in self.names}}
             yield theta
 

@@ -16,6 +16,7 @@ from fastmeta.ops.checks import Tensors
 from fastmeta.ops.options import Options, argument
 from fastmeta.ops.rates import Rates, at_step
 from fastmeta.ops.task_gradient import gradient
+from fastmeta.update_rules import SGD
 
 _DIMENSIONS = ("out", "in", "taps")
 
@@ -53,7 +54,7 @@ class MetaCurvature(Stepwise):
         self, net: nn.Module, *, loss: object, inner_lr: Rates, inner_steps: int, **options: Any
     ) -> None:
         super().__init__(net, loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options)
-        if self.update_rule.weight_decay:
+        if self.update_rule != SGD():
             raise ValueError(f"{argument(self.who, 'update_rule')} must be plain SGD, got {self.update_rule}")
         params = dict(net.named_parameters())
         for name in self.names:

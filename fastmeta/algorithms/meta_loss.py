@@ -3,7 +3,7 @@ scales them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.algorithms.flat_parameters import FlatParameters, views
 from fastmeta.algorithms.learner import Learner
+from fastmeta.algorithms.rule_tensors import PREFIX, with_prefix
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._random_state import RandomState
 from fastmeta.backends.torch.replay import Replay
@@ -25,6 +26,7 @@ from fastmeta.ops.options import Options
 from fastmeta.ops.places import Places, placed
 from fastmeta.ops.plan import Call, mean_loss, prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.ops.rule_numbers import Hyper
 from fastmeta.ordinary import savable
 from fastmeta.problem import Captures, Result
 
@@ -33,13 +35,15 @@ _WRT = {
     for params in (False, True)
     for rates in (False, True)
 }
+_BY_KEY = frozenset({"lr", "rule"})
 
 
 class Leaves(NamedTuple):
     """The meta-parameters that a loss is differentiated by."""
 
-    tensors: list[Tensor]  # parameters, then learned rates; or the one vector of a flattened module
-    wrt: frozenset[str]  # "params", "lr"
+    # parameters, then learned rates and tensors of the rule; or the vector of a flattened module
+    tensors: list[Tensor]
+    wrt: frozenset[str]  # "params", "lr", "rule"
 
 
 def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tuple[Tensor, Tensor, Tree]:
@@ -75,6 +79,7 @@ def meta_loss(learner: Learner, tensors: Tensors, support_per_step: bool) -> tup
             loss=module.loss,
             query_loss=module.query_loss,
             lr_of=learner.lr_of,
+            hyper_of=learner.hyper_of,
             wrt=wrt,
             rerun=run,
             flat=flat,
@@ -107,23 +112,34 @@ def leaves_of(learner: Learner, params: dict[str, Tensor], rates: dict[str, Tens
     """
     flat = learner.flat
     if flat is not None:
-        return Leaves([flat.vector], _WRT[bool(flat.names), bool(flat.keys)])
+        return Leaves([flat.vector], _wrt(bool(flat.names), flat.keys))
     leaves = [*params.values()]
     has_params = True in [value.requires_grad for value in leaves]
     if not rates:
         return Leaves(leaves if has_params else [], _WRT[has_params, False])
     has_rates = True in [value.requires_grad for value in rates.values()]
-    return Leaves((leaves if has_params else []) + [*rates.values()] * has_rates, _WRT[has_params, has_rates])
+    wrt = _wrt(has_params, rates if has_rates else ())
+    return Leaves((leaves if has_params else []) + [*rates.values()] * has_rates, wrt)
+
+
+def _wrt(params: bool, keys: Iterable[str]) -> frozenset[str]:
+    """What gradients are asked for: by the parameters, and by learned rates and the tensors of the
+    rule with these keys."""
+    of_rule = [key.startswith(PREFIX) for key in keys]
+    found = _WRT[params, False in of_rule]
+    return found | {"rule"} if True in of_rule else found
 
 
 def flat_gradient(learner: Learner, call: Call, result: Result) -> Tensor:
     """The gradients of all leaves in one vector, in their order."""
     grads, flat = result.grads, learner.flat
     whole = grads.flat_params if call.problem.prefer_flat else None
-    if grads.lr is None and whole is not None:
+    if grads.lr is None and grads.rule is None and whole is not None:
         return whole
     params = grads.params or {}
     rates = {} if grads.lr is None else learner.inner_lrs.by_key(call.plan.rates.fold(grads.lr, call.lr))
+    if grads.rule is not None:
+        rates |= with_prefix(grads.rule)
     parts = [params[name] for name in (params if flat is None else flat.names)] if whole is None else [whole]
     parts += [rates[key] for key in (rates if flat is None else flat.keys)]
     return torch.cat([part.reshape(-1) for part in parts])
@@ -198,14 +214,16 @@ class Recipe(NamedTuple):
     net: nn.Module
     loss: Loss | None
     query_loss: Loss | None
-    lr_of: Callable[[dict[str, Tensor]], Rates]  # from learned rates by their keys
+    # from learned rates, and tensors of the rule, by their keys
+    lr_of: Callable[[dict[str, Tensor]], Rates]
+    hyper_of: Callable[[dict[str, Tensor]], Hyper]
     wrt: frozenset[str]
     rerun: (
         tuple[Replay, torch.dtype | None] | None
     )  # of the random state before the call; the dtype of autocast
     flat: FlatParameters | None
     names: tuple[str, ...]  # of the parameters
-    keys: tuple[str, ...]  # of the learned rates
+    keys: tuple[str, ...]  # of the learned rates and the tensors of the rule
     places: Places  # of the inputs
     inputs: tuple[int, ...]  # the numbers of those that a gradient is wanted of
     parts: tuple[Tensor | None, ...]  # of what was captured, see `again.Read`
@@ -231,8 +249,8 @@ class Recipe(NamedTuple):
         Args:
             loss: ().
             gradients: of all leaves in one vector, where there are any, then of `inputs`.
-            leaves: the parameters if "params" is in `wrt`, then the rates if "lr" is; or the vector
-                of a flat module.
+            leaves: the parameters if "params" is in `wrt`, then the rates and what else has keys if
+                "lr" or "rule" is; or the vector of a flat module.
             params, rates, tensors: everything that the loss was computed from, inputs in the order
                 of `places`.
             captured: what was read besides.
@@ -246,7 +264,7 @@ class Recipe(NamedTuple):
         if self.flat is None:
             if "params" not in self.wrt:
                 rest += params.values()
-            if "lr" not in self.wrt:
+            if self.wrt.isdisjoint(_BY_KEY):
                 rest += rates.values()
         return cast(Tensor, _Attach.apply((loss, gradients, self, rest), len(leaves), *given))
 
@@ -279,7 +297,8 @@ class Recipe(NamedTuple):
         losses = self.loss, self.query_loss
         captured = again.read_again(given[count:], self.parts)
         captures = Captures(True, lambda: parts, tuple(captured))
-        call = prepare(self.options, self.net, params, tensors, *losses, lr, self.wrt, captures=captures)
+        how = self.options, self.net, params, tensors, *losses, lr, self.wrt
+        call = prepare(*how, captures=captures, hyper=self.hyper_of(rates))
         wanted = [tensor for tensor, need in zip(here, needs, strict=False) if need]
         replay, dtype = self.rerun or (None, None)
         found = iter(again.gradients(call, lr, wanted, captured, replay, dtype, grad))
@@ -291,7 +310,8 @@ class Recipe(NamedTuple):
         then: list[tuple[str, Any]] = [("tensors", at) for at in range(len(self.places.fields))]
         for group, names in (("params", self.names), ("lr", self.keys)):
             if self.flat is None:
-                (first if group in self.wrt else then).extend([(group, name) for name in names])
+                wanted = group in self.wrt or (group == "lr" and "rule" in self.wrt)
+                (first if wanted else then).extend([(group, name) for name in names])
         return first + [("tensors", at) for at in self.inputs], then
 
 

@@ -16,7 +16,7 @@ from fastmeta.ops.divergence import check_choice, check_diverged, left_out
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Adapt, argument, check_flag
 from fastmeta.ops.rates import Rates
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import UpdateRule
 
 
 class ReptileLoss(NamedTuple):
@@ -67,7 +67,7 @@ class Reptile(InnerLoop):
         normalise: bool = False,
         adapt: Adapt = "all",
         weight_norm: str = "count",
-        update_rule: SGD | None = None,
+        update_rule: UpdateRule | None = None,
         batch_stats: str = "task",
         backend: str = "auto",
         on_divergence: str = "raise",

@@ -14,6 +14,7 @@ from fastmeta.algorithms.machinery import MAMLMachinery
 from fastmeta.algorithms.maml import MAML, MetaLoss, checked
 from fastmeta.algorithms.meta_loss import Recipe, again_of, answer, attached_to, inputs_of
 from fastmeta.algorithms.parameters import ParameterTable
+from fastmeta.algorithms.rule_tensors import with_prefix
 from fastmeta.backends._captured import leaves_behind
 from fastmeta.inputs import Tree, mapped
 from fastmeta.network.swap import locked
@@ -24,6 +25,7 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.places import placed
 from fastmeta.ops.plan import prepare
+from fastmeta.ops.rule_numbers import repeated_hyper
 
 if TYPE_CHECKING:
     from fastmeta.explain import Explanation
@@ -36,8 +38,8 @@ class Stepwise(MAML):
     pass runs again.
 
     Args:
-        net, options: as of `fastmeta.MAML`, but momentum, whose state would have to pass from one
-            call to the next.
+        net, options: as of `fastmeta.MAML`, but update rules with a state, such as momentum, which
+            would have to pass from one call to the next, and `support_step_weights`.
 
     Attributes:
         extra: the meta-parameters besides those of the network and the rates.
@@ -50,9 +52,14 @@ class Stepwise(MAML):
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
         self.extra = nn.ParameterDict()
-        if self.update_rule.momentum:
+        if self.update_rule.has_state:
             raise ValueError(
-                f"{argument(self.who, 'update_rule')} must have no momentum, got {self.update_rule}"
+                f"{argument(self.who, 'update_rule')} must have no state, such as momentum, got "
+                f"{self.update_rule}"
+            )
+        if self.support_step_weights is not None:
+            raise ValueError(
+                f"{argument(self.who, 'support_step_weights')} must be None: steps are calls of their own"
             )
 
     @eager
@@ -89,7 +96,9 @@ class Stepwise(MAML):
         options = own.options(who)._replace(steps=steps, step_weights=None)
         check_options(options)
         support = Tensors(x, y, weights)
-        call = prepare(options, self.net, own.meta_parameters()[0], support, self.loss, None, 0.0)
+        params, rates = own.meta_parameters()
+        hyper = repeated_hyper(options.rule, own.hyper_of(rates), steps)
+        call = prepare(options, self.net, params, support, self.loss, None, 0.0, hyper=hyper)
         *_, theta = own.path(own.step(), support, steps, False)
         tasks, shapes = call.problem.tasks, call.plan.shapes.params
         return {n: v.expand(tasks, *v.shape) if tuple(v.shape) == shapes[n] else v for n, v in theta.items()}
@@ -129,7 +138,7 @@ class StepwiseMachinery(MAMLMachinery):
         no rate has."""
         rates = {} if self.rates is None else self.rates.current()
         extra = {f"extra.{key}": value for key, value in self.extra.current().items()}
-        params, rates = self.params.current(), {**rates, **extra}
+        params, rates = self.params.current(), {**rates, **extra, **with_prefix(self.hyper)}
         if check and self.flat is not None:
             self.flat.check(params, rates)
         return params, rates
@@ -217,6 +226,7 @@ class StepwiseMachinery(MAMLMachinery):
                 loss=None,
                 query_loss=query_loss,
                 lr_of=lambda rates: 0.0,
+                hyper_of=lambda rates: {},
                 wrt=wrt,
                 rerun=run,
                 flat=None,

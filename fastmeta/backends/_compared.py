@@ -69,7 +69,8 @@ def _pairs(found: Result, expected: Result) -> Iterator[tuple[str, Tensor | None
     mine, theirs = found.grads, expected.grads
     named = {"what was adapted": (found.adapted, expected.adapted)}
     named |= {
-        f"the gradient by {part}": (getattr(mine, part), getattr(theirs, part)) for part in ("params", "lr")
+        f"the gradient by {part}": (getattr(mine, part), getattr(theirs, part))
+        for part in ("params", "lr", "rule")
     }
     for what, (own, of) in named.items():
         groups[what] = ([(own or {}).get(name) for name in of or {}], list((of or {}).values()))

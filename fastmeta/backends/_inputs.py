@@ -16,7 +16,7 @@ from fastmeta.losses import Loss
 from fastmeta.network.functional import Conventions, call, own
 from fastmeta.network.swap import Exchange
 from fastmeta.problem import Batch, Gradients, Problem
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import UpdateRule
 
 _PARTS = ("x", "y", "weights")
 
@@ -107,7 +107,7 @@ def runs(problem: Problem) -> bool:
     return problem.steps > 0 or problem.query is not None
 
 
-def inner_loop(problem: Problem) -> tuple[Batch, Loss, SGD]:
+def inner_loop(problem: Problem) -> tuple[Batch, Loss, UpdateRule]:
     """What inner steps need: a problem with steps has it."""
     support, loss, rule = problem.support, problem.loss, problem.rule
     if support is None or loss is None or rule is None:
@@ -130,6 +130,7 @@ def detached(problem: Problem, requires_grad: bool = False) -> Problem:
         exchange=Exchange(problem.net),
         params={name: own(value, requires_grad) for name, value in problem.params.items()},
         rates={name: own(value, requires_grad) for name, value in problem.rates.items()},
+        hyper={name: own(value, requires_grad) for name, value in problem.hyper.items()},
         support=leaves(problem.support),
         query=leaves(problem.query),
         step_weights=with_step_weights(problem).step_weights,
@@ -214,7 +215,8 @@ def output_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def check_rates(problem: Problem) -> None:
-    """Check that learning rates are finite, unless an accelerator would have to be waited for.
+    """Check that learning rates and learned numbers of the rule are finite, unless an accelerator
+    would have to be waited for.
 
     Raises:
         ValueError: one is not.
@@ -232,6 +234,9 @@ def check_rates(problem: Problem) -> None:
         and all(rate.isfinite().all() for rate in several)
     ):
         raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
+    for name, number in problem.hyper.items() if problem.steps else ():
+        if number.device.type == "cpu" and not number.isfinite().all():
+            raise ValueError(f"`update_rule`: {name} must be finite, got NaN or infinity in it")
 
 
 def check_class_indices(problem: Problem, shape: Callable[[Problem], tuple[int, ...]] = output_shape) -> None:

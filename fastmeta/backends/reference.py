@@ -26,12 +26,14 @@ from fastmeta.backends._inputs import (
     wanted_parts,
     with_graph,
 )
+from fastmeta.backends._rule_tasks import check_reads, step_of_one
 from fastmeta.backends._twice import check_twice, named_in
 from fastmeta.inputs import Tree, mapped
 from fastmeta.losses import Loss
 from fastmeta.network.functional import call, call_then, isolated
 from fastmeta.network.swap import Carried
 from fastmeta.problem import Batch, Gradients, Problem, Result
+from fastmeta.update_rules.rule import State
 
 
 def missing() -> str:
@@ -54,6 +56,7 @@ def _solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = detached(problem, requires_grad=True)
         check_rates(p)
         check_class_indices(p)
+        check_reads(p)
         if wrt or p.steps:
             carries_state(p)
         captured = Captured(p, keep=True)
@@ -87,10 +90,10 @@ def objective(problem: Problem) -> tuple[Tensor, Captured]:
 
 
 def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tree, dict[str, Tensor]]:
-    """(sum_k s_k Q_t(theta_k), output at theta_K, theta_K) of task t; zeros in place of what is not
-    asked for."""
+    """(task loss, as `Result.task_losses` has it, output at theta_K, theta_K) of task t; zeros in
+    place of what is not asked for."""
     theta = {name: value[t] if name in p.per_task else value for name, value in p.params.items()}
-    momentum = {name: torch.zeros_like(theta[name]) for name in p.rates}
+    inner = _start(p, theta)
     state = Carried()
     query_loss: Tensor = _zero(p)
     output: Tree = None
@@ -100,7 +103,9 @@ def _one_task(p: Problem, t: int, captured: Captured) -> tuple[Tensor, Tree, dic
             value, output = _evaluated(p, theta, _examples(p.query, (t,)), loss, captured, state)
             query_loss = query_loss + weight * value
         if k < p.steps:
-            theta, momentum = _inner_step(p, t, k, theta, momentum, captured, state)
+            theta, inner, value = _inner_step(p, t, k, theta, inner, captured, state)
+            if p.support_step_weights is not None and p.support_step_weights[k]:
+                query_loss = query_loss + p.support_step_weights[k] * value
     return query_loss, output, theta
 
 
@@ -131,11 +136,12 @@ def _inner_step(
     t: int,
     k: int,
     theta: Mapping[str, Tensor],
-    momentum: Mapping[str, Tensor],
+    inner: State,
     captured: Captured,
     state: Carried,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(theta_{k+1}, m_{k+1}) of task t; parameters without a rate stay as they are."""
+) -> tuple[dict[str, Tensor], State, Tensor]:
+    """(theta_{k+1}, the state of the rule, the support loss at theta_k) of task t; parameters
+    without a rate stay as they are."""
     support, loss, rule = inner_loop(p)
     theta = {**theta, **varied({name: theta[name] for name in p.rates})}
     value, _ = _evaluated(
@@ -146,13 +152,28 @@ def _inner_step(
     gradient = gradients([value], adapted, create_graph=p.order == "second", retain_graph=True)
     if t == k == 0 and p.order == "second":
         check_twice(value, gradient)
-    theta, momentum = dict(theta), dict(momentum)
-    for (name, rate), g in zip(p.rates.items(), gradient, strict=True):
+    rates: dict[str, Tensor] = {}  # [*(S or 1s)]
+    for name, rate in p.rates.items():
         rate = rate[k if rate.shape[0] > 1 else 0]  # [T or 1, *(S or 1s)]
-        rate = rate[t if rate.shape[0] > 1 else 0]  # [*(S or 1s)]
+        rates[name] = rate[t if rate.shape[0] > 1 else 0]
+    if not rule.written:
+        before = {name: theta[name] for name in p.rates}
+        by_name = dict(zip(p.rates, gradient, strict=True))
+        moved, inner = step_of_one(p, rule, before, by_name, inner, rates, p.hyper, k)
+        return {**theta, **moved}, inner, value
+    theta, momentum = dict(theta), dict(inner)
+    for name, g in zip(p.rates, gradient, strict=True):
         momentum[name] = rule.momentum * momentum[name] + g + rule.weight_decay * theta[name]
-        theta[name] = theta[name] - rate * momentum[name]
-    return theta, momentum
+        theta[name] = theta[name] - rates[name] * momentum[name]
+    return theta, momentum, value
+
+
+def _start(p: Problem, theta: Mapping[str, Tensor]) -> State:
+    """The state of the rule before the first step."""
+    adapted = {name: theta[name] for name in p.rates}
+    if p.rule is None or p.rule.written or not p.steps:
+        return {name: torch.zeros_like(value) for name, value in adapted.items()}
+    return p.rule.init(adapted)
 
 
 def _examples(batch: Batch, at: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -189,6 +210,10 @@ def _gradients(p: Problem, objective: Tensor, wrt: frozenset[str]) -> Gradients:
     if "lr" in wrt:
         grads.lr = dict(
             zip(p.rates, gradients([objective], [*p.rates.values()], retain_graph=True), strict=True)
+        )
+    if "rule" in wrt:
+        grads.rule = dict(
+            zip(p.hyper, gradients([objective], [*p.hyper.values()], retain_graph=True), strict=True)
         )
     data = wanted_parts(p, wrt)
     put_parts(grads, p, {n: gradients([objective], [x], retain_graph=True)[0] for n, x in data.items()})

@@ -71,6 +71,7 @@ class Case:
     adapt: tuple[str, ...] = ()  # glob patterns of the parameters that adapt; (): all
     momentum: float = 0.0
     weight_decay: float = 0.0
+    rule: str = ""  # a name in `fastmeta.cases.rules`; "": SGD with the numbers above
     step_weights: bool = False  # a weight on the query loss of every step
     weighted: str = (
         ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
@@ -98,6 +99,7 @@ class Case:
             f"lr_{self.rates}" if self.rates != "scalar" else "",
             f"mu{self.momentum:g}" if self.momentum else "",
             f"wd{self.weight_decay:g}" if self.weight_decay else "",
+            self.rule,
             "step_weights" if self.step_weights else "",
             f"weights_{self.weighted}" if self.weighted else "",
             f"own_{self.per_task}" if self.per_task else "",

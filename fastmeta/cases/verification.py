@@ -9,6 +9,7 @@ from functools import partial
 from fastmeta.cases.case import RATES, Case
 from fastmeta.cases.losses import LOSSES
 from fastmeta.cases.networks import HalfNorms, grid, mlp, mlp_case, normed_rows, segments, sequence
+from fastmeta.cases.rules import RULES
 from fastmeta.layers.registry import KINDS
 
 _SMOOTH = partial(Case, "tanh", partial(mlp, (3, 13, 13, 5), "tanh"), (3,))
@@ -110,6 +111,16 @@ def _operators() -> Iterator[Case]:
     yield _SMOOTH(operator="inner_sgd", steps=0)
 
 
+def _rules() -> Iterator[Case]:
+    for rule in RULES:
+        yield _SMOOTH(rule=rule, steps=3, lr=0.02)
+    adam = partial(_SMOOTH, rule="adam", lr=0.02)
+    yield adam(order="first", steps=3, step_weights=True)
+    yield adam(rates="element_step_task", per_step=True, weighted="sqt", memory="recompute")
+    yield adam(rates="head", per_task="some", loss="ce")
+    yield adam(operator="inner_sgd", memory="store", steps=3)
+
+
 def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
     """Without the repetitions that crossing options leaves."""
     known: dict[str, Case] = {}
@@ -122,7 +133,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 def _all() -> Iterator[Case]:
     for kind in KINDS.values():
         yield from kind.cases()
-    for family in (_shapes, _wide, _together, _losses, _positions, _options, _operators):
+    for family in (_shapes, _wide, _together, _losses, _positions, _options, _operators, _rules):
         yield from family()
 
 

@@ -48,7 +48,7 @@ def gradients(
         dtype: of the autocast that the call was made under.
         scale: (); None: one.
     """
-    problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True))
+    problem = replace(call.problem, rates=call.plan.rates.spread(lr, graph=True), hyper=call.hyper)
     backend: Any = call.plan.backend
     with autocast(call.plan.shapes.device, dtype), nullcontext() if replay is None else replay.again():
         objective, found = (backend if hasattr(backend, "objective") else get("torch")).objective(problem)

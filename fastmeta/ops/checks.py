@@ -99,7 +99,7 @@ def check_wrt(who: str, wrt: frozenset[str], tensors: Tensors) -> None:
         if name not in DIFFERENTIABLE:
             allowed = ", ".join(map(repr, DIFFERENTIABLE))
             raise ValueError(f"{argument(who, 'wrt')} must hold names out of {allowed}, got {name!r}")
-        if name in ("params", "lr"):
+        if name in ("params", "lr", "rule"):
             continue
         tree = getattr(tensors, name)
         if tree is None:

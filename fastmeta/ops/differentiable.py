@@ -4,7 +4,7 @@ the inputs alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +21,7 @@ from fastmeta.ops.options import Options
 from fastmeta.ops.places import Places, placed
 from fastmeta.ops.plan import NOTHING, Call, prepare
 from fastmeta.ops.rates import Rates
+from fastmeta.ops.rule_numbers import Hyper
 from fastmeta.ordinary import savable
 from fastmeta.problem import Captures, Result
 
@@ -37,6 +38,7 @@ class Operation:
     tensors: Tensors
     lr: Rates = 0.0
     loss: Loss | None = None
+    hyper: Hyper = field(default_factory=dict)
     aliases: Aliases | None = None
 
     def call(
@@ -48,7 +50,7 @@ class Operation:
     ) -> Call:
         """This operation, checked; with cotangents its derivative."""
         given = self.options, self.net, self.params, self.tensors, self.loss, None, self.lr, wrt
-        return prepare(*given, adapted_grad, output_grad, captures=captures)
+        return prepare(*given, adapted_grad, output_grad, captures=captures, hyper=self.hyper)
 
     def answer(self, call: Call) -> tuple[Tree, list[tuple[Tensor, Tensor]] | None]:
         """(the output, or else the adapted parameters in the order of `self.params`; what else was
@@ -70,24 +72,26 @@ class Operation:
             pairs += [(("lr", name), rate) for name, rate in self.lr.items() if isinstance(rate, Tensor)]
         elif isinstance(self.lr, Tensor):
             pairs.append((("lr", ""), self.lr))
+        pairs += [(("rule", name), value) for name, value in self.hyper.items()]
         given, places = placed(self.tensors)
         return _Slots([slot for slot, _ in pairs], places), [*[tensor for _, tensor in pairs], *given]
 
     def with_leaves(self, slots: _Slots, leaves: Sequence[Tensor]) -> Operation:
         """The same operation on other tensors."""
-        fields: dict[str, dict[str, Tensor]] = {"params": {}, "lr": {}}
+        fields: dict[str, dict[str, Tensor]] = {"params": {}, "lr": {}, "rule": {}}
         count = len(slots.own)
-        for (field, name), leaf in zip(slots.own, leaves[:count], strict=True):
-            fields[field][name] = leaf
+        for (group, name), leaf in zip(slots.own, leaves[:count], strict=True):
+            fields[group][name] = leaf
         params, rates = fields["params"], fields["lr"]
         lr: Rates = {**self.lr, **rates} if isinstance(self.lr, Mapping) else rates.get("", self.lr)
-        return replace(self, params=params, tensors=slots.places.tensors(leaves[count:]), lr=lr)
+        tensors = slots.places.tensors(leaves[count:])
+        return replace(self, params=params, tensors=tensors, lr=lr, hyper=fields["rule"])
 
 
 class _Slots(NamedTuple):
     """Where the tensors of an operation belong."""
 
-    own: list[tuple[str, str]]  # ("params" or "lr", the name in it) of the first ones
+    own: list[tuple[str, str]]  # ("params", "lr" or "rule", the name in it) of the first ones
     places: Places  # of the others
 
     @property
@@ -121,7 +125,7 @@ def run_and_read(operation: Operation) -> tuple[Tree, list[Tensor]]:
     if not captured and not any(leaf.requires_grad for leaf in leaves):
         return answer, []
     # the tensors go through save_for_backward alone: it notices when one of them was modified
-    bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), aliases=None)
+    bare = replace(operation, params={}, tensors=Tensors(), lr=_numbers(operation.lr), hyper={}, aliases=None)
     tensors, parts = [read.tensor for read in captured], [read.part for read in captured]
     values = _Solve.apply(values, form, bare, replay, slots, parts, *leaves, *tensors)
     return dict(zip(answer, values, strict=True)) if form is None else form.build(values), tensors
@@ -171,7 +175,7 @@ class _Solve(torch.autograd.Function):
         with autocast(call.plan.shapes.device, dtype):
             grad = (call.solve() if replay is None else _solved_again(replay, operation, call)).grads
         rates = None if grad.lr is None else call.plan.rates.fold(grad.lr, operation.lr)
-        own: dict[str, Any] = {"params": grad.params, "lr": rates}
+        own: dict[str, Any] = {"params": grad.params, "lr": rates, "rule": grad.rule}
         entries = [
             (own[field][name] if name else own[field]) if need else None
             for (field, name), need in zip(slots.own, wanted, strict=False)

@@ -288,7 +288,7 @@ class _Solved:
         found += [gradient for _, gradient in grads.captured or ()]
         if grads.flat_params is None:
             found += (grads.params or {}).values()
-        found += (grads.lr or {}).values()
+        found += [*(grads.lr or {}).values(), *(grads.rule or {}).values()]
         return all_finite(found if self.loss.is_cpu else [self.loss, *found])
 
 

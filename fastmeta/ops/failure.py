@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from inspect import signature
 from math import prod
 from traceback import walk_tb
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,14 @@ def diagnose(
     shapes: Shapes,
     losses: tuple[Loss | None, Loss | None],
     lr: Rates,
+    hyper: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Look for the learning rate, the input or the target that the network or the loss cannot take.
 
     Args:
         options, net, params, tensors, shapes: of the call that failed.
         losses: of the support and of the query set.
-        lr: as given.
+        lr, hyper: as given.
 
     Raises:
         ValueError, TypeError: names the argument. Returns if nothing is found: the backend's own
@@ -79,6 +81,8 @@ def diagnose(
         for name, tensor in leaves_named(options.who, field, tree):
             check_ordinary(name, tensor)
     check_ordinary_rates(options.who, lr)
+    for name, value in hyper.items():
+        check_ordinary(f"{argument(options.who, 'update_rule')}: {name}", value)
     for loss in losses:
         if loss is not None:
             loss.check_tensors()
@@ -87,6 +91,11 @@ def diagnose(
             check_ordinary(f"{argument(options.who, 'net')}: the buffer {name!r}", buffer)
     if options.steps:
         check_finite(options.who, lr)
+        for name, value in hyper.items():
+            if not value.isfinite().all():
+                what = f"{argument(options.who, 'update_rule')}: {name}"
+                bad = value[~value.isfinite()][0].item()
+                raise ValueError(f"{what} must hold finite numbers, got {bad}")
     for part, lead, loss in zip(("support", "query"), (shapes.support, shapes.query), losses, strict=True):
         if part == "support" and not options.steps:
             continue  # it is not run

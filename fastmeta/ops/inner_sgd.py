@@ -1,4 +1,4 @@
-"""The inner loop: every task takes its own steps of SGD on its own support set."""
+"""The inner loop: every task takes its own steps on its own support set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastmeta.ops.differentiable import Operation, run
 from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Adapt, Options, names_of, rule_of
 from fastmeta.ops.rates import Rates
-from fastmeta.update_rules import SGD
+from fastmeta.ops.rule_numbers import NONE, Hyper, hyper_of
+from fastmeta.update_rules import UpdateRule
 
 
 @eager
@@ -31,9 +32,10 @@ def inner_sgd(
     adapt: Adapt = "all",
     weights: Tensor | None = None,
     weight_norm: str = "count",
-    update_rule: SGD | None = None,
+    update_rule: UpdateRule | None = None,
     support_per_step: bool = False,
     memory: str = "auto",
+    memory_limit: int | None = None,
     task_chunk: int | None = None,
     batch_stats: str = "task",
     backend: str = "auto",
@@ -48,18 +50,18 @@ def inner_sgd(
             tensors, see `fastmeta.Inputs`.
         y: support targets, as the loss wants them.
         loss, lr, steps, order, adapt, weight_norm, update_rule, support_per_step, memory,
-        task_chunk, batch_stats,
-            backend: as in `fastmeta.meta_gradient`.
+        memory_limit, task_chunk, batch_stats, backend: as in `fastmeta.meta_gradient`.
         weights: of the support examples, [T, N] or [T, K, N]; of booleans: a mask.
 
     Returns:
         name -> [T, *shape], every parameter, also those that are not adapted.
 
-    Derivatives: differentiable in `params`, `lr`, `x`, `y` and `weights` where they are
-        floating-point tensors, and in whatever requires grad that the network or the loss reads
-        besides; the backward pass runs the inner loop, and so the loss, again. With order="first"
-        only the identity part of each step remains. With `create_graph=True` the backward pass is a
-        loop of plain autograd, whose results can be differentiated again.
+    Derivatives: differentiable in `params`, `lr`, learned numbers of `update_rule`, `x`, `y` and
+        `weights` where they are floating-point tensors, and in whatever requires grad that the
+        network or the loss reads besides; the backward pass runs the inner loop, and so the loss,
+        again. With order="first" only the identity part of each step remains. With
+        `create_graph=True` the backward pass is a loop of plain autograd, whose results can be
+        differentiated again.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -69,6 +71,7 @@ def inner_sgd(
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (2017), section 2.2.
     """
+    rule = rule_of("inner_sgd", update_rule)
     options = Options(
         "inner_sgd",
         steps,
@@ -76,15 +79,15 @@ def inner_sgd(
         names_of("inner_sgd", net, adapt),
         None,
         support_per_step,
-        rule_of(update_rule),
+        rule.form,
         memory,
         batch_stats,
         backend,
         task_chunk,
+        memory_limit=memory_limit,
     )
-    return inner_loop(
-        options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm)
-    )
+    given = options, net, params, Tensors(x, y, weights), lr, resolve(loss, weight_norm=weight_norm)
+    return inner_loop(*given, hyper=hyper_of(rule))
 
 
 def inner_loop(
@@ -95,7 +98,9 @@ def inner_loop(
     lr: Rates,
     loss: object,
     aliases: Aliases | None = None,
+    hyper: Hyper = NONE,
 ) -> dict[str, Tensor]:
-    """`inner_sgd` with its options in one piece, under any name in messages."""
-    operation = Operation(options, net, params, tensors, lr, resolve(loss), aliases)
+    """`inner_sgd` with its options in one piece, under any name in messages; `hyper` are the
+    tensors of the update rule."""
+    operation = Operation(options, net, params, tensors, lr, resolve(loss), hyper, aliases)
     return run(operation)

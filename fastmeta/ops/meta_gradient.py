@@ -17,7 +17,8 @@ from fastmeta.ops.eager import eager
 from fastmeta.ops.options import Adapt, Options, argument, names_of, numbers_of, rule_of, wrt_of
 from fastmeta.ops.plan import prepare
 from fastmeta.ops.rates import Rates
-from fastmeta.update_rules import SGD
+from fastmeta.ops.rule_numbers import hyper_of
+from fastmeta.update_rules import UpdateRule
 
 
 class MetaGradient(NamedTuple):
@@ -38,6 +39,7 @@ class MetaGradient(NamedTuple):
     # (tensor, gradient) of every tensor that requires grad and that the network or a loss read past
     # its arguments
     captured: tuple[tuple[Tensor, Tensor], ...] = ()
+    rule: dict[str, Tensor] | None = None  # by the learned numbers of the update rule, in their shapes
 
 
 @eager
@@ -54,19 +56,21 @@ def meta_gradient(
     order: str = "second",
     adapt: Adapt = "all",
     step_weights: Sequence[float] | None = None,
+    support_step_weights: Sequence[float] | None = None,
     task_weights: Tensor | None = None,
     support_weights: Tensor | None = None,
     query_weights: Tensor | None = None,
     weight_norm: str = "count",
     support_per_step: bool = False,
-    update_rule: SGD | None = None,
+    update_rule: UpdateRule | None = None,
     memory: str = "auto",
+    memory_limit: int | None = None,
     task_chunk: int | None = None,
     batch_stats: str = "task",
     wrt: Iterable[str] = ("params",),
     backend: str = "auto",
 ) -> MetaGradient:
-    """The meta-gradient: query losses after `steps` inner steps of SGD, and their gradients.
+    """The meta-gradient: query losses after `steps` inner steps, and their gradients.
 
     Args:
         net: the network; its parameters are not used, `params` are.
@@ -92,6 +96,8 @@ def meta_gradient(
             parameter) -> bool, which may ask for frozen ones too.
         step_weights: K + 1 numbers: weights of the query losses after 0 .. K steps; None: the last
             one only.
+        support_step_weights: K numbers: weights of each step's own support loss, before its update,
+            in the loss and in `task_losses` (test-time training); None: all zero.
         task_weights: [T]; the loss is sum(task_weights * task_losses) / T. A task of weight zero
             contributes nothing, even if it diverged, except on an accelerator, where that would
             have to be looked for.
@@ -102,9 +108,15 @@ def meta_gradient(
             * l) / sum(w), which is zero, without any gradient, where all weights of a task are
               zero.
         support_per_step: there is a support set of its own for every inner step.
-        update_rule: `fastmeta.SGD(momentum, weight_decay)`; None: plain SGD.
-        memory: "store" keeps the activations of every inner step, "recompute" only the parameters
-            of every step; "auto" stores while that takes less than 256 MiB.
+        update_rule: what a step does with a gradient: `fastmeta.SGD`, `Adam`, `AdamW`, `RMSProp`,
+            `Adagrad`, `Lion` or a `CustomRule`; None: plain SGD. docs/update-rules.md says which
+            backend runs which.
+        memory: "store" keeps the activations of every inner step, "recompute" only the parameters,
+            and the state of the rule, of every step; "auto" stores while that takes less than 256
+            MiB. "checkpoint" keeps those of about sqrt(K) steps, and runs the steps between them
+            again: for K in the hundreds and thousands.
+        memory_limit: bytes that those of all tasks may take at most with "checkpoint", which then
+            keeps fewer and runs more steps again; None: those of about sqrt(K) steps.
         task_chunk: at most so many tasks at a time on the `torch` backend, which otherwise runs all
             of them side by side; None: all. Results are the same but for rounding and random draws.
             On other backends it has no use.
@@ -133,6 +145,7 @@ def meta_gradient(
     support_x, support_y = _pair("support", support)
     query_x, query_y = _pair("query", query)
     support_loss = resolve(loss, weight_norm=weight_norm)
+    rule = rule_of("meta_gradient", update_rule)
     options = Options(
         "meta_gradient",
         steps,
@@ -140,11 +153,13 @@ def meta_gradient(
         names_of("meta_gradient", net, adapt),
         numbers_of("meta_gradient", step_weights),
         support_per_step,
-        rule_of(update_rule),
+        rule.form,
         memory,
         batch_stats,
         backend,
         task_chunk,
+        numbers_of("meta_gradient", support_step_weights, "support_step_weights"),
+        memory_limit,
     )
     call = prepare(
         options,
@@ -156,6 +171,7 @@ def meta_gradient(
         lr,
         wrt_of("meta_gradient", wrt),
         captures=captures_of(True, None),
+        hyper=hyper_of(rule),
     )
     found = settled("meta_gradient", "keep", call, call.solve())
     result = found.result
@@ -173,6 +189,7 @@ def meta_gradient(
         grads.query_y,
         grads.query_weights,
         tuple((read.tensor, read.gradient) for read in reads(grads.captured, None)),
+        grads.rule,
     )
 
 

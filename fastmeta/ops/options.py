@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmeta import backends
 from fastmeta.models.check import check_count
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import SGD, UpdateRule
 
 #: `adapt=` as a user gives it.
 Adapt = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
@@ -49,7 +49,7 @@ _ARGUMENTS["CAVIA"] = {**_INNER_LOOP, "adapt": "context"}
 
 _CHOICES = {
     "order": ("second", "first"),
-    "memory": ("auto", "store", "recompute"),
+    "memory": ("auto", "store", "recompute", "checkpoint"),
     "batch_stats": ("task", "running", "module"),
     "backend": ("auto", *backends.NAMES),
 }
@@ -64,11 +64,13 @@ class Options(NamedTuple):
     adapt: str | tuple[str, ...] = "all"
     step_weights: tuple[float, ...] | None = None
     support_per_step: bool = False
-    rule: SGD = _PLAIN_SGD
+    rule: UpdateRule = _PLAIN_SGD  # its `form`
     memory: str = "auto"
     batch_stats: str = "task"
     backend: str = "auto"
     task_chunk: int | None = None
+    support_step_weights: tuple[float, ...] | None = None
+    memory_limit: int | None = None
 
 
 def argument(who: str, field: str, leaf: str = "") -> str:
@@ -96,20 +98,50 @@ def check_options(options: Options) -> None:
     if chunk is not None:
         check_count(argument(who, "task_chunk"), chunk, 1, "an int or None")
     check_flag(who, "support_per_step", options.support_per_step)
-    if not isinstance(options.rule, SGD):
-        raise TypeError(
-            f"{argument(who, 'update_rule')} must be a fastmeta.SGD or None, got {options.rule!r}"
-        )
+    check_rule(who, options.rule)
+    limit = options.memory_limit
+    if limit is not None:
+        if isinstance(limit, bool) or not isinstance(limit, int):
+            raise TypeError(f"{argument(who, 'memory_limit')} must be an int or None, got {limit!r}")
+        if limit < 1 or options.memory != "checkpoint":
+            raise ValueError(
+                f"{argument(who, 'memory_limit')} must be at least 1 byte, and memory 'checkpoint', got "
+                f"{limit} and {options.memory!r}"
+            )
     if options.step_weights is not None and len(options.step_weights) != steps + 1:
         raise ValueError(
             f"{argument(who, 'step_weights')} must hold steps + 1 = {steps + 1} numbers, "
             f"got {len(options.step_weights)}"
         )
+    support = options.support_step_weights
+    if support is not None and len(support) != steps:
+        raise ValueError(
+            f"{argument(who, 'support_step_weights')} must hold steps = {steps} numbers, got {len(support)}"
+        )
 
 
-def rule_of(update_rule: SGD | None) -> SGD:
-    """The update rule meant by `update_rule=`."""
-    return _PLAIN_SGD if update_rule is None else update_rule
+def rule_of(who: str, update_rule: UpdateRule | None) -> UpdateRule:
+    """The update rule meant by `update_rule=`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    return _PLAIN_SGD if update_rule is None else check_rule(who, update_rule)
+
+
+def check_rule(who: str, rule: object) -> UpdateRule:
+    """`rule`, if it is an update rule.
+
+    Raises:
+        TypeError: it is none; says what to do with a function.
+    """
+    if not isinstance(rule, UpdateRule):
+        way = ": wrap it, fastmeta.CustomRule(...)" if callable(rule) and not isinstance(rule, type) else ""
+        raise TypeError(
+            f"{argument(who, 'update_rule')} must be an update rule, such as fastmeta.SGD, or None, got "
+            f"{rule!r}{way}"
+        )
+    return rule
 
 
 def names_of(who: str, net: nn.Module, adapt: Adapt) -> str | tuple[str, ...]:
@@ -171,8 +203,10 @@ def check_flag(who: str, name: str, value: object) -> None:
         raise TypeError(f"{argument(who, name)} must be True or False, got {value!r}")
 
 
-def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    """`step_weights=` in a form that can be a key.
+def numbers_of(
+    who: str, step_weights: Sequence[float] | None, field: str = "step_weights"
+) -> tuple[float, ...] | None:
+    """`step_weights=` or another such argument in a form that can be a key.
 
     Raises:
         TypeError: not a sequence of numbers.
@@ -180,7 +214,7 @@ def numbers_of(who: str, step_weights: Sequence[float] | None) -> tuple[float, .
     """
     if step_weights is None:
         return None
-    what = argument(who, "step_weights")
+    what = argument(who, field)
     numbers = isinstance(step_weights, Iterable) and not isinstance(step_weights, (str, Tensor))
     given = [*islice(_members(step_weights), _MOST_NUMBERS)] if numbers else [None]
     if not all(isinstance(weight, Real) for weight in given):

@@ -34,6 +34,8 @@ from fastmeta.ops.failure import check_examples, diagnose
 from fastmeta.ops.masks import check_layers, masked, without_masks
 from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
+from fastmeta.ops.rule_numbers import NONE as NO_HYPER
+from fastmeta.ops.rule_numbers import Hyper, bare, check_hyper, check_rule_wrt
 from fastmeta.ordinary import PLAIN, all_known, all_plain, check_ordinary, lack_memory, plain, plain_tree
 from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
 from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
@@ -82,6 +84,7 @@ class Call:
     problem: Problem
     lr: Rates  # as given
     wrt: frozenset[str]
+    hyper: Hyper  # as given
 
     def solve(self, adapted: bool = False) -> Result:
         """The answer of the backend.
@@ -114,7 +117,8 @@ class Call:
             ValueError, TypeError: names the argument.
         """
         problem, losses = self.problem, (self.problem.loss, self.problem.query_loss)
-        diagnose(self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr)
+        given = self.options, problem.net, problem.params, self.tensors, self.plan.shapes, losses, self.lr
+        diagnose(*given, self.hyper)
 
 
 def mean_loss(result: Result, task_weights: Tensor | None) -> Tensor:
@@ -143,6 +147,7 @@ class _Given(NamedTuple):
     prefer_flat: bool
     frozen: frozenset[str]
     captures: Captures | None
+    hyper: Hyper
 
 
 _plans: WeakKeyDictionary[nn.Module, Bounded[object, Plan]] = WeakKeyDictionary()
@@ -162,6 +167,7 @@ def prepare(
     prefer_flat: bool = False,
     frozen: frozenset[str] = NOTHING,
     captures: Captures | None = None,
+    hyper: Hyper = NO_HYPER,
 ) -> Call:
     """Check one call and choose its backend.
 
@@ -170,6 +176,7 @@ def prepare(
             there is no target.
         wrt: the gradients wanted.
         prefer_flat, frozen, captures: as in `Problem`.
+        hyper: the tensors of the update rule by name, where it has any.
         adapted_grad, output_grad: cotangents, as in `Problem`; the operators' own, and not checked.
 
     Raises:
@@ -178,11 +185,11 @@ def prepare(
         BackendUnavailable: the backend asked for cannot run this.
     """
     # subclasses of tensors are taken off; those that cannot be are for the full check to refuse
-    if not all_known(params, tensors, lr, adapted_grad, output_grad):
-        params, tensors, lr = plain(params), plain(tensors), plain(lr)
+    if not all_known(params, tensors, lr, adapted_grad, output_grad) or (hyper and not all_known(hyper)):
+        params, tensors, lr, hyper = plain(params), plain(tensors), plain(lr), plain(hyper)
         adapted_grad, output_grad = plain(adapted_grad), plain_tree(output_grad)
-        if not all_plain(params, tensors, lr, adapted_grad, output_grad):
-            how = adapted_grad, output_grad, prefer_flat, frozen, captures
+        if not all_plain(params, tensors, lr, adapted_grad, output_grad, hyper):
+            how = adapted_grad, output_grad, prefer_flat, frozen, captures, hyper
             given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, *how)
             return undisturbed(_first_call, given, [])
     if _get_dispatch_mode(_FAKE) is not None:
@@ -200,7 +207,7 @@ def prepare(
         masks = masked(tensors)
         if masks:
             tensors, loss, query_loss = without_masks(options, net, params, tensors, loss, query_loss)
-        how = adapted_grad, output_grad, prefer_flat, frozen, captures
+        how = adapted_grad, output_grad, prefer_flat, frozen, captures, hyper
         given = _Given(options, net, params, tensors, loss, query_loss, lr, wrt, *how)
         return _prepared(given, masks)
 
@@ -220,6 +227,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
         prefer_flat,
         frozen,
         _,
+        hyper,
     ) = given
     try:
         key = (
@@ -244,6 +252,8 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             frozen,
             *masks,
         )
+        if hyper:
+            key = (*key, bare(hyper))
         plans = _plans.get(net)
         plan = None if plans is None else plans.get(key)
     except (
@@ -266,7 +276,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
     problem = _problem(plan, given)
     if not plan.looks and _lost_memory(problem, tensors):
         return undisturbed(_first_call, given, masks, key)
-    return Call(options, tensors, plan, problem, lr, wrt)
+    return Call(options, tensors, plan, problem, lr, wrt, hyper)
 
 
 def _changed(plan: Plan, net: nn.Module, options: Options) -> bool:
@@ -281,6 +291,7 @@ def _lost_memory(problem: Problem, tensors: Tensors) -> bool:
     """Whether a tensor's storage was freed since the plan was made."""
     losses = [loss for loss in (problem.loss, problem.query_loss) if loss is not None]
     others = [problem.output_grad, *[weight for loss in losses for weight in (loss.weight, loss.pos_weight)]]
+    others += problem.hyper.values()
     buffers = () if problem.batch_stats == "task" else problem.net.buffers()
     return lack_memory(problem.params, tensors, problem.rates, problem.adapted_grad, others, buffers)
 
@@ -294,6 +305,8 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     shapes = check_tensors(options, net, given.params, tensors)
     check_examples(options, net, given.params, tensors, shapes)
     check_wrt(options.who, wrt, tensors)
+    check_rule_wrt(options.who, wrt, given.hyper)
+    check_hyper(options.who, options.rule, given.hyper, options.steps, shapes.device, shapes.dtype)
     check_losses(options.who, tensors, given.loss, given.query_loss)
     for cotangent in (*leaves_of(given.output_grad), *(given.adapted_grad or {}).values()):
         check_ordinary(f"{options.who}: a gradient of its results", cotangent)
@@ -335,7 +348,8 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     try:
         plan.backend = backends.select(options.backend, problem, wrt)
     except BackendUnavailable:  # it may be the tensors that do not fit
-        diagnose(options, net, problem.params, tensors, shapes, (given.loss, given.query_loss), given.lr)
+        losses = given.loss, given.query_loss
+        diagnose(options, net, problem.params, tensors, shapes, losses, given.lr, given.hyper)
         raise
     plan.native = plan.backend.__name__ in _NATIVE
     # the machine makes copies of buffers first
@@ -352,7 +366,7 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
             if names and options.adapt in BY_GRAD:
                 plan.flags = frozen_flags(net)
             _plans.setdefault(net, Bounded(_MOST_PLANS)).put(key, plan)
-    return Call(options, tensors, plan, problem, given.lr, wrt)
+    return Call(options, tensors, plan, problem, given.lr, wrt, given.hyper)
 
 
 def _check_given(given: _Given) -> None:
@@ -389,10 +403,13 @@ def _problem(plan: Plan, given: _Given) -> Problem:
         query_loss=query_loss,
         rates=plan.rates.spread(lr),
         rule=None if support_x is None else options.rule,
+        hyper=given.hyper,
         order=options.order,
         step_weights=options.step_weights,
+        support_step_weights=options.support_step_weights,
         task_weights=task_weights,
         memory=options.memory,
+        memory_limit=options.memory_limit,
         task_chunk=options.task_chunk,
         batch_stats=options.batch_stats,
         adapted_grad=adapted_grad,

@@ -100,6 +100,9 @@ def scatter(problem: Problem, whole: Result, tasks: Tensor, some: Result | None,
             name: spread(rates.get(name), rate, 1) if rate.shape[1] > 1 else shared(rates.get(name), rate)
             for name, rate in problem.rates.items()
         }
+    if grads.rule is not None:
+        numbers = own.rule or {}
+        found.rule = {name: shared(numbers.get(name), value) for name, value in problem.hyper.items()}
     if grads.captured is not None:
         parts = merged((tensor, gradient * scale) for tensor, gradient in own.captured or ())
         found.captured = merged([*[(tensor, torch.zeros_like(g)) for tensor, g in grads.captured], *parts])

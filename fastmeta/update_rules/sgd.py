@@ -1,26 +1,30 @@
-"""Stochastic gradient descent with momentum and weight decay, and its adjoint."""
+"""Stochastic gradient descent with momentum, Nesterov's too, and weight decay; and its adjoint."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastmeta.models.check import is_finite
+from fastmeta.models.check import flag
+from fastmeta.update_rules.rule import ANY, Named, Number, Range, UpdateRule, on
 
 
-@dataclass(frozen=True, slots=True)
-class SGD:
-    """The inner step of `torch.optim.SGD` (dampening 0, no Nesterov).
+class SGD(UpdateRule):
+    """The inner step of `torch.optim.SGD`.
 
-    With momentum mu, weight decay omega, learning rate alpha and g = grad L(theta):
+    With momentum mu, dampening tau, weight decay omega, learning rate alpha and the (clipped)
+    gradient g = grad L(theta):
 
-        m'     = mu m + g + omega theta          m = 0 before the first step
-        theta' = theta - alpha m'
+        d      = g + omega theta
+        m'     = mu m + (1 - tau) d              m' = d at the first step
+        theta' = theta - alpha m'                Nesterov: theta - alpha (d + mu m')
 
-    The adjoint goes back one step. It is given lambda = dJ/dtheta' and mbar, the part of dJ/dm'
-    that comes from later steps (0 after the last one), and returns the same for the step before. H
-    is the Hessian of L at theta:
+    Without dampening, Nesterov, clipping and learned numbers the adjoint is written out. It goes
+    back one step. It is given lambda = dJ/dtheta' and mbar, the part of dJ/dm' that comes from
+    later steps (0 after the last one), and returns the same for the step before. H is the Hessian
+    of L at theta:
 
         v           = mbar - alpha lambda
         dJ/dalpha   = -lambda m'                 with the lambda of this line, before the next
@@ -31,31 +35,88 @@ class SGD:
     carries the minus sign. First order leaves out H v and d<g, v>/dx, nothing else.
 
     Args:
-        momentum: mu, finite, at least 0.
-        weight_decay: omega, finite, at least 0.
+        momentum: mu, at least 0.
+        weight_decay: omega, at least 0.
+        dampening: tau.
+        nesterov: Nesterov's momentum; needs a momentum, and no dampening.
+        clip_value: largest absolute value of an element of the gradient, as
+            `torch.nn.utils.clip_grad_value_`; None: any.
+        clip_norm: largest norm of the gradient of one task over all adapted parameters, as
+            `torch.nn.utils.clip_grad_norm_`; None: any.
+
+    Each number may be a tensor () or [K], one for each inner step, and is learned then.
 
     Raises:
-        TypeError: an argument is not a number.
-        ValueError: an argument is negative or not finite.
+        TypeError: an argument is not a number or a tensor.
+        ValueError: a number is negative or not finite, a tensor of another shape.
     """
 
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    kind = "sgd"
+    ranges: ClassVar[dict[str, Range]] = {"dampening": ANY}
+    __slots__ = ("_written",)
 
-    def __post_init__(self) -> None:
-        for name in ("momentum", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"SGD: `{name}` must be a number, got {type(value).__name__}")
-            if not (is_finite(value) and value >= 0):
-                raise ValueError(f"SGD: `{name}` must be finite and at least 0, got {value}")
-            # equal rules have equal fields: 1 and 1.0 are one cache key
-            object.__setattr__(self, name, float(value))
+    _written: bool
+
+    def __init__(
+        self,
+        momentum: Number = 0.0,
+        weight_decay: Number = 0.0,
+        *,
+        dampening: Number = 0.0,
+        nesterov: bool = False,
+        clip_value: Number | None = None,
+        clip_norm: Number | None = None,
+    ) -> None:
+        numbers: dict[str, Number | None] = {
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "dampening": dampening,
+            "clip_value": clip_value,
+            "clip_norm": clip_norm,
+        }
+        given: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
+        given |= {"dampening": dampening} if on(dampening) else {}
+        if flag("SGD", "nesterov", nesterov):
+            given["nesterov"] = True
+            if not on(momentum) or on(dampening):
+                raise ValueError("SGD: `nesterov` needs a momentum and no dampening")
+        given |= {name: numbers[name] for name in ("clip_value", "clip_norm") if numbers[name] is not None}
+        self._set(given, numbers, nesterov=nesterov)
+
+    def _fill(self, *made: Any) -> None:
+        super()._fill(*made)
+        others = ("dampening", "clip_value", "clip_norm")
+        plain = not self.learned and not self.options["nesterov"] and not any(map(self.has, others))
+        object.__setattr__(self, "_written", plain)
+
+    @property
+    def written(self) -> bool:
+        """As `UpdateRule.written`: whether the adjoint below is that of this rule."""
+        return self._written
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The momentum buffer, where there is momentum."""
+        return ("momentum_buffer",) if self.has("momentum") else ()
+
+    def move(
+        self, theta: Tensor, g: Tensor, state: Named, rate: Tensor, hyper: Mapping[str, Number], k: int
+    ) -> tuple[Tensor, Named]:
+        """As `UpdateRule.move`."""
+        if on(hyper["weight_decay"]):
+            g = g + hyper["weight_decay"] * theta
+        if not self.state:
+            return theta - rate * g, {}
+        m = g
+        if k:
+            m = hyper["momentum"] * state["momentum_buffer"] + (1 - hyper["dampening"]) * g
+        direction = g + hyper["momentum"] * m if self.options["nesterov"] else m
+        return theta - rate * direction, {"momentum_buffer": m}
 
     def update(
         self, theta: Tensor, g: Tensor, m: Tensor | None, alpha: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """One step of one parameter.
+        """One step of one parameter, of a rule that is `written`.
 
         Args:
             theta, g, m: [*shape], or [T, *shape] for all tasks at once; m is None before the first

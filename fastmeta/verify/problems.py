@@ -6,11 +6,12 @@ import torch
 
 from fastmeta.capture.capture import captured
 from fastmeta.cases import Case
+from fastmeta.cases.rules import rule_of_case
 from fastmeta.inputs import leaves_of
 from fastmeta.losses import resolve
 from fastmeta.ops.rates import plan_rates
 from fastmeta.problem import DIFFERENTIABLE, Batch, Problem
-from fastmeta.update_rules import SGD
+from fastmeta.update_rules import SGD, UpdateRule
 
 
 def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -> Problem:
@@ -38,6 +39,9 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
         device=next(iter(made.params.values())).device,
         dtype=dtype,
     )
+    inner: UpdateRule = SGD(case.momentum, case.weight_decay)
+    if case.rule:
+        inner = rule_of_case(case.rule, dtype, next(iter(made.params.values())).device, case.steps)
     return Problem(
         net=made.net,
         params=made.params,
@@ -49,7 +53,8 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
         loss=None if forward_only else loss,
         query_loss=None if forward_only or adapting else query_loss,
         rates={} if forward_only else rates.spread(made.rates),
-        rule=None if forward_only else SGD(case.momentum, case.weight_decay),
+        rule=None if forward_only else inner.form,
+        hyper={} if forward_only else dict(inner.tensors),
         order=case.order,
         step_weights=None if forward_only or adapting else made.step_weights,
         task_weights=None if forward_only or adapting else made.task_weights,
@@ -67,6 +72,8 @@ def wanted(case: Case, problem: Problem) -> frozenset[str]:
     names = {"params"}
     if problem.rates:
         names.add("lr")
+    if problem.hyper:
+        names.add("rule")
     if case.wrt_inputs:
         for side, batch in (("support", problem.support), ("query", problem.query)):
             for part in ("x", "y", "weights"):

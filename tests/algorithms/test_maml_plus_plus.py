@@ -234,7 +234,7 @@ def test_training_with_the_schedules() -> None:
         ({"multi_step_epochs": -1}, "MAMLPlusPlus: `multi_step_epochs` must be at least 0"),
         ({"first_order_epochs": 1.0}, "MAMLPlusPlus: `first_order_epochs` must be an int"),
         ({"inner_steps": 0}, "MAMLPlusPlus: `inner_steps` must be at least 1"),
-        ({"update_rule": fm.SGD(momentum=0.9)}, "MAMLPlusPlus: `update_rule` must have no momentum"),
+        ({"update_rule": fm.SGD(momentum=0.9)}, "MAMLPlusPlus: `update_rule` must have no state"),
         ({"adapt": NORMS}, "MAMLPlusPlus: `adapt` leaves nothing to adapt"),
         ({"adapt": "9.*"}, "MAMLPlusPlus: `adapt`: the network has no parameter"),
         ({"inner_lr": float("nan")}, "MAMLPlusPlus: `inner_lr` must be finite"),

@@ -22,12 +22,16 @@ ALL = {
         "inner_lrs",
         "adapts",
         "update_rule",
+        "inner_rule",
         "batch_stats",
         "backend",
     ),  # options
     *("who", "names", "adapt", "predict", "explain"),
 }
-MAML = {*ALL, "query_loss", "order", "step_weights", "memory", "task_chunk", "on_divergence"}
+MAML = {
+    *(*ALL, "query_loss", "order", "step_weights", "support_step_weights"),
+    *("memory", "memory_limit", "task_chunk", "on_divergence"),
+}
 OPTIONS = {"loss": "mse", "inner_lr": 0.1, "inner_steps": 2}
 
 

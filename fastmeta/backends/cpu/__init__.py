@@ -10,6 +10,7 @@ import torch
 from fastmeta.backends import _hoisting, machine
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
+from fastmeta.backends._rules import refuses_rule
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.problem import Problem, Result
@@ -33,6 +34,8 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
+    if reason := refuses_rule(problem):
+        return reason
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"

@@ -16,6 +16,7 @@ from fastmeta.backends import _hoisting
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._precision import exact as exact
+from fastmeta.backends._rules import refuses_rule
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
@@ -48,6 +49,8 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
+    if reason := refuses_rule(problem):
+        return reason
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"

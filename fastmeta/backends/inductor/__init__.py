@@ -15,6 +15,7 @@ from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends._random_state import preserved_for
+from fastmeta.backends._rules import NAMED, refuses_rule
 from fastmeta.backends._traced import Kept
 from fastmeta.backends.inductor.compile import CompileError, no_cpp_compiler, unsupported
 from fastmeta.backends.inductor.first import compared
@@ -112,6 +113,8 @@ def _reads_classes(problem: Problem) -> bool:
 
 def _unfit(problem: Problem, wrt: frozenset[str]) -> str:
     """Why a problem cannot be run, as far as shapes, dtypes and options say."""
+    if reason := refuses_rule(problem, NAMED):
+        return reason
     first = next(iter(problem.params.values()), None)
     if first is None:
         return "the network has no parameters"

@@ -130,6 +130,7 @@ def _each(problem: Problem, function: Callable[[Tensor], Tensor]) -> Problem:
         _inputs.with_step_weights(problem),
         params={name: function(value) for name, value in problem.params.items()},
         rates={name: function(value) for name, value in problem.rates.items()},
+        hyper={name: function(value) for name, value in problem.hyper.items()},
         support=batch(problem.support),
         query=batch(problem.query),
         loss=loss(problem.loss),
@@ -153,7 +154,7 @@ def _copied(result: Result) -> Result:
     def named(given: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         return None if given is None else {name: _dense(value) for name, value in given.items()}
 
-    grads = Gradients(params=named(result.grads.params), lr=named(result.grads.lr))
+    grads = Gradients(named(result.grads.params), named(result.grads.lr), named(result.grads.rule))
     for part in fields(Gradients):
         if part.name.startswith(("support_", "query_")):
             setattr(grads, part.name, tree(getattr(result.grads, part.name)))

@@ -2,7 +2,8 @@
 of the inner loop.
 
 It keeps theta_0 .. theta_K and the graph of every step's gradient (`memory="store"`), or that of
-one step at a time, which is run again on the way back ("recompute"). Tasks run under vmap or in a
+one step at a time, which is run again on the way back ("recompute"), or not even every theta
+("checkpoint"). Tasks run under vmap or in a
 loop (`notes` says so), all of them at once or `task_chunk` at a time.
 """
 
@@ -19,10 +20,12 @@ from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState
+from fastmeta.backends._rule_tasks import check_reads
 from fastmeta.backends._sweep import goes_back
 from fastmeta.backends._twice import NotTwiceDifferentiableError, named_in
-from fastmeta.backends.torch import tasks
+from fastmeta.backends.torch import checkpointed, tasks
 from fastmeta.backends.torch.alone import alone
+from fastmeta.backends.torch.checkpointed import CheckpointedSweep
 from fastmeta.backends.torch.chunks import chunks, joined
 from fastmeta.backends.torch.features import Moved, standing
 from fastmeta.backends.torch.memory import stores
@@ -66,6 +69,8 @@ def notes(problem: Problem) -> list[str]:
         else []
     )
     lines += [f"tasks run in a loop: {reason}"] if reason else []
+    if p.memory == "checkpoint" and p.steps:
+        lines.append(checkpointed.said(p, 1 if reason else at_once))
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
@@ -86,10 +91,13 @@ def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
         p = _inputs.detached(problem)
         _inputs.check_rates(p)
         _inputs.check_class_indices(p, tasks.output_shape)
+        check_reads(p)
         if (wrt or p.steps) and _inputs.runs(p) and carries_state(p) and p.steps:
             return _with_state(p, wrt, adapted)
         start = RandomState.of(p)
         vectorised = _at_once(p) > 1 and _inputs.runs(p) and not tasks.why_loop(p)
+        if p.memory == "checkpoint":
+            checkpointed.check(p, _at_once(p) if vectorised else 1)
         try:
             return rerun(p, lambda p: _replayable(p, wrt, adapted, vectorised, start), start)
         except (torch.OutOfMemoryError, NotReplayedError, NotTwiceDifferentiableError):
@@ -170,6 +178,8 @@ def _at_once_answers(
     problem: Problem, wrt: frozenset[str], adapted: bool, still: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Result]:
     """All tasks of a chunk by vmap."""
+    if problem.memory == "checkpoint":
+        return (CheckpointedSweep(part, wrt, True, still).run(adapted) for part in chunks(problem))
     store = stores(problem, wrt, _at_once(problem), True)
     return (EagerSweep(part, wrt, True, store, still).run(adapted) for part in chunks(problem))
 
@@ -179,6 +189,8 @@ def _one_by_one(
 ) -> Iterator[Result]:
     """One task after the other, each from its first inner step to its gradient."""
     parts = chunks(replace(problem, task_chunk=1))
+    if problem.memory == "checkpoint":
+        return (CheckpointedSweep(part, wrt, False, still).run(adapted) for part in parts)
     graphs = problem.order == "second" and problem.steps > 0 and goes_back(problem, wrt)
     if not graphs or stores(problem, wrt, 1, False):
         return (alone(part, wrt, adapted, still) for part in parts)

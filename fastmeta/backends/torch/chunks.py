@@ -107,6 +107,8 @@ class Joined:
         grads = Gradients(
             group("params", first.grads.params), group("lr", first.grads.lr), captured=self._captured
         )
+        if first.grads.rule is not None:
+            grads.rule = {name: found["rule", name] for name in first.grads.rule}
 
         def tree(name: str, like: Tree) -> Tree:
             leaves, form = flatten(like)
@@ -122,6 +124,8 @@ class Joined:
         group, member = key
         if group == "params":
             return 0 if member in self._problem.per_task else None
+        if group == "rule":
+            return None
         if group == "lr":
             return 1 if self._problem.rates[str(member)].shape[1] > 1 else None
         return 0
@@ -141,7 +145,8 @@ def joined(problem: Problem, results: Iterator[Result]) -> Result:
 
 def _tensors(result: Result) -> Iterator[tuple[_Key, Tensor]]:
     grads = result.grads
-    for group, members in (("adapted", result.adapted), ("params", grads.params), ("lr", grads.lr)):
+    groups = {"adapted": result.adapted, "params": grads.params, "lr": grads.lr, "rule": grads.rule}
+    for group, members in groups.items():
         for member, tensor in (members or {}).items():
             yield (group, member), tensor
     trees = {"task_losses": result.task_losses, "output": result.output}

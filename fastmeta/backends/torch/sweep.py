@@ -30,12 +30,12 @@ class _Gradient:
     theta: dict[str, Tensor]
     others: dict[str, Tensor]  # by their keys in `Sweep.total`
     values: list[Tensor]  # [T, *shape] for every adapted parameter
-    losses: Tensor  # [T], detached
+    losses: Tensor  # [T]
     captured: Watch
 
 
 @dataclass(slots=True)
-class _Kept:
+class Kept:
     """What is kept of one inner step."""
 
     theta: dict[str, Tensor]  # before the step
@@ -43,7 +43,7 @@ class _Kept:
     gradient: _Gradient | None  # with its graph; None: to be run again
 
 
-class EagerSweep(Sweep[_Kept]):
+class EagerSweep(Sweep[Kept]):
     """Solves one problem, once.
 
     Args:
@@ -64,15 +64,17 @@ class EagerSweep(Sweep[_Kept]):
     ) -> None:
         super().__init__(p, wrt)
         self.vectorised, self.store = vectorised, store
+        # whether J depends on a support set otherwise than by theta
+        self.through_support = p.order == "second" or any(self.support_weights)
         self.captured = Captured(p)
-        again = self.back and not store and p.order == "second" and p.steps > 0
+        again = self.back and not store and self.through_support and p.steps > 0
         self.bodies: dict[str, Body] = {}
         self.bodies = self._bodies(standing)
         self._random_state = RandomState.of(p) if again else None
 
     def run(self, adapted: bool) -> Result:
         """The answer, with gradients by what was captured."""
-        result = super().run(adapted)
+        result = self.swept(adapted)
         result.grads.captured = self.captured.pairs()
         return result
 
@@ -85,16 +87,17 @@ class EagerSweep(Sweep[_Kept]):
         for role, body in self.bodies.items():
             self._body_back(role, body)
 
-    def support_gradient(self, theta: dict[str, Tensor], k: int) -> tuple[list[Tensor], _Kept]:
+    def support_gradient(self, theta: dict[str, Tensor], k: int) -> tuple[list[Tensor], Kept]:
         """g_k, and its graph or what it takes to run the step again."""
         replay = None if self._random_state is None else Replay(self._random_state.anew())
         gradient = self._gradient(theta, k, create_graph=self.store)
+        self.note_support(gradient.losses.detach(), k)
         if replay is not None:
             replay.keep(gradient.losses)
         values = [g.detach() for g in gradient.values]
-        return values, _Kept(theta, replay, gradient if self.store else None)
+        return values, Kept(theta, replay, gradient if self.store else None)
 
-    def hessian_product(self, kept: _Kept, v: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    def hessian_product(self, kept: Kept, v: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """From the graph of g_k."""
         gradient = kept.gradient
         if gradient is None:
@@ -104,10 +107,29 @@ class EagerSweep(Sweep[_Kept]):
             replay.check(gradient.losses)
         seen = gradient.captured
         leaves = [*gradient.theta.values(), *gradient.others.values(), *seen.inputs]
-        directions = [v[name] for name in self.names]
-        products = _inputs.gradients(gradient.values, leaves, directions, retain_graph=seen.through or None)
+        outputs, directions = gradient.values, [v[name] for name in self.names]
+        if self.support_weights[k]:
+            outputs = [*outputs, gradient.losses]
+            directions.append(self.support_seed(gradient.losses.detach(), k))
+        products = _inputs.gradients(outputs, leaves, directions, retain_graph=seen.through or None)
         self._add(gradient.others, products[len(gradient.theta) :], k, seen)
         return dict(zip(gradient.theta, products, strict=False))
+
+    def support_term(self, kept: Kept, k: int) -> dict[str, Tensor]:
+        """By one more pass over the support set."""
+        support, loss, _ = _inputs.inner_loop(self.p)
+        leaves = {name: own(value, requires_grad=True) for name, value in kept.theta.items()}
+        others = self._leaves("support", k)
+        replay = kept.replay or Replay(RandomState.of(self.p))
+        with replay.again():
+            batch = tasks.step_of(support, k)
+            losses, _, seen = self._evaluate(leaves, others, "support", batch, loss)
+        replay.check(losses)
+        wanted = [*leaves.values(), *others.values(), *seen.inputs]
+        seed = self.support_seed(losses.detach(), k)
+        found = _inputs.gradients([losses], wanted, [seed], retain_graph=seen.through or None)
+        self._add(others, found[len(leaves) :], k, seen)
+        return dict(zip(leaves, found, strict=False))
 
     def _gradient(self, theta: Mapping[str, Tensor], k: int, create_graph: bool) -> _Gradient:
         """g_k at theta."""
@@ -118,7 +140,7 @@ class EagerSweep(Sweep[_Kept]):
         values = _inputs.gradients([losses.sum()], list(leaves.values()), create_graph=create_graph)
         if create_graph:
             tasks.check_second_order(self.p, self.vectorised, losses, values)
-        return _Gradient(leaves, others, values, losses.detach(), seen)
+        return _Gradient(leaves, others, values, losses if create_graph else losses.detach(), seen)
 
     def query(self, theta: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """By a backward pass over what J holds of the query set."""
@@ -187,7 +209,7 @@ class EagerSweep(Sweep[_Kept]):
             bodies[role] = Body(features, leaves, values, others, seen)
         for role, body in bodies.items():
             for (key, value), made in zip(body.values.items(), body.made, strict=True):
-                if made.requires_grad and (role == "query" or self.p.order == "second"):
+                if made.requires_grad and (role == "query" or self.through_support):
                     self.total[key] = torch.zeros_like(value)
         return bodies
 

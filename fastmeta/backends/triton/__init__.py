@@ -11,6 +11,7 @@ from fastmeta.backends import _hoisting
 from fastmeta.backends._inputs import check_class_indices, check_rates
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._precision import exact as exact
+from fastmeta.backends._rules import refuses_rule
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
@@ -50,6 +51,8 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
+    if reason := refuses_rule(problem):
+        return reason
     program = problem.program
     if program is None:
         return f"the network was not captured: {problem.refused}"
