@@ -16,6 +16,29 @@ FM_INLINE i64 checked_index(const machine::Step& s, machine::Memory<S>& m, i64 a
   return 0;
 }
 
+// to[i] = from[i], or += it, of rows that lie in one piece. Nothing past their end is touched: what
+// comes next may be a row of another index.
+template <class S, bool ADDS>
+FM_INLINE void move_row(S* to, const S* from, i64 width) {
+  constexpr int L = lanes<S>;
+  i64 i = 0;
+  for (; i + L <= width; i += L) {
+    const Vec<S> x = load(from + i);
+    store(to + i, ADDS ? load(to + i) + x : x);
+  }
+  for (; i < width; ++i) to[i] = ADDS ? to[i] + from[i] : from[i];
+}
+
+template <class S, bool ADDS>
+FM_INLINE void move_elements(S* to, i64 to_step, const S* from, i64 from_step, i64 width) {
+  if (to_step == 1 && from_step == 1) {
+    move_row<S, ADDS>(to, from, width);
+    return;
+  }
+  for (i64 i = 0; i < width; ++i)
+    to[i * to_step] = ADDS ? to[i * to_step] + from[i * from_step] : from[i * from_step];
+}
+
 template <class S, bool SCATTER>
 void run_gather(const machine::Step& s, machine::Memory<S>& m) {
   using namespace machine;
@@ -34,9 +57,9 @@ void run_gather(const machine::Step& s, machine::Memory<S>& m) {
       S* const t = SCATTER ? to + moved : to;
       const S* const f = SCATTER ? from : from + moved;
       if (SCATTER && s.accumulate)
-        for (i64 i = 0; i < width; ++i) t[i * to_step] += f[i * from_step];
+        move_elements<S, true>(t, to_step, f, from_step, width);
       else
-        for (i64 i = 0; i < width; ++i) t[i * to_step] = f[i * from_step];
+        move_elements<S, false>(t, to_step, f, from_step, width);
     } else {
       for (i64 i = 0; i < width; ++i) {
         const i64 moved = checked_index(s, m, at_index + i * index_step) * s.step;
@@ -56,4 +79,9 @@ void run_gather(const machine::Step& s, machine::Memory<S>& m) {
       place[d] = 0;
     }
   }
+}
+
+template <class S>
+void add_rows(i64 n, i64 width, const i64* rows, const S* x, S* out) {
+  for (i64 i = 0; i < n; ++i) move_row<S, true>(out + rows[i] * width, x + i * width, width);
 }

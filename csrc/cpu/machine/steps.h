@@ -94,6 +94,8 @@ struct Executor {
   void (*rows)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lanes)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lane_sums)(i64 n, const S* x, S* out);  // out[i] += the sum of the lanes of x[i]
+  // out[rows[i]] += x[i], of `n` rows
+  void (*add_rows)(i64 n, i64 width, const i64* rows, const S* x, S* out);
 };
 struct Executors {
   Executor<float> f32;
