@@ -60,7 +60,7 @@ void lane_sums(i64 n, const S* x, S* out) {
 
 template <class S>
 constexpr machine::Executor<S> EXECUTOR = {&machine_run<S, false>, &machine_run<S, true>, &lane_sums<S>,
-                                  &add_rows<S>};
+                                           &add_rows<S>};
 
 }  // namespace
 

@@ -26,7 +26,7 @@ class Group : private GroupState<S> {
   bool has_step_weights() const { return !call_.step_weights.empty(); }
 
   void load() {
-    std::fill(losses_, losses_ + 64, 0.0);
+    std::fill(losses_, losses_ + MOST_LANES, 0.0);
     once_done_ = false;
     if (own_theta_) std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
     for (size_t p = 0; p < m_.adapted.size(); ++p)

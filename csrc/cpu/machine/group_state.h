@@ -63,6 +63,8 @@ void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, 
       std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
 }
 
+constexpr i64 MOST_LANES = 64;
+
 template <class S>
 class GroupState {
  public:
@@ -102,10 +104,10 @@ class GroupState {
       std::copy_n(from + first_ * stride, n, to);
       return;
     }
-    for (i64 l = 0; l < L_; ++l) {
-      const From* const task = from + (first_ + std::min(l, count_ - 1)) * stride;
-      for (i64 i = 0; i < n; ++i) to[i * L_ + l] = To(task[i]);
-    }
+    const From* task[MOST_LANES];
+    for (i64 l = 0; l < L_; ++l) task[l] = from + (first_ + std::min(l, count_ - 1)) * stride;
+    for (i64 i = 0; i < n; ++i, to += L_)
+      for (i64 l = 0; l < L_; ++l) to[l] = To(task[l][i]);
   }
   void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
   void unpack(const S* from, i64 stride, i64 n, S* to) const {
@@ -288,7 +290,7 @@ class GroupState {
   const S* direction_ = nullptr;
   i64 first_ = 0, count_ = 0;
   S* sums_ = nullptr;
-  double losses_[64] = {};
+  double losses_[MOST_LANES] = {};
 };
 
 }  // namespace fm::machine

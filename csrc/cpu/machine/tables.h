@@ -58,6 +58,11 @@ class TableRows {
           i64 row = ints[which][position * L + lane];
           if (n.wraps && row < 0) row += limit;
           if (row < 0 || row >= limit) good = false, row = 0;
+          if (known[size_t(row)] < 0 && i64(rows.size()) == m_.tables[table].most) {
+            good = false;
+            *to = 0, to += L;
+            continue;
+          }
           if (known[size_t(row)] < 0) {
             known[size_t(row)] = std::int32_t(rows.size());
             rows.push_back(row);

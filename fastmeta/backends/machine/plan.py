@@ -164,9 +164,7 @@ def _plan(
         if few is not None and (table := few.tables.get(slot.offset)) is not None:
             size = table.most * table.width
             tables[slot.offset] = (at, table.rows, table.width, table.most)
-        adapted.append(
-            (place, size, name in problem.per_task, form.element, form.per_task, form.per_step)
-        )
+        adapted.append((place, size, name in problem.per_task, form.element, form.per_task, form.per_step))
     # in the order of theta
     order = [] if few is None else list(few.tables)
     others = []
@@ -179,7 +177,9 @@ def _plan(
     output = 0 if found.query is None else found.query.output.size
     rule = problem.rule
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
-    theta_size = few.size if few is not None else max((slot.offset + rounded(slot.size) for slot in theta), default=0)
+    theta_size = (
+        few.size if few is not None else max((slot.offset + rounded(slot.size) for slot in theta), default=0)
+    )
     fixed_size = max((slot.offset + rounded(slot.size) for slot in fixed), default=0)
     described = {
         role: None

@@ -44,7 +44,8 @@ class Job:
         self._plain = out is not None and out.plain and out.dtypes[0] == self.dtype
         self._results = self._templates(problem)
         self._sets = {
-            role: _Set(role, slots) for role, slots in (("support", self.plan.support), ("query", self.plan.query))
+            role: _Set(role, slots)
+            for role, slots in (("support", self.plan.support), ("query", self.plan.query))
         }
 
     def run(self, problem: Problem) -> Result:
@@ -59,9 +60,7 @@ class Job:
         grads = result.grads
         own: dict[str, Tensor] = {}
         if "params" in wrt:
-            own = grads.params = {
-                name: _like(value, memory_format=_DENSE) for name, value in params.items()
-            }
+            own = grads.params = {name: _like(value, memory_format=_DENSE) for name, value in params.items()}
         rate_grads: Tensors = []
         if "lr" in wrt:
             make = _like if problem.steps else torch.zeros_like

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastmeta.trace.ir import Gather, Instruction, Map, Product, Reduce, Scatter, Space, View
 from fastmeta.trace.passes.uses import Uses, moved
@@ -42,9 +43,9 @@ def retargeted(instruction: Instruction, source: View, target: View) -> Instruct
     """The same that writes to `target` what is read as `source`; None where it cannot."""
     out = instruction.out
     if isinstance(instruction, Scatter) and source.whole and target.dense:
-        i = instruction
-        view = View(target.buffer, target.offset + out.offset, out.shape, out.strides)
-        return Scatter(view, i.source, i.index, i.step, i.limit, i.wraps, i.accumulate)
+        return replace(
+            instruction, out=View(target.buffer, target.offset + out.offset, out.shape, out.strides)
+        )
     if not isinstance(instruction, (Map, Reduce, Product, Gather)) or not out.whole:
         return None
     if any(view.buffer is target.buffer for view in instruction.reads()):

@@ -149,7 +149,9 @@ class _Search:
         if step.function == "copy" and step.args == (0.0,):
             return True
         views = [a for a in step.args if isinstance(a, View) and a.buffer.space == Space.WORK]
-        return step.function in ("copy", "add") and len(views) == len(step.args) and all(map(self._whole, views))
+        return (
+            step.function in ("copy", "add") and len(views) == len(step.args) and all(map(self._whole, views))
+        )
 
     def _whole(self, view: View) -> bool:
         return view.whole and view.numel == self.count * self.width
