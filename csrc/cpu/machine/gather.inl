@@ -39,6 +39,24 @@ FM_INLINE void move_elements(S* to, i64 to_step, const S* from, i64 from_step, i
     to[i * to_step] = ADDS ? to[i * to_step] + from[i * from_step] : from[i * from_step];
 }
 
+// Whole rows, one for each integer of the user's, all of them in one piece.
+template <class S, bool SCATTER, bool ADDS>
+FM_INLINE void move_rows(const machine::Step& s, machine::Memory<S>& m, i64 rows, i64 width) {
+  const machine::View &out = s.views[0], &source = s.views[1], &index = s.views[2];
+  const bool one = s.dims == 1;  // row
+  const i64 to_next = one ? 0 : out.stride[0], from_next = one ? 0 : source.stride[0],
+            index_next = one ? 0 : index.stride[0], limit = s.limit, step = s.step;
+  S* to = m.at[out.space] + out.offset;
+  const S* from = m.at[source.space] + source.offset;
+  const i64* at = m.ints + index.offset;
+  for (i64 r = 0; r < rows; ++r, to += to_next, from += from_next, at += index_next) {
+    i64 i = *at;
+    if (s.wraps && i < 0) i += limit;
+    if (i < 0 || i >= limit) m.bad_index = true, i = 0;
+    move_row<S, ADDS>(SCATTER ? to + i * step : to, SCATTER ? from : from + i * step, width);
+  }
+}
+
 template <class S, bool SCATTER>
 void run_gather(const machine::Step& s, machine::Memory<S>& m) {
   using namespace machine;
@@ -48,6 +66,13 @@ void run_gather(const machine::Step& s, machine::Memory<S>& m) {
             index_step = index.stride[last];
   i64 rows = 1;
   for (int d = 0; d < last; ++d) rows *= s.n[d];
+  if (s.dims <= 2 && index_step == 0 && to_step == 1 && from_step == 1 && index.space == int(Space::ints)) {
+    if (SCATTER && s.accumulate)
+      move_rows<S, SCATTER, true>(s, m, rows, width);
+    else
+      move_rows<S, SCATTER, false>(s, m, rows, width);
+    return;
+  }
   i64 place[MOST_DIMS] = {}, at_out = out.offset, at_source = source.offset, at_index = index.offset;
   for (i64 r = 0; r < rows; ++r) {
     S* const to = m.at[out.space] + at_out;
