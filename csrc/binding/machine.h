@@ -84,6 +84,7 @@ class MachineReader {
     if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
     if (m_.steps > 0 && m_.gradient && m_.second_order && m_.support.program.stage_ends.size() < 3)
       part_.refuse("has no Hessian-vector product");
+    m_.find_updates();
     return std::move(m_);
   }
 

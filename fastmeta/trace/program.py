@@ -9,6 +9,7 @@ from types import MappingProxyType
 from fastmeta.trace.builder import Builder
 from fastmeta.trace.ir import Buffer, Instruction, Map, Operand, Product, Space, View
 from fastmeta.trace.passes.copies import without_copies
+from fastmeta.trace.passes.epilogues import with_epilogues
 from fastmeta.trace.passes.fuse import fused, stages_of
 from fastmeta.trace.passes.place import constants_of, placed, rounded
 from fastmeta.trace.passes.products import in_rows
@@ -47,10 +48,14 @@ class StepProgram:
     def multiply_adds(self) -> tuple[int, int, int]:
         """Of the products of each stage, for one task."""
         found = [
-            sum(numel(s.out.shape) * s.a.shape[-1] for s in stage if isinstance(s, Product))
+            sum(numel(s.out.shape) * _depth(s) for s in stage if isinstance(s, Product))
             for stage in self.stages
         ]
         return tuple(found + [0] * (3 - len(found)))  # type: ignore[return-value]
+
+
+def _depth(product: Product) -> int:
+    return product.a.shape[-1] + (0 if product.more is None else product.more[0].shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ def finished(
     if rows:
         steps = in_rows(steps)
     stages = stages_of(steps, last_stage)
+    steps = with_epilogues(steps, rows, stages)
     steps = fused(steps, stages)
     grouped = [[s for s in steps if stages[s.out.buffer] == stage] for stage in range(last_stage + 1)]
     constants = constants_of(steps)

@@ -17,8 +17,7 @@ void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call,
       for (i64 i = 0; i < n; ++i) to[i] = S(from[i]);
       return;
     }
-    for (i64 i = 0; i < n; ++i)
-      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
+    for (i64 i = 0; i < n; ++i) std::fill_n(to + i * L, L, S(from[i]));
   };
   std::fill(base, base + at.shared, S(0));
   for (int i = 0; i < 2; ++i)

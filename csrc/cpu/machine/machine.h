@@ -62,6 +62,9 @@ struct Machine {
   std::vector<Table> tables;  // come last in theta
   Set support, query;
   std::vector<double> constants[2];  // of the two programs
+  // Of each adapted parameter: whether a product of the support set's program completes its
+  // gradient (0) and its Hessian-vector product (1), and can do what follows at once.
+  std::vector<bool> at_once[2];
 
   // Elements of the caller's parameter.
   i64 own_size(size_t p) const {
@@ -77,6 +80,8 @@ struct Machine {
   // Elements of theta before the tables.
   i64 before_tables() const { return tables.empty() ? theta : adapted[tables[0].adapted].offset; }
   bool plain_rule() const { return momentum == 0 && weight_decay == 0; }
+  // Once all else is known.
+  void find_updates();
 };
 
 template <class S>

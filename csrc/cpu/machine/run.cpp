@@ -33,6 +33,19 @@ const Executor<S>& executor_of() {
 
 }  // namespace
 
+void Machine::find_updates() {
+  if (!support.present) return;
+  std::vector<std::pair<i64, i64>> single, all;
+  const bool kept = wants_rates && gradient;
+  for (const Adapted& a : adapted) {
+    const bool number = !a.rate_element && (!a.rate_per_task || lanes == 1);
+    single.emplace_back(a.offset, number && plain_rule() && !kept ? a.size : 0);
+    all.emplace_back(a.offset, a.size);
+  }
+  at_once[0] = mark_updates(support.program, 1, Space::grad, Space::grad, lanes, single);
+  at_once[1] = mark_updates(support.program, 2, Space::curvature, Space::direction, lanes, all);
+}
+
 template <class S>
 Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, bool poison) {
   Session session;
