@@ -223,6 +223,16 @@ def test_adapted_parameters_have_all_rows() -> None:
         assert torch.allclose(adapted[0][name], value, rtol=1e-9, atol=1e-12)
 
 
+def test_explain_says_how_many_rows_take_part() -> None:
+    net, _ = _net()
+    ids = torch.zeros(2, 4, 3, dtype=torch.int64)
+    (x, y), (query_x, query_y) = _sets(ids, ids)
+    maml = fm.MAML(net, loss="mse", inner_lr=0.1, inner_steps=2, backend="machine")
+    lines = str(maml.explain(x, y, query_x, query_y))
+    # of two columns of four indices each in both sets, of one column
+    assert "tables: at most 16 of 50 rows, 8 of 60 rows take part in a task" in lines
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     net, params = _net()
     ids = torch.randint(0, 50, (40, 4, 3), generator=torch.Generator().manual_seed(0))

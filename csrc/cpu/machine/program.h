@@ -48,6 +48,6 @@ Program decode(const Code& code, i64 lanes);
 // elements of space `direction` (`result` for none); which parameters have one. None is looked for
 // where a size is 0.
 std::vector<bool> mark_updates(Program& program, std::size_t stage, Space result, Space direction, i64 lanes,
-                  const std::vector<std::pair<i64, i64>>& parameters);
+                               const std::vector<std::pair<i64, i64>>& parameters);
 
 }  // namespace fm::machine

@@ -76,7 +76,7 @@ struct Step {
   bool accumulate, wraps;
   i64 more;  // product: the depth of a second one that is added, 0 for none
   bool starts, gates, relu;
-  int updates;  // product: the adapted parameter whose whole gradient it completes, -1 for none
+  int updates;             // product: the adapted parameter whose whole gradient it completes, -1 for none
   i64 step, limit, start;  // gather and scatter; start: of argmax
   i64 steps[MOST_DIMS];    // of argmax
 };
