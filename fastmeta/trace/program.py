@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fastmeta.trace.builder import Builder
 from fastmeta.trace.ir import Buffer, Instruction, Map, Operand, Product, Space, View
@@ -14,6 +15,7 @@ from fastmeta.trace.passes.place import constants_of, placed, rounded
 from fastmeta.trace.passes.products import in_rows
 from fastmeta.trace.passes.slices import in_slices
 from fastmeta.trace.passes.sums import with_accumulation
+from fastmeta.trace.passes.tables import Few, Index, Numbered, tables_of, with_few_rows
 from fastmeta.trace.passes.uses import alive
 from fastmeta.trace.record import contiguous, numel
 
@@ -27,12 +29,16 @@ class StepProgram:
         places: of all buffers.
         sizes: elements of every space.
         constants: their elements, [sizes[CONST]].
+        tables: parameters that it reads by rows only, by their places in THETA.
+        numbered: the indices that it needs as those of small tables.
     """
 
     stages: tuple[tuple[Instruction, ...], ...]
     places: Mapping[Buffer, tuple[Space, int]]
     sizes: Mapping[Space, int]
     constants: tuple[float, ...]
+    tables: Mapping[int, set[Index]]
+    numbered: Sequence[Numbered]
 
     @property
     def instructions(self) -> tuple[Instruction, ...]:
@@ -63,7 +69,13 @@ class Result:
 
 
 def finished(
-    build: Builder, results: Sequence[Result], inputs: Mapping[Space, int], last_stage: int, rows: bool
+    build: Builder,
+    results: Sequence[Result],
+    inputs: Mapping[Space, int],
+    last_stage: int,
+    rows: bool,
+    shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+    few: Few | None = None,
 ) -> StepProgram:
     """The program that computes these results.
 
@@ -73,6 +85,8 @@ def finished(
         inputs: sizes of the spaces that are given.
         last_stage: of what has no direction: 1.
         rows: for one task at a time: right factors of products in rows.
+        shapes: of the adapted parameters, by their places in THETA.
+        few: which of them are small tables; None: none.
     """
     sizes = dict(inputs)
     targets: dict[tuple[Space, int], Buffer] = {}
@@ -84,6 +98,9 @@ def finished(
         build.emit(Map(at, "copy", (operand.expand(result.shape) if isinstance(operand, View) else operand,)))
         sizes[result.space] = max(sizes.get(result.space, 0), result.offset + rounded(n))
     steps = alive(build.instructions)
+    tables, numbered = tables_of(steps, shapes), list[Numbered]()
+    if few is not None:
+        steps, numbered = with_few_rows(steps, few, shapes, sizes)
     steps = without_copies(steps)
     steps = with_accumulation(steps)
     steps = without_copies(steps)
@@ -103,4 +120,4 @@ def finished(
         if buffer.constant is not None:
             values[offset : offset + buffer.size] = buffer.constant.double().tolist()
     spaces[Space.CONST] = len(values)
-    return StepProgram(tuple(map(tuple, grouped)), places, spaces, tuple(values))
+    return StepProgram(tuple(map(tuple, grouped)), places, spaces, tuple(values), tables, numbered)

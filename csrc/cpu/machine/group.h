@@ -28,11 +28,11 @@ class Group : private GroupState<S> {
   bool has_step_weights() const { return !call_.step_weights.empty(); }
 
   void load() {
-    std::fill(losses_, losses_ + 64, 0.0);
+    std::fill(losses_, losses_ + MOST_LANES, 0.0);
     once_done_ = false;
     if (own_theta_) std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
     for (size_t p = 0; p < m_.adapted.size(); ++p)
-      if (m_.adapted[p].per_task)
+      if (m_.adapted[p].per_task && !m_.is_table(p))
         pack(call_.adapted[p].data, m_.adapted[p].size, m_.adapted[p].size,
              theta(0) + m_.adapted[p].offset * L_);
     if (own_fixed_) {
@@ -44,6 +44,7 @@ class Group : private GroupState<S> {
     }
     if (!m_.per_step && m_.support.present && m_.steps > 0) load_set(0, 0);
     if (m_.query.present) load_set(1, 0);
+    load_tables();
   }
 
   void inner_step(i64 k) {
@@ -146,11 +147,12 @@ class Group : private GroupState<S> {
   void write_gradients() {
     const S* const lambda = w_ + at_.lambda;
     if (L_ == 1)
-      add(lambda, m_.theta, sums_ + at_.sum_theta);
+      add(lambda, m_.before_tables(), sums_ + at_.sum_theta);
     else
-      executor_.lane_sums(m_.theta, lambda, sums_ + at_.sum_theta);
+      executor_.lane_sums(m_.before_tables(), lambda, sums_ + at_.sum_theta);
+    write_tables(lambda);
     for (size_t p = 0; p < m_.adapted.size(); ++p)
-      if (m_.adapted[p].per_task && call_.adapted[p].grad)
+      if (m_.adapted[p].per_task && !m_.is_table(p) && call_.adapted[p].grad)
         unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
                call_.adapted[p].grad);
     const S* const others = w_ + at_.others_sum;
@@ -183,6 +185,7 @@ class Group : private GroupState<S> {
   using State::kernels_;
   using State::L_;
   using State::load_set;
+  using State::load_tables;
   using State::losses_;
   using State::m_;
   using State::once_done_;
@@ -201,6 +204,7 @@ class Group : private GroupState<S> {
   using State::unpack;
   using State::unpack_sum;
   using State::w_;
+  using State::write_tables;
   using State::zero_rate_gradients;
 
   Memory<S> memory(int which, i64 k) {

@@ -76,7 +76,7 @@ struct Step {
   bool accumulate, wraps;
   i64 more;  // product: the depth of a second one that is added, 0 for none
   bool starts, gates, relu;
-  int updates;  // product: the adapted parameter whose whole gradient it completes, -1 for none
+  int updates;             // product: the adapted parameter whose whole gradient it completes, -1 for none
   i64 step, limit, start;  // gather and scatter; start: of argmax
   i64 steps[MOST_DIMS];    // of argmax
 };
@@ -101,6 +101,8 @@ struct Executor {
   void (*rows)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lanes)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lane_sums)(i64 n, const S* x, S* out);  // out[i] += the sum of the lanes of x[i]
+  // out[rows[i]] += x[i], of `n` rows
+  void (*add_rows)(i64 n, i64 width, const i64* rows, const S* x, S* out);
 };
 struct Executors {
   Executor<float> f32;

@@ -145,7 +145,10 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """How `problem` runs here."""
     job = _job(problem, wrt, False)
     how = "a task in every lane" if job.plan.lanes else "a task a thread"
+    few = job.plan.few
+    tables = [] if few is None else [f"{t.most} of {t.rows} rows" for t in few.tables.values()]
     return [
         f"traced: {how} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
         f"memory: {job.plan.memory}, {job.plan.machine.workspace_bytes / 1024:.0f} KiB for each thread",
+        *([f"tables: at most {', '.join(tables)} take part in a task"] if tables else []),
     ]

@@ -10,6 +10,7 @@ import torch
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.problem import Problem
 from fastmeta.trace.ir import Space
+from fastmeta.trace.passes.tables import Few
 
 try:
     from fastmeta import _C
@@ -41,7 +42,7 @@ def forced(lanes: bool | None) -> Iterator[None]:
         _forced = before
 
 
-def in_lanes(problem: Problem, programs: Programs, dtype: torch.dtype) -> bool:
+def in_lanes(problem: Problem, programs: Programs, dtype: torch.dtype, few: Few | None = None) -> bool:
     """Whether one task is in every lane: where all lanes have one, and together fit the cache."""
     if _forced is not None:
         return _forced
@@ -50,10 +51,12 @@ def in_lanes(problem: Problem, programs: Programs, dtype: torch.dtype) -> bool:
         return False
     traced = [t for t in (programs.support, programs.query) if t is not None]
     theta = max((t.layout.sizes.get(Space.THETA, 0) for t in traced), default=0)
+    if few is not None:
+        theta = few.size
     if _bytes(4 * theta, lanes, dtype) > _LANES_AT_MOST:
         return False
     for role in ("support", "query"):
-        program = programs.program(role, dtype, rows=False)
+        program = programs.program(role, dtype, False, few)
         if program is not None:
             own = sum(program.sizes.get(s, 0) for s in (Space.WORK, Space.KEPT, Space.ONCE, Space.OTHER))
             if _bytes(own + 4 * theta, lanes, dtype) > _LANES_AT_MOST:
