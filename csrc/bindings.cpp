@@ -13,6 +13,7 @@
 #include "binding/arguments.h"
 #include "binding/describe.h"
 #include "binding/machine.h"
+#include "binding/sorts.h"
 #include "binding/tensors.h"
 #include "cpu/check.h"
 #include "cpu/kernels.h"
@@ -420,6 +421,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MOST_THREADS") = MOST_THREADS;
   m.attr("NARROW_ROWS") = fm::NARROW_ROWS;
   fm::binding::Torch::get();
+  m.def("sorts", &fm::binding::sorts,
+        "sorts(tensors): their dtypes, devices and shapes as bytes, None where one is none or unusual.");
   m.def("last_run_seconds", &fm::last_run_seconds, "Seconds inside the last Plan.run of this process.");
   m.def("scratch_bytes", &fm::scratch_bytes, py::call_guard<py::gil_scoped_release>(),
         "Bytes of scratch memory held by all workers.");

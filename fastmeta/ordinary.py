@@ -9,13 +9,26 @@ subclasses). A subclass that changes no more than what functions do (`__torch_fu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from fastmeta.inputs import NotATreeError, Tree, flatten, leaves_of
+from fastmeta.inputs import NotATreeError, Tree, flatten, leaves_of, signature
+
+try:
+    from fastmeta import _C
+
+    _read_sorts = _C.sorts
+except ImportError:  # without it by attributes
+
+    def _read_sorts(tensors: list[Any]) -> bytes | None:
+        return None
+
+
+_sort = attrgetter("shape", "dtype", "device", "layout")
 
 #: The classes that need no look: of tensors, and of what may stand where one could.
 KNOWN: frozenset[type] = frozenset({Tensor, nn.Parameter, type(None), float, int})
@@ -33,6 +46,15 @@ def all_known(*groups: Any) -> bool:
         if not KNOWN.issuperset(map(type, members)):
             return False
     return True
+
+
+def sorts(trees: list[Tree]) -> object:
+    """What a plan depends on of these, hashable and equal where it is: of each its shape, dtype,
+    device and layout."""
+    read = _read_sorts(trees)
+    if read is not None:
+        return read
+    return tuple([None if x is None else _sort(x) if x.__class__ in PLAIN else signature(x) for x in trees])
 
 
 def all_plain(*groups: Any) -> bool:

@@ -59,6 +59,19 @@ class MachineReader {
       if (a.offset + a.size > m_.theta) p.refuse("lies outside of theta");
       m_.adapted.push_back(a);
     });
+    rows("tables", 4, [&](const Part& p, const py::tuple& row) {
+      machine::Table t;
+      t.adapted = size_at(p, row[0]), t.rows = size_at(p, row[1], 1, i64(1) << 31);
+      t.width = size_at(p, row[2], 1), t.most = size_at(p, row[3], 1, t.rows);
+      if (t.adapted >= i64(m_.adapted.size())) p.refuse("is of no adapted parameter");
+      const machine::Adapted& a = m_.adapted[t.adapted];
+      if (i64(__int128(t.most) * t.width) != a.size || __int128(t.rows) * t.width > MOST_ELEMENTS)
+        p.refuse("has a size that cannot be");
+      if (a.rate_element) p.refuse("has a rate for each element");
+      if (m_.is_table(size_t(t.adapted))) p.refuse("is there twice");
+      m_.tables.push_back(t);
+    });
+    check_tables_come_last();
     rows("others", 5, [&](const Part& p, const py::tuple& row) {
       machine::Fixed f;
       f.offset = size_at(p, row[0]), f.size = size_at(p, row[1], 1), f.per_task = p.boolean(row[2]);
@@ -71,6 +84,7 @@ class MachineReader {
     if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
     if (m_.steps > 0 && m_.gradient && m_.second_order && m_.support.program.stage_ends.size() < 3)
       part_.refuse("has no Hessian-vector product");
+    m_.find_updates();
     return std::move(m_);
   }
 
@@ -86,6 +100,15 @@ class MachineReader {
     const double x = part_.at(key).number(entry(key));
     if (!std::isfinite(x)) part_.at(key).refuse("must be finite");
     return x;
+  }
+  void check_tables_come_last() const {
+    const i64 first = m_.before_tables();
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const machine::Adapted& a = m_.adapted[p];
+      if (m_.is_table(p) ? a.offset < first : !m_.tables.empty() && a.offset + a.size > first)
+        part_.at("tables").refuse("must come last in theta, in their order");
+    }
+    if (!m_.tables.empty() && flag("per_step")) part_.at("tables").refuse("with a support set for each step");
   }
   template <class Body>
   void rows(const char* key, size_t width, const Body& body) const {
@@ -140,11 +163,28 @@ class MachineReader {
         p.refuse("has a gradient outside of its space");
       to.entries.push_back(e);
     });
+    numbered(part, d, to, code.sizes[int(Space::ints)]);
     for (size_t i = 0; i < m_.others.size(); ++i) {
       const i64 at = which ? m_.others[i].query_grad : m_.others[i].support_grad;
       if (at >= 0 && at + m_.others[i].size > others)
         part_.at("others").at(i).refuse("has a gradient outside of its space");
     }
+  }
+
+  void numbered(const Part& part, const py::dict& d, machine::Set& to, i64 ints) {
+    each(part.at("numbered"), part.entry(d, "numbered"), 4, [&](const Part& p, const py::tuple& row) {
+      machine::Numbered n;
+      n.table = size_at(p, row[0]), n.wraps = p.boolean(row[1]), n.place = size_at(p, row[2]);
+      n.positions = numbers_of<i64>(p, row[3]);
+      if (n.table >= i64(m_.tables.size())) p.refuse("is of no table");
+      if (n.place + i64(n.positions.size()) > ints) p.refuse("lies outside of its space");
+      for (const machine::Entry& e : to.entries)
+        if (e.integer && e.offset < n.place + i64(n.positions.size()) && n.place < e.offset + e.size)
+          p.refuse("lies where the user's integers do");
+      for (const i64 position : n.positions)
+        if (position < 0 || position >= ints) p.refuse("reads outside of its space");
+      to.numbered.push_back(std::move(n));
+    });
   }
 
   const Part& part_;
@@ -216,11 +256,13 @@ class MachineCallReader {
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const machine::Adapted& a = m_.adapted[p];
       machine::AdaptedCall<S> c;
-      const i64 own = a.per_task ? times(T, a.size) : a.size;
+      const i64 whole = m_.own_size(p), own = a.per_task ? times(T, whole) : whole;
       const i64 rates =
           times(times(a.rate_per_step ? m_.steps : 1, a.rate_per_task ? T : 1), a.rate_element ? a.size : 1);
       c.data = in(0, p, own), there(c.data, 0, p);
       c.rate = in(1, p, rates), there(c.rate, 1, p);
+      if (m_.is_table(p) && (!lists[2].empty() || !lists[3].empty()))
+        throw std::invalid_argument("Machine.run: what is adapted, or its gradient, with small tables");
       c.adapted_grad = in(2, p, times(T, a.size));
       c.adapted = to(3, p, times(T, a.size));
       c.grad = to(4, p, own);

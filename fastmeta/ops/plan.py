@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from types import ModuleType
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -22,7 +21,7 @@ from fastmeta.capture.capture import captured, frozen_flags, guard_of
 from fastmeta.capture.guards import Guard
 from fastmeta.errors import BackendUnavailable
 from fastmeta.graph.program import Program
-from fastmeta.inputs import Tree, leaves_of, signature
+from fastmeta.inputs import Tree, leaves_of
 from fastmeta.losses import Loss
 from fastmeta.network.functional import check_batch_stats
 from fastmeta.network.renormalised import check_renormalised
@@ -36,13 +35,12 @@ from fastmeta.ops.options import Options, argument, check_options
 from fastmeta.ops.rates import RatePlan, Rates, plan_rates, rates_key
 from fastmeta.ops.rule_numbers import NONE as NO_HYPER
 from fastmeta.ops.rule_numbers import Hyper, bare, check_hyper, check_rule_wrt
-from fastmeta.ordinary import PLAIN, all_known, all_plain, check_ordinary, lack_memory, plain, plain_tree
+from fastmeta.ordinary import all_known, all_plain, check_ordinary, lack_memory, plain, plain_tree, sorts
 from fastmeta.problem import Batch, Captures, Problem, Result, Scratch
 from fastmeta.undisturbed import asynchronous, undisturbed, undrawn
 
 _FAKE = _TorchDispatchModeKey.FAKE
 NOTHING: frozenset[str] = frozenset()
-_sort = attrgetter("shape", "dtype", "device", "layout")
 # A learning rate that changes at every step makes a new plan each time: keep the last few of a
 # network.
 _MOST_PLANS = 256
@@ -244,8 +242,7 @@ def _prepared(given: _Given, masks: list[str]) -> Call:
             else (query_loss.key, query_loss.learned),
             rates_key(lr),
             *params,
-            *map(_sort, params.values()),
-            *[None if x is None else _sort(x) if x.__class__ in PLAIN else signature(x) for x in tensors],
+            sorts([*params.values(), *tensors]),
             adapted_grad is None,
             output_grad is None,
             prefer_flat,

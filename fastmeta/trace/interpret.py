@@ -37,6 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
     "where": lambda c, a, b: torch.where(c != 0, a, b),
+    "gate": lambda a, b: torch.where(a <= 0, 0.0, b),
     **{
         name: getattr(torch, name)
         for name in (
@@ -125,7 +126,12 @@ def _run(step: Instruction, at: Callable[[View], Tensor], value: Callable[[Opera
         at(step.out).copy_(at(step.out) + found if step.accumulate else found)
     elif isinstance(step, Product):
         found = value(step.a) @ value(step.b)
-        at(step.out).copy_(at(step.out) + found if step.accumulate else found)
+        if step.more is not None:
+            found = found + value(step.more[0]) @ value(step.more[1])
+        found = found if step.start is None else found + value(step.start)
+        found = at(step.out) + found if step.accumulate else found
+        found = found if step.gate is None else FUNCTIONS["gate"](value(step.gate), found)
+        at(step.out).copy_(found.relu() if step.relu else found)
     elif isinstance(step, (Gather, Scatter)):
         index = value(step.index).to(torch.int64)
         index = torch.where(index < 0, index + step.limit, index) if step.wraps else index

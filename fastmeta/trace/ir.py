@@ -203,18 +203,43 @@ class Reduce(Instruction):
 
 @dataclass(eq=False, slots=True)
 class Product(Instruction):
-    """out (+)= a @ b: [*B, M, N], [*B, M, K], [*B, K, N]."""
+    """out (+)= a @ b: [*B, M, N], [*B, M, K], [*B, K, N]; with what follows at once.
+
+    Args:
+        more: two more factors, whose product is added; their K may be another.
+        start: [*B, M, N], added.
+        gate: [*B, M, N]; the result is zero where this is at most zero.
+        relu: negative results are zero.
+    """
 
     a: View
     b: View
     accumulate: bool = False
+    more: tuple[View, View] | None = None
+    start: View | None = None
+    gate: View | None = None
+    relu: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is nothing but a sum of products."""
+        return self.start is None and self.gate is None and not self.relu
 
     def reads(self) -> list[View]:
-        return [self.a, self.b, self.out] if self.accumulate else [self.a, self.b]
+        found = [self.a, self.b, *(self.more or ())]
+        found += [view for view in (self.start, self.gate) if view is not None]
+        return [*found, self.out] if self.accumulate else found
 
     def replaced(self, old: Buffer, new: Buffer, shift: int = 0) -> None:
         Instruction.replaced(self, old, new, shift)
         self.a, self.b = _moved(self.a, old, new, shift), _moved(self.b, old, new, shift)
+        if self.more is not None:
+            a, b = self.more
+            self.more = _moved(a, old, new, shift), _moved(b, old, new, shift)
+        if self.start is not None:
+            self.start = _moved(self.start, old, new, shift)
+        if self.gate is not None:
+            self.gate = _moved(self.gate, old, new, shift)
 
 
 @dataclass(eq=False, slots=True)

@@ -20,6 +20,7 @@ from fastmeta.trace import operators  # noqa: F401
 from fastmeta.trace.ir import Buffer, Space
 from fastmeta.trace.lower import OPERATORS, Lowering
 from fastmeta.trace.passes.place import rounded
+from fastmeta.trace.passes.tables import Few
 from fastmeta.trace.program import Result, StepProgram, finished
 from fastmeta.trace.record import NoReads, Recorder, Ref, UntraceableError
 
@@ -91,6 +92,11 @@ class Output:
     offsets: tuple[int, ...]  # from OUTPUT_START on
     size: int
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is one tensor, and nothing around it."""
+        return self.form.kind is Tensor
+
     @classmethod
     def of(cls, output: Tree) -> Output:
         """Of one task."""
@@ -112,8 +118,18 @@ class Traced:
     last_stage: int
     output: Output
 
-    def lowered(self, dtype: torch.dtype, rows: bool) -> StepProgram:
+    @property
+    def adapted(self) -> dict[int, tuple[int, ...]]:
+        """Shapes of the adapted parameters, by their places in THETA."""
+        return {slot.offset: slot.shape for slot in self.layout.slots if slot.space == Space.THETA}
+
+    def lowered(self, dtype: torch.dtype, rows: bool, few: Few | None = None) -> StepProgram:
         """The program.
+
+        Args:
+            dtype: of what it computes with.
+            rows: as of `finished`.
+            few: small tables in place of some adapted parameters.
 
         Raises:
             UntraceableError: an operator has no lowering.
@@ -132,7 +148,7 @@ class Traced:
         ]
         if self.layout.others:
             sizes[Space.OTHER] = self.layout.others
-        return finished(low.build, results, sizes, self.last_stage, rows)
+        return finished(low.build, results, sizes, self.last_stage, rows, self.adapted, few)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

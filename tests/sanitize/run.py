@@ -26,6 +26,7 @@ TESTS = [
         "algorithms/test_ops_rates",
         "backends/test_binding",
         "backends/test_determinism",
+        "backends/test_machine_tables",
         "backends/test_ordinary_tensors",
         "layers/test_conv2d",
         "layers/test_max_pool2d",

@@ -97,9 +97,14 @@ class Traced:
             "fixed": sizes.get(Space.FIXED, 0),
             "output": numel(self.ref.shape),
             "adapted": [],
+            "tables": [],
             "others": [],
             "support": None,
-            "query": {**Encoder(program).described(), "entries": [_entry(s) for s in self.layout.slots]},
+            "query": {
+                **Encoder(program).described(),
+                "entries": [_entry(s) for s in self.layout.slots],
+                "numbered": [],
+            },
         }
 
 

@@ -10,6 +10,9 @@ import torch
 from support.programs import Traced
 
 from fastmeta import _C
+from fastmeta.trace.ir import Space
+
+INTS = int(Space.INTS)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +43,10 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
     assert made > 50
 
 
+#: An adapted parameter of four rows of four numbers, of which a task needs two.
+TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables": [(0, 4, 4, 2)]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -50,6 +57,13 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
         ({"momentum": float("nan")}, "momentum"),
         ({"adapted": [(0, 5, False, False, False, False)]}, "outside of theta"),
         ({"others": [(0, 1 << 40, False, -1, -1)]}, "cannot be"),
+        ({"tables": [(0, 4, 4, 2)]}, "of no adapted parameter"),
+        ({**TABLE, "tables": [(0, 4, 4, 3)]}, "a size that cannot be"),
+        ({**TABLE, "tables": [(0, 1, 4, 2)]}, "cannot be"),
+        ({**TABLE, "tables": [(0, 4, 4, 2)] * 2}, "twice"),
+        ({**TABLE, "adapted": [(0, 8, False, True, False, False)]}, "rate for each element"),
+        ({**TABLE, "adapted": [(0, 8, *[False] * 4), (16, 8, *[False] * 4)]}, "come last"),
+        ({**TABLE, "per_step": True}, "set for each step"),
     ],
 )
 def test_rejects_descriptions(change: dict[str, Any], message: str) -> None:
@@ -58,5 +72,48 @@ def test_rejects_descriptions(change: dict[str, Any], message: str) -> None:
         _C.Machine({**good, **change})
     with pytest.raises(ValueError, match="lacks"):
         _C.Machine({})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((1, False, 0, []), "of no table"),
+        ((0, False, 15, [0, 1]), "outside of its space"),
+        ((0, False, 0, [16]), "outside of its space"),
+        ((0, False, 0, [-1]), "outside of its space"),
+    ],
+)
+def test_rejects_indices_of_rows(row: tuple[int, bool, int, list[int]], message: str) -> None:
+    good = Traced(torch.tanh, torch.randn(3)).description(False)
+    sizes = np.frombuffer(good["query"]["sizes"], np.int64).copy()
+    sizes[INTS] = 16
+    query = {
+        **good["query"],
+        "sizes": sizes.tobytes(),
+        "numbered": [(*row[:3], np.array(row[3], np.int64).tobytes())],
+    }
+    with pytest.raises(ValueError, match=message):
+        _C.Machine({**good, **TABLE, "query": query})
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_more_rows_than_there_is_room_for_are_an_error(lanes: bool) -> None:
+    good = Traced(torch.tanh, torch.randn(3)).description(lanes)
+    sizes = np.frombuffer(good["query"]["sizes"], np.int64).copy()
+    sizes[INTS] = 32
+    places = np.arange(3)
+    query = {
+        **good["query"],
+        "sizes": sizes.tobytes(),
+        "numbered": [(0, False, 16, places.tobytes())],
+        "entries": [*good["query"]["entries"], (0, 3, True, -1)],
+    }
+    machine = _C.Machine({**good, **TABLE, "query": query})
+    table, rate = torch.randn(4, 4), torch.tensor(0.1)
+    for ids, outcome in (([0, 1, 0], 0), ([3, 1, 2], 1)):
+        given = [torch.randn(2, 3), torch.tensor([ids, ids])]
+        output = torch.zeros(2, 3)
+        lists = [[table], [rate], [], [], [], [], [], [], [], [], given, []]
+        assert machine.run(2, 1, *lists, [None, None, None, None, output], [], True) == outcome
     with pytest.raises(TypeError):
         _C.Machine.run(_C.Machine.__new__(_C.Machine, good))

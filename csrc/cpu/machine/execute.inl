@@ -59,7 +59,8 @@ void lane_sums(i64 n, const S* x, S* out) {
 }
 
 template <class S>
-constexpr machine::Executor<S> EXECUTOR = {&machine_run<S, false>, &machine_run<S, true>, &lane_sums<S>};
+constexpr machine::Executor<S> EXECUTOR = {&machine_run<S, false>, &machine_run<S, true>, &lane_sums<S>,
+                                           &add_rows<S>};
 
 }  // namespace
 

@@ -10,7 +10,9 @@ template <class S>
 class Group : private GroupState<S> {
  public:
   using State = GroupState<S>;
-  using State::State;
+  template <class... Args>
+  explicit Group(const Machine& m, Args&&... args)
+      : State(m, std::forward<Args>(args)...), scales_(m.adapted.size()) {}
 
   // Tasks first .. first + count - 1; false where an index was out of range.
   bool run(i64 first, i64 count, S* sums) {
@@ -26,11 +28,11 @@ class Group : private GroupState<S> {
   bool has_step_weights() const { return !call_.step_weights.empty(); }
 
   void load() {
-    std::fill(losses_, losses_ + 64, 0.0);
+    std::fill(losses_, losses_ + MOST_LANES, 0.0);
     once_done_ = false;
     if (own_theta_) std::copy_n(shared_ + at_.shared_theta, m_.theta * L_, theta(0));
     for (size_t p = 0; p < m_.adapted.size(); ++p)
-      if (m_.adapted[p].per_task)
+      if (m_.adapted[p].per_task && !m_.is_table(p))
         pack(call_.adapted[p].data, m_.adapted[p].size, m_.adapted[p].size,
              theta(0) + m_.adapted[p].offset * L_);
     if (own_fixed_) {
@@ -42,15 +44,22 @@ class Group : private GroupState<S> {
     }
     if (!m_.per_step && m_.support.present && m_.steps > 0) load_set(0, 0);
     if (m_.query.present) load_set(1, 0);
+    load_tables();
   }
 
   void inner_step(i64 k) {
     if (m_.per_step) load_set(0, k);
-    support_gradient(k);
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      S alpha = 0;
+      if (m_.at_once[0][p]) rates(k, p, alpha);
+      scales_[p] = -alpha;
+    }
+    support_gradient(k, {theta(k + 1), theta(k)});
     const bool momentum = m_.momentum != 0;
     S* const m = momentum ? w_ + at_.momentum : nullptr;
     S* const kept = m_.wants_rates && m_.gradient ? w_ + at_.updates + k * at_.update_stride : nullptr;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      if (m_.at_once[0][p]) continue;
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
       S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
@@ -116,8 +125,7 @@ class Group : private GroupState<S> {
     S alpha = 0;
     if (m_.second_order && m_.plain_rule() && one_rate(k, alpha)) {
       // H (alpha lambda) is alpha times H lambda
-      hessian_product(k, w_ + at_.lambda);
-      kernels_.sgd_direction(m_.theta * L_, alpha, nullptr, w_ + at_.grad, w_ + at_.lambda, w_ + at_.lambda);
+      hessian_product(k, w_ + at_.lambda, -alpha);
       collect(0, k, -alpha);
       return;
     }
@@ -128,8 +136,7 @@ class Group : private GroupState<S> {
                              momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
     }
     if (m_.second_order) {
-      hessian_product(k, w_ + at_.direction);
-      add(w_ + at_.grad, m_.theta * L_, w_ + at_.lambda);
+      hessian_product(k, w_ + at_.direction, S(1));
       collect(0, k, S(1));
     }
     if (!m_.plain_rule())
@@ -140,11 +147,12 @@ class Group : private GroupState<S> {
   void write_gradients() {
     const S* const lambda = w_ + at_.lambda;
     if (L_ == 1)
-      add(lambda, m_.theta, sums_ + at_.sum_theta);
+      add(lambda, m_.before_tables(), sums_ + at_.sum_theta);
     else
-      executor_.lane_sums(m_.theta, lambda, sums_ + at_.sum_theta);
+      executor_.lane_sums(m_.before_tables(), lambda, sums_ + at_.sum_theta);
+    write_tables(lambda);
     for (size_t p = 0; p < m_.adapted.size(); ++p)
-      if (m_.adapted[p].per_task && call_.adapted[p].grad)
+      if (m_.adapted[p].per_task && !m_.is_table(p) && call_.adapted[p].grad)
         unpack(lambda + m_.adapted[p].offset * L_, m_.adapted[p].size, m_.adapted[p].size,
                call_.adapted[p].grad);
     const S* const others = w_ + at_.others_sum;
@@ -177,6 +185,7 @@ class Group : private GroupState<S> {
   using State::kernels_;
   using State::L_;
   using State::load_set;
+  using State::load_tables;
   using State::losses_;
   using State::m_;
   using State::once_done_;
@@ -195,6 +204,7 @@ class Group : private GroupState<S> {
   using State::unpack;
   using State::unpack_sum;
   using State::w_;
+  using State::write_tables;
   using State::zero_rate_gradients;
 
   Memory<S> memory(int which, i64 k) {
@@ -217,10 +227,16 @@ class Group : private GroupState<S> {
     mem.tiles = w_ + at_.tiles;
     return mem;
   }
-  void run_stage(int which, size_t stage, i64 k) {
+  // Where products that complete a gradient put what it leads to, and what they add it to.
+  struct Update {
+    S* to = nullptr;
+    const S* from = nullptr;
+  };
+  void run_stage(int which, size_t stage, i64 k, const Update& update = {}) {
     const Program& p = set(which).program;
     if (stage >= p.stage_ends.size()) return;
     Memory<S> mem = memory(which, k);
+    mem.update_to = update.to, mem.update_from = update.from, mem.update_scale = scales_.data();
     const auto runner = L_ == 1 ? executor_.rows : executor_.lanes;
     runner(p.steps.data() + p.stage_begin(stage), p.stage_ends[stage] - p.stage_begin(stage), mem);
     bad_index_ = bad_index_ || mem.bad_index;
@@ -230,17 +246,25 @@ class Group : private GroupState<S> {
     run_stage(which, 0, k);
     if (!which) once_done_ = true;
   }
-  void support_gradient(i64 k) {
+  void support_gradient(i64 k, const Update& update = {}) {
     run_once(0, k);
-    run_stage(0, 1, k);
+    run_stage(0, 1, k, update);
   }
-  // H_k along `direction`, to where gradients go.
-  void hessian_product(i64 k, const S* direction) {
+  // lambda += scale * H_k along `direction`.
+  void hessian_product(i64 k, const S* direction, S scale) {
     if (m_.per_step) once_done_ = false;
     if (!m_.store) support_gradient(k);
     if (m_.per_step && m_.store) run_once(0, k);
     direction_ = direction;
-    run_stage(0, 2, k);
+    std::fill(scales_.begin(), scales_.end(), scale);
+    S* const lambda = w_ + at_.lambda;
+    run_stage(0, 2, k, {lambda, lambda});
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      if (m_.at_once[1][p]) continue;
+      S* const to = lambda + m_.adapted[p].offset * L_;
+      kernels_.sgd_direction(m_.adapted[p].size * L_, -scale, nullptr,
+                             w_ + at_.grad + m_.adapted[p].offset * L_, to, to);
+    }
   }
 
   void run_query(i64 k, double s) {
@@ -292,6 +316,8 @@ class Group : private GroupState<S> {
       if (S* const grad = entries(which)[i].grad)
         std::fill_n(grad + first_ * sets * s.entries[i].size, count_ * sets * s.entries[i].size, S(0));
   }
+
+  std::vector<S> scales_;  // of each adapted parameter, as `Memory` says
 };
 
 }  // namespace fm::machine

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "../kernels.h"
-#include "layout.h"
+#include "tables.h"
 
 namespace fm::machine {
 
@@ -13,18 +13,36 @@ template <class S>
 void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call, S* base) {
   const i64 L = m.lanes;
   const auto spread = [&](auto from, i64 n, S* to) {
-    for (i64 i = 0; i < n; ++i)
-      for (i64 l = 0; l < L; ++l) to[i * L + l] = S(from[i]);
+    if (L == 1) {
+      for (i64 i = 0; i < n; ++i) to[i] = S(from[i]);
+      return;
+    }
+    for (i64 i = 0; i < n; ++i) std::fill_n(to + i * L, L, S(from[i]));
   };
   std::fill(base, base + at.shared, S(0));
   for (int i = 0; i < 2; ++i)
     spread(m.constants[i].data(), i64(m.constants[i].size()), base + at.constants[i]);
   for (size_t p = 0; p < m.adapted.size(); ++p)
-    if (!m.adapted[p].per_task)
+    if (!m.adapted[p].per_task && !m.is_table(p))
       spread(call.adapted[p].data, m.adapted[p].size, base + at.shared_theta + m.adapted[p].offset * L);
   for (size_t p = 0; p < m.others.size(); ++p)
     if (!m.others[p].per_task)
       spread(call.others[p].data, m.others[p].size, base + at.shared_fixed + m.others[p].offset * L);
+}
+
+// The gradients of one table: the rows of all tasks, in their order.
+template <class S>
+void sum_table(const Machine& m, const Layout& at, const Executor<S>& executor, const MachineCall<S>& call,
+               size_t table, S* records) {
+  const Table& t = m.tables[table];
+  S* const to = call.adapted[t.adapted].grad;
+  if (!to || m.adapted[t.adapted].per_task) return;
+  std::fill_n(to, t.rows * t.width, S(0));
+  for (i64 task = 0; task < call.tasks; ++task) {
+    const TableRecord<S> record(at, records, task);
+    const i64* const numbers = record.numbers(at.record_numbers[table]);
+    executor.add_rows(numbers[0], t.width, numbers + 1, record.values(at.record_values[table]), to);
+  }
 }
 
 // Gradients that are sums over tasks, to the caller.
@@ -32,7 +50,7 @@ template <class S>
 void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, const S* total) {
   for (size_t p = 0; p < m.adapted.size(); ++p) {
     const Adapted& a = m.adapted[p];
-    if (!a.per_task && call.adapted[p].grad)
+    if (!a.per_task && !m.is_table(p) && call.adapted[p].grad)
       std::copy_n(total + at.sum_theta + a.offset, a.size, call.adapted[p].grad);
     if (!a.rate_per_task && call.adapted[p].rate_grad) {
       const i64 n = (a.rate_per_step ? m.steps : 1) * (a.rate_element ? a.size : 1);
@@ -44,21 +62,26 @@ void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, 
       std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
 }
 
+constexpr i64 MOST_LANES = 64;
+
 template <class S>
 class GroupState {
  public:
   GroupState(const Machine& m, const Layout& at, const Kernels<S>& kernels, const Executor<S>& executor,
-             const MachineCall<S>& call, S* shared, S* workspace)
+             const MachineCall<S>& call, S* shared, S* records, S* workspace)
       : m_(m),
         at_(at),
         kernels_(kernels),
         executor_(executor),
         call_(call),
         shared_(shared),
+        records_(records),
         w_(workspace),
-        L_(m.lanes) {
+        L_(m.lanes),
+        table_rows_(m) {
     for (const Fixed& f : m.others) own_fixed_ = own_fixed_ || f.per_task;
     for (const Adapted& a : m.adapted) own_theta_ = own_theta_ || a.per_task;
+    own_theta_ = own_theta_ || !m.tables.empty();
   }
 
  protected:
@@ -80,10 +103,10 @@ class GroupState {
       std::copy_n(from + first_ * stride, n, to);
       return;
     }
-    for (i64 l = 0; l < L_; ++l) {
-      const From* const task = from + (first_ + std::min(l, count_ - 1)) * stride;
-      for (i64 i = 0; i < n; ++i) to[i * L_ + l] = To(task[i]);
-    }
+    const From* task[MOST_LANES];
+    for (i64 l = 0; l < L_; ++l) task[l] = from + (first_ + std::min(l, count_ - 1)) * stride;
+    for (i64 i = 0; i < n; ++i, to += L_)
+      for (i64 l = 0; l < L_; ++l) to[l] = To(task[l][i]);
   }
   void pack(const S* from, i64 stride, i64 n, S* to) const { pack_as(from, stride, n, to); }
   void unpack(const S* from, i64 stride, i64 n, S* to) const {
@@ -121,6 +144,69 @@ class GroupState {
   static i64 aligned(i64 at) {
     constexpr i64 per = i64(sizeof(i64) / sizeof(S));
     return (at + per - 1) / per * per;
+  }
+
+  // ---- tables
+  // The rows that the tasks need, from the caller's tables to theta(0), and their indices.
+  void load_tables() {
+    if (m_.tables.empty()) return;
+    i64* ints[2];
+    for (int which = 0; which < 2; ++which) {
+      const bool used = which ? m_.query.present : m_.support.present && m_.steps > 0;
+      ints[which] = used ? reinterpret_cast<i64*>(w_ + aligned(at_.ints[which])) : nullptr;
+    }
+    if (!table_rows_.number(ints)) bad_index_ = true;
+    for (size_t t = 0; t < m_.tables.size(); ++t) {
+      const Table& table = m_.tables[t];
+      const Adapted& a = m_.adapted[table.adapted];
+      for (i64 l = 0; l < L_; ++l) {
+        const S* from = call_.adapted[table.adapted].data;
+        if (a.per_task) from += (first_ + std::min(l, count_ - 1)) * table.rows * table.width;
+        S* to = theta(0) + a.offset * L_ + l;
+        for (const i64 row : table_rows_.rows(t, l)) {
+          const S* const own = from + row * table.width;
+          if (L_ == 1)
+            std::copy_n(own, table.width, to);
+          else
+            for (i64 i = 0; i < table.width; ++i) to[i * L_] = own[i];
+          to += table.width * L_;
+        }
+        // nobody reads the rest, but the rule changes it
+        const S* const end = theta(0) + (a.offset + a.size) * L_;
+        for (; to < end; to += L_) *to = 0;
+      }
+    }
+  }
+  // The gradients of the rows, for the caller to add up, or to the task's own.
+  void write_tables(const S* lambda) {
+    for (size_t t = 0; t < m_.tables.size(); ++t) {
+      const Table& table = m_.tables[t];
+      const Adapted& a = m_.adapted[table.adapted];
+      S* const grad = call_.adapted[table.adapted].grad;
+      if (!grad) continue;
+      for (i64 l = 0; l < count_; ++l) {
+        const std::vector<i64>& rows = table_rows_.rows(t, l);
+        const S* const from = lambda + a.offset * L_ + l;
+        S* const own = a.per_task ? grad + (first_ + l) * table.rows * table.width : nullptr;
+        const TableRecord<S> record(at_, records_, first_ + l);
+        if (own) {
+          std::fill_n(own, table.rows * table.width, S(0));
+        } else {
+          i64* const numbers = record.numbers(at_.record_numbers[t]);
+          numbers[0] = i64(rows.size());
+          std::copy(rows.begin(), rows.end(), numbers + 1);
+        }
+        S* const values = own ? nullptr : record.values(at_.record_values[t]);
+        for (size_t r = 0; r < rows.size(); ++r) {
+          const S* const row = from + i64(r) * table.width * L_;
+          S* const to = own ? own + rows[r] * table.width : values + i64(r) * table.width;
+          if (L_ == 1)
+            std::copy_n(row, table.width, to);
+          else
+            for (i64 i = 0; i < table.width; ++i) to[i] = row[i * L_];
+        }
+      }
+    }
   }
 
   // ---- learning rates
@@ -195,14 +281,15 @@ class GroupState {
   const Kernels<S>& kernels_;
   const Executor<S>& executor_;
   const MachineCall<S>& call_;
-  S *const shared_, *const w_;
+  S *const shared_, *const records_, *const w_;
   const i64 L_;
+  TableRows table_rows_;
   bool own_fixed_ = false, own_theta_ = false, once_done_ = false, bad_index_ = false;
   bool fresh_ = false;  // lambda has not been written yet
   const S* direction_ = nullptr;
   i64 first_ = 0, count_ = 0;
   S* sums_ = nullptr;
-  double losses_[64] = {};
+  double losses_[MOST_LANES] = {};
 };
 
 }  // namespace fm::machine

@@ -15,6 +15,10 @@ struct Layout {
   // of the caller: constants of both programs, shared parameters, and sums over tasks
   i64 constants[2], shared_fixed, shared_theta, shared;
   i64 sum_theta, sum_fixed, sum_rates, sums;
+  // of the caller, for each task: of every table the rows' numbers (first how many), and their
+  // gradients
+  i64 record;
+  std::vector<i64> record_numbers, record_values;
   std::vector<i64> rate_sums;  // of each adapted parameter, from sum_rates on
 };
 
@@ -63,7 +67,7 @@ inline Layout layout_of(const Machine& m, size_t element) {
   at.shared_fixed = take(m.fixed * L);
   at.shared = next;
   next = 0;
-  at.sum_theta = take(m.theta);
+  at.sum_theta = take(m.before_tables());
   at.sum_fixed = take(m.fixed);
   i64 rates = 0;
   for (const Adapted& p : m.adapted) {
@@ -73,6 +77,12 @@ inline Layout layout_of(const Machine& m, size_t element) {
   }
   at.sum_rates = take(rates);
   at.sums = next;
+  next = 0;
+  for (const Table& t : m.tables) {
+    at.record_numbers.push_back(take((t.most + 1) * per_i64));
+    at.record_values.push_back(take(t.most * t.width));
+  }
+  at.record = m.gradient ? next : 0;
   return at;
 }
 

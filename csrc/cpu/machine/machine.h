@@ -12,6 +12,20 @@ struct Adapted {
   i64 offset, size;
   bool per_task, rate_element, rate_per_task, rate_per_step;
 };
+// An adapted parameter of `rows` rows of which a task needs `most` at most: in theta there are only
+// those, one after the other.
+struct Table {
+  i64 adapted;  // its number among the adapted parameters
+  i64 rows, width, most;
+};
+// Indices of a table's rows: those at `positions` of a set's integers are written from `place` on,
+// as places in theta's rows.
+struct Numbered {
+  i64 table;
+  bool wraps;
+  i64 place;
+  std::vector<i64> positions;
+};
 // What does not adapt: other parameters, buffers, weights of losses.
 struct Fixed {
   i64 offset, size;
@@ -29,6 +43,7 @@ struct Set {
   bool present = false;
   Program program;
   std::vector<Entry> entries;
+  std::vector<Numbered> numbered;
 };
 
 // Up to whole vectors, as everything in a space begins.
@@ -44,10 +59,29 @@ struct Machine {
   i64 theta = 0, fixed = 0, output = 0;  // elements
   std::vector<Adapted> adapted;
   std::vector<Fixed> others;
+  std::vector<Table> tables;  // come last in theta
   Set support, query;
   std::vector<double> constants[2];  // of the two programs
+  // Of each adapted parameter: whether a product of the support set's program completes its
+  // gradient (0) and its Hessian-vector product (1), and can do what follows at once.
+  std::vector<bool> at_once[2];
 
+  // Elements of the caller's parameter.
+  i64 own_size(size_t p) const {
+    for (const Table& t : tables)
+      if (t.adapted == i64(p)) return t.rows * t.width;
+    return adapted[p].size;
+  }
+  bool is_table(size_t p) const {
+    for (const Table& t : tables)
+      if (t.adapted == i64(p)) return true;
+    return false;
+  }
+  // Elements of theta before the tables.
+  i64 before_tables() const { return tables.empty() ? theta : adapted[tables[0].adapted].offset; }
   bool plain_rule() const { return momentum == 0 && weight_decay == 0; }
+  // Once all else is known.
+  void find_updates();
 };
 
 template <class S>

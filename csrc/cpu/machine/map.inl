@@ -76,6 +76,7 @@ FM_INLINE Vec<S> map_value(Vec<S> a, Vec<S> b, Vec<S> c) {
   if constexpr (F == M::le) return truth<S>(a <= b);
   if constexpr (F == M::eq) return truth<S>(a == b);
   if constexpr (F == M::ne) return truth<S>(a != b);
+  if constexpr (F == M::gate) return a <= zero ? zero : b;
   if constexpr (F == M::where) return a != zero ? b : c;
   if constexpr (F == M::neg) return -a;
   if constexpr (F == M::relu) return a < zero ? zero : a;
@@ -102,7 +103,7 @@ FM_INLINE Vec<S> map_value(Vec<S> a, Vec<S> b, Vec<S> c) {
 constexpr int arity(machine::MapFunction f) {
   using M = machine::MapFunction;
   if (f == M::where) return 3;
-  return (f >= M::add && f <= M::ne) || f == M::atan2 ? 2 : 1;
+  return (f >= M::add && f <= M::gate) || f == M::atan2 ? 2 : 1;
 }
 
 // Not inlined: one loop for each function, whose code is small.

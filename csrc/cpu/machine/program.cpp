@@ -66,6 +66,7 @@ class Decoder {
 
   void step() {
     Step s{};
+    s.updates = -1;
     s.kind = StepKind(word(0, 4, "an instruction"));
     first_view_.push_back(program_.views.size());
     first_op_.push_back(program_.ops.size());
@@ -113,7 +114,7 @@ class Decoder {
   }
 
   // A task in every lane: all addresses are vectors apart, and there is one dimension more.
-  void widen(Step& s, std::initializer_list<View*> views, int at, bool lane_dim) const {
+  void widen(Step& s, const std::vector<View*>& views, int at, bool lane_dim) const {
     if (lanes_ == 1) return;
     for (View* v : views) {
       v->offset *= lanes_;
@@ -129,7 +130,7 @@ class Decoder {
     ++s.dims;
   }
   // Dimensions [from, to) that are one walk for all views become one; returns the new `to`.
-  static int collapse(Step& s, std::initializer_list<View*> views, int from, int to) {
+  static int collapse(Step& s, const std::vector<View*>& views, int from, int to) {
     const auto drop = [&](int d) {
       for (int e = d; e + 1 < s.dims; ++e) {
         s.n[e] = s.n[e + 1], s.steps[e] = s.steps[e + 1];
@@ -260,15 +261,30 @@ class Decoder {
 
   void product(Step& s) {
     if (s.dims < 3) refuse("a product needs three dimensions");
+    const int m = s.dims - 3, n = s.dims - 2, k = s.dims - 1;
     s.accumulate = word(0, 1, "a flag");
-    View out = view(s, true), a = view(s, false), b = view(s, false);
-    if (out.stride[s.dims - 1] || a.stride[s.dims - 2] || b.stride[s.dims - 3])
-      refuse("a product along a dimension that it has not");
-    if (a.space == int(Space::ints) || b.space == int(Space::ints)) refuse("a product of integers");
-    check(s, out), check(s, a), check(s, b);
-    widen(s, {&out, &a, &b}, 0, false);
-    collapse(s, {&out, &a, &b}, 0, s.dims - 3);
-    for (const View& v : {out, a, b}) program_.views.push_back(v);
+    s.more = word(0, MOST, "a size");
+    s.relu = word(0, 1, "a flag"), s.starts = word(0, 1, "a flag"), s.gates = word(0, 1, "a flag");
+    // out, a, b, two more factors, start, gate
+    std::vector<int> places = {0, 1, 2};
+    if (s.more) places.insert(places.end(), {3, 4});
+    if (s.starts) places.push_back(5);
+    if (s.gates) places.push_back(6);
+    View views[7] = {};
+    std::vector<View*> all;
+    for (int at : places) {
+      View& v = views[at] = view(s, at == 0);
+      const bool left = at == 1 || at == 3, right = at == 2 || at == 4;
+      if (v.stride[left ? n : right ? m : k]) refuse("a product along a dimension that it has not");
+      if (v.space == int(Space::ints)) refuse("a product of integers");
+      Step own = s;
+      if (at == 3 || at == 4) own.n[k] = s.more;
+      check(own, v);
+      all.push_back(&v);
+    }
+    widen(s, all, 0, false);
+    collapse(s, all, 0, s.dims - 3);
+    program_.views.insert(program_.views.end(), views, views + 7);
   }
 
   void gather(Step& s) {
@@ -302,6 +318,93 @@ class Decoder {
 template <class S>
 Program decode(const Code& code, i64 lanes) {
   return Decoder(code, lanes, sizeof(S)).read();
+}
+
+namespace {
+
+// The elements that view v of a step may touch, [low, high).
+struct Range {
+  i64 low, high;
+  bool meets(const Range& other) const { return low < other.high && other.low < high; }
+};
+Range range_of(const Step& s, const View& v, bool moves) {
+  Range r{v.offset, v.offset + 1};
+  for (int d = 0; d < s.dims; ++d) {
+    const bool more = s.kind == StepKind::product && d == s.dims - 1;  // of either depth
+    const i64 reach = ((more ? std::max(s.n[d], s.more) : s.n[d]) - 1) * v.stride[d];
+    (reach < 0 ? r.low : r.high) += reach;
+  }
+  const i64 moved = moves ? (s.limit - 1) * s.step : 0;
+  (moved < 0 ? r.low : r.high) += moved;
+  return r;
+}
+
+// Calls body(range, whether it is written) for everything that a step touches in a space.
+template <class Body>
+void for_each_touched(const Step& s, Space space, const Body& body) {
+  const bool product = s.kind == StepKind::product;
+  const int views = s.kind == StepKind::map      ? s.inputs + s.outputs
+                    : product                    ? 7
+                    : s.kind == StepKind::reduce ? 2
+                                                 : 3;
+  for (int i = 0; i < views; ++i) {
+    if (product && ((!s.more && (i == 3 || i == 4)) || (!s.starts && i == 5) || (!s.gates && i == 6)))
+      continue;
+    const View& v = s.views[i];
+    if (v.space != int(space)) continue;
+    const bool writes = s.kind == StepKind::map      ? i >= s.inputs
+                        : s.kind == StepKind::reduce ? i == 1
+                                                     : i == 0;
+    const bool moves = (s.kind == StepKind::gather && i == 1) || (s.kind == StepKind::scatter && i == 0);
+    body(range_of(s, v, moves), writes);
+  }
+}
+
+// Whether a product writes just the elements [low, high), each once.
+bool covers(const Step& s, const Range& all, i64 lanes) {
+  const View& out = s.views[0];
+  if (out.offset != all.low) return false;
+  i64 done = lanes;
+  for (bool found = true; found;) {
+    found = false;
+    for (int d = 0; d < s.dims - 1; ++d)
+      if (s.n[d] > 1 && out.stride[d] == done && done < all.high - all.low) done *= s.n[d], found = true;
+  }
+  i64 elements = lanes;
+  for (int d = 0; d < s.dims - 1; ++d) elements *= s.n[d];
+  return done == all.high - all.low && elements == done;
+}
+
+}  // namespace
+
+std::vector<bool> mark_updates(Program& program, size_t stage, Space result, Space direction, i64 lanes,
+                               const std::vector<std::pair<i64, i64>>& parameters) {
+  std::vector<bool> found(parameters.size(), false);
+  if (stage >= program.stage_ends.size()) return found;
+  const i64 first = program.stage_begin(stage), end = program.stage_ends[stage];
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    const Range own{parameters[p].first * lanes, (parameters[p].first + parameters[p].second) * lanes};
+    i64 last = -1;
+    bool before = false, read = false;
+    if (own.low == own.high) continue;
+    for (i64 i = first; i < end; ++i) {
+      for_each_touched(program.steps[i], result, [&](const Range& r, bool writes) {
+        if (!r.meets(own)) return;
+        before = last >= 0, last = i;
+        read = !writes;
+      });
+    }
+    if (last < 0 || read) continue;
+    Step& s = program.steps[last];
+    if (s.kind != StepKind::product || (before && !s.accumulate) || s.relu || s.gates || s.starts) continue;
+    if (!covers(s, own, lanes)) continue;
+    bool again = false;
+    for (i64 i = last; direction != result && i < end; ++i)
+      for_each_touched(program.steps[i], direction,
+                       [&](const Range& r, bool) { again = again || r.meets(own); });
+    if (!again) s.updates = int(p), found[p] = true;
+  }
+  return found;
 }
 
 template Program decode<float>(const Code&, i64);

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #include "steps.h"
@@ -41,5 +42,12 @@ struct Code {
 // lanes: 1, or tasks side by side. Throws std::invalid_argument for what is no program.
 template <class S>
 Program decode(const Code& code, i64 lanes);
+
+// Finds the products of a stage that complete the gradient, in space `result`, of a whole parameter
+// (its place and size in theta), after which nothing of the stage reads that nor the parameter's
+// elements of space `direction` (`result` for none); which parameters have one. None is looked for
+// where a size is 0.
+std::vector<bool> mark_updates(Program& program, std::size_t stage, Space result, Space direction, i64 lanes,
+                               const std::vector<std::pair<i64, i64>>& parameters);
 
 }  // namespace fm::machine

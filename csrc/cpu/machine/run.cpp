@@ -33,6 +33,19 @@ const Executor<S>& executor_of() {
 
 }  // namespace
 
+void Machine::find_updates() {
+  if (!support.present) return;
+  std::vector<std::pair<i64, i64>> single, all;
+  const bool kept = wants_rates && gradient;
+  for (const Adapted& a : adapted) {
+    const bool number = !a.rate_element && (!a.rate_per_task || lanes == 1);
+    single.emplace_back(a.offset, number && plain_rule() && !kept ? a.size : 0);
+    all.emplace_back(a.offset, a.size);
+  }
+  at_once[0] = mark_updates(support.program, 1, Space::grad, Space::grad, lanes, single);
+  at_once[1] = mark_updates(support.program, 2, Space::curvature, Space::direction, lanes, all);
+}
+
 template <class S>
 Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, bool poison) {
   Session session;
@@ -42,10 +55,11 @@ Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, boo
   const int ranges = int(std::min(RANGES, groups));
   const i64 sums_size = layout.sums;
   const i64 shared_size = layout.shared;
-  S* const base = static_cast<S*>(caller_scratch(size_t(shared_size + (ranges + 1) * sums_size) * sizeof(S)));
+  S* const base = static_cast<S*>(
+      caller_scratch(size_t(shared_size + ranges * sums_size + call.tasks * layout.record) * sizeof(S)));
   S* const sums = base + shared_size;
+  S* const records = sums + ranges * sums_size;
   fill_shared(machine, layout, call, base);
-  std::fill(sums, sums + (ranges + 1) * sums_size, S(0));
 
   std::vector<std::unique_ptr<Group<S>>> workers(threads);
   std::exception_ptr failure;
@@ -57,8 +71,10 @@ Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, boo
       if (!group) {
         S* workspace = static_cast<S*>(scratch(worker, size_t(layout.total) * sizeof(S)));
         if (poison) std::fill(workspace, workspace + layout.total, std::numeric_limits<S>::quiet_NaN());
-        group = std::make_unique<Group<S>>(machine, layout, kernels, executor_of<S>(), call, base, workspace);
+        group = std::make_unique<Group<S>>(machine, layout, kernels, executor_of<S>(), call, base, records,
+                                           workspace);
       }
+      if (machine.gradient) std::fill_n(sums + r * sums_size, sums_size, S(0));
       const i64 begin = groups * r / ranges, end = groups * (r + 1) / ranges;
       for (i64 g = begin; g < end; ++g) {
         const i64 first = g * machine.lanes, count = std::min(machine.lanes, call.tasks - first);
@@ -78,10 +94,10 @@ Outcome run(const Machine& machine, const MachineCall<S>& call, int threads, boo
     *call.loss = S(total / double(call.tasks));
   }
   if (machine.gradient) {
-    S* const total = sums + ranges * sums_size;
-    for (int r = 0; r < ranges; ++r)
-      for (i64 i = 0; i < sums_size; ++i) total[i] += sums[r * sums_size + i];
-    write_sums(machine, layout, call, total);
+    for (int r = 1; r < ranges; ++r) kernels.add(sums_size, sums, sums + r * sums_size, sums);
+    write_sums(machine, layout, call, sums);
+    for (size_t t = 0; t < machine.tables.size(); ++t)
+      sum_table(machine, layout, executor_of<S>(), call, t, records);
   }
   return Outcome::ok;
 }

@@ -49,7 +49,7 @@ struct MicroOp {
 // clang-format off
 #define FM_MACHINE_FUNCTIONS(F)                                                \
   F(copy) F(add) F(sub) F(mul) F(div) F(max) F(min) F(pow) F(lt) F(le) F(eq)   \
-  F(ne) F(where) F(neg) F(abs) F(relu) F(tanh) F(sigmoid) F(exp) F(expm1)      \
+  F(ne) F(gate) F(where) F(neg) F(abs) F(relu) F(tanh) F(sigmoid) F(exp) F(expm1)      \
   F(log) F(log1p) F(sqrt) F(sin) F(cos) F(erf) F(sign) F(floor) F(ceil)        \
   F(round) F(trunc) F(atan2)
 // clang-format on
@@ -64,8 +64,8 @@ struct Step {
   StepKind kind;
   int dims;  // at least 1; of a product: batch, then m, n, k
   i64 n[MOST_DIMS];
-  const View* views;  // map: inputs, outputs; reduce: x, out; product: out, a, b;
-                      // gather, scatter: out, source, index
+  const View* views;  // map: inputs, outputs; reduce: x, out; gather, scatter: out, source, index;
+                      // product: out, a, b, two more factors, start, gate
   int inputs, outputs, temps, numbers;
   const MicroOp* ops;
   int op_count;
@@ -74,6 +74,9 @@ struct Step {
   int reduced;         // reduce: how many dimensions, the last ones
   Reduction reduction;
   bool accumulate, wraps;
+  i64 more;  // product: the depth of a second one that is added, 0 for none
+  bool starts, gates, relu;
+  int updates;             // product: the adapted parameter whose whole gradient it completes, -1 for none
   i64 step, limit, start;  // gather and scatter; start: of argmax
   i64 steps[MOST_DIMS];    // of argmax
 };
@@ -85,6 +88,10 @@ struct Memory {
   const i64* ints;
   S* tiles;
   bool bad_index;
+  // Where products that complete a gradient g leave `from` + scale[parameter] * g instead, or null.
+  S* update_to;
+  const S* update_from;
+  const S* update_scale;
 };
 
 // What one instruction set provides.
@@ -94,6 +101,8 @@ struct Executor {
   void (*rows)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lanes)(const Step* steps, i64 count, Memory<S>& memory);
   void (*lane_sums)(i64 n, const S* x, S* out);  // out[i] += the sum of the lanes of x[i]
+  // out[rows[i]] += x[i], of `n` rows
+  void (*add_rows)(i64 n, i64 width, const i64* rows, const S* x, S* out);
 };
 struct Executors {
   Executor<float> f32;

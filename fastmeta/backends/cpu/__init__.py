@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from fastmeta.backends import _hoisting
+from fastmeta.backends import _hoisting, machine
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._rules import refuses_rule
@@ -56,6 +56,11 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         if loss is not None and (reason := refuses_loss(loss)):
             return reason
     return ""
+
+
+def yields(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why "auto" had better take the machine, "" if not."""
+    return machine.faster_in_lanes(problem, wrt)
 
 
 @lru_cache(maxsize=1)

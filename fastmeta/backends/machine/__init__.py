@@ -13,7 +13,7 @@ from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._rules import refuses_rule
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
-from fastmeta.backends.machine.cost import slower
+from fastmeta.backends.machine.cost import lanes_are_worth_it, slower
 from fastmeta.problem import Problem, Result
 from fastmeta.trace.record import UntraceableError
 
@@ -81,6 +81,16 @@ def yields(problem: Problem, wrt: frozenset[str]) -> str:
     return found if isinstance(found, str) else slower(problem, found, dtype)
 
 
+def faster_in_lanes(problem: Problem, wrt: frozenset[str]) -> str:
+    """Why a problem that the `cpu` backend can run is faster here, "" where it is not: a task in
+    every lane, where all lanes are full and their numbers stay in the cache."""
+    if missing() or not lanes_are_worth_it(problem) or refuses(problem, wrt):
+        return ""
+    if not _job(problem, wrt, False).plan.lanes:
+        return ""
+    return f"the machine is faster here, with {problem.tasks} tasks side by side in the lanes"
+
+
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
     """Answer `problem`.
 
@@ -135,7 +145,10 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     """How `problem` runs here."""
     job = _job(problem, wrt, False)
     how = "a task in every lane" if job.plan.lanes else "a task a thread"
+    few = job.plan.few
+    tables = [] if few is None else [f"{t.most} of {t.rows} rows" for t in few.tables.values()]
     return [
         f"traced: {how} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
         f"memory: {job.plan.memory}, {job.plan.machine.workspace_bytes / 1024:.0f} KiB for each thread",
+        *([f"tables: at most {', '.join(tables)} take part in a task"] if tables else []),
     ]

@@ -138,10 +138,17 @@ class Encoder:
 
     def _product(self, step: Product) -> None:
         (*batch, m, n), k = step.out.shape, step.a.shape[-1]
+        more = () if step.more is None else step.more
         self.words.extend((2, len(batch) + 3, *batch, m, n, k, int(step.accumulate)))
+        self.words.extend((more[0].shape[-1] if more else 0, int(step.relu)))
+        self.words.extend((int(step.start is not None), int(step.gate is not None)))
         self._written(step.out, (*step.out.strides, 0))
-        self._view(step.a, (*step.a.strides[:-1], 0, step.a.strides[-1]))
-        self._view(step.b, (*step.b.strides[:-2], 0, step.b.strides[-1], step.b.strides[-2]))
+        for a, b in ((step.a, step.b), *((more,) if more else ())):
+            self._view(a, (*a.strides[:-1], 0, a.strides[-1]))
+            self._view(b, (*b.strides[:-2], 0, b.strides[-1], b.strides[-2]))
+        for view in (step.start, step.gate):
+            if view is not None:
+                self._view(view, (*view.strides, 0))
 
     def _gather(self, step: Gather | Scatter) -> None:
         scatter = isinstance(step, Scatter)

@@ -10,14 +10,18 @@ from fastmeta.backends.machine.plan import Plan, make_plan
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.inputs import Tree, first_leaf, mapped
 from fastmeta.network.functional import isolated
-from fastmeta.problem import Batch, Gradients, Problem, Result
+from fastmeta.ordinary import PLAIN
+from fastmeta.problem import Batch, Problem, Result
 from fastmeta.trace.ir import Space
 from fastmeta.trace.step import Slot
 
 POISON = False
 _CPU = torch.device("cpu")
+_like = torch.empty_like
 _DENSE = torch.contiguous_format
 _MOST_THREADS = 1024
+
+Tensors = list[Tensor | None]
 
 
 class Job:
@@ -25,15 +29,24 @@ class Job:
 
     def __init__(self, problem: Problem, wrt: frozenset[str], adapted: bool, programs: Programs) -> None:
         self.wrt, self.adapted, self.programs = wrt, adapted, programs
-        self.plan: Plan = make_plan(problem, wrt, programs)
+        self.plan: Plan = make_plan(problem, wrt, programs, adapted)
         self.dtype = next(iter(problem.params.values())).dtype
         names = [slot.name for slot in self.plan.fixed]
         self.fixed = [name.removeprefix("fixed.") for name in names if name.startswith("fixed.")]
         self.rest = [name for name in names if not name.startswith("fixed.")]
+        self.no_gradients: list[Tensor | None] = [None] * len(self.rest)
         # where rates are numbers the same dict comes with every call, and was checked
         self.number_rates: dict[str, Tensor] | None = None
         weights = problem.step_weights
         self.step_weights = list(weights) if weights is not None and problem.query_loss is not None else []
+        self.unused = _unused(problem, wrt)
+        out = self.plan.output
+        self._plain = out is not None and out.plain and out.dtypes[0] == self.dtype
+        self._results = self._templates(problem)
+        self._sets = {
+            role: _Set(role, slots)
+            for role, slots in (("support", self.plan.support), ("query", self.plan.query))
+        }
 
     def run(self, problem: Problem) -> Result:
         """The machine's answer.
@@ -41,47 +54,40 @@ class Job:
         Raises:
             IndexError: an index is out of range.
         """
-        plan, wrt, tasks = self.plan, self.wrt, problem.tasks
-        names = self.programs.adapted
-        result, grads = Result(), Gradients()
-        params = problem.params
+        plan, wrt, params, rates = self.plan, self.wrt, problem.params, problem.rates
+        names, fixed = self.programs.adapted, self.fixed
+        result = Result()
+        grads = result.grads
+        own: dict[str, Tensor] = {}
         if "params" in wrt:
-            grads.params = {name: _like(value) for name, value in params.items()}
+            own = grads.params = {name: _like(value, memory_format=_DENSE) for name, value in params.items()}
+        rate_grads: Tensors = []
         if "lr" in wrt:
             make = _like if problem.steps else torch.zeros_like
-            grads.lr = {name: make(rate, memory_format=_DENSE) for name, rate in problem.rates.items()}
-        adapted: list[Tensor | None] = []
+            grads.lr = {name: make(rate, memory_format=_DENSE) for name, rate in rates.items()}
+            if problem.steps:
+                rate_grads = [*map(grads.lr.__getitem__, names)]
+        adapted: Tensors = []
         if self.adapted:
             result.adapted = self._adapted(problem)
-            adapted = [result.adapted[name] for name in names]
-        losses = loss = output = None
-        query = problem.query
-        if query is not None and plan.output is not None:
-            output = torch.empty((tasks, plan.output.size), dtype=self.dtype, device=_CPU)
-            if problem.query_loss is not None:
-                losses = result.task_losses = torch.empty(tasks, dtype=self.dtype, device=_CPU)
-                loss = result.loss = torch.empty((), dtype=self.dtype, device=_CPU)
+            adapted = [*map(result.adapted.__getitem__, names)]
+        losses, loss, output = [None if x is None else _like(x, memory_format=_DENSE) for x in self._results]
+        result.task_losses, result.loss = losses, loss
         seeds = problem.adapted_grad
         found: dict[str, Tensor] = {}
-        support = self._set(
-            "support", problem, problem.support if problem.steps else None, plan.support, found
-        )
-        asked = self._set("query", problem, query, plan.query, found)
         outcome = plan.machine.run(
-            tasks,
+            problem.tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
-            [params[name] for name in names],
-            [problem.rates[name] for name in names],
-            [] if seeds is None else [seeds[name] for name in names],
+            [*map(params.__getitem__, names)],
+            [*map(rates.__getitem__, names)],
+            [] if seeds is None else [*map(seeds.__getitem__, names)],
             adapted,
-            [] if grads.params is None else [grads.params[name] for name in names],
-            [] if grads.lr is None or not problem.steps else [grads.lr[name] for name in names],
-            [*map(params.__getitem__, self.fixed), *(self._rest(problem) if self.rest else ())],
-            []
-            if grads.params is None
-            else [*map(grads.params.__getitem__, self.fixed), *[None] * len(self.rest)],
-            *support,
-            *asked,
+            [*map(own.__getitem__, names)] if own else [],
+            rate_grads,
+            [*map(params.__getitem__, fixed), *(self._rest(problem) if self.rest else ())],
+            [*map(own.__getitem__, fixed), *self.no_gradients] if own else [],
+            *self._set("support", problem, problem.support if problem.steps else None, found),
+            *self._set("query", problem, problem.query, found),
             [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output],
             self.step_weights,
             POISON,
@@ -90,19 +96,27 @@ class Job:
             with isolated(_CPU):
                 _inputs.check_class_indices(problem)  # says which, where it is one
             raise IndexError("index out of range in self")
-        if seeds is not None and grads.params is not None:
+        if seeds is not None and own:
             for name in self.programs.others:
                 cotangent = seeds[name]
-                grads.params[name] += cotangent if name in problem.per_task else cotangent.sum(0)
+                own[name] += cotangent if name in problem.per_task else cotangent.sum(0)
         if found:
             _inputs.put_parts(grads, problem, found)
-        for name in _unused(problem, wrt):
+        for name in self.unused:
             unused = getattr(problem.support, name.partition("_")[2])
             setattr(grads, name, mapped(torch.zeros_like, unused))
-        result.grads = grads
         if output is not None:
-            result.output = self._output(output)
+            result.output = output if self._plain else self._output(output)
         return result
+
+    def _templates(self, problem: Problem) -> Tensors:
+        """Tensors like the task losses, the loss and the output, without memory of their size: to
+        make others from them is faster than from a shape."""
+        one, tasks, out = torch.empty((), dtype=self.dtype, device=_CPU), problem.tasks, self.plan.output
+        if problem.query is None or out is None:
+            return [None, None, None]
+        output = one.expand(tasks, *(out.shapes[0] if self._plain else (out.size,)))
+        return [one.expand(tasks), one, output] if problem.query_loss is not None else [None, None, output]
 
     def _output(self, flat: Tensor) -> Tree:
         """The tree that the network returns, from [T, size]."""
@@ -110,8 +124,6 @@ class Job:
         if out is None:
             raise ValueError("there is no query set")
         tasks = flat.shape[0]
-        if len(out.shapes) == 1:
-            return out.form.build([flat.reshape(tasks, *out.shapes[0]).to(out.dtypes[0])])
         leaves = [
             flat[:, at : at + torch.Size(shape).numel()].reshape(tasks, *shape).to(dtype)
             for at, shape, dtype in zip(out.offsets, out.shapes, out.dtypes, strict=True)
@@ -161,26 +173,30 @@ class Job:
         return found
 
     def _set(
-        self,
-        role: str,
-        problem: Problem,
-        batch: Batch | None,
-        slots: tuple[Slot, ...],
-        found: dict[str, Tensor],
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        self, role: str, problem: Problem, batch: Batch | None, found: dict[str, Tensor]
+    ) -> tuple[Tensors, Tensors]:
         """Tensors of a set in the order of its slots, and memory for their gradients."""
         if batch is None:
             return [], []
-        parts = _parts(batch, role)
-        given: list[Tensor | None] = []
-        gradients: list[Tensor | None] = []
-        for slot in slots:
-            value = parts[slot.name] if slot.name in parts else self._integers(problem, batch, slot)
-            given.append(value.to(torch.int64) if slot.space == Space.INTS else value)
-            gradient = None
-            if slot.gradient >= 0:
-                gradient = found[slot.name] = torch.zeros(value.shape, dtype=self.dtype, device=_CPU)
-            gradients.append(gradient)
+        known = self._sets[role]
+        given: Tensors
+        if known.single and batch.x.__class__ in PLAIN:
+            given = [getattr(batch, name) for name in known.single]
+        else:
+            parts = _inputs.parts_of(batch, role)
+            given = [
+                parts[slot.name] if slot.name in parts else self._integers(problem, batch, slot)
+                for slot in known.slots
+            ]
+        for at in known.integers:
+            if given[at].dtype != torch.int64:  # type: ignore[union-attr]
+                given[at] = given[at].to(torch.int64)  # type: ignore[union-attr]
+        if not known.wanted:
+            return given, []
+        gradients: Tensors = [None] * len(given)
+        for at in known.wanted:
+            shape = given[at].shape  # type: ignore[union-attr]
+            gradients[at] = found[known.slots[at].name] = torch.zeros(shape, dtype=self.dtype, device=_CPU)
         return given, gradients
 
     def _integers(self, problem: Problem, batch: Batch, slot: Slot) -> Tensor:
@@ -190,22 +206,22 @@ class Job:
         return value.expand(*lead, *value.shape)
 
 
-def _like(value: Tensor, memory_format: torch.memory_format = _DENSE) -> Tensor:
-    """Memory for a gradient, which the machine fills."""
-    return torch.empty_like(value, memory_format=memory_format)
+class _Set:
+    """The tensors of a set, in the order in which the machine takes them.
 
+    Args:
+        role: "support" or "query".
+        slots: their places.
+    """
 
-def _parts(batch: Batch, role: str) -> dict[str, Tensor]:
-    """As `_inputs.parts_of`, quickly where nothing is a tree."""
-    x, y, weights = batch.x, batch.y, batch.weights
-    if not isinstance(x, Tensor) or not (y is None or isinstance(y, Tensor)):
-        return _inputs.parts_of(batch, role)
-    found = {f"{role}_x": x}
-    if y is not None:
-        found[f"{role}_y"] = y
-    if weights is not None:
-        found[f"{role}_weights"] = weights
-    return found
+    def __init__(self, role: str, slots: tuple[Slot, ...]) -> None:
+        self.slots = slots
+        self.integers = [at for at, slot in enumerate(slots) if slot.space == Space.INTS]
+        self.wanted = [at for at, slot in enumerate(slots) if slot.gradient >= 0]
+        fields = {f"{role}_{name}": name for name in ("x", "y", "weights")}
+        names = [fields.get(slot.name) for slot in slots]
+        #: Fields of `Batch`, where each is one tensor.
+        self.single = tuple(name for name in names if name is not None) if all(names) else ()
 
 
 def _unused(problem: Problem, wrt: frozenset[str]) -> list[str]:

@@ -283,6 +283,8 @@ def tanh_backward(low: Lowering, g: Operand, y: Operand) -> Operand:
 
 @lowers("threshold_backward")
 def threshold_backward(low: Lowering, g: Operand, x: Operand, threshold: float) -> Operand:
+    if threshold == 0:
+        return low.map("gate", x, g)
     return low.map("where", low.map("le", x, float(threshold)), 0.0, g)
 
 

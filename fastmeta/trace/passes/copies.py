@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from fastmeta.trace.ir import Gather, Instruction, Map, Product, Reduce, Space, View
+from fastmeta.trace.ir import Gather, Instruction, Map, Product, Reduce, Scatter, Space, View
 from fastmeta.trace.passes.uses import Uses, moved
 
 
@@ -40,9 +41,13 @@ def without_copies(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 def retargeted(instruction: Instruction, source: View, target: View) -> Instruction | None:
     """The same that writes to `target` what is read as `source`; None where it cannot."""
-    if not isinstance(instruction, (Map, Reduce, Product, Gather)) or not instruction.out.whole:
-        return None
     out = instruction.out
+    if isinstance(instruction, Scatter) and source.whole and target.dense:
+        return replace(
+            instruction, out=View(target.buffer, target.offset + out.offset, out.shape, out.strides)
+        )
+    if not isinstance(instruction, (Map, Reduce, Product, Gather)) or not out.whole:
+        return None
     if any(view.buffer is target.buffer for view in instruction.reads()):
         return None
     if source.whole:
