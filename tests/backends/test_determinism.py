@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("FASTMETA_NO_EXT") == "1", reason="FASTMETA_NO_EXT=1: no extension"
 )
 
-RUNNABLE = [case for case in VERIFICATION if case.loss != "bce_weighted" and not case.rule]
+RUNNABLE = [case for case in VERIFICATION if case.loss != "bce_weighted"]
 #: More tasks than threads, fewer, not divisible; rows split inside of a task.
 SHAPES = [
     Case("wide", partial(mlp, (31, 100, 65, 5)), (31,), tasks, shots, 29, 2, "ce", kinks=True)
