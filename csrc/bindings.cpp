@@ -37,7 +37,7 @@ constexpr i64 MOST_TASKS = i64(1) << 40;
 // Of memory for a measurement of bandwidth, on all threads.
 constexpr i64 MOST_BYTES = i64(1) << 30;
 
-constexpr size_t PER_BATCH = 7, OTHERS = 5;
+constexpr size_t PER_BATCH = 7, OTHERS = 7;
 using Items = std::vector<py::handle>;
 
 std::string text(const char* part) { return part; }
@@ -112,6 +112,12 @@ class Reader {
     call_.task_losses = to(f.others, "others", 2, tasks);
     call_.loss = to(f.others, "others", 3, 1);
     call_.output = to(f.others, "others", 4, outputs);
+    const i64 numbers = times(o.steps, fm::RULE_NUMBERS);
+    call_.numbers = in(f.others, "others", 5, numbers);
+    call_.number_grads = to(f.others, "others", 6, numbers);
+    require(!o.rule.learns() || o.steps == 0 || call_.numbers, "others[5] must be a tensor: the rule has learned numbers");
+    require(!call_.number_grads || (o.rule.learns() && o.gradient),
+            "others[6] is for plans with gradients and learned numbers");
     require(!call_.loss || call_.task_losses, "others[3], the loss, needs others[2], the task losses");
     require(o.query > 0 || (!call_.output && !call_.output_grad),
             "others: there is no output without a query set");
@@ -235,7 +241,7 @@ int run_as(const fm::Plan& plan, i64 tasks, int threads, const Given& given,
 }
 
 // Batches: x, y, weights, class_weights, grad_x, grad_y, grad_weights. Others: task_weights,
-// output_grad, task_losses, loss, output.
+// output_grad, task_losses, loss, output, learned numbers of the update rule and their gradients.
 int run_plan(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {"self",         "tasks",   "threads", "data",         "rate",
                                       "adapted_grad", "adapted", "grad",    "grad_offsets", "rate_grad",
@@ -386,6 +392,12 @@ py::dict kinds() {
   return all;
 }
 
+std::vector<std::string> rule_numbers() {
+#define FM_NAME(name) #name,
+  return {FM_RULE_NUMBERS(FM_NAME)};
+#undef FM_NAME
+}
+
 std::vector<std::string> functions() {
 #define FM_NAME(name, formula) #name,
   return {FM_FUNCTIONS(FM_NAME)};
@@ -417,6 +429,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
   m.def("kinds", &kinds,
         "The layer kinds, each with (inputs, least constants, most constants, parameters, required ones).");
+  m.def("rule_numbers", &rule_numbers, "The numbers of update rules, in the order of their lists.");
   m.def("functions", &functions, "The names of the element-wise functions.");
   m.attr("MOST_THREADS") = MOST_THREADS;
   m.attr("NARROW_ROWS") = fm::NARROW_ROWS;

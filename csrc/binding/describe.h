@@ -2,6 +2,8 @@
 // is refused by name; what the numbers mean is checked by Plan::finish.
 #pragma once
 
+#include <cmath>
+
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -207,16 +209,43 @@ inline Param read_param(const Part& part, py::handle given) {
   return param;
 }
 
+// kind, nesterov, centered; numbers, on and learned by the order of `_C.rule_numbers()`
+inline Rule read_rule(const Part& part, py::handle given) {
+  const py::dict d = part.dict(given);
+  Rule rule;
+  const Part in_kind = part.at("kind");
+  const std::string kind = in_kind.text(part.entry(d, "kind"));
+  bool known = false;
+#define FM_ENTRY(name) \
+  if (kind == #name) rule.kind = RuleKind::name, known = true;
+  FM_RULE_KINDS(FM_ENTRY)
+#undef FM_ENTRY
+  if (!known) in_kind.refuse("is no update rule: '" + kind.substr(0, 100) + "'");
+  rule.nesterov = part.at("nesterov").boolean(part.entry(d, "nesterov"));
+  rule.centered = part.at("centered").boolean(part.entry(d, "centered"));
+  const auto items = [&](const char* key) {
+    return part.at(key).items(part.entry(d, key), RULE_NUMBERS, RULE_NUMBERS);
+  };
+  const py::tuple numbers = items("numbers"), on = items("on"), learned = items("learned");
+  for (int i = 0; i < RULE_NUMBERS; ++i) {
+    rule.numbers[i] = part.at("numbers").at(i).number(numbers[i]);
+    rule.on[i] = part.at("on").at(i).boolean(on[i]);
+    rule.learned[i] = part.at("learned").at(i).boolean(learned[i]);
+    if (!std::isfinite(rule.numbers[i])) part.at("numbers").at(i).refuse("must be finite");
+    if (rule.learned[i] && !rule.on[i]) part.at("learned").at(i).refuse("is not on");
+  }
+  return rule;
+}
+
 inline Options read_options(const Part& part, const py::dict& given) {
   Options o;
   const auto integer = [&](const char* key) { return part.at(key).integer(part.entry(given, key)); };
   const auto boolean = [&](const char* key) { return part.at(key).boolean(part.entry(given, key)); };
-  const auto number = [&](const char* key) { return part.at(key).number(part.entry(given, key)); };
   o.steps = integer("steps"), o.support = integer("support"), o.query = integer("query");
   o.second_order = boolean("second_order"), o.store = boolean("store"), o.gradient = boolean("gradient");
   o.support_per_step = boolean("support_per_step"), o.wants_rates = boolean("wants_rates");
   o.wants_support_x = boolean("wants_support_x"), o.wants_query_x = boolean("wants_query_x");
-  o.momentum = number("momentum"), o.weight_decay = number("weight_decay");
+  o.rule = read_rule(part.at("rule"), part.entry(given, "rule"));
   o.loss = read_loss(part.at("loss"), part.entry(given, "loss"));
   o.query_loss = read_loss(part.at("query_loss"), part.entry(given, "query_loss"));
   return o;

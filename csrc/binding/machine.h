@@ -49,7 +49,7 @@ class MachineReader {
     m_.second_order = flag("second_order"), m_.store = flag("store"), m_.gradient = flag("gradient");
     m_.wants_rates = flag("wants_rates"), m_.per_step = flag("per_step");
     m_.query_loss = flag("query_loss"), m_.output_grad = flag("output_grad");
-    m_.momentum = number("momentum"), m_.weight_decay = number("weight_decay");
+    m_.rule = read_rule(part_.at("rule"), entry("rule"));
     m_.theta = size("theta"), m_.fixed = size("fixed"), m_.output = size("output");
     rows("adapted", 6, [&](const Part& p, const py::tuple& row) {
       machine::Adapted a;
@@ -232,7 +232,7 @@ class MachineCallReader {
                              m_.support.entries.size(),
                              m_.query.entries.size(),
                              m_.query.entries.size(),
-                             5};
+                             7};
     for (int i = 0; i < 13; ++i)
       if (!lists[i].empty() && lists[i].size() != counts[i])
         throw std::invalid_argument(std::string("Machine.run: ") + names[i] + " must have " +
@@ -308,6 +308,11 @@ class MachineCallReader {
     call_.task_losses = to(12, 2, T);
     call_.loss = to(12, 3, 1);
     call_.output = to(12, 4, times(T, m_.output));
+    call_.numbers = in(12, 5, times(m_.steps, RULE_NUMBERS));
+    call_.number_grads = to(12, 6, times(m_.steps, RULE_NUMBERS));
+    if (m_.rule.learns() && m_.steps > 0) there(call_.numbers, 12, 5);
+    if (call_.number_grads && !m_.learns_numbers())
+      throw std::invalid_argument("Machine.run: gradients of numbers that are not learned");
     if (call_.loss && !call_.task_losses)
       throw std::invalid_argument("Machine.run: the loss needs the task losses");
     return std::move(call_);

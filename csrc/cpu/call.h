@@ -34,6 +34,8 @@ struct Call {
   std::vector<ParamPointers<S>> params;
   BatchPointers<S> support, query;
   std::vector<double> step_weights;  // K + 1, or empty: the last one only
+  const S* numbers = nullptr;        // [K, RULE_NUMBERS]: those of the update rule that are learned
+  S* number_grads = nullptr;         // the same
   const S* task_weights = nullptr;   // [T]
   const S* output_grad = nullptr;    // [T, M, *out]
   S* task_losses = nullptr;          // [T]

@@ -150,8 +150,6 @@ void check_options(const Plan& plan) {
           "needs gradients and a support set");
   require(!o.wants_query_x || (o.gradient && o.query > 0), "options.wants_query_x",
           "needs gradients and a query set");
-  finite("options.momentum", o.momentum);
-  finite("options.weight_decay", o.weight_decay);
   check_loss(plan, "options.loss", o.loss, o.support);
   check_loss(plan, "options.query_loss", o.query_loss, o.query);
   for (size_t p = 0; p < plan.params.size(); ++p)

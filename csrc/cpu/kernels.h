@@ -6,6 +6,7 @@
 
 #include "../shared/loss_call.h"
 #include "../shared/types.h"
+#include "update_rules.h"
 #include "machine/steps.h"
 
 namespace fm {
@@ -333,11 +334,18 @@ struct Kernels {
   void (*winograd_weight)(const WinogradWeight<S>&);           // G g G^T
   void (*winograd_weight_gradient)(const WinogradWeight<S>&);  // G^T u G
 
-  // One update rule: fastmeta/update_rules/sgd.py says what each line computes.
-  void (*sgd_update)(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m,
-                     S* next, S* next_m);
-  void (*sgd_direction)(i64 n, S alpha, const S* alphas, const S* lambda, const S* mbar, S* v);
-  void (*sgd_adjoint)(i64 n, S mu, S omega, const S* v, S* lambda, S* mbar);
+  // Plain SGD: theta' = theta - alpha g, and next_g = g, if given; v = -alpha lambda, added to
+  // `start`, if given.
+  void (*sgd_update)(i64 n, S alpha, const S* alphas, const S* theta, const S* g, S* next, S* next_g);
+  void (*sgd_direction)(i64 n, S alpha, const S* alphas, const S* lambda, const S* start, S* v);
+
+  // The other update rules.
+  void (*rule_step)(const RuleCall<S>&);
+  void (*rule_back)(const RuleCall<S>&);
+  void (*clip_squares)(const ClipCall<S>&, S* squares);
+  void (*clip)(const ClipCall<S>&, S* out);
+  void (*clip_dots)(const ClipCall<S>&, const S* v, S* dots);
+  double (*clip_back)(const ClipCall<S>&, const S* along, S* v);
 };
 
 // The peak loop of independent multiply-adds: returns the number of floating point operations done.

@@ -37,6 +37,17 @@ namespace {
 #include "transpose.inl"
 #include "winograd.inl"
 
+#include "update_rules/rule.inl"
+// the rules build on it
+#include "update_rules/adagrad.inl"
+#include "update_rules/adam.inl"
+#include "update_rules/clip.inl"
+#include "update_rules/lion.inl"
+#include "update_rules/rmsprop.inl"
+#include "update_rules/sgd.inl"
+// and the choice between them on these
+#include "update_rules/kinds.inl"
+
 template <class S>
 constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &gemms<S>,
@@ -76,7 +87,12 @@ constexpr Kernels<S> KERNELS = {&gemm<S>,
                                 &winograd_weight_gradient<S>,
                                 &sgd_update<S>,
                                 &sgd_direction<S>,
-                                &sgd_adjoint<S>};
+                                &run_rule<S, false>,
+                                &run_rule<S, true>,
+                                &clip_squares<S>,
+                                &clip<S>,
+                                &clip_dots<S>,
+                                &clip_back<S>};
 
 }  // namespace
 

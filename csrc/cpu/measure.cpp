@@ -44,8 +44,8 @@ double stream_bandwidth(std::size_t bytes, int threads) {
       y(threads, std::vector<float>(n, 0.f));
   const double seconds = best_seconds(threads, [&](int job) {
     for (i64 r = 0; r < repeats; ++r)
-      instruction_set().f32->sgd_update(n, 0, 0, 1e-3f, nullptr, y[job].data(), x[job].data(), nullptr,
-                                        y[job].data(), nullptr);
+      instruction_set().f32->sgd_update(n, 1e-3f, nullptr, y[job].data(), x[job].data(), y[job].data(),
+                                        nullptr);
   });
   return 12.0 * double(n) * double(repeats) * threads / seconds * 1e-9;
 }

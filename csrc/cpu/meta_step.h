@@ -6,6 +6,7 @@
 
 #include "../shared/algorithm.h"
 #include "task_state.h"
+#include "update_rule_steps.h"
 
 namespace fm {
 
@@ -18,7 +19,8 @@ class MetaStep : private TaskState<S> {
         v_primary_(plan.params.size()),
         v_mirror_(plan.params.size()),
         lambda_(plan.params.size()),
-        sinks_(plan.params.size()) {
+        sinks_(plan.params.size()),
+        rule_(*this, kernels) {
     for (size_t p = 0; p < plan.params.size(); ++p) {
       lambda_[p] = at_ + plan.at.lambda + plan.params[p].offset;
       v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
@@ -43,6 +45,7 @@ class MetaStep : private TaskState<S> {
   using State::add_input_gradient;
   using State::at_;
   using State::call_;
+  using State::shared_;
   using State::has_query_loss;
   using State::input_;
   using State::kernels_;
@@ -76,6 +79,8 @@ class MetaStep : private TaskState<S> {
     if (call_.task_losses) call_.task_losses[t_] = S(value_);
   }
 
+  friend class UpdateRuleSteps<S>;
+
   // ---- the inner loop
   // Forward, loss and backward of the support set; the parameters' gradients go to `sinks`, if
   // given.
@@ -101,7 +106,10 @@ class MetaStep : private TaskState<S> {
     const Slice batch = support(k);
     const Pass<S> pass = support_pass(k, batch, false);
     if (k == 0 && input_.active()) input_.begin(pass.input, pass.input_ld, theta(0, input_.param_index()));
-    if (plan_.plain_rule() && !(plan_.keeps_updates() && options().gradient)) {
+    if (!plan_.plain_rule()) {
+      support_gradient(pass, batch, rule_.sinks(k, sinks_.data()));
+      rule_.step(k);
+    } else if (!(plan_.keeps_updates() && options().gradient)) {
       update_in_epilogues(k, pass, batch);
     } else {
       support_gradient(pass, batch, gradient_sinks());
@@ -140,18 +148,14 @@ class MetaStep : private TaskState<S> {
   }
 
   void update(i64 k, size_t p) {
-    const Options& o = options();
     const Param& param = plan_.params[p];
-    const bool keep = plan_.keeps_updates() && o.gradient;
+    const bool keep = plan_.keeps_updates() && options().gradient;
     S alpha;
     const S* alphas;
     rate(k, p, alpha, alphas);
-    S* m = o.momentum != 0 ? at_ + plan_.at.momentum + param.offset : nullptr;
-    S* kept = keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr;
-    kernels_.sgd_update(param.size, S(o.momentum), S(o.weight_decay), alpha, alphas, theta(k, p),
-                        at_ + plan_.at.gradient + param.offset, k > 0 ? m : nullptr, own_theta(k + 1, p),
-                        m ? m : kept);
-    if (m && kept) kernels_.add(param.size, m, nullptr, kept);
+    kernels_.sgd_update(param.size, alpha, alphas, theta(k, p), at_ + plan_.at.gradient + param.offset,
+                        own_theta(k + 1, p),
+                        keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr);
   }
 
   // ---- the query
@@ -204,6 +208,7 @@ class MetaStep : private TaskState<S> {
   void start_sweep() {
     const Options& o = options();
     S* lambda = at_ + plan_.at.lambda;
+    rule_.start_back();
     fresh_ = true, summed_ = false;
     start_input_gradient();
     for (size_t p = 0; p < plan_.params.size(); ++p) {
@@ -265,39 +270,39 @@ class MetaStep : private TaskState<S> {
   void step_back(i64 k) {
     const Options& o = options();
     const Slice batch = support(k);
-    const bool again = !o.store && (o.second_order || (o.wants_rates && !plan_.keeps_updates()));
+    const bool plain = plan_.plain_rule();
+    const bool again = !o.store && (o.second_order || (plain && o.wants_rates && !plan_.keeps_updates()));
     if (!o.store) mirror_step(k);
     const Pass<S> pass = support_pass(k, batch, !again);
     if (again)
-      support_gradient(pass, batch, o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
+      support_gradient(pass, batch,
+                       plain && o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
+    if (!plain) {
+      rule_.back(k, lambda_.data(), rate_sums(k), sums_ + plan_.number_sum_offset + k * RULE_NUMBERS);
+      for (size_t p = 0; p < plan_.params.size(); ++p)
+        if (o.second_order && plan_.params[p].adapted && plan_.params[p].mirrored)
+          make_v_mirror(p, v_primary_[p]);
+      if (o.second_order) hessian_vector(pass, batch, v_primary_.data(), S(1), S(1), false);
+      return;
+    }
     if (o.wants_rates) rate_gradients(k, pass);
     // After the last product nothing is done to lambda_0 but to add it to the sums: the product
     // can.
-    const bool into_sums =
-        o.second_order && k == 0 && plan_.plain_rule() && (!has_query_loss() || step_weight(0) == 0.0);
+    const bool into_sums = o.second_order && k == 0 && (!has_query_loss() || step_weight(0) == 0.0);
     S alpha = 0;
     if (one_rate(k, alpha)) {
       if (o.second_order) along_lambda(pass, batch, alpha, into_sums);
       return;
     }
     direction(k);
-    if (o.second_order) {
-      const S input_scale = input_.active() ? -single_rate(k, input_.param_index()) : S(1);
-      hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums);
-    }
-    if (!plan_.plain_rule())
-      for (size_t p = 0; p < plan_.params.size(); ++p) {
-        const Param& param = plan_.params[p];
-        if (!param.adapted) continue;
-        kernels_.sgd_adjoint(param.size, S(o.momentum), S(o.weight_decay),
-                             at_ + plan_.at.direction + param.offset, lambda_[p],
-                             o.momentum != 0 ? at_ + plan_.at.mbar + param.offset : nullptr);
-      }
+    if (!o.second_order) return;
+    const S input_scale = input_.active() ? -single_rate(k, input_.param_index()) : S(1);
+    hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums);
   }
 
   // Whether v = -alpha lambda for a single alpha at step k: then nobody has to write v down.
   bool one_rate(i64 k, S& alpha) {
-    if (!plan_.plain_rule() || plan_.tied) return false;
+    if (plan_.tied) return false;
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted || param.rate_element) return false;
@@ -318,10 +323,8 @@ class MetaStep : private TaskState<S> {
     hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), into_sums);
   }
 
-  // v = mbar - alpha lambda; zero for parameters that are not adapted, since the sweep began.
+  // v = -alpha lambda; zero for parameters that are not adapted, since the sweep began.
   void direction(i64 k) {
-    const Options& o = options();
-    const bool first = k == o.steps - 1;  // mbar is still zero
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted || input_.is(p)) continue;
@@ -329,9 +332,8 @@ class MetaStep : private TaskState<S> {
       const S* alphas;
       rate(k, p, alpha, alphas);
       S* v = at_ + plan_.at.direction + param.offset;
-      const S* mbar = o.momentum != 0 && !first ? at_ + plan_.at.mbar + param.offset : nullptr;
-      kernels_.sgd_direction(param.size, alpha, alphas, lambda_[p], mbar, v);
-      if (o.second_order && param.mirrored) make_v_mirror(p, v);
+      kernels_.sgd_direction(param.size, alpha, alphas, lambda_[p], nullptr, v);
+      if (options().second_order && param.mirrored) make_v_mirror(p, v);
     }
   }
 
@@ -365,24 +367,31 @@ class MetaStep : private TaskState<S> {
     if (batch.grad_x) add_input_gradient(pass, pass.rd, scale, batch.grad_x);
   }
 
+  // Where the gradient of a rate at step k is summed up.
+  S* rate_sum(i64 k, size_t p) {
+    const Param& param = plan_.params[p];
+    S* const to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums_) + param.rate_sum_offset;
+    return to + (param.rate_per_step ? k * (param.rate_element ? param.size : plan_.lane) : 0);
+  }
+  // The same of all that are wanted, null for the others.
+  S* const* rate_sums(i64 k) {
+    rate_sums_.assign(plan_.params.size(), nullptr);
+    for (size_t p = 0; p < plan_.params.size(); ++p)
+      if (options().wants_rates && plan_.params[p].adapted) rate_sums_[p] = rate_sum(k, p);
+    return rate_sums_.data();
+  }
   // d alpha_k -= lambda_{k+1} u_k
   void rate_gradients(i64 k, const Pass<S>& pass) {
-    const Options& o = options();
-    const S* u = at_ + plan_.at.updates + (plan_.keeps_updates() ? k * plan_.at.update_stride : 0);
+    const S* u = at_ + (plan_.keeps_updates() ? plan_.at.updates + k * plan_.at.update_stride : plan_.at.gradient);
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted) continue;
       const S* lambda = lambda_[p];
-      S* to = (param.rate_per_task ? at_ + plan_.at.task_sums : sums_) + param.rate_sum_offset;
-      if (param.rate_per_step) to += k * (param.rate_element ? param.size : plan_.lane);
+      S* const to = rate_sum(k, p);
       if (input_.is(p)) {
         to[0] -= S(input_.rate_gradient(pass));
         continue;
       }
-      if (!plan_.keeps_updates())
-        kernels_.sgd_update(param.size, S(0), S(o.weight_decay), S(0), nullptr, theta(k, p),
-                            at_ + plan_.at.gradient + param.offset, nullptr,
-                            at_ + plan_.at.rates + param.offset, at_ + plan_.at.updates + param.offset);
       if (param.rate_element)
         for (i64 i = 0; i < param.size; ++i) to[i] -= lambda[i] * u[param.offset + i];
       else
@@ -427,6 +436,8 @@ class MetaStep : private TaskState<S> {
   std::vector<const S*> v_primary_, v_mirror_;
   std::vector<S*> lambda_;
   std::vector<Sink<S>> sinks_;
+  std::vector<S*> rate_sums_;
+  UpdateRuleSteps<S> rule_;  // where the rule is not plain
   S* input_gradient_ = nullptr;  // of its weight
   bool input_fresh_ = true;      // which has not been written yet
   std::unique_ptr<Pass<S>> kept_query_;

@@ -1,4 +1,4 @@
-// Passes over parameter vectors (padded lengths): sums, inner products and the update rules.
+// Passes over parameter vectors (padded lengths): sums, inner products, plain SGD.
 
 template <class S>
 void add(i64 n, const S* a, const S* b, S* out) {
@@ -16,30 +16,17 @@ double inner(i64 n, const S* a, const S* b) {
   return total;
 }
 
-// m' = mu m + g + omega theta;  theta' = theta - alpha m'
+// theta' = theta - alpha g
 template <class S>
-void sgd_update(i64 n, S mu, S omega, S alpha, const S* alphas, const S* theta, const S* g, const S* m,
-                S* next, S* next_m) {
+void sgd_update(i64 n, S alpha, const S* alphas, const S* theta, const S* g, S* next, S* next_g) {
   for (i64 i = 0; i < n; ++i) {
-    S u = g[i];
-    if (omega != 0) u += omega * theta[i];
-    if (m) u += mu * m[i];
-    if (next_m) next_m[i] = u;
-    next[i] = theta[i] - (alphas ? alphas[i] : alpha) * u;
+    if (next_g) next_g[i] = g[i];
+    next[i] = theta[i] - (alphas ? alphas[i] : alpha) * g[i];
   }
 }
 
-// v = mbar - alpha lambda
+// v = start - alpha lambda
 template <class S>
-void sgd_direction(i64 n, S alpha, const S* alphas, const S* lambda, const S* mbar, S* v) {
-  for (i64 i = 0; i < n; ++i) v[i] = (mbar ? mbar[i] : S(0)) - (alphas ? alphas[i] : alpha) * lambda[i];
-}
-
-// lambda += omega v;  mbar = mu v
-template <class S>
-void sgd_adjoint(i64 n, S mu, S omega, const S* v, S* lambda, S* mbar) {
-  for (i64 i = 0; i < n; ++i) {
-    if (omega != 0) lambda[i] += omega * v[i];
-    if (mbar) mbar[i] = mu * v[i];
-  }
+void sgd_direction(i64 n, S alpha, const S* alphas, const S* lambda, const S* start, S* v) {
+  for (i64 i = 0; i < n; ++i) v[i] = (start ? start[i] : S(0)) - (alphas ? alphas[i] : alpha) * lambda[i];
 }

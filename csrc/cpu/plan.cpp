@@ -142,6 +142,9 @@ void Plan::finish() {
         end = plus(end, p.rate_sum_size);
       }
 
+  number_sum_offset = range_sums;
+  if (options.rule.learns()) range_sums = plus(range_sums, times(options.steps, RULE_NUMBERS));
+
   support = geometry(*this, options.support);
   query = geometry(*this, options.query);
   const i64 K = options.steps, kept = options.store && options.gradient ? K : (K > 0 ? 1 : 0);
@@ -163,10 +166,15 @@ void Plan::finish() {
   at.direction = take(options.gradient ? set_size : 0);
   at.direction_mirror = take(tangent ? mirror_size : 0);
   at.lambda = take(options.gradient ? set_size : 0);
-  at.mbar = take(options.momentum != 0 && options.gradient ? set_size : 0);
-  at.momentum = take(options.momentum != 0 ? set_size : 0);
+  const i64 states = options.rule.states(), ruled = plain_rule() || K == 0 ? 0 : 1;
+  at.rule_stride = ruled && options.gradient ? set_size : 0;
+  at.rule_gradients = take(ruled * (options.gradient ? times(K, set_size) : set_size));
+  at.rule_states = take(ruled * times(options.gradient ? K + 1 : 2, times(states, set_size)));
+  at.mbar = take(ruled && options.gradient ? times(states, set_size) : 0);
+  at.clipped = take(ruled && options.rule.clips() ? set_size : 0);
+  at.factors = take(ruled && options.rule.clips() ? times(K + 2, lane) : 0);
   at.update_stride = keeps_updates() ? at.theta_stride : 0;
-  at.updates = take(options.wants_rates ? times(keeps_updates() ? K : 1, at.theta_stride) : 0);
+  at.updates = take(keeps_updates() ? times(K, at.theta_stride) : 0);
   at.rates = take(set_size);
   at.task_sums = take(task_sums);
   temporary = std::max(largest_temporary(*this, options.support), largest_temporary(*this, options.query));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../shared/types.h"
+#include "update_rules.h"
 
 namespace fm {
 
@@ -88,7 +89,7 @@ struct Options {
   i64 steps = 0, support = 0, query = 0;  // K, N, M; 0: absent
   bool second_order = true, store = true, gradient = false, support_per_step = false;
   bool wants_rates = false, wants_support_x = false, wants_query_x = false;
-  double momentum = 0, weight_decay = 0;
+  Rule rule;
   LossSpec loss, query_loss;
 };
 
@@ -108,6 +109,7 @@ struct Plan {
   i64 set_size = 0;     // one parameter set
   i64 mirror_size = 0;  // its mirrors
   i64 range_sums = 0, task_sums = 0;
+  i64 number_sum_offset = 0;  // gradients of the rule's numbers: [K][RULE_NUMBERS]; in range_sums
 
   // Offsets into the workspace of one running task, in elements.
   struct {
@@ -115,20 +117,22 @@ struct Plan {
     i64 values, value_stride, deltas, delta_stride;        // support activations, one step or K steps
     i64 query_values, query_deltas;
     i64 tangents, tangent_deltas;
-    i64 gradient, direction, direction_mirror, lambda, mbar, momentum, updates, update_stride, rates,
-        task_sums;
+    i64 gradient, direction, direction_mirror, lambda, updates, update_stride, rates, task_sums;
+    // of rules that are not plain: gradients and states of the steps, a parameter set each; dJ/dstate;
+    // clipped gradients; factors, a line for each step
+    i64 rule_gradients, rule_states, mbar, clipped, factors, rule_stride;
     i64 temporary, input_layer, total;
   } at;
 
   bool tied = false;     // some parameter is used by several layers
   int input_layer = -1;  // the layer that runs without its adapted weights, see input_layer.h; -1: none
 
-  bool keeps_updates() const { return options.wants_rates && (options.store || options.momentum != 0); }
+  bool keeps_updates() const { return options.wants_rates && options.store && plain_rule(); }
 
   i64 value_ld(i64 cols) const;
   i64 padded(i64 n) const { return (n + lane - 1) / lane * lane; }
   // theta' = theta - alpha g, nothing more: updates can go into epilogues.
-  bool plain_rule() const { return options.momentum == 0 && options.weight_decay == 0; }
+  bool plain_rule() const { return options.rule.plain(); }
   // Fuses, lays out and measures; throws std::invalid_argument for an inconsistent program.
   void finish();
 

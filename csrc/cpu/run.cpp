@@ -73,7 +73,14 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
       make_mirror(kernels, plan, param, shared_set + param.offset,
                   shared_set + plan.set_size + param.mirror_offset);
   }
-  const Shared<S> shared{shared_set, shared_set + plan.set_size};
+  // For rules that make something else than zero of zeros: one where elements are, zero where there
+  // is only padding.
+  std::vector<S> mask(plan.plain_rule() ? 0 : plan.set_size), ones;
+  for (size_t p = 0; p < plan.params.size() && !mask.empty(); ++p) {
+    ones.assign(size_t(plan.params[p].numel()), S(1));
+    pack(kernels, plan, plan.params[p], ones.data(), mask.data() + plan.params[p].offset);
+  }
+  const Shared<S> shared{shared_set, shared_set + plan.set_size, mask.data()};
 
   std::vector<std::unique_ptr<MetaStep<S>>> steps(threads);  // one a worker
   std::exception_ptr failure;
@@ -126,6 +133,8 @@ void run_tasks(const Plan& plan, const Call<S>& call, int threads, bool poison) 
     if (plan.options.wants_rates && param.adapted && !param.rate_per_task)
       writer->write_rate_gradient(p, total + param.rate_sum_offset, 0, 1);
   }
+  if (call.number_grads)
+    std::copy_n(total + plan.number_sum_offset, plan.options.steps * RULE_NUMBERS, call.number_grads);
 }
 
 }  // namespace

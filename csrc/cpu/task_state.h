@@ -13,6 +13,7 @@ template <class S>
 struct Shared {
   const S* theta = nullptr;         // theta_0 of the shared parameters, a parameter set
   const S* theta_mirror = nullptr;  // its mirrors
+  const S* mask = nullptr;          // zero where a parameter set has only padding; null: not needed
 };
 
 template <class S>

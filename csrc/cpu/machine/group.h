@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../shared/algorithm.h"
+#include "../clipping.h"
 #include "group_state.h"
 
 namespace fm::machine {
@@ -55,19 +56,15 @@ class Group : private GroupState<S> {
       scales_[p] = -alpha;
     }
     support_gradient(k, {theta(k + 1), theta(k)});
-    const bool momentum = m_.momentum != 0;
-    S* const m = momentum ? w_ + at_.momentum : nullptr;
+    if (!m_.plain_rule()) return rule_step(k);
     S* const kept = m_.wants_rates && m_.gradient ? w_ + at_.updates + k * at_.update_stride : nullptr;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       if (m_.at_once[0][p]) continue;
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
       S alpha = 0;
       const S* const alphas = rates(k, p, alpha);
-      S* const own = momentum ? m + from : kept ? kept + from : nullptr;
-      kernels_.sgd_update(n, S(m_.momentum), S(m_.weight_decay), alpha, alphas, theta(k) + from,
-                          w_ + at_.grad + from, momentum && k > 0 ? m + from : nullptr, theta(k + 1) + from,
-                          own);
-      if (momentum && kept) std::copy_n(m + from, n, kept + from);
+      kernels_.sgd_update(n, alpha, alphas, theta(k) + from, w_ + at_.grad + from, theta(k + 1) + from,
+                          kept ? kept + from : nullptr);
     }
   }
 
@@ -88,7 +85,8 @@ class Group : private GroupState<S> {
   }
 
   void start_sweep() {
-    if (m_.momentum != 0) std::fill_n(w_ + at_.mbar, m_.theta * L_, S(0));
+    if (!m_.plain_rule() && m_.steps > 0)
+      std::fill_n(w_ + at_.mbar, m_.rule.states() * at_.rule_stride, S(0));
     std::fill_n(w_ + at_.others_sum, m_.fixed * L_, S(0));
     for (int i = 0; i < 2; ++i) zero_entry_gradients(i);
     fresh_ = true;
@@ -120,10 +118,15 @@ class Group : private GroupState<S> {
 
   void step_back(i64 k) {
     if (m_.per_step) load_set(0, k);
-    if (m_.wants_rates) rate_gradients(k);
-    const bool momentum = m_.momentum != 0;
     S alpha = 0;
-    if (m_.second_order && m_.plain_rule() && one_rate(k, alpha)) {
+    if (!m_.plain_rule()) {
+      rule_back(k);
+      if (!m_.second_order) return;
+      hessian_product(k, w_ + at_.direction, S(1));
+      return collect(0, k, S(1));
+    }
+    if (m_.wants_rates) rate_gradients(k);
+    if (m_.second_order && one_rate(k, alpha)) {
       // H (alpha lambda) is alpha times H lambda
       hessian_product(k, w_ + at_.lambda, -alpha);
       collect(0, k, -alpha);
@@ -132,16 +135,12 @@ class Group : private GroupState<S> {
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
       const S* const alphas = rates(k, p, alpha);
-      kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from,
-                             momentum ? w_ + at_.mbar + from : nullptr, w_ + at_.direction + from);
+      kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from, nullptr, w_ + at_.direction + from);
     }
     if (m_.second_order) {
       hessian_product(k, w_ + at_.direction, S(1));
       collect(0, k, S(1));
     }
-    if (!m_.plain_rule())
-      kernels_.sgd_adjoint(m_.theta * L_, S(m_.momentum), S(m_.weight_decay), w_ + at_.direction,
-                           w_ + at_.lambda, momentum ? w_ + at_.mbar : nullptr);
   }
 
   void write_gradients() {
@@ -172,6 +171,7 @@ class Group : private GroupState<S> {
 
  private:
   using State::add;
+  using State::add_rate_gradient;
   using State::aligned;
   using State::at_;
   using State::bad_index_;
@@ -207,6 +207,67 @@ class Group : private GroupState<S> {
   using State::write_tables;
   using State::zero_rate_gradients;
 
+  // ---- update rules that are not plain SGD
+  S* rule_gradient(i64 k) { return w_ + at_.rule_gradients + (m_.gradient ? k : 0) * at_.rule_stride; }
+  S* rule_state(i64 k, int s) {
+    return w_ + at_.rule_states + ((m_.gradient ? k : k % 2) * m_.rule.states() + s) * at_.rule_stride;
+  }
+  S* factors(i64 k) { return w_ + at_.factors + (m_.gradient ? k : 0) * Clipping<S>::WIDEST; }
+  // Calls body(n, mask, g, offset) for every adapted parameter, as `Clipping` asks for.
+  auto each(i64 k) {
+    return [this, k](const auto& body) {
+      for (const Adapted& a : m_.adapted)
+        body(a.size * L_, static_cast<const S*>(nullptr), rule_gradient(k) + a.offset * L_, a.offset * L_);
+    };
+  }
+  RuleCall<S> rule_call(i64 k, size_t p) {
+    const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
+    RuleCall<S> c{};
+    c.rule = &m_.rule, c.n = n, c.k = k, c.numbers = numbers_;
+    c.alphas = rates(k, p, c.alpha);
+    if (c.alphas && c.alphas != w_ + at_.alphas) {  // the caller's memory has no whole vectors
+      std::copy_n(c.alphas, n, w_ + at_.alphas);
+      c.alphas = w_ + at_.alphas;
+    }
+    c.theta = theta(k) + from;
+    c.g = (m_.rule.clips() ? w_ + at_.clipped : rule_gradient(k)) + from;
+    for (int s = 0; s < m_.rule.states(); ++s) c.state[s] = k > 0 ? rule_state(k, s) + from : nullptr;
+    return c;
+  }
+  void rule_step(i64 k) {
+    numbers_at(m_.rule, call_.numbers, k, numbers_);
+    const Clipping<S> clipping(m_.rule, kernels_, L_);
+    if (m_.rule.clips()) clipping.forward(numbers_, each(k), factors(k), w_ + at_.clipped);
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const i64 from = m_.adapted[p].offset * L_;
+      RuleCall<S> c = rule_call(k, p);
+      c.next = theta(k + 1) + from;
+      for (int s = 0; s < m_.rule.states(); ++s) c.next_state[s] = rule_state(k + 1, s) + from;
+      kernels_.rule_step(c);
+    }
+  }
+  // Back through step k but for what passes through the gradient: `direction` becomes dJ/dg_k.
+  void rule_back(i64 k) {
+    numbers_at(m_.rule, call_.numbers, k, numbers_);
+    const Clipping<S> clipping(m_.rule, kernels_, L_);
+    if (m_.rule.clips()) clipping.forward(numbers_, each(k), factors(k), w_ + at_.clipped);
+    double grads[RULE_NUMBERS] = {};
+    double* const wanted = m_.learns_numbers() ? grads : nullptr;
+    S* const by_rate = w_ + at_.updates;
+    for (size_t p = 0; p < m_.adapted.size(); ++p) {
+      const i64 from = m_.adapted[p].offset * L_;
+      RuleCall<S> c = rule_call(k, p);
+      c.lambda = w_ + at_.lambda + from, c.v = w_ + at_.direction + from, c.number_grads = wanted;
+      for (int s = 0; s < m_.rule.states(); ++s) c.mbar[s] = w_ + at_.mbar + s * at_.rule_stride + from;
+      c.alpha_grad = m_.wants_rates ? by_rate + from : nullptr;
+      kernels_.rule_back(c);
+      if (m_.wants_rates) add_rate_gradient(k, p, [&](i64 at) { return double(by_rate[at]); });
+    }
+    if (m_.rule.clips()) clipping.back(numbers_, each(k), factors(k), w_ + at_.direction, wanted);
+    for (int i = 0; wanted && i < RULE_NUMBERS; ++i)
+      if (m_.rule.learned[i]) sums_[at_.sum_numbers + k * RULE_NUMBERS + i] += S(grads[i]);
+  }
+
   Memory<S> memory(int which, i64 k) {
     Memory<S> mem{};
     const auto to = [&](Space s) -> S*& { return mem.at[int(s)]; };
@@ -219,7 +280,8 @@ class Group : private GroupState<S> {
     to(Space::batch) = w_ + at_.batch[which];
     to(Space::direction) = const_cast<S*>(direction_);
     to(Space::seed) = w_ + at_.seed;
-    to(Space::grad) = w_ + (which && fresh_ ? at_.lambda : at_.grad);
+    const bool ruled = !which && !m_.plain_rule();
+    to(Space::grad) = ruled ? rule_gradient(k) : w_ + (which && fresh_ ? at_.lambda : at_.grad);
     to(Space::curvature) = w_ + at_.grad;  // g is no longer needed then
     to(Space::other) = w_ + at_.other;
     to(Space::output) = w_ + at_.output;
@@ -317,6 +379,7 @@ class Group : private GroupState<S> {
         std::fill_n(grad + first_ * sets * s.entries[i].size, count_ * sets * s.entries[i].size, S(0));
   }
 
+  double numbers_[RULE_NUMBERS] = {};  // of the update rule at the step at hand
   std::vector<S> scales_;  // of each adapted parameter, as `Memory` says
 };
 

@@ -57,6 +57,8 @@ void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, 
       std::copy_n(total + at.sum_rates + at.rate_sums[p], n, call.adapted[p].rate_grad);
     }
   }
+  if (call.number_grads)
+    std::copy_n(total + at.sum_numbers, m.steps * RULE_NUMBERS, call.number_grads);
   for (size_t p = 0; p < m.others.size(); ++p)
     if (!m.others[p].per_task && call.others[p].grad)
       std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);
@@ -255,24 +257,28 @@ class GroupState {
   void rate_gradients(i64 k) {
     const S* const u = w_ + at_.updates + k * at_.update_stride;
     const S* const lambda = w_ + at_.lambda;
-    for (size_t p = 0; p < m_.adapted.size(); ++p) {
-      const Adapted& a = m_.adapted[p];
-      S* const grad = call_.adapted[p].rate_grad;
-      if (!grad) continue;
-      const i64 each = a.rate_element ? a.size : 1, row = a.rate_per_step ? k : 0;
-      for (i64 l = 0; l < count_; ++l) {
-        S* const to = a.rate_per_task ? grad + (row * call_.tasks + first_ + l) * each
-                                      : sums_ + at_.sum_rates + at_.rate_sums[p] + row * each;
-        double total = 0;
-        for (i64 i = 0; i < a.size; ++i) {
-          const i64 at = (a.offset + i) * L_ + l;
-          if (a.rate_element)
-            to[i] -= lambda[at] * u[at];
-          else
-            total += double(lambda[at]) * double(u[at]);
-        }
-        if (!a.rate_element) to[0] -= S(total);
+    for (size_t p = 0; p < m_.adapted.size(); ++p)
+      add_rate_gradient(k, p, [&](i64 at) { return -double(lambda[at]) * double(u[at]); });
+  }
+  // Adds the gradient of one rate; `element(at)` is that of element `at` of theta.
+  template <class Element>
+  void add_rate_gradient(i64 k, size_t p, const Element& element) {
+    const Adapted& a = m_.adapted[p];
+    S* const grad = call_.adapted[p].rate_grad;
+    if (!grad) return;
+    const i64 each = a.rate_element ? a.size : 1, row = a.rate_per_step ? k : 0;
+    for (i64 l = 0; l < count_; ++l) {
+      S* const to = a.rate_per_task ? grad + (row * call_.tasks + first_ + l) * each
+                                    : sums_ + at_.sum_rates + at_.rate_sums[p] + row * each;
+      double total = 0;
+      for (i64 i = 0; i < a.size; ++i) {
+        const double here = element((a.offset + i) * L_ + l);
+        if (a.rate_element)
+          to[i] += S(here);
+        else
+          total += here;
       }
+      if (!a.rate_element) to[0] += S(total);
     }
   }
 

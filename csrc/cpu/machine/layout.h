@@ -8,13 +8,15 @@
 namespace fm::machine {
 
 struct Layout {
-  i64 tiles, work, once, kept, theta, grad, lambda, mbar, direction, momentum, updates, alphas;
+  i64 tiles, work, once, kept, theta, grad, lambda, direction, updates, alphas;
+  // of rules that are not plain: as in csrc/cpu/plan.h
+  i64 rule_gradients, rule_states, mbar, clipped, factors, rule_stride;
   i64 fixed, batch[2], ints[2], seed, other, output, others_sum;
   i64 kept_stride, update_stride;
   i64 total;
   // of the caller: constants of both programs, shared parameters, and sums over tasks
   i64 constants[2], shared_fixed, shared_theta, shared;
-  i64 sum_theta, sum_fixed, sum_rates, sums;
+  i64 sum_theta, sum_fixed, sum_rates, sum_numbers, sums;
   // of the caller, for each task: of every table the rows' numbers (first how many), and their
   // gradients
   i64 record;
@@ -43,11 +45,16 @@ inline Layout layout_of(const Machine& m, size_t element) {
   at.theta = take((m.gradient ? m.steps + 1 : 2) * rounded(m.theta * L + SLACK));
   at.grad = take(m.theta * L);
   at.lambda = take(m.theta * L);
-  at.mbar = take(m.theta * L);
   at.direction = take(m.theta * L);
-  at.momentum = take(m.theta * L);
+  const i64 ruled = m.plain_rule() || m.steps == 0 ? 0 : 1, states = m.rule.states();
+  at.rule_stride = rounded(m.theta * L + SLACK);
+  at.rule_gradients = take(ruled * (m.gradient ? m.steps : 1) * at.rule_stride);
+  at.rule_states = take(ruled * states * (m.gradient ? m.steps + 1 : 2) * at.rule_stride);
+  at.mbar = take(ruled && m.gradient ? states * at.rule_stride : 0);
+  at.clipped = take(ruled && m.rule.clips() ? at.rule_stride : 0);
+  at.factors = take(ruled && m.rule.clips() ? (m.steps + 1) * 16 : 0);
   at.update_stride = rounded(m.theta * L + SLACK);
-  at.updates = take(m.wants_rates && m.gradient ? steps * at.update_stride : 0);
+  at.updates = take(m.wants_rates && m.gradient ? (ruled ? 1 : steps) * at.update_stride : 0);
   at.alphas = take(m.theta * L);
   at.fixed = take(m.fixed * L);
   for (int i = 0; i < 2; ++i) {
@@ -76,6 +83,7 @@ inline Layout layout_of(const Machine& m, size_t element) {
       rates += (p.rate_per_step ? std::max<i64>(m.steps, 1) : 1) * (p.rate_element ? p.size : 1);
   }
   at.sum_rates = take(rates);
+  at.sum_numbers = take(m.learns_numbers() ? m.steps * RULE_NUMBERS : 0);
   at.sums = next;
   next = 0;
   for (const Table& t : m.tables) {

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../update_rules.h"
 #include "program.h"
 
 namespace fm::machine {
@@ -54,7 +55,7 @@ struct Machine {
   i64 lanes = 1;  // tasks side by side
   i64 steps = 0;
   bool second_order = true, store = true, gradient = false, wants_rates = false, per_step = false;
-  double momentum = 0, weight_decay = 0;
+  Rule rule;
   bool query_loss = false, output_grad = false;
   i64 theta = 0, fixed = 0, output = 0;  // elements
   std::vector<Adapted> adapted;
@@ -79,7 +80,8 @@ struct Machine {
   }
   // Elements of theta before the tables.
   i64 before_tables() const { return tables.empty() ? theta : adapted[tables[0].adapted].offset; }
-  bool plain_rule() const { return momentum == 0 && weight_decay == 0; }
+  bool plain_rule() const { return rule.plain(); }
+  bool learns_numbers() const { return gradient && rule.learns(); }
   // Once all else is known.
   void find_updates();
 };
@@ -111,6 +113,8 @@ struct MachineCall {
   std::vector<FixedCall<S>> others;
   std::vector<EntryCall<S>> support, query;
   std::vector<double> step_weights;  // K + 1, or empty: the last one only
+  const S* numbers = nullptr;        // [K, RULE_NUMBERS]: those of the update rule that are learned
+  S* number_grads = nullptr;         // the same
   const S* task_weights = nullptr;   // [T]
   const S* output_grad = nullptr;    // [T, output]
   S* task_losses = nullptr;          // [T]

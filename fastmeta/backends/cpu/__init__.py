@@ -10,7 +10,7 @@ import torch
 from fastmeta.backends import _hoisting, machine
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
-from fastmeta.backends._rules import refuses_rule
+from fastmeta.backends._native_rules import refuses_native_rule
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.problem import Problem, Result
@@ -34,7 +34,7 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
-    if reason := refuses_rule(problem):
+    if reason := refuses_native_rule(problem):
         return reason
     program = problem.program
     if program is None:

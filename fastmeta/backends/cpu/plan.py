@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastmeta.backends._losses import reads_channels
+from fastmeta.backends._native_rules import described_rule
 from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.network import CAPABILITIES, described
 from fastmeta.graph.passes import annotate
@@ -86,7 +87,7 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
 
 
 def _options(problem: Problem, wrt: frozenset[str], memory: str) -> dict[str, Any]:
-    support, query, rule = problem.support, problem.query, problem.rule
+    support, query = problem.support, problem.query
     return {
         "steps": problem.steps if support is not None else 0,
         "support": 0 if support is None else support.x.shape[2 if support.per_step else 1],
@@ -98,8 +99,7 @@ def _options(problem: Problem, wrt: frozenset[str], memory: str) -> dict[str, An
         "wants_rates": "lr" in wrt and problem.steps > 0,
         "wants_support_x": "support_x" in wrt,
         "wants_query_x": "query_x" in wrt,
-        "momentum": rule.momentum if rule is not None else 0.0,
-        "weight_decay": rule.weight_decay if rule is not None else 0.0,
+        "rule": described_rule(problem.rule),
         "loss": _loss(problem.loss, support),
         "query_loss": _loss(problem.query_loss, query),
     }

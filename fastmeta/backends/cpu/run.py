@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.backends._losses import class_weights, reads_channels
+from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
 from fastmeta.backends._pieces import zeros
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
@@ -101,6 +102,8 @@ class Job:
             if query.y is not None:
                 losses = result.task_losses = torch.empty(tasks, dtype=dtype, device=_CPU)
                 loss = result.loss = torch.empty((), dtype=dtype, device=_CPU)
+        numbers = given_numbers(problem) if problem.hyper else None
+        number_grads = None if numbers is None or "rule" not in wrt else torch.zeros_like(numbers)
         verdict = self.plan.run(
             tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
@@ -115,12 +118,14 @@ class Job:
             rate_grad,
             self._batch("support", problem.support, problem.loss, grads),
             self._batch("query", query, problem.query_loss, grads),
-            [problem.task_weights, problem.output_grad, losses, loss, output],
+            [problem.task_weights, problem.output_grad, losses, loss, output, numbers, number_grads],
             self.step_weights,
             POISON,
         )
         if verdict:
             self._refuse(verdict, problem)
+        if "rule" in wrt:
+            grads.rule = gradients_of_numbers(problem, number_grads)
         return result
 
     def _parameter_gradients(self, problem: Problem, grads: Gradients) -> tuple[Tensors, list[int]]:

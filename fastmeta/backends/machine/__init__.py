@@ -10,7 +10,7 @@ import torch
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._autocast import autocast_dtype
-from fastmeta.backends._rules import refuses_rule
+from fastmeta.backends._native_rules import refuses_native_rule
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
 from fastmeta.backends.machine.cost import lanes_are_worth_it, slower
@@ -36,7 +36,7 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can: the module is traced, and compared with
     itself, once."""
-    if reason := refuses_rule(problem):
+    if reason := refuses_native_rule(problem):
         return reason
     first = next(iter(problem.params.values()), None)
     if first is None:

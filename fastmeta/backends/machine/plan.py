@@ -12,6 +12,7 @@ from fastmeta.backends import _inputs, reference
 from fastmeta.backends._compared import difference, varied
 from fastmeta.backends._first_run import carries_state
 from fastmeta.backends._random_state import RandomState, preserved_for
+from fastmeta.backends._native_rules import described_rule
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
 from fastmeta.backends._traced import Kept
@@ -123,6 +124,8 @@ def _few(problem: Problem, found: Programs, dtype: torch.dtype) -> Few | None:
     support = problem.support
     if problem.adapted_grad is not None or support is None or support.per_step:
         return None
+    if problem.rule is not None and not problem.rule.written:
+        return None  # adjoints of rules with a root are NaN where there never was a gradient
     few = found.few(dtype, False)
     if few is None:
         return None
@@ -175,7 +178,6 @@ def _plan(
             (slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients)
         )
     output = 0 if found.query is None else found.query.output.size
-    rule = problem.rule
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
     theta_size = (
         few.size if few is not None else max((slot.offset + rounded(slot.size) for slot in theta), default=0)
@@ -205,8 +207,7 @@ def _plan(
             "gradient": bool(wrt),
             "wants_rates": "lr" in wrt and problem.steps > 0,
             "per_step": problem.support is not None and problem.support.per_step and problem.steps > 0,
-            "momentum": 0.0 if rule is None else rule.momentum,
-            "weight_decay": 0.0 if rule is None else rule.weight_decay,
+            "rule": described_rule(problem.rule),
             "query_loss": problem.query_loss is not None,
             "output_grad": problem.output_grad is not None,
             "theta": theta_size,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends import _inputs
+from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
 from fastmeta.backends.machine.plan import Plan, make_plan
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.inputs import Tree, first_leaf, mapped
@@ -75,6 +76,8 @@ class Job:
         result.task_losses, result.loss = losses, loss
         seeds = problem.adapted_grad
         found: dict[str, Tensor] = {}
+        numbers = given_numbers(problem) if problem.hyper else None
+        number_grads = None if numbers is None or "rule" not in wrt else torch.zeros_like(numbers)
         outcome = plan.machine.run(
             problem.tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
@@ -88,7 +91,8 @@ class Job:
             [*map(own.__getitem__, fixed), *self.no_gradients] if own else [],
             *self._set("support", problem, problem.support if problem.steps else None, found),
             *self._set("query", problem, problem.query, found),
-            [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output],
+            [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output]
+            + [numbers, number_grads],
             self.step_weights,
             POISON,
         )
@@ -100,6 +104,8 @@ class Job:
             for name in self.programs.others:
                 cotangent = seeds[name]
                 own[name] += cotangent if name in problem.per_task else cotangent.sum(0)
+        if "rule" in wrt:
+            grads.rule = gradients_of_numbers(problem, number_grads)
         if found:
             _inputs.put_parts(grads, problem, found)
         for name in self.unused:

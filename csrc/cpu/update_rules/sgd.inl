@@ -1,0 +1,41 @@
+// SGD with momentum, dampening, Nesterov's momentum and weight decay.
+struct SgdRule {
+  template <class S>
+  FM_INLINE static Vec<S> buffer(const RuleNumbers<S>& h, const RuleElement<S>& e, Vec<S> d) {
+    if (h.first) return d;
+    return h[RuleNumber::momentum] * e.state[0] + (1 - h[RuleNumber::dampening]) * d;
+  }
+  template <class S>
+  FM_INLINE static void step(const RuleNumbers<S>& h, RuleElement<S>& e) {
+    Vec<S> direction = decayed(h, e);
+    if (h.has(RuleNumber::momentum)) {
+      const Vec<S> d = direction;
+      e.next_state[0] = buffer(h, e, d);
+      direction = h.rule.nesterov ? d + h[RuleNumber::momentum] * e.next_state[0] : e.next_state[0];
+    }
+    e.next = e.theta - e.alpha * direction;
+  }
+  template <class S>
+  FM_INLINE static void back(const RuleNumbers<S>& h, RuleElement<S>& e) {
+    const Vec<S> d = decayed(h, e), along = -e.alpha * e.lambda;
+    e.v = along, e.alpha_grad = -e.lambda * d;
+    if (h.has(RuleNumber::momentum)) {
+      const S mu = h[RuleNumber::momentum];
+      const Vec<S> m = buffer(h, e, d);
+      const bool nesterov = h.rule.nesterov;
+      const Vec<S> to_m = e.mbar[0] + (nesterov ? mu * along : along);
+      e.alpha_grad = -e.lambda * (nesterov ? d + mu * m : m);
+      e.v = nesterov ? along : Vec<S>{};
+      Vec<S> by_mu = nesterov ? along * m : Vec<S>{};
+      if (h.first) {
+        e.v += to_m, e.mbar[0] = Vec<S>{};
+      } else {
+        e.v += (1 - h[RuleNumber::dampening]) * to_m, e.mbar[0] = mu * to_m;
+        by_mu += to_m * e.state[0];
+        if (h.learns) e.grads[int(RuleNumber::dampening)] -= to_m * d;
+      }
+      if (h.learns) e.grads[int(RuleNumber::momentum)] += by_mu;
+    }
+    decayed_back(h, e);
+  }
+};

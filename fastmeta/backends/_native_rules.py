@@ -1,0 +1,60 @@
+"""Update rules as the C++ engines run them, and their learned numbers in one tensor a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.backends._rules import NAMED, refuses_rule
+from fastmeta.problem import Problem
+from fastmeta.update_rules import SGD, UpdateRule
+
+try:
+    from fastmeta import _C
+
+    _NUMBERS: tuple[str, ...] = tuple(_C.rule_numbers())
+except ImportError:  # the backends say so
+    _NUMBERS = ()
+
+
+def refuses_native_rule(problem: Problem) -> str:
+    """Why the C++ engines cannot run the inner loop of a problem, "" if they can."""
+    return refuses_rule(problem, NAMED)
+
+
+def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
+    """What `_C.Plan` and `_C.Machine` read of a rule."""
+    rule = SGD() if rule is None else rule
+    return {
+        "kind": rule.kind,
+        "nesterov": bool(rule.options.get("nesterov")),
+        "centered": bool(rule.options.get("centered")),
+        "numbers": [rule.numbers.get(name, 0.0) for name in _NUMBERS],
+        "on": [rule.has(name) for name in _NUMBERS],
+        "learned": [name in rule.learned for name in _NUMBERS],
+    }
+
+
+def given_numbers(problem: Problem) -> Tensor | None:
+    """[K, all numbers]: the learned ones of each step; None where there are none."""
+    if not problem.hyper or not problem.steps:
+        return None
+    first = next(iter(problem.params.values()))
+    rows = torch.zeros(problem.steps, len(_NUMBERS), dtype=first.dtype, device="cpu")
+    for name, value in problem.hyper.items():
+        rows[:, _NUMBERS.index(name)] = value.detach()
+    return rows
+
+
+def gradients_of_numbers(problem: Problem, rows: Tensor | None) -> dict[str, Tensor]:
+    """From [K, all numbers], None where there are no steps, to what each learned number is: (), or
+    [K]."""
+    if rows is None:
+        return {name: torch.zeros_like(value) for name, value in problem.hyper.items()}
+    found = {}
+    for name, value in problem.hyper.items():
+        of_steps = rows[:, _NUMBERS.index(name)]
+        found[name] = of_steps.clone() if value.dim() else of_steps.sum()
+    return found
