@@ -259,18 +259,19 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
     found = programs(problem, wrt)
     if isinstance(found, str):
         return found
-    lanes = in_lanes(problem, found, next(iter(problem.params.values())).dtype)
+    dtype = next(iter(problem.params.values())).dtype
+    few = _few(problem, found, dtype)
     if problem.rule is not None and not problem.rule.written:
         problem, wrt = replace(problem, rule=SGD(), hyper={}, scratch=Scratch()), _of_a_program(wrt)
     for seed in (0, 1):
         one = varied(cut(problem, 0, 1), seed)
-        one.scratch["lanes"] = lanes
-        dtype = next(iter(one.params.values())).dtype
+        one.scratch["lanes"] = in_lanes(problem, found, dtype)
         with preserved_for(one):
             expected = reference.solve(one, wrt, True)
             worst = difference(solve(one, wrt, True), expected, dtype)
-            if not worst and _few(one, found, dtype) is not None:  # the program that has small tables
+            if not worst and few is not None:  # the program that has small tables
                 expected.adapted = None
+                one.scratch["lanes"] = in_lanes(problem, found, dtype, few)
                 worst = difference(solve(one, wrt, False), expected, dtype)
         if not worst:
             return ""
