@@ -283,3 +283,12 @@ def test_a_class_out_of_range_is_named() -> None:
             steps=1,
             backend="machine",
         )
+
+
+@pytest.mark.parametrize("rule", [None, fm.Adam(), fm.RMSProp(momentum=0.5)], ids=repr)
+def test_query_losses_of_all_steps_count_where_no_gradient_is_wanted(rule: fm.UpdateRule | None) -> None:
+    options: dict[str, Any] = {"steps": 4, "lr": 0.02, "step_weights": [0.5, 2.0, 0.0, 1.0, 0.25], "wrt": ()}
+    net = _net()
+    got, want = (_run(net, backend, update_rule=rule, **options) for backend in ("machine", "reference"))
+    torch.testing.assert_close(got.task_losses, want.task_losses, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.output, want.output, rtol=1e-10, atol=1e-12)

@@ -49,6 +49,7 @@ class Group : private GroupState<S> {
   }
 
   void inner_step(i64 k) {
+    if (!m_.gradient) query_value(k);  // theta_k does not stay
     if (m_.per_step) load_set(0, k);
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       S alpha = 0;
@@ -75,13 +76,11 @@ class Group : private GroupState<S> {
                call_.adapted[p].adapted);
   }
 
-  void query_values() {
+  void query_values() { query_value(m_.steps); }  // those before were taken on the way
+  void query_value(i64 k) {
     if (!m_.query.present) return;
-    for (i64 k = 0; k <= m_.steps; ++k) {
-      const double s = step_weight(k);
-      if ((s == 0.0 || !m_.query_loss) && k < m_.steps) continue;
-      run_query(k, s);
-    }
+    const double s = step_weight(k);
+    if (s != 0.0 || k == m_.steps) run_query(k, s);
   }
 
   void start_sweep() {
