@@ -16,7 +16,7 @@ from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
 from fastmeta.backends._traced import Kept
-from fastmeta.backends.machine.cost import in_lanes
+from fastmeta.backends.machine.choice import in_lanes
 from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends.torch.chunks import cut
