@@ -115,7 +115,8 @@ class Reader {
     const i64 numbers = times(o.steps, fm::RULE_NUMBERS);
     call_.numbers = in(f.others, "others", 5, numbers);
     call_.number_grads = to(f.others, "others", 6, numbers);
-    require(!o.rule.learns() || o.steps == 0 || call_.numbers, "others[5] must be a tensor: the rule has learned numbers");
+    require(!o.rule.learns() || o.steps == 0 || call_.numbers,
+            "others[5] must be a tensor: the rule has learned numbers");
     require(!call_.number_grads || (o.rule.learns() && o.gradient),
             "others[6] is for plans with gradients and learned numbers");
     require(!call_.loss || call_.task_losses, "others[3], the loss, needs others[2], the task losses");

@@ -49,7 +49,8 @@ class Clipping {
     }
     double by_value = 0;
     each([&](i64 n, const S* mask, const S* g, i64 offset) {
-      by_value += kernels_.clip_back(call(numbers, n, mask, g, factors), by_norm ? along : nullptr, v + offset);
+      by_value +=
+          kernels_.clip_back(call(numbers, n, mask, g, factors), by_norm ? along : nullptr, v + offset);
     });
     if (grads && rule_.has(RuleNumber::clip_value)) grads[int(RuleNumber::clip_value)] += by_value;
   }

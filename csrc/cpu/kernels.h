@@ -6,8 +6,8 @@
 
 #include "../shared/loss_call.h"
 #include "../shared/types.h"
-#include "update_rules.h"
 #include "machine/steps.h"
+#include "update_rules.h"
 
 namespace fm {
 

@@ -45,7 +45,6 @@ class MetaStep : private TaskState<S> {
   using State::add_input_gradient;
   using State::at_;
   using State::call_;
-  using State::shared_;
   using State::has_query_loss;
   using State::input_;
   using State::kernels_;
@@ -58,6 +57,7 @@ class MetaStep : private TaskState<S> {
   using State::query;
   using State::query_pass;
   using State::rate;
+  using State::shared_;
   using State::single_rate;
   using State::step_weight;
   using State::support;
@@ -382,7 +382,8 @@ class MetaStep : private TaskState<S> {
   }
   // d alpha_k -= lambda_{k+1} u_k
   void rate_gradients(i64 k, const Pass<S>& pass) {
-    const S* u = at_ + (plan_.keeps_updates() ? plan_.at.updates + k * plan_.at.update_stride : plan_.at.gradient);
+    const S* u =
+        at_ + (plan_.keeps_updates() ? plan_.at.updates + k * plan_.at.update_stride : plan_.at.gradient);
     for (size_t p = 0; p < plan_.params.size(); ++p) {
       const Param& param = plan_.params[p];
       if (!param.adapted) continue;
@@ -437,7 +438,7 @@ class MetaStep : private TaskState<S> {
   std::vector<S*> lambda_;
   std::vector<Sink<S>> sinks_;
   std::vector<S*> rate_sums_;
-  UpdateRuleSteps<S> rule_;  // where the rule is not plain
+  UpdateRuleSteps<S> rule_;      // where the rule is not plain
   S* input_gradient_ = nullptr;  // of its weight
   bool input_fresh_ = true;      // which has not been written yet
   std::unique_ptr<Pass<S>> kept_query_;

@@ -26,8 +26,7 @@ class UpdateRuleSteps {
   // theta_{k+1} and the state after step k.
   void step(i64 k) {
     numbers_at(rule(), task_.call_.numbers, k, numbers_);
-    if (rule().clips())
-      clipping_.forward(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
+    if (rule().clips()) clipping_.forward(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
     for (size_t p = 0; p < plan().params.size(); ++p) {
       if (!plan().params[p].adapted) continue;
       RuleCall<S> c = call(k, p);
@@ -46,8 +45,7 @@ class UpdateRuleSteps {
   // `direction` dJ/dg_k. Adds to the sums of the rates, null where not wanted, and of the numbers.
   void back(i64 k, S* const* lambda, S* const* rate_sums, S* number_sums) {
     numbers_at(rule(), task_.call_.numbers, k, numbers_);
-    if (rule().clips())
-      clipping_.forward(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
+    if (rule().clips()) clipping_.forward(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
     double grads[RULE_NUMBERS] = {};
     double* const wanted = rule().learns() ? grads : nullptr;
     S* const v = task_.at_ + plan().at.direction;

@@ -8,9 +8,11 @@ namespace fm {
 
 #define FM_RULE_KINDS(F) F(sgd) F(adam) F(adamw) F(rmsprop) F(adagrad) F(lion)
 // The numbers of all rules, by the names that fastmeta/update_rules gives them.
-#define FM_RULE_NUMBERS(F)                                                                              \
-  F(momentum) F(dampening) F(weight_decay) F(beta1) F(beta2) F(alpha) F(eps) F(eps_root) F(lr_decay)     \
-      F(initial_accumulator_value) F(clip_value) F(clip_norm)
+#define FM_RULE_NUMBERS(F)                                                                               \
+  F(momentum)                                                                                            \
+  F(dampening)                                                                                           \
+  F(weight_decay) F(beta1) F(beta2) F(alpha) F(eps) F(eps_root) F(lr_decay) F(initial_accumulator_value) \
+      F(clip_value) F(clip_norm)
 
 #define FM_NAME(name) name,
 enum class RuleKind : int { FM_RULE_KINDS(FM_NAME) };
@@ -34,8 +36,8 @@ struct Rule {
   bool clips() const { return has(RuleNumber::clip_value) || has(RuleNumber::clip_norm); }
   // theta' = theta - alpha g, nothing more.
   bool plain() const {
-    return kind == RuleKind::sgd && !has(RuleNumber::momentum) && !has(RuleNumber::weight_decay) && !clips() &&
-           !learns();
+    return kind == RuleKind::sgd && !has(RuleNumber::momentum) && !has(RuleNumber::weight_decay) &&
+           !clips() && !learns();
   }
   // What passes from step to step: of adam the running means of g and of its square, of rmsprop
   // the mean square, the mean if centered, the buffer of momentum.

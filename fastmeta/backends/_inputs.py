@@ -234,6 +234,16 @@ def check_rates(problem: Problem) -> None:
         and all(rate.isfinite().all() for rate in several)
     ):
         raise ValueError("learning rates must be finite numbers, got NaN or infinity among them")
+    check_numbers(problem)
+
+
+def check_numbers(problem: Problem) -> None:
+    """Check that the learned numbers of the rule are finite, unless an accelerator would have to be
+    waited for.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name, number in problem.hyper.items() if problem.steps else ():
         if number.device.type == "cpu" and not number.isfinite().all():
             raise ValueError(f"`update_rule`: {name} must be finite, got NaN or infinity in it")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.backends._inputs import check_numbers
 from fastmeta.backends._rules import NAMED, refuses_rule
 from fastmeta.problem import Problem
 from fastmeta.update_rules import SGD, UpdateRule
@@ -38,9 +39,14 @@ def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
 
 
 def given_numbers(problem: Problem) -> Tensor | None:
-    """[K, all numbers]: the learned ones of each step; None where there are none."""
+    """[K, all numbers]: the learned ones of each step; None where there are none.
+
+    Raises:
+        ValueError: one is not finite.
+    """
     if not problem.hyper or not problem.steps:
         return None
+    check_numbers(problem)
     first = next(iter(problem.params.values()))
     rows = torch.zeros(problem.steps, len(_NUMBERS), dtype=first.dtype, device="cpu")
     for name, value in problem.hyper.items():

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from fastmeta.losses.loss import Loss
 
@@ -55,7 +56,8 @@ def resolve(loss: object, *, weight_norm: str = "count") -> Loss:
     `fastmeta.SGD(weight_decay=)`.
 
     Raises:
-        ValueError: an unknown name, or an option that is not supported; the message names it.
+        ValueError: an unknown name, an option that is not supported, or a module whose parameters
+            have no shape yet; the message names it.
         TypeError: not a loss at all.
     """
     if isinstance(loss, Loss):
@@ -83,6 +85,9 @@ def _named(name: str, weight_norm: str) -> Loss:
 
 
 def _from_module(module: nn.Module, weight_norm: str) -> Loss:
+    lazy = [name for name, value in module.named_parameters() if is_lazy(value)]
+    if lazy:
+        raise ValueError(f"loss must be initialised, {lazy[0]!r} has no shape yet: call it once before")
     # a hook, or a `forward` set on the instance, may do anything
     changed = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
     if type(module) not in _MODULES or changed:

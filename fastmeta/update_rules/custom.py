@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastmeta.inputs import NotATreeError, flatten
 from fastmeta.network.swap import LOCK
@@ -48,6 +49,7 @@ class CustomRule(UpdateRule):
 
     Raises:
         TypeError: `function` or `init` cannot be called, or cannot be a key.
+        ValueError: a parameter of the module has no shape yet.
     """
 
     kind = "custom"
@@ -68,6 +70,13 @@ class CustomRule(UpdateRule):
                 raise TypeError(f"CustomRule: `{name}` must be callable, got {type(value).__name__}")
         if function is None:
             raise TypeError("CustomRule: `function` must be callable, got NoneType")
+        if isinstance(function, nn.Module):
+            lazy = [name for name, value in function.named_parameters() if is_lazy(value)]
+            if lazy:
+                raise ValueError(
+                    f"CustomRule: `function` must be initialised, {lazy[0]!r} has no shape yet: call it once "
+                    "before"
+                )
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "start", start)
         try:

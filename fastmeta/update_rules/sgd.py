@@ -75,13 +75,14 @@ class SGD(UpdateRule):
             "clip_norm": clip_norm,
         }
         given: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
-        given |= {"dampening": dampening} if on(dampening) else {}
+        if not isinstance(dampening, (int, float)) or dampening:
+            given["dampening"] = dampening
         if flag("SGD", "nesterov", nesterov):
             given["nesterov"] = True
-            if not on(momentum) or on(dampening):
-                raise ValueError("SGD: `nesterov` needs a momentum and no dampening")
         given |= {name: numbers[name] for name in ("clip_value", "clip_norm") if numbers[name] is not None}
         self._set(given, numbers, nesterov=nesterov)
+        if nesterov and (not self.has("momentum") or self.has("dampening")):
+            raise ValueError("SGD: `nesterov` needs a momentum and no dampening")
 
     def _fill(self, *made: Any) -> None:
         super()._fill(*made)

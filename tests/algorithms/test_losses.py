@@ -280,3 +280,8 @@ def test_closed_form_of_bce_matches_reference() -> None:
     assert error(a * r * (1 - r) * v, zz) < 1e-9
     assert error(-z + (q - 1) * s, dy) < 1e-9
     assert error((-1 - (q - 1) * r) * v, zy) < 1e-9
+
+
+def test_rejects_a_module_whose_parameters_have_no_shape_yet() -> None:
+    with pytest.raises(ValueError, match="loss must be initialised, 'weight' has no shape yet"):
+        resolve(nn.LazyLinear(3))

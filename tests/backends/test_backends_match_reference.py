@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastmeta import backends
 from fastmeta.cases import Case
-from fastmeta.cases.rules import RULES
 from fastmeta.cases.verification import VERIFICATION
 from fastmeta.problem import Batch, Problem
 from fastmeta.verify import verify_case
@@ -29,8 +28,6 @@ NO_EXTENSION = pytest.mark.skipif(
 BACKENDS = [pytest.param("cpu", marks=NO_EXTENSION), "torch"]
 #: What a backend says no to; any other refusal is a failure.
 REFUSED = {"cpu": {"bce_weighted"}, "torch": set()}
-#: The same of update rules.
-RULES_REFUSED: dict[str, set[str]] = {"cpu": {*RULES}, "torch": set()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,8 +36,7 @@ RULES_REFUSED: dict[str, set[str]] = {"cpu": {*RULES}, "torch": set()}
 def test_backend_matches_reference(case: Case, dtype: str, backend: str) -> None:
     rows = verify_case(case, backend, DTYPES[dtype])
     assert rows
-    refused = case.loss in REFUSED[backend] or case.rule in RULES_REFUSED[backend]
-    assert any(row.skipped for row in rows) == refused, rows[0].note
+    assert any(row.skipped for row in rows) == (case.loss in REFUSED[backend]), rows[0].note
     assert [str(row) for row in rows if not row.passed] == []
 
 
@@ -51,7 +47,7 @@ SMOOTH = [
     and case.order == "second"
     and case.steps < 20
     and case.loss not in REFUSED["cpu"]
-    and case.rule not in RULES_REFUSED["cpu"]
+    and not case.rule  # clipping and signs jump; tests/update_rules compares all of them with autograd
     and "0"
     not in case.weighted  # where there are no weights, the loss jumps: its derivative by them is a convention
 ]

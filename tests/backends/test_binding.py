@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _C
+from fastmeta.backends._native_rules import described_rule
 from fastmeta.layers.functions import FUNCTIONS
 from fastmeta.layers.registry import KINDS
 
@@ -32,8 +33,7 @@ OPTIONS |= {
     "steps": 1,
     "support": 2,
     "query": 2,
-    "momentum": 0.0,
-    "weight_decay": 0.0,
+    "rule": described_rule(None),
     "loss": LOSS,
     "query_loss": LOSS,
 }
@@ -77,7 +77,7 @@ def run_arguments() -> dict[str, Any]:
         "rate_grad": [],
         "support": batch(),
         "query": batch(),
-        "others": [None, None, doubles(5), doubles(), None],
+        "others": [None, None, doubles(5), doubles(), None, None, None],
         "step_weights": [],
         "poison": False,
     }
@@ -147,8 +147,10 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "options.steps": options(steps=-1),
     "options.support": options(support=2**31),
     "options.query": options(query=-5),
-    "options.momentum": options(momentum=float("nan")),
-    "options.weight_decay": options(weight_decay=float("inf")),
+    "options.rule must be a dict": options(rule=None),
+    "is no update rule": options(rule={**described_rule(None), "kind": "sgdd"}),
+    "must be finite": options(rule={**described_rule(None), "numbers": [float("nan")] * 12}),
+    "is not on": options(rule={**described_rule(None), "learned": [True] * 12}),
     "options.gradient": options(gradient="yes"),
     "options lacks 'store'": {"options": {k: v for k, v in OPTIONS.items() if k != "store"}},
     "options.loss must be None": options(support=0, steps=0),

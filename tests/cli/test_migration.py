@@ -30,9 +30,29 @@ def _snippets() -> dict[str, str]:
     blocks = {
         title: re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         for title, text in sections
+        if title != "Update rules"
     }
     assert all(len(found) <= 1 for found in blocks.values())
     return {title: found[0] for title, found in blocks.items() if found}
+
+
+def _pairs() -> dict[str, tuple[str, str]]:
+    """Part of "Update rules" -> its two blocks, another library's and ours."""
+    (section,) = re.findall(r"^## Update rules\n(.*?)(?=^## )", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    parts = re.findall(r"^### (.+?)\n(.*?)(?=^### |\Z)", section, re.MULTILINE | re.DOTALL)
+    found = {}
+    for title, text in parts:
+        theirs, ours = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        found[title] = theirs, ours
+    return found
+
+
+#: Part of "Update rules" -> the package that it needs.
+PAIRS = {
+    "higher, override": "higher",
+    "TorchOpt, meta-optimisers": "torchopt",
+    "torch.optim on a copy for each task": "torch",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +107,46 @@ def test_snippet_gives_the_meta_gradient_of_the_plain_loop(library: str) -> None
             assert error(ours[name], want) < 1e-9, name
     for name, value in params.items():
         assert error(leaf_of[name].detach(), value.detach()) < 1e-9, name
+
+
+def _left(code: str) -> dict[str, torch.Tensor]:
+    """What a block of "Update rules" leaves: gradients at every outer step, those of learned
+    numbers, adapted parameters."""
+    names = _setting()
+    leaves = dict(names["net"].named_parameters())  # TorchOpt puts other tensors into the module
+    found: dict[str, torch.Tensor] = {}
+    step = names["outer"].step
+
+    def recorded() -> None:
+        number = len(found)
+        found.update({f"{number} {name}": leaf.grad.clone() for name, leaf in leaves.items()})
+        step()
+
+    names["outer"].step = recorded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)
+    for name in ("lr", "momentum"):
+        if name in names:
+            found[name] = names[name].grad
+    return found | names.get("adapted", {})
+
+
+@pytest.mark.parametrize("part", PAIRS)
+def test_both_blocks_of_an_update_rule_leave_the_same(part: str) -> None:
+    pytest.importorskip(PAIRS[part], reason=f"{PAIRS[part]} is not installed")
+    theirs, ours = map(_left, _pairs()[part])
+    assert theirs.keys() == ours.keys()
+    assert theirs
+    for name, value in theirs.items():
+        assert error(ours[name], value) < 1e-9, name
+
+
+def test_every_update_rule_is_tested() -> None:
+    assert list(_pairs()) == [*PAIRS]
+
+
+@pytest.mark.parametrize("part", PAIRS)
+def test_our_block_of_an_update_rule_runs(part: str) -> None:
+    """Where the other library is not installed; tests/update_rules compares the rules."""
+    assert all(bool(value.isfinite().all()) for value in _left(_pairs()[part][1]).values())

@@ -76,9 +76,11 @@ OF_MAML = {
     "learn_lr": None,
     "lr_per_step": False,
     "step_weights": None,
+    "support_step_weights": None,
     "weight_norm": "count",
     "update_rule": None,
     "memory": "auto",
+    "memory_limit": None,
     "task_chunk": None,
     "batch_stats": "task",
 }
@@ -88,6 +90,7 @@ OF_OPERATORS = {
     "weight_norm": "count",
     "update_rule": None,
     "memory": "auto",
+    "memory_limit": None,
     "task_chunk": None,
     "batch_stats": "task",
     "support_per_step": False,
@@ -273,7 +276,28 @@ TARGETS: dict[str, Target] = {
     "ridge": _head(fm.heads.ridge, penalty=1.0, scale=1.0, shift=0.0, ways=None, support_weights=None),
     "logistic": _head(fm.heads.logistic, penalty=1.0, ways=None),
     "prototypes": _head(fm.heads.prototypes, ways=None),
-    "SGD": _maker(fm.SGD, momentum=0.9, weight_decay=0.1),
+    "SGD": _maker(
+        fm.SGD, momentum=0.9, weight_decay=0.1, dampening=0.0, nesterov=True, clip_value=0.1, clip_norm=1.0
+    ),
+    "Adam": _maker(
+        fm.Adam, betas=(0.9, 0.99), eps=1e-8, eps_root=1e-8, weight_decay=0.1, clip_value=0.1, clip_norm=1.0
+    ),
+    "RMSProp": _maker(
+        fm.RMSProp,
+        alpha=0.9,
+        eps=1e-8,
+        eps_root=0.0,
+        weight_decay=0.1,
+        momentum=0.5,
+        centered=True,
+        clip_value=0.1,
+        clip_norm=1.0,
+    ),
+    "Adagrad": _maker(
+        fm.Adagrad, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1, eps=1e-8, eps_root=0.0
+    ),
+    "Lion": _maker(fm.Lion, betas=(0.9, 0.99), weight_decay=0.1, clip_value=0.1, clip_norm=1.0),
+    "CustomRule": _maker(fm.CustomRule, function=max, init=None),
     "Sinusoid": _maker(
         fm.data.Sinusoid, tasks=2, shots=2, query=2, iterations=3, seed=0, dtype=torch.float32
     ),

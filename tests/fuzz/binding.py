@@ -42,7 +42,7 @@ RUN = (
 OUTPUTS = {
     **dict.fromkeys(("adapted", "grad", "rate_grad")),
     **dict.fromkeys(("support", "query"), (4, 5, 6)),
-    "others": (2, 3, 4),
+    "others": (2, 3, 4, 6),
 }
 NUMBERS = (
     -(2**63),

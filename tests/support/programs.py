@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _C
+from fastmeta.backends._native_rules import described_rule
 from fastmeta.backends.machine.encode import Encoder
 from fastmeta.trace import operators  # noqa: F401
 from fastmeta.trace.interpret import interpret
@@ -70,7 +71,7 @@ class Traced:
         none: list[Any] = []
         outcome = machine.run(
             tasks, 1, none, none, none, none, none, none, none, none, none, none, given, none,
-            [None, None, None, None, output], none, True,
+            [None, None, None, None, output, None, None], none, True,
         )  # fmt: skip
         if outcome:
             raise IndexError("an index is out of range")
@@ -89,8 +90,7 @@ class Traced:
             "gradient": False,
             "wants_rates": False,
             "per_step": False,
-            "momentum": 0.0,
-            "weight_decay": 0.0,
+            "rule": described_rule(None),
             "query_loss": False,
             "output_grad": False,
             "theta": sizes.get(Space.THETA, 0),

@@ -10,6 +10,7 @@ import torch
 from support.programs import Traced
 
 from fastmeta import _C
+from fastmeta.backends._native_rules import described_rule
 from fastmeta.trace.ir import Space
 
 INTS = int(Space.INTS)
@@ -39,7 +40,7 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
                 continue
             made += 1
             output = torch.zeros(3, 5)
-            machine.run(3, 1, *[[]] * 10, given, [], [None, None, None, None, output], [], False)
+            machine.run(3, 1, *[[]] * 10, given, [], [None, None, None, None, output, None, None], [], False)
     assert made > 50
 
 
@@ -54,7 +55,10 @@ TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables
         ({"theta": "x"}, "theta"),
         ({"query": None, "query_loss": True}, "no query set"),
         ({"steps": 2}, "no support set"),
-        ({"momentum": float("nan")}, "momentum"),
+        ({"rule": {**described_rule(None), "kind": "sgdd"}}, "no update rule"),
+        ({"rule": {**described_rule(None), "numbers": [float("nan")] * 12}}, "finite"),
+        ({"rule": {**described_rule(None), "learned": [True] * 12}}, "not on"),
+        ({"rule": {**described_rule(None), "on": [True]}}, "on"),
         ({"adapted": [(0, 5, False, False, False, False)]}, "outside of theta"),
         ({"others": [(0, 1 << 40, False, -1, -1)]}, "cannot be"),
         ({"tables": [(0, 4, 4, 2)]}, "of no adapted parameter"),
@@ -114,6 +118,6 @@ def test_more_rows_than_there_is_room_for_are_an_error(lanes: bool) -> None:
         given = [torch.randn(2, 3), torch.tensor([ids, ids])]
         output = torch.zeros(2, 3)
         lists = [[table], [rate], [], [], [], [], [], [], [], [], given, []]
-        assert machine.run(2, 1, *lists, [None, None, None, None, output], [], True) == outcome
+        assert machine.run(2, 1, *lists, [None, None, None, None, output, None, None], [], True) == outcome
     with pytest.raises(TypeError):
         _C.Machine.run(_C.Machine.__new__(_C.Machine, good))

@@ -228,6 +228,8 @@ def test_rejects_what_does_not_fit() -> None:
         run(lambda theta, g, state: (theta, state), init=lambda theta: object())
     with pytest.raises(TypeError, match="must be an instance, got the class Scale: write Scale"):
         fm.CustomRule(Scale)
+    with pytest.raises(ValueError, match="`function` must be initialised, 'weight' has no shape yet"):
+        fm.CustomRule(nn.LazyLinear(3))
     with pytest.raises(TypeError, match="`init` must be callable, got int"):
         fm.CustomRule(lambda *a: a, 3)
     with pytest.raises(TypeError, match=r"must be an update rule.* wrap it, fastmeta.CustomRule"):

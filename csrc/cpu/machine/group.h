@@ -380,7 +380,7 @@ class Group : private GroupState<S> {
   }
 
   double numbers_[RULE_NUMBERS] = {};  // of the update rule at the step at hand
-  std::vector<S> scales_;  // of each adapted parameter, as `Memory` says
+  std::vector<S> scales_;              // of each adapted parameter, as `Memory` says
 };
 
 }  // namespace fm::machine

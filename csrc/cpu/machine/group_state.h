@@ -57,8 +57,7 @@ void write_sums(const Machine& m, const Layout& at, const MachineCall<S>& call, 
       std::copy_n(total + at.sum_rates + at.rate_sums[p], n, call.adapted[p].rate_grad);
     }
   }
-  if (call.number_grads)
-    std::copy_n(total + at.sum_numbers, m.steps * RULE_NUMBERS, call.number_grads);
+  if (call.number_grads) std::copy_n(total + at.sum_numbers, m.steps * RULE_NUMBERS, call.number_grads);
   for (size_t p = 0; p < m.others.size(); ++p)
     if (!m.others[p].per_task && call.others[p].grad)
       std::copy_n(total + at.sum_fixed + m.others[p].offset, m.others[p].size, call.others[p].grad);

@@ -5,8 +5,8 @@ struct RmspropRule {
     Vec<S> d, s, c, root, below, u, b;
     int at_momentum;
   };
-  template <class S>
-  FM_INLINE static Parts<S> parts(const RuleNumbers<S>& h, const RuleElement<S>& e) {
+  template <class S, class E>
+  FM_INLINE static Parts<S> parts(const RuleNumbers<S>& h, const E& e) {
     const S a = h[RuleNumber::alpha];
     Parts<S> p;
     p.at_momentum = h.rule.centered ? 2 : 1;
@@ -26,16 +26,16 @@ struct RmspropRule {
     if (h.has(RuleNumber::momentum)) p.b += h[RuleNumber::momentum] * e.state[p.at_momentum];
     return p;
   }
-  template <class S>
-  FM_INLINE static void step(const RuleNumbers<S>& h, RuleElement<S>& e) {
+  template <class S, class E>
+  FM_INLINE static void step(const RuleNumbers<S>& h, E& e) {
     const Parts<S> p = parts(h, e);
     e.next = e.theta - e.alpha * p.b;
     e.next_state[0] = p.s;
     if (h.rule.centered) e.next_state[1] = p.c;
     if (h.has(RuleNumber::momentum)) e.next_state[p.at_momentum] = p.b;
   }
-  template <class S>
-  FM_INLINE static void back(const RuleNumbers<S>& h, RuleElement<S>& e) {
+  template <class S, class E>
+  FM_INLINE static void back(const RuleNumbers<S>& h, E& e) {
     const S a = h[RuleNumber::alpha], mu = h[RuleNumber::momentum];
     const Parts<S> p = parts(h, e);
     Vec<S> to_u = -e.alpha * e.lambda;
@@ -43,7 +43,7 @@ struct RmspropRule {
     if (h.has(RuleNumber::momentum)) {
       Vec<S>& mbar = e.mbar[p.at_momentum];
       to_u += mbar;
-      if (h.learns) e.grads[int(RuleNumber::momentum)] += to_u * e.state[p.at_momentum];
+      e.add(RuleNumber::momentum, to_u * e.state[p.at_momentum]);
       mbar = mu * to_u;
     }
     const Vec<S> to_below = -to_u * p.u / p.below, to_square = to_below / (2 * p.root);
@@ -56,11 +56,11 @@ struct RmspropRule {
       e.v += (1 - a) * to_c;
       e.mbar[1] = a * to_c;
     }
-    if (h.learns) {
-      e.grads[int(RuleNumber::eps)] += to_below;
-      e.grads[int(RuleNumber::eps_root)] += to_square;
-      e.grads[int(RuleNumber::alpha)] += to_s * (e.state[0] - p.d * p.d);
-      if (h.rule.centered) e.grads[int(RuleNumber::alpha)] += to_c * (e.state[1] - p.d);
+    if constexpr (E::learns) {
+      e.add(RuleNumber::eps, to_below);
+      e.add(RuleNumber::eps_root, to_square);
+      e.add(RuleNumber::alpha, to_s * (e.state[0] - p.d * p.d));
+      if (h.rule.centered) e.add(RuleNumber::alpha, to_c * (e.state[1] - p.d));
     }
     decayed_back(h, e);
   }

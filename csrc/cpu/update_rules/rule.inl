@@ -8,10 +8,10 @@ struct RuleNumbers {
   S c1 = 1, c2 = 1;    // 1 - beta^(k+1)
   S dc1 = 0, dc2 = 0;  // their derivatives by beta
   S k;
-  bool first, learns;
+  bool on[RULE_NUMBERS];
+  bool first;
   FM_INLINE RuleNumbers(const RuleCall<S>& c) : rule(*c.rule), k(S(c.k)), first(c.k == 0) {
-    for (int i = 0; i < RULE_NUMBERS; ++i) values[i] = S(c.numbers[i]);
-    learns = c.number_grads != nullptr;
+    for (int i = 0; i < RULE_NUMBERS; ++i) values[i] = S(c.numbers[i]), on[i] = rule.on[i];
     const double betas[2] = {c.numbers[int(RuleNumber::beta1)], c.numbers[int(RuleNumber::beta2)]};
     double powers[2] = {1, 1};  // beta^k
     for (int i = 0; i < 2; ++i) {
@@ -23,24 +23,28 @@ struct RuleNumbers {
     dc1 = S(-double(c.k + 1) * powers[0]), dc2 = S(-double(c.k + 1) * powers[1]);
   }
   FM_INLINE S operator[](RuleNumber n) const { return values[int(n)]; }
-  FM_INLINE bool has(RuleNumber n) const { return rule.has(n); }
+  FM_INLINE bool has(RuleNumber n) const { return on[int(n)]; }
 };
 
-template <class S>
+// LEARNS: gradients by the numbers are wanted.
+template <class S, bool LEARNS>
 struct RuleElement {
-  Vec<S> theta, g, alpha, state[MOST_RULE_STATES];
-  Vec<S> next, next_state[MOST_RULE_STATES];
-  Vec<S> lambda, mbar[MOST_RULE_STATES], v, alpha_grad;
-  Vec<S> grads[RULE_NUMBERS];  // by the numbers
+  static constexpr bool learns = LEARNS;
+  Vec<S> theta, g, alpha, state[MOST_RULE_STATES] = {};
+  Vec<S> next, next_state[MOST_RULE_STATES] = {};
+  Vec<S> lambda, mbar[MOST_RULE_STATES] = {}, v, alpha_grad;
+  Vec<S> grads[LEARNS ? RULE_NUMBERS : 1] = {};  // by the numbers
+  FM_INLINE void add(RuleNumber n, Vec<S> grad) {
+    if constexpr (LEARNS) grads[int(n)] += grad;
+  }
 };
 
-template <class S>
-FM_INLINE void load_element(const RuleCall<S>& c, const RuleNumbers<S>& h, int states, i64 i,
-                            RuleElement<S>& e) {
+template <int STATES, class S, class E>
+FM_INLINE void load_element(const RuleCall<S>& c, const RuleNumbers<S>& h, i64 i, E& e) {
   e.theta = load(c.theta + i), e.g = load(c.g + i);
   e.alpha = c.alphas ? load(c.alphas + i) : broadcast(c.alpha);
-  const Vec<S> start = broadcast(h[RuleNumber::initial_accumulator_value]);
-  for (int s = 0; s < states; ++s) e.state[s] = c.state[s] ? load(c.state[s] + i) : start;
+  for (int s = 0; s < STATES; ++s)
+    e.state[s] = c.state[s] ? load(c.state[s] + i) : broadcast(h[RuleNumber::initial_accumulator_value]);
 }
 
 // Zero wherever there is only padding, whatever a rule makes of zeros.
@@ -56,52 +60,50 @@ FM_INLINE Vec<S> mask_at(const S* mask, i64 i, i64 n) {
   return keep;
 }
 
-template <class S, class R>
+template <class S, class R, int STATES>
 void rule_step_of(const RuleCall<S>& c) {
   const RuleNumbers<S> h(c);
-  const int states = c.rule->states();
   for (i64 i = 0; i < c.n; i += lanes<S>) {
-    RuleElement<S> e = {};
-    load_element(c, h, states, i, e);
+    RuleElement<S, false> e;
+    load_element<STATES>(c, h, i, e);
     R::step(h, e);
     const Vec<S> keep = mask_at(c.mask, i, c.n);
     store(c.next + i, kept<S>(e.next, keep));
-    for (int s = 0; s < states; ++s) store(c.next_state[s] + i, kept<S>(e.next_state[s], keep));
+    for (int s = 0; s < STATES; ++s) store(c.next_state[s] + i, kept<S>(e.next_state[s], keep));
   }
 }
 
-template <class S, class R>
+template <class S, class R, int STATES, bool LEARNS>
 void rule_back_of(const RuleCall<S>& c) {
   const RuleNumbers<S> h(c);
-  const int states = c.rule->states();
   double totals[RULE_NUMBERS] = {};
   for (i64 i = 0; i < c.n; i += lanes<S>) {
-    RuleElement<S> e = {};
-    load_element(c, h, states, i, e);
+    RuleElement<S, LEARNS> e;
+    load_element<STATES>(c, h, i, e);
     e.lambda = load(c.lambda + i);
-    for (int s = 0; s < states; ++s) e.mbar[s] = load(c.mbar[s] + i);
+    for (int s = 0; s < STATES; ++s) e.mbar[s] = load(c.mbar[s] + i);
     R::back(h, e);
     const Vec<S> keep = mask_at(c.mask, i, c.n);
     store(c.lambda + i, kept<S>(e.lambda, keep));
     store(c.v + i, kept<S>(e.v, keep));
-    for (int s = 0; s < states; ++s) store(c.mbar[s] + i, kept<S>(e.mbar[s], keep));
+    for (int s = 0; s < STATES; ++s) store(c.mbar[s] + i, kept<S>(e.mbar[s], keep));
     if (c.alpha_grad) store(c.alpha_grad + i, kept<S>(e.alpha_grad, keep));
-    if (h.learns)
+    if constexpr (LEARNS)
       for (int p = 0; p < RULE_NUMBERS; ++p)
         if (c.rule->learned[p]) totals[p] += double(sum<S>(kept<S>(e.grads[p], keep)));
   }
-  if (h.learns)
+  if constexpr (LEARNS)
     for (int p = 0; p < RULE_NUMBERS; ++p) c.number_grads[p] += totals[p];
 }
 
 // d = g + omega theta, and back from dJ/dd, in `e.v`.
-template <class S>
-FM_INLINE Vec<S> decayed(const RuleNumbers<S>& h, const RuleElement<S>& e) {
+template <class S, class E>
+FM_INLINE Vec<S> decayed(const RuleNumbers<S>& h, const E& e) {
   return h.has(RuleNumber::weight_decay) ? e.g + h[RuleNumber::weight_decay] * e.theta : e.g;
 }
-template <class S>
-FM_INLINE void decayed_back(const RuleNumbers<S>& h, RuleElement<S>& e) {
+template <class S, class E>
+FM_INLINE void decayed_back(const RuleNumbers<S>& h, E& e) {
   if (!h.has(RuleNumber::weight_decay)) return;
   e.lambda += h[RuleNumber::weight_decay] * e.v;
-  if (h.learns) e.grads[int(RuleNumber::weight_decay)] += e.v * e.theta;
+  e.add(RuleNumber::weight_decay, e.v * e.theta);
 }

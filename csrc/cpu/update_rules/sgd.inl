@@ -1,12 +1,12 @@
 // SGD with momentum, dampening, Nesterov's momentum and weight decay.
 struct SgdRule {
-  template <class S>
-  FM_INLINE static Vec<S> buffer(const RuleNumbers<S>& h, const RuleElement<S>& e, Vec<S> d) {
+  template <class S, class E>
+  FM_INLINE static Vec<S> buffer(const RuleNumbers<S>& h, const E& e, Vec<S> d) {
     if (h.first) return d;
     return h[RuleNumber::momentum] * e.state[0] + (1 - h[RuleNumber::dampening]) * d;
   }
-  template <class S>
-  FM_INLINE static void step(const RuleNumbers<S>& h, RuleElement<S>& e) {
+  template <class S, class E>
+  FM_INLINE static void step(const RuleNumbers<S>& h, E& e) {
     Vec<S> direction = decayed(h, e);
     if (h.has(RuleNumber::momentum)) {
       const Vec<S> d = direction;
@@ -15,8 +15,8 @@ struct SgdRule {
     }
     e.next = e.theta - e.alpha * direction;
   }
-  template <class S>
-  FM_INLINE static void back(const RuleNumbers<S>& h, RuleElement<S>& e) {
+  template <class S, class E>
+  FM_INLINE static void back(const RuleNumbers<S>& h, E& e) {
     const Vec<S> d = decayed(h, e), along = -e.alpha * e.lambda;
     e.v = along, e.alpha_grad = -e.lambda * d;
     if (h.has(RuleNumber::momentum)) {
@@ -32,9 +32,9 @@ struct SgdRule {
       } else {
         e.v += (1 - h[RuleNumber::dampening]) * to_m, e.mbar[0] = mu * to_m;
         by_mu += to_m * e.state[0];
-        if (h.learns) e.grads[int(RuleNumber::dampening)] -= to_m * d;
+        e.add(RuleNumber::dampening, -(to_m * d));
       }
-      if (h.learns) e.grads[int(RuleNumber::momentum)] += by_mu;
+      e.add(RuleNumber::momentum, by_mu);
     }
     decayed_back(h, e);
   }

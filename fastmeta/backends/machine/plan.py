@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ import torch
 from fastmeta.backends import _inputs, reference
 from fastmeta.backends._compared import difference, varied
 from fastmeta.backends._first_run import carries_state
-from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._native_rules import described_rule
+from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
 from fastmeta.backends._traced import Kept
@@ -21,13 +21,14 @@ from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.network.functional import isolated
-from fastmeta.problem import STORE_AT_MOST, Problem
+from fastmeta.problem import STORE_AT_MOST, Problem, Scratch
 from fastmeta.trace.ir import Space
 from fastmeta.trace.passes.place import rounded
 from fastmeta.trace.passes.tables import Few
 from fastmeta.trace.record import UntraceableError
 from fastmeta.trace.step import Output, Slot, Tracer, Wanted, not_traced
 from fastmeta.undisturbed import asynchronous
+from fastmeta.update_rules import SGD
 
 try:
     from fastmeta import _C
@@ -42,13 +43,20 @@ _kept: Kept[Programs] = Kept(_MOST_PROGRAMS)
 
 
 def programs(problem: Problem, wrt: frozenset[str]) -> Programs | str:
-    """What was traced for this problem, or why nothing can be; traced once."""
+    """What was traced for this problem, or why nothing can be; traced once, whatever the update
+    rule: that is no part of a program."""
+    wrt = _of_a_program(wrt)
     return _kept.find(problem, wrt, None, lambda: _traced(problem, wrt))
 
 
 def remember_refusal(problem: Problem, wrt: frozenset[str], reason: str) -> None:
     """Refuse problems like this one from now on."""
-    _kept.refuse(problem, wrt, None, reason)
+    _kept.refuse(problem, _of_a_program(wrt), None, reason)
+
+
+def _of_a_program(wrt: frozenset[str]) -> frozenset[str]:
+    """The gradients wanted; by numbers of the rule as by rates, which no program has either."""
+    return wrt - {"rule"} | {"lr"} if "rule" in wrt else wrt
 
 
 def _traced(problem: Problem, wrt: frozenset[str]) -> Programs | str:
@@ -239,6 +247,9 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
     """Compare a machine with the module itself, on one task and other numbers than it was traced
     with; why it cannot be used, "" if it agrees.
 
+    The inner steps are those of SGD: other rules make much of little differences, as Adam does of
+    the sign of a small gradient.
+
     Args:
         problem: any; its first task is taken.
         wrt: the gradients wanted.
@@ -250,15 +261,18 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         return found
     dtype = next(iter(problem.params.values())).dtype
     few = _few(problem, found, dtype)
+    lanes, few_in_lanes = in_lanes(problem, found, dtype), in_lanes(problem, found, dtype, few)
+    if problem.rule is not None and not problem.rule.written:
+        problem, wrt = replace(problem, rule=SGD(), hyper={}, scratch=Scratch()), _of_a_program(wrt)
     for seed in (0, 1):
         one = varied(cut(problem, 0, 1), seed)
-        one.scratch["lanes"] = in_lanes(problem, found, dtype)
+        one.scratch["lanes"] = lanes
         with preserved_for(one):
             expected = reference.solve(one, wrt, True)
             worst = difference(solve(one, wrt, True), expected, dtype)
             if not worst and few is not None:  # the program that has small tables
                 expected.adapted = None
-                one.scratch["lanes"] = in_lanes(problem, found, dtype, few)
+                one.scratch["lanes"] = few_in_lanes
                 worst = difference(solve(one, wrt, False), expected, dtype)
         if not worst:
             return ""

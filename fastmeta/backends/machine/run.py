@@ -91,8 +91,15 @@ class Job:
             [*map(own.__getitem__, fixed), *self.no_gradients] if own else [],
             *self._set("support", problem, problem.support if problem.steps else None, found),
             *self._set("query", problem, problem.query, found),
-            [problem.task_weights, self._cotangents(problem) if wrt else None, losses, loss, output]
-            + [numbers, number_grads],
+            [
+                problem.task_weights,
+                self._cotangents(problem) if wrt else None,
+                losses,
+                loss,
+                output,
+                numbers,
+                number_grads,
+            ],
             self.step_weights,
             POISON,
         )

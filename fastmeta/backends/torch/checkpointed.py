@@ -76,8 +76,6 @@ class CheckpointedSweep(EagerSweep):
         standing: Mapping[str, tuple[str, ...]],
     ) -> None:
         super().__init__(p, wrt, vectorised, False, standing)
-        self._start = RandomState.of(p)
-        self._last = self._start
         self._ran: dict[int, _Ran] = {}
         self._noted = False  # whether what `note` is told of is known already
 
@@ -160,10 +158,3 @@ class CheckpointedSweep(EagerSweep):
             found = self.query(theta, k)
         self._noted = False
         return found
-
-    def _now(self) -> RandomState:
-        """The random state; the same object as long as nothing is drawn."""
-        now = self._start.anew()
-        if not now.same_as(self._last):
-            self._last = now
-        return self._last

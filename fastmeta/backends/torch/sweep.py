@@ -70,7 +70,17 @@ class EagerSweep(Sweep[Kept]):
         again = self.back and not store and self.through_support and p.steps > 0
         self.bodies: dict[str, Body] = {}
         self.bodies = self._bodies(standing)
-        self._random_state = RandomState.of(p) if again else None
+        self._replays = again
+        self._random_state: RandomState | None = None
+
+    def _now(self) -> RandomState:
+        """The random state; the same object as long as nothing is drawn."""
+        last = self._random_state
+        now = RandomState.of(self.p) if last is None else last.anew()
+        if last is None or not now.same_as(last):
+            self._random_state = now
+            return now
+        return last
 
     def run(self, adapted: bool) -> Result:
         """The answer, with gradients by what was captured."""
@@ -89,7 +99,7 @@ class EagerSweep(Sweep[Kept]):
 
     def support_gradient(self, theta: dict[str, Tensor], k: int) -> tuple[list[Tensor], Kept]:
         """g_k, and its graph or what it takes to run the step again."""
-        replay = None if self._random_state is None else Replay(self._random_state.anew())
+        replay = Replay(self._now()) if self._replays else None
         gradient = self._gradient(theta, k, create_graph=self.store)
         self.note_support(gradient.losses.detach(), k)
         if replay is not None:
