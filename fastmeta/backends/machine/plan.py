@@ -261,10 +261,7 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         return found
     dtype = next(iter(problem.params.values())).dtype
     few = _few(problem, found, dtype)
-<<<<<<< HEAD
-=======
     lanes, few_in_lanes = in_lanes(problem, found, dtype), in_lanes(problem, found, dtype, few)
->>>>>>> area-b
     if problem.rule is not None and not problem.rule.written:
         problem, wrt = replace(problem, rule=SGD(), hyper={}, scratch=Scratch()), _of_a_program(wrt)
     for seed in (0, 1):
