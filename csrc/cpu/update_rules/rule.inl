@@ -4,14 +4,17 @@
 template <class S>
 struct RuleNumbers {
   const Rule& rule;
-  S values[RULE_NUMBERS];
-  S c1 = 1, c2 = 1;    // 1 - beta^(k+1)
-  S dc1 = 0, dc2 = 0;  // their derivatives by beta
+  S values[RULE_NUMBERS], rests[RULE_NUMBERS];  // rests: 1 - value, which float32 would round badly
+  S c1 = 1, c2 = 1;                             // 1 - beta^(k+1)
+  S dc1 = 0, dc2 = 0;                           // their derivatives by beta
   S k;
   bool on[RULE_NUMBERS];
   bool first;
   FM_INLINE RuleNumbers(const RuleCall<S>& c) : rule(*c.rule), k(S(c.k)), first(c.k == 0) {
-    for (int i = 0; i < RULE_NUMBERS; ++i) values[i] = S(c.numbers[i]), on[i] = rule.on[i];
+    for (int i = 0; i < RULE_NUMBERS; ++i) {
+      values[i] = S(c.numbers[i]), rests[i] = S(1 - c.numbers[i]);
+      on[i] = rule.on[i];
+    }
     const double betas[2] = {c.numbers[int(RuleNumber::beta1)], c.numbers[int(RuleNumber::beta2)]};
     double powers[2] = {1, 1};  // beta^k
     for (int i = 0; i < 2; ++i) {
@@ -23,6 +26,7 @@ struct RuleNumbers {
     dc1 = S(-double(c.k + 1) * powers[0]), dc2 = S(-double(c.k + 1) * powers[1]);
   }
   FM_INLINE S operator[](RuleNumber n) const { return values[int(n)]; }
+  FM_INLINE S rest(RuleNumber n) const { return rests[int(n)]; }
   FM_INLINE bool has(RuleNumber n) const { return on[int(n)]; }
 };
 
