@@ -205,3 +205,15 @@ def test_diverged_tasks_are_counted():
     assert diverged == 2
     assert median == 2.0
     assert not mean <= 1e6
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "adam", "adamw", "rmsprop", "adagrad", "lion"])
+def test_inner_rules_train(tmp_path, rule):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    options = ("--iterations", "4", "--inner-steps", "2")
+    assert sinusoid(plain, *options).exit_code == 0
+    done = sinusoid(other, *options, "--inner-rule", rule)
+    assert done.exit_code == 0, done.output
+    mine, theirs = (rows(folder / "result.csv") for folder in (other, plain))
+    assert mine[1]["mse_mean"] != theirs[1]["mse_mean"]
+    assert all(float(row["mse_mean"]) < 100 for row in mine)
