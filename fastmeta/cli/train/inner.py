@@ -10,8 +10,8 @@ import click
 import fastmeta as fm
 from fastmeta.update_rules import UpdateRule
 
-#: Rules that divide by a root have `eps_root`, without which a unit whose gradient was zero at every
-#: step gives NaN: see `fastmeta.Adam`.
+#: Rules that divide by a root have `eps_root`, without which a unit whose gradient was zero at
+#: every step gives NaN: see `fastmeta.Adam`.
 RULES: dict[str, Callable[[], UpdateRule]] = {
     "sgd": fm.SGD,
     "momentum": lambda: fm.SGD(0.9),
