@@ -393,12 +393,6 @@ py::dict kinds() {
   return all;
 }
 
-std::vector<std::string> rule_numbers() {
-#define FM_NAME(name) #name,
-  return {FM_RULE_NUMBERS(FM_NAME)};
-#undef FM_NAME
-}
-
 std::vector<std::string> functions() {
 #define FM_NAME(name, formula) #name,
   return {FM_FUNCTIONS(FM_NAME)};
@@ -430,7 +424,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "The instruction sets compiled in.");
   m.def("kinds", &kinds,
         "The layer kinds, each with (inputs, least constants, most constants, parameters, required ones).");
-  m.def("rule_numbers", &rule_numbers, "The numbers of update rules, in the order of their lists.");
+  m.def("rule_numbers", &fm::binding::rule_numbers,
+        "The numbers of update rules, in the order of their lists.");
   m.def("functions", &functions, "The names of the element-wise functions.");
   m.attr("MOST_THREADS") = MOST_THREADS;
   m.attr("NARROW_ROWS") = fm::NARROW_ROWS;

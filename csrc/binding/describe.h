@@ -209,6 +209,12 @@ inline Param read_param(const Part& part, py::handle given) {
   return param;
 }
 
+inline std::vector<std::string> rule_numbers() {
+#define FM_NAME(name) #name,
+  return {FM_RULE_NUMBERS(FM_NAME)};
+#undef FM_NAME
+}
+
 // kind, nesterov, centered; numbers, on and learned by the order of `_C.rule_numbers()`
 inline Rule read_rule(const Part& part, py::handle given) {
   const py::dict d = part.dict(given);

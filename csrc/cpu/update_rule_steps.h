@@ -38,7 +38,8 @@ class UpdateRuleSteps {
 
   void start_back() {
     S* const mbar = task_.at_ + plan().at.mbar;
-    if (!plan().plain_rule()) std::fill(mbar, mbar + rule().states() * plan().set_size, S(0));
+    if (!plan().plain_rule() && plan().options.steps > 0)
+      std::fill(mbar, mbar + rule().states() * plan().set_size, S(0));
   }
 
   // Back through step k but for what passes through the gradient: lambda becomes that of theta_k,

@@ -7,6 +7,9 @@
 //   lambda_k    = lambda_{k+1} + H_k v + omega v + s_k grad Q(theta_k);   mbar = mu v
 //   d alpha_k   = -lambda_{k+1} u_k
 //
+// That is SGD. Of another update rule v is dJ/dg_k and lambda_{k+1} becomes what its adjoint makes of
+// it, before H_k v is added: docs/update-rules.md.
+//
 // The gradients of support inputs, targets and weights are what the same backward pass of tangents
 // leaves at the inputs and at the loss.
 // Source: docs/architecture.md, "The mathematics".

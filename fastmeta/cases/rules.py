@@ -16,6 +16,7 @@ RULES: dict[str, Callable[[Callable[[float], Tensor]], UpdateRule]] = {
     "adam": lambda n: Adam((n(0.9), n(0.99)), n(1e-3), weight_decay=n(0.1)),
     "adamw": lambda n: AdamW((0.9, 0.99), eps_root=n(1e-4), weight_decay=n(0.3), clip_norm=n(0.5)),
     "adam_plain": lambda n: Adam((0.9, 0.99), 1e-3),
+    "adam_root": lambda n: Adam(eps_root=1e-8),
     "rmsprop": lambda n: RMSProp(n(0.9), n(1e-2), n(1e-4), momentum=n(0.5), centered=True),
     "adagrad": lambda n: Adagrad(n(0.1), n(0.1), 0.01, n(1e-3)),
     "lion": lambda n: Lion((n(0.9), n(0.99)), n(0.3)),

@@ -4,6 +4,7 @@ entry."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,10 @@ _LOW_RANK = ("*.a", "*.b")
 
 WORKLOADS: dict[str, tuple[Case, ...]] = {
     "sinusoid": _workload("sinusoid", (1, 40, 40, 1), (4, 32, 256, 1024), 10, 10, (1, 5), "mse", 0.01),
+    "sinusoid-adam": tuple(
+        replace(case, rule="adam_root")
+        for case in _workload("sinusoid", (1, 40, 40, 1), (4, 32), 10, 10, (1, 5), "mse", 0.01)
+    ),
     "mlp": _workload("mlp", (784, 256, 128, 64, 64, 5), (16, 32), 5, 75, (1, 5), "ce", 0.01),
     "mlp-bn": _workload("mlp-bn", (784, 256, 128, 64, 64, 5), (16, 32), 5, 75, (1, 5), "ce", 0.01, "bn"),
     "recommender": _workload("recommender", (128, 64, 64, 1), (32,), 20, 10, (1, 5), "mse", 0.01),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 from fastmeta import backends
-from fastmeta.backends.machine.cost import forced
+from fastmeta.backends.machine.choice import forced
 from fastmeta.cases.verification import VERIFICATION
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of, wanted

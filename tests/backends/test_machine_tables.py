@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fastmeta as fm
 from fastmeta.backends.machine import run
-from fastmeta.backends.machine.cost import forced
+from fastmeta.backends.machine.choice import forced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from training import checkpoint, rows, same_run, sinusoid
 
 from fastmeta.cli import main
+from fastmeta.cli.train.inner import RULES
 from fastmeta.data import Sinusoid
 
 
@@ -205,3 +206,19 @@ def test_diverged_tasks_are_counted():
     assert diverged == 2
     assert median == 2.0
     assert not mean <= 1e6
+
+
+@pytest.mark.parametrize("rule", ["adam", "lion"])
+def test_inner_rules_train(tmp_path, rule):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    options = ("--iterations", "4", "--inner-steps", "2")
+    assert sinusoid(plain, *options).exit_code == 0
+    done = sinusoid(other, *options, "--inner-rule", rule)
+    assert done.exit_code == 0, done.output
+    mine, theirs = (rows(folder / "result.csv") for folder in (other, plain))
+    assert mine[1]["mse_mean"] != theirs[1]["mse_mean"]
+    assert all(float(row["mse_mean"]) < 100 for row in mine)
+
+
+def test_inner_rules_are_rules():
+    assert len({make() for make in RULES.values()}) == len(RULES)

@@ -75,7 +75,7 @@ def _problem(name: str, **options: object) -> Problem:
 def _compare(backend: str, problem: Problem) -> None:
     run = backends.get(backend)
     sides = {"support": problem.support, "query": problem.query}
-    parts = {name: name.partition("_") for name in EVERYTHING - {"params", "lr"}}
+    parts = {name: name.partition("_") for name in EVERYTHING - {"params", "lr", "rule"}}
     wrt = {"params", "lr"} | {
         name for name, (side, _, part) in parts.items() if _is_float(getattr(sides[side], part))
     }

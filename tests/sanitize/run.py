@@ -27,9 +27,11 @@ TESTS = [
         "backends/test_binding",
         "backends/test_determinism",
         "backends/test_machine_tables",
+        "backends/test_native_rules",
         "backends/test_ordinary_tensors",
         "layers/test_conv2d",
         "layers/test_max_pool2d",
+        "trace/test_epilogues",
         "trace/test_operators",
         "trace/test_program_words",
     )

@@ -9,7 +9,7 @@ import torch
 from support.programs import Traced
 from torch import Tensor
 
-from fastmeta.backends.machine.cost import forced
+from fastmeta.backends.machine.choice import forced
 from fastmeta.ops import meta_gradient
 from fastmeta.trace.ir import Product
 

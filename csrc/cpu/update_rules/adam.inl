@@ -10,8 +10,8 @@ struct AdamRule {
     const S b1 = h[RuleNumber::beta1], b2 = h[RuleNumber::beta2];
     Parts<S> p;
     p.d = APART ? e.g : decayed(h, e);
-    p.m = b1 * e.state[0] + (1 - b1) * p.d;
-    p.s = b2 * e.state[1] + (1 - b2) * p.d * p.d;
+    p.m = b1 * e.state[0] + h.rest(RuleNumber::beta1) * p.d;
+    p.s = b2 * e.state[1] + h.rest(RuleNumber::beta2) * p.d * p.d;
     p.root =
         sqrt_(h.has(RuleNumber::eps_root) ? p.s * (1 / h.c2) + h[RuleNumber::eps_root] : p.s * (1 / h.c2));
     p.below = p.root + h[RuleNumber::eps];
@@ -36,7 +36,7 @@ struct AdamRule {
     const Vec<S> to_m = e.mbar[0] + to_q / p.below, to_below = -to_q * p.q / p.below;
     const Vec<S> to_square = to_below / (2 * p.root);  // of s / c2
     const Vec<S> to_s = e.mbar[1] + to_square * (1 / h.c2);
-    e.v = (1 - b1) * to_m + 2 * (1 - b2) * p.d * to_s;
+    e.v = h.rest(RuleNumber::beta1) * to_m + 2 * h.rest(RuleNumber::beta2) * p.d * to_s;
     e.mbar[0] = b1 * to_m, e.mbar[1] = b2 * to_s;
     e.alpha_grad = -lambda * p.q * (1 / h.c1);
     if constexpr (E::learns) {

@@ -11,11 +11,11 @@ struct RmspropRule {
     Parts<S> p;
     p.at_momentum = h.rule.centered ? 2 : 1;
     p.d = decayed(h, e);
-    p.s = a * e.state[0] + (1 - a) * p.d * p.d;
+    p.s = a * e.state[0] + h.rest(RuleNumber::alpha) * p.d * p.d;
     Vec<S> square = p.s;
     p.c = Vec<S>{};
     if (h.rule.centered) {
-      p.c = a * e.state[1] + (1 - a) * p.d;
+      p.c = a * e.state[1] + h.rest(RuleNumber::alpha) * p.d;
       square -= p.c * p.c;
     }
     if (h.has(RuleNumber::eps_root)) square += h[RuleNumber::eps_root];
@@ -49,11 +49,11 @@ struct RmspropRule {
     const Vec<S> to_below = -to_u * p.u / p.below, to_square = to_below / (2 * p.root);
     const Vec<S> to_s = e.mbar[0] + to_square;
     Vec<S> to_c = Vec<S>{};
-    e.v = to_u / p.below + 2 * (1 - a) * p.d * to_s;
+    e.v = to_u / p.below + 2 * h.rest(RuleNumber::alpha) * p.d * to_s;
     e.mbar[0] = a * to_s;
     if (h.rule.centered) {
       to_c = e.mbar[1] - 2 * p.c * to_square;
-      e.v += (1 - a) * to_c;
+      e.v += h.rest(RuleNumber::alpha) * to_c;
       e.mbar[1] = a * to_c;
     }
     if constexpr (E::learns) {

@@ -3,7 +3,7 @@ struct SgdRule {
   template <class S, class E>
   FM_INLINE static Vec<S> buffer(const RuleNumbers<S>& h, const E& e, Vec<S> d) {
     if (h.first) return d;
-    return h[RuleNumber::momentum] * e.state[0] + (1 - h[RuleNumber::dampening]) * d;
+    return h[RuleNumber::momentum] * e.state[0] + h.rest(RuleNumber::dampening) * d;
   }
   template <class S, class E>
   FM_INLINE static void step(const RuleNumbers<S>& h, E& e) {
@@ -30,7 +30,7 @@ struct SgdRule {
       if (h.first) {
         e.v += to_m, e.mbar[0] = Vec<S>{};
       } else {
-        e.v += (1 - h[RuleNumber::dampening]) * to_m, e.mbar[0] = mu * to_m;
+        e.v += h.rest(RuleNumber::dampening) * to_m, e.mbar[0] = mu * to_m;
         by_mu += to_m * e.state[0];
         e.add(RuleNumber::dampening, -(to_m * d));
       }

@@ -13,7 +13,7 @@ from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._native_rules import refuses_native_rule
 from fastmeta.backends.machine import plan as plans
 from fastmeta.backends.machine import run as runs
-from fastmeta.backends.machine.cost import lanes_are_worth_it, slower
+from fastmeta.backends.machine.choice import lanes_are_worth_it, slower
 from fastmeta.problem import Problem, Result
 from fastmeta.trace.record import UntraceableError
 

@@ -16,7 +16,7 @@ from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
 from fastmeta.backends._traced import Kept
-from fastmeta.backends.machine.cost import in_lanes
+from fastmeta.backends.machine.choice import in_lanes
 from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends.torch.chunks import cut
@@ -261,17 +261,18 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         return found
     dtype = next(iter(problem.params.values())).dtype
     few = _few(problem, found, dtype)
+    lanes, few_in_lanes = in_lanes(problem, found, dtype), in_lanes(problem, found, dtype, few)
     if problem.rule is not None and not problem.rule.written:
         problem, wrt = replace(problem, rule=SGD(), hyper={}, scratch=Scratch()), _of_a_program(wrt)
     for seed in (0, 1):
         one = varied(cut(problem, 0, 1), seed)
-        one.scratch["lanes"] = in_lanes(problem, found, dtype)
+        one.scratch["lanes"] = lanes
         with preserved_for(one):
             expected = reference.solve(one, wrt, True)
             worst = difference(solve(one, wrt, True), expected, dtype)
             if not worst and few is not None:  # the program that has small tables
                 expected.adapted = None
-                one.scratch["lanes"] = in_lanes(problem, found, dtype, few)
+                one.scratch["lanes"] = few_in_lanes
                 worst = difference(solve(one, wrt, False), expected, dtype)
         if not worst:
             return ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.benchmark.peers import plain_torch
-from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
+from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed, sgd_alone
 from fastmeta.cases import Case, Instance
 
 
@@ -24,6 +24,7 @@ class Higher:
         return installed_version("higher")
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
+        sgd_alone(case)
         import higher
 
         net = plain_torch.load(made)

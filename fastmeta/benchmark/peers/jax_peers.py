@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.benchmark.peers import jax_network, plain_torch
-from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
+from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed, sgd_alone
 from fastmeta.cases import Case, Instance
 
 Params = dict[str, Any]
@@ -32,6 +32,7 @@ class JaxVmap:
         return installed_version("jax")
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
+        sgd_alone(case)
         import jax
 
         if case not in self._compiled:  # another seed is the same function
@@ -55,6 +56,7 @@ class JaxLoop(JaxVmap):
     name = "jax-loop"
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
+        sgd_alone(case)
         import jax
 
         if case not in self._compiled:

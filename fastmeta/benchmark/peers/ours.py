@@ -13,6 +13,8 @@ from fastmeta import backends
 from fastmeta.benchmark.peers import plain_torch
 from fastmeta.benchmark.peers.peer import Prepared
 from fastmeta.cases import Case, Instance
+from fastmeta.cases.rules import rule_of_case
+from fastmeta.update_rules import UpdateRule
 from fastmeta.version import __version__
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class MetaGradientPeer:
                 adapt=case.adapt or "all",
                 memory=case.memory,
                 backend=self.backend,
+                update_rule=_rule(case, made),
                 **self.options,
             )
 
@@ -75,8 +78,16 @@ class MetaGradientPeer:
             order=case.order,
             memory=case.memory,
             adapt=case.adapt or "all",
+            update_rule=_rule(case, made),
             backend=self.backend,
         )
+
+
+def _rule(case: Case, made: Instance) -> UpdateRule | None:
+    if not case.rule:
+        return None
+    first = next(iter(made.params.values()))
+    return rule_of_case(case.rule, first.dtype, first.device, case.steps)
 
 
 class MAMLPeer(MetaGradientPeer):

@@ -8,9 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastmeta.cases import Case, Instance
+from fastmeta.cases.rules import rule_of_case
+from fastmeta.errors import BackendUnavailable
+from fastmeta.update_rules import Adam
 
 
 @dataclass(slots=True)
@@ -25,6 +29,30 @@ class Prepared:
     # of fastmeta: the name of the backend that runs it; asked after the first step, for it may take
     # as long
     backend: Callable[[], str] | None = None
+
+
+def sgd_alone(case: Case) -> None:
+    """For peers that have no other inner optimiser.
+
+    Raises:
+        BackendUnavailable: the case has another update rule.
+    """
+    if case.rule:
+        raise BackendUnavailable(f"its inner steps are those of SGD, not {case.rule}")
+
+
+def adam_of(case: Case) -> Adam | None:
+    """The Adam of plain numbers that a case has inside; None for SGD.
+
+    Raises:
+        BackendUnavailable: the case has another update rule.
+    """
+    if not case.rule:
+        return None
+    rule = rule_of_case(case.rule, torch.float32, torch.device("cpu"), case.steps)
+    if type(rule) is not Adam or rule.learned or rule.numbers["weight_decay"]:
+        raise BackendUnavailable(f"its inner steps are those of SGD or Adam, not {case.rule}")
+    return rule
 
 
 class Peer(Protocol):

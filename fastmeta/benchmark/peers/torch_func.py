@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from fastmeta.benchmark.peers import plain_torch
-from fastmeta.benchmark.peers.peer import Prepared
+from fastmeta.benchmark.peers.peer import Prepared, sgd_alone
 from fastmeta.cases import Case, Instance
 from fastmeta.inputs import Tree
 
@@ -37,6 +37,7 @@ class TorchFunc:
         return torch.__version__
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
+        sgd_alone(case)
         function = _meta_gradient(case, made)
         episode = plain_torch.episode(made)
         return Prepared(lambda: function(made.params, *episode), lambda out: dict(out[0]))
@@ -53,6 +54,7 @@ class TorchCompile(TorchFunc):
         return ""
 
     def prepare(self, case: Case, made: Instance) -> Prepared:
+        sgd_alone(case)
         # A fresh cache a case: at the limit of recompilations torch would silently run the function
         # uncompiled.
         torch.compiler.reset()

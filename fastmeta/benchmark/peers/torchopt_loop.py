@@ -1,5 +1,5 @@
-"""TorchOpt: its differentiable `MetaSGD`, the network's state restored after each task, as its MAML
-example does."""
+"""TorchOpt: its differentiable `MetaSGD` or `MetaAdam`, the network's state restored after each
+task, as its MAML example does."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastmeta.benchmark.peers import plain_torch
-from fastmeta.benchmark.peers.peer import Prepared, installed_version, not_installed
+from fastmeta.benchmark.peers.peer import Prepared, adam_of, installed_version, not_installed
 from fastmeta.cases import Case, Instance
 from fastmeta.errors import BackendUnavailable
 
 
 class TorchOpt:
-    """`torchopt.MetaSGD` per task, one backward over all of them."""
+    """`torchopt.MetaSGD`, or `MetaAdam`, per task, one backward over all of them."""
 
     name = "torchopt"
 
@@ -34,7 +34,13 @@ class TorchOpt:
         loss = plain_torch.loss_function(case)
         # The optimiser replaces the module's parameters as it steps; these are the leaves.
         parameters = dict(net.named_parameters())
-        inner = torchopt.MetaSGD(net, lr=case.lr)
+        adam = adam_of(case)
+        if adam is None:
+            inner = torchopt.MetaSGD(net, lr=case.lr)
+        else:
+            n = adam.numbers
+            betas, roots = (n["beta1"], n["beta2"]), {"eps": n["eps"], "eps_root": n["eps_root"]}
+            inner = torchopt.MetaAdam(net, lr=case.lr, betas=betas, **roots, moment_requires_grad=False)
 
         def step() -> tuple[Tensor, ...]:
             net_state = torchopt.extract_state_dict(net, by="reference")

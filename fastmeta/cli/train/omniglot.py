@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.cli import folder, memory
 from fastmeta.cli.train import plots, reported
+from fastmeta.cli.train.inner import RULES, rule_option
 from fastmeta.cli.train.loop import FILES, fit
 from fastmeta.cli.train.result import write_result
 from fastmeta.cli.train.run import COUNT, Finite, Run, held_out_seed, run_options
@@ -58,6 +59,7 @@ class Accuracy(NamedTuple):
     type=click.IntRange(0, COUNT.max),
     help="Inner steps in training [default: 1, and 5 for mlp].",
 )
+@rule_option
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=COUNT, default=16, help="Tasks of a meta-batch.")
 @click.option("--eval-episodes", type=click.IntRange(2, COUNT.max), default=600, help="Test tasks.")
@@ -80,6 +82,7 @@ def omniglot(
     query: int,
     inner_lr: float | None,
     inner_steps: int | None,
+    inner_rule: str,
     first_order: bool,
     tasks: int,
     eval_episodes: int,
@@ -119,6 +122,7 @@ def omniglot(
         inner_lr=defaults["inner_lr"] if inner_lr is None else inner_lr,
         inner_steps=inner_steps,
         order="first" if first_order else "second",
+        update_rule=RULES[inner_rule](),
         backend=backend,
     )
     console.print(

@@ -14,6 +14,7 @@ class Setting(NamedTuple):
     inner_lr: float
     inner_steps: int
     first_order: bool
+    inner_rule: str = "sgd"
 
 
 #: Mean query MSE over 2,000 test tasks after 0, 1, 5 and 10 inner steps, with the standard

@@ -16,6 +16,7 @@ import fastmeta as fm
 from fastmeta.cli import folder, memory
 from fastmeta.cli.train import plots, reported
 from fastmeta.cli.train.checkpoint import State
+from fastmeta.cli.train.inner import RULES, rule_option
 from fastmeta.cli.train.loop import FILES, fit
 from fastmeta.cli.train.result import write_result
 from fastmeta.cli.train.run import COUNT, Finite, Run, held_out_seed, run_options
@@ -52,6 +53,7 @@ class Errors(NamedTuple):
 @click.option("--shots", type=COUNT, default=10, help="Support points of a task, and query points.")
 @click.option("--inner-lr", type=Finite(), default=0.01, help="Inner learning rate.")
 @click.option("--inner-steps", type=click.IntRange(0, COUNT.max), default=1, help="Inner steps in training.")
+@rule_option
 @click.option("--first-order", is_flag=True, help="First-order MAML.")
 @click.option("--tasks", type=COUNT, default=25, help="Tasks of a meta-batch.")
 @click.option("--eval-tasks", type=COUNT, default=2000, help="Test tasks.")
@@ -61,6 +63,7 @@ def sinusoid(
     shots: int,
     inner_lr: float,
     inner_steps: int,
+    inner_rule: str,
     first_order: bool,
     tasks: int,
     eval_tasks: int,
@@ -75,7 +78,7 @@ def sinusoid(
     Finn, Abbeel, Levine (2017), section 5.1.
     """
     console = Console()
-    setting = reported.Setting(shots, inner_lr, inner_steps, first_order)
+    setting = reported.Setting(shots, inner_lr, inner_steps, first_order, inner_rule)
     console.print(
         f"{shots}-shot sinusoids, {tasks} tasks, {torch.get_num_threads()} threads, run in "
         f"{escape(str(run.out))}"
@@ -135,6 +138,7 @@ def experiment(
         inner_lr=setting.inner_lr,
         inner_steps=setting.inner_steps,
         order="first" if setting.first_order else "second",
+        update_rule=RULES[setting.inner_rule](),
         backend=backend,
     )
     data = fm.data.Sinusoid(tasks, setting.shots, iterations=run.iterations, seed=seed)
