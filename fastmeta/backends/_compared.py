@@ -40,6 +40,11 @@ def varied(problem: Problem, seed: int) -> Problem:
     )
 
 
+def finite(result: Result) -> bool:
+    """Whether the losses, the output and all gradients are."""
+    return all(bool(expected.isfinite().all()) for _, _, expected in _pairs(result, result))
+
+
 def difference(found: Result, expected: Result, dtype: torch.dtype) -> str:
     """What differs most, "" if nothing does by more than rounding.
 

@@ -15,6 +15,7 @@ import fastmeta as fm
 from fastmeta import backends
 from fastmeta.backends.machine.choice import forced
 from fastmeta.cases.verification import VERIFICATION
+from fastmeta.trace.lower import OPERATORS
 from fastmeta.verify import rule, runs
 from fastmeta.verify.problems import problem_of, wanted
 
@@ -292,3 +293,14 @@ def test_query_losses_of_all_steps_count_where_no_gradient_is_wanted(rule: fm.Up
     got, want = (_run(net, backend, update_rule=rule, **options) for backend in ("machine", "reference"))
     torch.testing.assert_close(got.task_losses, want.task_losses, rtol=1e-10, atol=0)
     torch.testing.assert_close(got.output, want.output, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [0.05, 50.0])
+def test_a_wrong_program_is_found_also_where_the_steps_diverge(
+    lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call is compared at rates at which there is something to compare."""
+    wrong = OPERATORS["tanh"]
+    monkeypatch.setitem(OPERATORS, "tanh", lambda low, x: low.map("mul", wrong(low, x), 1.01))
+    with pytest.raises(fm.BackendUnavailable, match="its step program differs from the module"):
+        _run(_net(), "machine", steps=30, lr=lr)
