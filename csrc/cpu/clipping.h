@@ -21,6 +21,11 @@ class Clipping {
   template <class Each>
   void forward(const double* numbers, const Each& each, S* factors, S* clipped) const {
     find_factors(numbers, each, factors);
+    clip(numbers, each, factors, clipped);
+  }
+  // The same by the factors that `forward` has found.
+  template <class Each>
+  void clip(const double* numbers, const Each& each, const S* factors, S* clipped) const {
     each([&](i64 n, const S* mask, const S* g, i64 offset) {
       kernels_.clip(call(numbers, n, mask, g, factors), clipped + offset);
     });

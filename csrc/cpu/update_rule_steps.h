@@ -46,9 +46,9 @@ class UpdateRuleSteps {
   // `direction` dJ/dg_k. Adds to the sums of the rates, null where not wanted, and of the numbers.
   void back(i64 k, S* const* lambda, S* const* rate_sums, S* number_sums) {
     numbers_at(rule(), task_.call_.numbers, k, numbers_);
-    if (rule().clips()) clipping_.forward(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
+    if (rule().clips()) clipping_.clip(numbers_, each(k), factors(k), task_.at_ + plan().at.clipped);
     double grads[RULE_NUMBERS] = {};
-    double* const wanted = rule().learns() ? grads : nullptr;
+    double* const wanted = task_.call_.number_grads ? grads : nullptr;
     S* const v = task_.at_ + plan().at.direction;
     for (size_t p = 0; p < plan().params.size(); ++p) {
       const Param& param = plan().params[p];

@@ -249,9 +249,9 @@ class Group : private GroupState<S> {
   void rule_back(i64 k) {
     numbers_at(m_.rule, call_.numbers, k, numbers_);
     const Clipping<S> clipping(m_.rule, kernels_, L_);
-    if (m_.rule.clips()) clipping.forward(numbers_, each(k), factors(k), w_ + at_.clipped);
+    if (m_.rule.clips()) clipping.clip(numbers_, each(k), factors(k), w_ + at_.clipped);
     double grads[RULE_NUMBERS] = {};
-    double* const wanted = m_.learns_numbers() ? grads : nullptr;
+    double* const wanted = call_.number_grads ? grads : nullptr;
     S* const by_rate = w_ + at_.updates;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       const i64 from = m_.adapted[p].offset * L_;
