@@ -32,7 +32,7 @@ demo: $(VENV)/installed-demo extension
 	$(BIN)/fastmeta train sinusoid --out runs/sinusoid --overwrite
 
 test: $(VENV)/installed-test extension
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check
