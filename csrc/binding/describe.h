@@ -243,6 +243,30 @@ inline Rule read_rule(const Part& part, py::handle given) {
   return rule;
 }
 
+// (kind, at, to) of each action, none for no checkpoints: fastmeta/backends/_checkpoints.py.
+inline Schedule read_schedule(const Part& part, py::handle given, i64 steps) {
+  Schedule schedule;
+  const py::tuple all = part.list(given);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const Part row = part.at(i);
+    const py::tuple action = row.items(all[i], 3, 3);
+    const i64 kind = row.integer(action[0]);
+    if (kind < 0 || kind >= ACTION_KINDS) row.refuse("is no action");
+    schedule.actions.push_back({ActionKind(kind), row.integer(action[1]), row.integer(action[2])});
+  }
+  if (!schedule.empty() && !schedule.complete(steps)) part.refuse("does not go over all steps");
+  return schedule;
+}
+
+// Finite numbers.
+inline std::vector<double> read_weights(const Part& part, py::handle given) {
+  std::vector<double> weights;
+  for (const py::handle weight : part.list(given)) weights.push_back(part.number(weight));
+  for (const double weight : weights)
+    if (!std::isfinite(weight)) part.refuse("must be finite");
+  return weights;
+}
+
 inline Options read_options(const Part& part, const py::dict& given) {
   Options o;
   const auto integer = [&](const char* key) { return part.at(key).integer(part.entry(given, key)); };
@@ -251,6 +275,10 @@ inline Options read_options(const Part& part, const py::dict& given) {
   o.second_order = boolean("second_order"), o.store = boolean("store"), o.gradient = boolean("gradient");
   o.support_per_step = boolean("support_per_step"), o.wants_rates = boolean("wants_rates");
   o.wants_support_x = boolean("wants_support_x"), o.wants_query_x = boolean("wants_query_x");
+  o.support_step_weights =
+      read_weights(part.at("support_step_weights"), part.entry(given, "support_step_weights"));
+  if (o.steps < 0 || o.steps > MOST_STEPS) part.at("steps").refuse("is out of range");
+  o.schedule = read_schedule(part.at("schedule"), part.entry(given, "schedule"), o.steps);
   o.rule = read_rule(part.at("rule"), part.entry(given, "rule"));
   o.loss = read_loss(part.at("loss"), part.entry(given, "loss"));
   o.query_loss = read_loss(part.at("query_loss"), part.entry(given, "query_loss"));

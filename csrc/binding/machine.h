@@ -49,6 +49,13 @@ class MachineReader {
     m_.second_order = flag("second_order"), m_.store = flag("store"), m_.gradient = flag("gradient");
     m_.wants_rates = flag("wants_rates"), m_.per_step = flag("per_step");
     m_.query_loss = flag("query_loss"), m_.output_grad = flag("output_grad");
+    m_.support_step_weights =
+        read_weights(part_.at("support_step_weights"), entry("support_step_weights"));
+    if (!m_.support_step_weights.empty() && i64(m_.support_step_weights.size()) != m_.steps)
+      part_.at("support_step_weights").refuse("must be one for each step");
+    m_.schedule = read_schedule(part_.at("schedule"), entry("schedule"), m_.steps);
+    if (m_.checkpointed() && (!m_.gradient || m_.store || m_.steps == 0))
+      part_.at("schedule").refuse("needs steps and gradients, and nothing stored");
     m_.rule = read_rule(part_.at("rule"), entry("rule"));
     m_.theta = size("theta"), m_.fixed = size("fixed"), m_.output = size("output");
     rows("adapted", 6, [&](const Part& p, const py::tuple& row) {
@@ -82,7 +89,7 @@ class MachineReader {
     set("support", m_.support, 0), set("query", m_.query, 1);
     if (m_.steps > 0 && !m_.support.present) part_.refuse("has steps, and no support set");
     if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
-    if (m_.steps > 0 && m_.gradient && m_.second_order && m_.support.program.stage_ends.size() < 3)
+    if (m_.steps > 0 && m_.gradient && m_.runs_back() && m_.support.program.stage_ends.size() < 3)
       part_.refuse("has no Hessian-vector product");
     m_.find_updates();
     return std::move(m_);

@@ -144,6 +144,11 @@ void check_options(const Plan& plan) {
   require(o.support > 0 || o.query > 0, "options.query", "must be positive where there is no support set");
   require(o.steps == 0 || (o.support > 0 && o.loss.kind != LossKind::none), "options.steps",
           "need a support set and its loss");
+  const auto& weights = o.support_step_weights;
+  require(weights.empty() || i64(weights.size()) == o.steps, "options.support_step_weights",
+          "must be one for each step");
+  require(o.schedule.empty() || (o.gradient && !o.store && o.steps > 0), "options.schedule",
+          "needs steps and gradients, and nothing stored");
   require(!o.support_per_step || o.steps > 0, "options.support_per_step", "needs steps");
   require(!o.wants_rates || (o.gradient && o.steps > 0), "options.wants_rates", "needs gradients and steps");
   require(!o.wants_support_x || (o.gradient && o.support > 0), "options.wants_support_x",

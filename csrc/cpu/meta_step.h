@@ -5,22 +5,20 @@
 #include <utility>
 
 #include "../shared/algorithm.h"
-#include "task_state.h"
-#include "update_rule_steps.h"
+#include "checkpoints.h"
+#include "inner_steps.h"
 
 namespace fm {
 
 template <class S>
-class MetaStep : private TaskState<S> {
+class MetaStep : private InnerSteps<S> {
  public:
   MetaStep(const Plan& plan, const Kernels<S>& kernels, const Call<S>& call, const Shared<S>& shared,
            S* workspace)
-      : TaskState<S>(plan, kernels, call, shared, workspace),
+      : InnerSteps<S>(plan, kernels, call, shared, workspace),
         v_primary_(plan.params.size()),
         v_mirror_(plan.params.size()),
-        lambda_(plan.params.size()),
-        sinks_(plan.params.size()),
-        rule_(*this, kernels) {
+        lambda_(plan.params.size()) {
     for (size_t p = 0; p < plan.params.size(); ++p) {
       lambda_[p] = at_ + plan.at.lambda + plan.params[p].offset;
       v_primary_[p] = at_ + plan.at.direction + plan.params[p].offset;
@@ -33,15 +31,20 @@ class MetaStep : private TaskState<S> {
   void run(i64 t, S* sums, bool first) {
     t_ = t;
     sums_ = sums, first_ = first;
-    meta_step(*this);
+    if (plan_.checkpointed())
+      checkpointed_meta_step(*this, options().schedule);
+    else
+      meta_step(*this);
   }
   using TaskState<S>::write_rate_gradient;
 
  private:
   template <class Task>
   friend void fm::meta_step(Task&);
+  template <class Task>
+  friend void fm::checkpointed_meta_step(Task&, const Schedule&);
   using Step = i64;
-  using State = TaskState<S>;
+  using State = InnerSteps<S>;
   using State::add_input_gradient;
   using State::at_;
   using State::call_;
@@ -50,20 +53,31 @@ class MetaStep : private TaskState<S> {
   using State::kernels_;
   using State::load_params;
   using State::loss_call;
+  using State::gradient_sinks;
+  using State::inner_step;
   using State::mirror_step;
   using State::options;
   using State::own_theta;
   using State::plan_;
   using State::query;
   using State::query_pass;
+  using State::restore;
+  using State::rule_;
+  using State::save;
   using State::rate;
   using State::shared_;
   using State::single_rate;
+  using State::sinks_;
+  using State::start;
   using State::step_weight;
   using State::support;
+  using State::support_gradient;
   using State::support_pass;
+  using State::support_weight;
   using State::t_;
+  using State::task_weight;
   using State::theta;
+  using State::value_;
   using State::write_output;
   using State::zero;
   using typename State::Slice;
@@ -72,90 +86,11 @@ class MetaStep : private TaskState<S> {
   bool has_gradient() const { return options().gradient; }
   bool has_step_weights() const { return !call_.step_weights.empty(); }
   void load() {
-    value_ = 0;
+    start();
     load_params();
   }
   void write_loss() {
     if (call_.task_losses) call_.task_losses[t_] = S(value_);
-  }
-
-  friend class UpdateRuleSteps<S>;
-
-  // ---- the inner loop
-  // Forward, loss and backward of the support set; the parameters' gradients go to `sinks`, if
-  // given.
-  void support_gradient(const Pass<S>& pass, const Slice& batch, Sink<S>* sinks) {
-    forward(pass);
-    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0, 1.0);
-    l.dz = pass.delta(plan_.output);
-    kernels_.loss(l);
-    backward(pass, sinks);
-  }
-
-  // The adapted parameters' gradients as they are, to the scratch set.
-  Sink<S>* gradient_sinks() {
-    for (size_t p = 0; p < plan_.params.size(); ++p) {
-      sinks_[p] = {};
-      if (plan_.params[p].adapted && !input_.is(p))
-        sinks_[p].to = at_ + plan_.at.gradient + plan_.params[p].offset;
-    }
-    return sinks_.data();
-  }
-
-  void inner_step(i64 k) {
-    const Slice batch = support(k);
-    const Pass<S> pass = support_pass(k, batch, false);
-    if (k == 0 && input_.active()) input_.begin(pass.input, pass.input_ld, theta(0, input_.param_index()));
-    if (!plan_.plain_rule()) {
-      support_gradient(pass, batch, rule_.sinks(k, sinks_.data()));
-      rule_.step(k);
-    } else if (!(plan_.keeps_updates() && options().gradient)) {
-      update_in_epilogues(k, pass, batch);
-    } else {
-      support_gradient(pass, batch, gradient_sinks());
-      update(k);
-    }
-    if (input_.active()) input_.step(k, single_rate(k, input_.param_index()), pass);
-    mirror_step(k + 1);
-  }
-
-  // theta_{k+1} = theta_k - alpha g straight out of the products, but for element-wise rates.
-  void update_in_epilogues(i64 k, const Pass<S>& pass, const Slice& batch) {
-    bool elementwise = false;
-    for (size_t p = 0; p < plan_.params.size(); ++p) {
-      const Param& param = plan_.params[p];
-      sinks_[p] = {};
-      if (!param.adapted || input_.is(p)) continue;
-      if (param.rate_element) {
-        elementwise = true;
-        sinks_[p].to = at_ + plan_.at.gradient + param.offset;
-        continue;
-      }
-      S alpha;
-      const S* alphas;
-      rate(k, p, alpha, alphas);
-      sinks_[p] = {own_theta(k + 1, p), theta(k, p), false, -alpha};
-    }
-    support_gradient(pass, batch, sinks_.data());
-    if (!elementwise) return;
-    for (size_t p = 0; p < plan_.params.size(); ++p)
-      if (plan_.params[p].adapted && plan_.params[p].rate_element) update(k, p);
-  }
-
-  void update(i64 k) {
-    for (size_t p = 0; p < plan_.params.size(); ++p)
-      if (plan_.params[p].adapted && !input_.is(p)) update(k, p);
-  }
-
-  void update(i64 k, size_t p) {
-    const Param& param = plan_.params[p];
-    const bool keep = plan_.keeps_updates() && options().gradient;
-    S alpha;
-    const S* alphas;
-    rate(k, p, alpha, alphas);
-    kernels_.sgd_update(param.size, alpha, alphas, theta(k, p), at_ + plan_.at.gradient + param.offset,
-                        own_theta(k + 1, p),
-                        keep ? at_ + plan_.at.updates + k * plan_.at.update_stride + param.offset : nullptr);
   }
 
   // ---- the query
@@ -186,8 +121,8 @@ class MetaStep : private TaskState<S> {
     S* dz = pass.delta(plan_.output);
     if (last) write_output(pass);
     if (s != 0.0) {
-      const double c = (call_.task_weights ? double(call_.task_weights[t_]) : 1.0) / double(call_.tasks);
-      LossCall<S> l = loss_call(pass, options().query_loss, batch, c * s, c * s);
+      const double weight = task_weight() * s;
+      LossCall<S> l = loss_call(pass, options().query_loss, batch, weight, weight);
       l.dz = dz, l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
       value_ += s * kernels_.loss(l);
     } else if (last && call_.output_grad) {
@@ -271,18 +206,21 @@ class MetaStep : private TaskState<S> {
     const Options& o = options();
     const Slice batch = support(k);
     const bool plain = plan_.plain_rule();
-    const bool again = !o.store && (o.second_order || (plain && o.wants_rates && !plan_.keeps_updates()));
+    const bool again = !o.store && !plan_.checkpointed() && (o.second_order || (plain && o.wants_rates));
+    const double weight = support_weight(k) * task_weight();
     if (!o.store) mirror_step(k);
     const Pass<S> pass = support_pass(k, batch, !again);
     if (again)
-      support_gradient(pass, batch,
-                       plain && o.wants_rates && !plan_.keeps_updates() ? gradient_sinks() : nullptr);
+      support_gradient(pass, batch, plain && o.wants_rates ? gradient_sinks() : nullptr);
     if (!plain) {
       rule_.back(k, lambda_.data(), rate_sums(k), sums_ + plan_.number_sum_offset + k * RULE_NUMBERS);
       for (size_t p = 0; p < plan_.params.size(); ++p)
         if (o.second_order && plan_.params[p].adapted && plan_.params[p].mirrored)
           make_v_mirror(p, v_primary_[p]);
-      if (o.second_order) hessian_vector(pass, batch, v_primary_.data(), S(1), S(1), false);
+      if (o.second_order)
+        hessian_vector(pass, batch, v_primary_.data(), S(1), S(1), weight, false);
+      else if (weight != 0.0)
+        support_term(k, batch, weight);
       return;
     }
     if (o.wants_rates) rate_gradients(k, pass);
@@ -290,14 +228,27 @@ class MetaStep : private TaskState<S> {
     // can.
     const bool into_sums = o.second_order && k == 0 && (!has_query_loss() || step_weight(0) == 0.0);
     S alpha = 0;
-    if (one_rate(k, alpha)) {
-      if (o.second_order) along_lambda(pass, batch, alpha, into_sums);
+    if (!o.second_order) {
+      if (weight != 0.0) support_term(k, batch, weight);
       return;
     }
+    if (weight == 0.0 && one_rate(k, alpha)) return along_lambda(pass, batch, alpha, into_sums);
     direction(k);
-    if (!o.second_order) return;
     const S input_scale = input_.active() ? -single_rate(k, input_.param_index()) : S(1);
-    hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, into_sums);
+    hessian_vector(pass, batch, v_primary_.data(), S(1), input_scale, weight, into_sums);
+  }
+
+  // Of first order, what the support loss of step k is in the objective for: its gradient times
+  // `weight`, added to lambda and the inputs.
+  void support_term(i64 k, const Slice& batch, double weight) {
+    const bool there = options().store || plan_.checkpointed();
+    const Pass<S> pass = support_pass(k, batch, there);
+    if (!there) forward(pass);
+    LossCall<S> l = loss_call(pass, options().loss, batch, weight, weight);
+    l.dz = pass.delta(plan_.output), l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
+    kernels_.loss(l);
+    backward(pass, lambda_sinks(S(1)));
+    if (batch.grad_x) add_input_gradient(pass, pass.d, S(1), batch.grad_x);
   }
 
   // Whether v = -alpha lambda for a single alpha at step k: then nobody has to write v down.
@@ -320,7 +271,7 @@ class MetaStep : private TaskState<S> {
   void along_lambda(Pass<S> pass, const Slice& batch, S alpha, bool into_sums) {
     for (size_t p = 0; p < plan_.params.size(); ++p)
       if (plan_.params[p].mirrored) make_v_mirror(p, lambda_[p]);
-    hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), into_sums);
+    hessian_vector(pass, batch, lambda_.data(), -alpha, S(1), 0.0, into_sums);
   }
 
   // v = -alpha lambda; zero for parameters that are not adapted, since the sweep began.
@@ -342,10 +293,11 @@ class MetaStep : private TaskState<S> {
     make_mirror(kernels_, plan_, param, v, at_ + plan_.at.direction_mirror + param.mirror_offset);
   }
 
-  // lambda += scale H v, or right into the sums; the mixed derivatives likewise into the gradients
-  // of the support set. The input layer's v is input_scale * lambda.
+  // lambda += scale H v + weight g, or right into the sums; the derivatives of scale <g, v> + weight L
+  // likewise into the gradients of the support set. The input layer's v is input_scale * lambda; a
+  // weight that is not zero comes with a scale of one.
   void hessian_vector(Pass<S> pass, const Slice& batch, const S* const* v, S scale, S input_scale,
-                      bool into_sums) {
+                      double weight, bool into_sums) {
     pass.v = {v, v_mirror_.data()};
     if (input_.active()) pass.tangent_low_rank = input_.tangent(input_scale);
     tangent(pass);
@@ -354,6 +306,7 @@ class MetaStep : private TaskState<S> {
     l.dz = pass.tangent_delta(plan_.output);
     l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
     kernels_.loss_tangent(l);
+    if (weight != 0.0) add_support_loss(pass, batch, weight);
     Sink<S>* sinks = lambda_sinks(scale);
     if (into_sums) {
       for (size_t p = 0; p < plan_.params.size(); ++p)
@@ -365,6 +318,19 @@ class MetaStep : private TaskState<S> {
     tangent_backward(pass, sinks);
     if (input_.active()) input_.adjoint_step(scale, pass);
     if (batch.grad_x) add_input_gradient(pass, pass.rd, scale, batch.grad_x);
+  }
+
+  // The backward pass of tangents is linear in the tangent deltas: weight dz among them makes it
+  // leave the gradient of weight L too.
+  void add_support_loss(const Pass<S>& pass, const Slice& batch, double weight) {
+    const Value& out = plan_.values[plan_.output];
+    S* const rdz = pass.tangent_delta(plan_.output);
+    const i64 n = pass.geometry.examples * out.rows * out.ld;
+    kernels_.sgd_direction(n, S(-weight), nullptr, pass.delta(plan_.output), rdz, rdz);
+    if (!batch.grad_y && !batch.grad_weights) return;
+    LossCall<S> l = loss_call(pass, options().loss, batch, 1.0, weight);
+    l.dtarget = batch.grad_y, l.dweights = batch.grad_weights;
+    kernels_.loss(l);
   }
 
   // Where the gradient of a rate at step k is summed up.
@@ -430,15 +396,12 @@ class MetaStep : private TaskState<S> {
   }
 
   S* sums_ = nullptr;    // of the task's range
-  double value_ = 0;     // of the query losses
   bool first_ = true;    // the first task of its range: sums are stored, not added to
   bool fresh_ = true;    // lambda has not been written yet
   bool summed_ = false;  // the shared parameters' gradients have gone into the sums
   std::vector<const S*> v_primary_, v_mirror_;
   std::vector<S*> lambda_;
-  std::vector<Sink<S>> sinks_;
   std::vector<S*> rate_sums_;
-  UpdateRuleSteps<S> rule_;      // where the rule is not plain
   S* input_gradient_ = nullptr;  // of its weight
   bool input_fresh_ = true;      // which has not been written yet
   std::unique_ptr<Pass<S>> kept_query_;

@@ -72,6 +72,7 @@ void Plan::lay_out_input() {
 // changes have low rank.
 void Plan::choose_input_layer() {
   const Options& o = options;
+  if (checkpointed() || (!o.support_step_weights.empty() && !o.second_order)) return;
   if (o.steps == 0 || o.support == 0 || o.support_per_step || tied || !plain_rule() || o.wants_support_x ||
       o.wants_query_x)
     return;
@@ -151,7 +152,7 @@ void Plan::finish() {
   i64 end = 0;
   auto take = [&end](i64 n) { return std::exchange(end, plus(end, n)); };
   at.mirror_stride = options.store ? mirror_size : 0;
-  at.theta = take(plus(set_size, times(K, at.theta_stride)));
+  at.theta = take(plus(set_size, times(checkpointed() ? 2 : K, at.theta_stride)));
   at.theta_mirror = take(times(mirror_size, options.store ? K + 1 : 2));
   at.value_stride = kept > 1 ? support.size_with_state : 0;
   at.delta_stride = kept > 1 ? support.size : 0;
@@ -167,9 +168,11 @@ void Plan::finish() {
   at.direction_mirror = take(tangent ? mirror_size : 0);
   at.lambda = take(options.gradient ? set_size : 0);
   const i64 states = options.rule.states(), ruled = plain_rule() || K == 0 ? 0 : 1;
-  at.rule_stride = ruled && options.gradient ? set_size : 0;
-  at.rule_gradients = take(ruled * (options.gradient ? times(K, set_size) : set_size));
-  at.rule_states = take(ruled * times(options.gradient ? K + 1 : 2, times(states, set_size)));
+  at.rule_stride = ruled && keeps_steps() ? set_size : 0;
+  at.rule_gradients = take(ruled * (keeps_steps() ? times(K, set_size) : set_size));
+  at.rule_states = take(ruled * times(keeps_steps() ? K + 1 : 2, times(states, set_size)));
+  at.checkpoint_stride = plus(at.theta_stride, ruled * times(states, set_size));
+  at.checkpoints = take(times(options.schedule.places, at.checkpoint_stride));
   at.mbar = take(ruled && options.gradient ? times(states, set_size) : 0);
   at.clipped = take(ruled && options.rule.clips() ? set_size : 0);
   at.factors = take(ruled && options.rule.clips() ? times(K + 2, lane) : 0);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../shared/types.h"
+#include "checkpoints.h"
 #include "update_rules.h"
 
 namespace fm {
@@ -89,6 +90,8 @@ struct Options {
   i64 steps = 0, support = 0, query = 0;  // K, N, M; 0: absent
   bool second_order = true, store = true, gradient = false, support_per_step = false;
   bool wants_rates = false, wants_support_x = false, wants_query_x = false;
+  std::vector<double> support_step_weights;  // K, or empty: support losses are not in the objective
+  Schedule schedule;
   Rule rule;
   LossSpec loss, query_loss;
 };
@@ -121,12 +124,16 @@ struct Plan {
     // of rules that are not plain: gradients and states of the steps, a parameter set each; dJ/dstate;
     // clipped gradients; factors, a line for each step
     i64 rule_gradients, rule_states, mbar, clipped, factors, rule_stride;
+    i64 checkpoints, checkpoint_stride;  // theta, and the state of the rule
     i64 temporary, input_layer, total;
   } at;
 
   bool tied = false;     // some parameter is used by several layers
   int input_layer = -1;  // the layer that runs without its adapted weights, see input_layer.h; -1: none
 
+  bool checkpointed() const { return !options.schedule.empty(); }
+  // Whether what the steps leave for the way back is there for all of them.
+  bool keeps_steps() const { return options.gradient && !checkpointed(); }
   bool keeps_updates() const { return options.wants_rates && options.store && plain_rule(); }
 
   i64 value_ld(i64 cols) const;

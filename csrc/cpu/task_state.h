@@ -42,7 +42,8 @@ class TaskState {
     return at_ + theta_at(k) + param.offset;
   }
   i64 theta_at(i64 k) const {
-    return plan_.at.theta + (k == 0 ? 0 : plan_.set_size + (k - 1) * plan_.at.theta_stride);
+    if (k == 0) return plan_.at.theta;
+    return plan_.at.theta + plan_.set_size + (plan_.checkpointed() ? k % 2 : k - 1) * plan_.at.theta_stride;
   }
   S* own_theta(i64 k, size_t p) { return at_ + theta_at(k) + plan_.params[p].offset; }
   S* own_mirror(i64 k, size_t p) {
@@ -186,6 +187,13 @@ class TaskState {
   // ---- the query's part of the objective
   double step_weight(i64 k) const {
     return call_.step_weights.empty() ? (k == options().steps ? 1.0 : 0.0) : call_.step_weights[k];
+  }
+  double support_weight(i64 k) const {
+    return options().support_step_weights.empty() ? 0.0 : options().support_step_weights[size_t(k)];
+  }
+  // c_t
+  double task_weight() const {
+    return (call_.task_weights ? double(call_.task_weights[t_]) : 1.0) / double(call_.tasks);
   }
   bool has_query_loss() const { return options().query_loss.kind != LossKind::none; }
 

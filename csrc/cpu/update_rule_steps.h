@@ -6,12 +6,12 @@
 namespace fm {
 
 template <class S>
-class MetaStep;
+class InnerSteps;
 
 template <class S>
 class UpdateRuleSteps {
  public:
-  UpdateRuleSteps(MetaStep<S>& task, const Kernels<S>& kernels)
+  UpdateRuleSteps(InnerSteps<S>& task, const Kernels<S>& kernels)
       : task_(task), kernels_(kernels), clipping_(task.plan_.options.rule, kernels, 1) {}
 
   // Where the gradient of step k goes.
@@ -75,17 +75,21 @@ class UpdateRuleSteps {
       if (rule().learned[i]) number_sums[i] += S(grads[i]);
   }
 
+  // All states before step k, and how long they are.
+  S* states(i64 k) {
+    return task_.at_ + plan().at.rule_states + (plan().keeps_steps() ? k : k % 2) * states_size();
+  }
+  i64 states_size() const { return plan().plain_rule() ? 0 : rule().states() * plan().set_size; }
+
  private:
   const Plan& plan() const { return task_.plan_; }
   const Rule& rule() const { return plan().options.rule; }
   S* gradient(i64 k) { return task_.at_ + plan().at.rule_gradients + k * plan().at.rule_stride; }
   S* factors(i64 k) {
-    return task_.at_ + plan().at.factors + (plan().options.gradient ? k : 0) * plan().lane;
+    return task_.at_ + plan().at.factors + (plan().keeps_steps() ? k : 0) * plan().lane;
   }
   S* state(i64 k, int s, size_t p) {
-    if (!plan().options.gradient) k %= 2;
-    return task_.at_ + plan().at.rule_states + (k * rule().states() + s) * plan().set_size +
-           plan().params[p].offset;
+    return states(k) + s * plan().set_size + plan().params[p].offset;
   }
   const S* mask(size_t p) const { return task_.shared_.mask + plan().params[p].offset; }
 
@@ -110,7 +114,7 @@ class UpdateRuleSteps {
     };
   }
 
-  MetaStep<S>& task_;
+  InnerSteps<S>& task_;
   const Kernels<S>& kernels_;
   Clipping<S> clipping_;
   double numbers_[RULE_NUMBERS] = {};

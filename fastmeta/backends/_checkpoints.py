@@ -22,6 +22,10 @@ from fastmeta.problem import Problem
 SAVE, RESTORE, ADVANCE, BACK = "save", "restore", "advance", "back"
 
 
+#: In the order of ActionKind in csrc/cpu/checkpoints.h.
+_KINDS = (SAVE, RESTORE, ADVANCE, BACK)
+
+
 class Action(NamedTuple):
     """What is to be done next; "now" is the (theta, state) at hand, at first those of step 0.
 
@@ -67,7 +71,7 @@ def slots_for(steps: int, copy_bytes: int, limit: int | None) -> int:
     if fit < 1:
         raise ValueError(
             f"`memory_limit` must be at least {copy_bytes} bytes, one copy of the adapted parameters and the "
-            f"state of the update rule of all tasks, got {limit}"
+            f"state of the update rule of all tasks that run at once, got {limit}"
         )
     return min(wanted, fit)
 
@@ -111,6 +115,36 @@ def schedule(steps: int, slots: int) -> Iterator[Action]:
             continue
         yield Action(SAVE, middle, place + 1)
         pending.append((middle, stop, place + 1, True))
+
+
+def described(p: Problem, copy_bytes: int) -> list[tuple[int, int, int]]:
+    """The schedule of a problem as the C++ engines read it, (kind, at, to) of each action.
+
+    Args:
+        p: the problem.
+        copy_bytes: what one copy takes.
+
+    Raises:
+        ValueError: not even one fits `memory_limit`.
+    """
+    slots = slots_for(p.steps, copy_bytes, p.memory_limit)
+    return [(_KINDS.index(kind), at, to) for kind, at, to in schedule(p.steps, slots)]
+
+
+def said(steps: int, slots: int, each: int) -> str:
+    """What is kept and what it costs, for `explain()`.
+
+    Args:
+        steps: K.
+        slots: how many copies are kept.
+        each: what one takes, in bytes.
+    """
+    again = advances(steps, slots) / steps
+    return (
+        f"memory: {slots} copies of the adapted parameters and the state of the update rule, "
+        f"{slots * each / 1024:.0f} KiB, in place of {steps}; each inner step is run {1 + again:.1f} "
+        'times on average, 2 times with "recompute"'
+    )
 
 
 def _repeats(steps: int, slots: int) -> int:

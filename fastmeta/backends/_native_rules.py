@@ -22,7 +22,7 @@ except ImportError:  # the backends say so
 
 def refuses_native_rule(problem: Problem) -> str:
     """Why the C++ engines cannot run the inner loop of a problem, "" if they can."""
-    return refuses_rule(problem, NAMED)
+    return refuses_rule(problem, NAMED, objectives=True)
 
 
 def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
@@ -36,6 +36,11 @@ def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
         "on": [rule.has(name) for name in _NUMBERS],
         "learned": [name in rule.learned for name in _NUMBERS],
     }
+
+
+def states_of(problem: Problem) -> int:
+    """How many tensors like theta the state of the rule is."""
+    return 0 if problem.rule is None else len(problem.rule.state)
 
 
 def given_numbers(problem: Problem) -> Tensor | None:

@@ -11,18 +11,19 @@ from fastmeta.update_rules import UpdateRule
 NAMED = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion")
 
 
-def refuses_rule(problem: Problem, kinds: Collection[str] = ()) -> str:
+def refuses_rule(problem: Problem, kinds: Collection[str] = (), objectives: bool = False) -> str:
     """Why a backend cannot run the inner loop of a problem, "" if it can.
 
     Args:
         problem: the problem.
         kinds: of the rules that the backend runs, plain numbers or learned ones, besides SGD with
             momentum and weight decay as plain numbers.
+        objectives: it has checkpoints, and support losses in the objective.
     """
     rule = problem.rule
-    if problem.memory == "checkpoint":
+    if problem.memory == "checkpoint" and not objectives:
         return "memory='checkpoint'"
-    if problem.support_step_weights is not None:
+    if problem.support_step_weights is not None and not objectives:
         return "support losses are in the objective (`support_step_weights`)"
     if rule is None or rule.written or rule.kind in kinds:
         return ""

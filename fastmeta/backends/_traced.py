@@ -172,6 +172,7 @@ def _key(problem: Problem, wrt: frozenset[str]) -> object:
         frozenset(wrt),
         problem.frozen,
         problem.order,
+        problem.support_step_weights is None,
         problem.batch_stats,
         problem.output_grad is None,
         None if problem.loss is None else problem.loss.key,

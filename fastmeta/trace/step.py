@@ -24,6 +24,8 @@ from fastmeta.trace.passes.tables import Few
 from fastmeta.trace.program import Result, StepProgram, finished
 from fastmeta.trace.record import NoReads, Recorder, Ref, UntraceableError
 
+#: A result, or the number that it is, its shape, and where it goes.
+_Placed = tuple[Ref | float, tuple[int, ...], Space, int]
 #: As csrc/cpu/machine/machine.h: where in OUTPUT and SEED the output begins.
 OUTPUT_START = 16
 
@@ -114,7 +116,7 @@ class Traced:
     """A recorded pass: inputs, and results with their places."""
 
     layout: Layout
-    results: tuple[tuple[Ref | float, tuple[int, ...], Space, int], ...]
+    results: tuple[_Placed, ...]
     last_stage: int
     output: Output
 
@@ -160,6 +162,7 @@ class Wanted:
         fixed: of the others, those whose gradient is wanted.
         data: as `wrt` names it, "support_x" and so on: what of the set a gradient is wanted by.
         second: the Hessian-vector product.
+        loss: of the support set: its value, and its gradient times a seed among the products.
         gradient: any at all.
     """
 
@@ -168,6 +171,7 @@ class Wanted:
     data: frozenset[str]
     second: bool
     gradient: bool
+    loss: bool = False
 
 
 class Tracer:
@@ -184,18 +188,18 @@ class Tracer:
         self.dtype = next(iter(problem.params.values())).dtype
 
     def support(self, wanted: Wanted) -> Traced:
-        """The gradient of one inner step, and its Hessian-vector product."""
+        """The gradient of one inner step, and what the way back over it needs of it."""
         p = self.problem
         if p.support is None or p.loss is None:
             raise ValueError("there is no support set")
-        return _Pass(self, "support", p.support, p.loss, wanted).traced(seeds=False)
+        return _Pass(self, "support", p.support, p.loss, wanted).step()
 
     def query(self, wanted: Wanted, output_grad: bool) -> Traced:
         """The query loss, the output, and the gradient of both by their cotangents."""
         p = self.problem
         if p.query is None:
             raise ValueError("there is no query set")
-        return _Pass(self, "query", p.query, p.query_loss, wanted).traced(seeds=True, output_grad=output_grad)
+        return _Pass(self, "query", p.query, p.query_loss, wanted).query(output_grad)
 
 
 class _Pass:
@@ -255,68 +259,81 @@ class _Pass:
             self.others.append((slot, leaf))
         return leaf
 
-    def traced(self, seeds: bool, output_grad: bool = False) -> Traced:
-        """Run it."""
-        wanted, results = self.wanted, []
-        second = not seeds and wanted.second
+    def step(self) -> Traced:
+        """Run the gradient of an inner step, and what the way back over it needs of it."""
+        wanted = self.wanted
         directions = []
-        if second:
+        if wanted.second:
             for name, leaf in zip(wanted.adapted, self.leaves, strict=True):
                 slot = self.layout.add(f"direction.{name}", tuple(leaf.shape), Space.DIRECTION)
                 directions.append(self._leaf(slot, torch.ones_like(leaf, requires_grad=False), False))
-        seed = None
-        if seeds and wanted.gradient:
-            slot = Slot("seed.loss", (), Space.SEED, 0)
-            self.layout.slots.append(slot)
-            seed = self._leaf(slot, torch.ones((), dtype=self.dtype), False)
+        seed = self._seed() if wanted.loss and wanted.gradient else None
+        back = wanted.second or seed is not None
+        with torch.set_grad_enabled(True), self.recorder, NoReads(self.recorder):
+            value, returned = self._evaluated()
+            found = list(_grad([value], self.leaves, None, wanted.second))
+            ends: list[tuple[Tensor, Tensor]] = []
+            if wanted.second:
+                if any(g is not None and g.requires_grad for g in found):
+                    check_twice(value.reshape(1), [g for g in found if g is not None])
+                pairs = zip(found, directions, strict=True)
+                ends = [(g, v) for g, v in pairs if g is not None and g.requires_grad]
+            if seed is not None and value.requires_grad:
+                ends.append((value, seed))
+            products = self._by_everything(ends)
+        offsets = self._theta_offsets()
+        results = self._results(found, self.leaves, [Space.GRAD] * len(self.leaves), offsets)
+        if wanted.loss:
+            results.append((self.recorder.ref(value.detach()), (), Space.OUTPUT, 0))
+        if back:
+            results += self._gradients(products, Space.CURVATURE)
+        return Traced(self.layout, tuple(results), 2 if back else 1, Output.of(returned))
+
+    def query(self, output_grad: bool) -> Traced:
+        """Run the loss and the output, and their gradients by their cotangents."""
+        wanted = self.wanted
+        seed = self._seed() if wanted.gradient else None
         with torch.set_grad_enabled(True), self.recorder, NoReads(self.recorder):
             value, returned = self._evaluated()
             outputs, out = flatten(returned)[0], Output.of(returned)
-            cotangents = []
-            if seeds and wanted.gradient and output_grad:
+            ends = [] if seed is None or value is None else [(value, seed)]
+            if wanted.gradient and output_grad:
                 for at, leaf in enumerate(outputs):
                     if leaf.requires_grad:
                         place = OUTPUT_START + out.offsets[at]
                         slot = Slot(f"seed.output.{at}", tuple(leaf.shape), Space.SEED, place)
                         self.layout.slots.append(slot)
-                        cotangents.append((leaf, self._leaf(slot, torch.zeros_like(leaf), False)))
-            found: list[Tensor | None] = []
-            products: list[Tensor | None] = []
-            everything = [*self.leaves, *(leaf for _, leaf in self.others)]
-            if not seeds:
-                found = list(_grad([value], self.leaves, None, second))
-                if second:
-                    if any(g is not None and g.requires_grad for g in found):
-                        check_twice(value.reshape(1), [g for g in found if g is not None])
-                    pairs = [
-                        (g, v)
-                        for g, v in zip(found, directions, strict=True)
-                        if g is not None and g.requires_grad
-                    ]
-                    products = list(_grad([g for g, _ in pairs], everything, [v for _, v in pairs], False))
-            elif wanted.gradient:
-                ends = [(value, seed)] if value is not None else []
-                ends = [(end, by) for end, by in (*ends, *cotangents) if end.requires_grad]
-                found = list(_grad([e for e, _ in ends], everything, [by for _, by in ends], False))
-        spaces = [Space.GRAD] * len(self.leaves)
+                        ends.append((leaf, self._leaf(slot, torch.zeros_like(leaf), False)))
+            found = self._by_everything(ends) if wanted.gradient else []
+        results = [] if value is None else [(self.recorder.ref(value.detach()), (), Space.OUTPUT, 0)]
+        for leaf, shape, offset in zip(outputs, out.shapes, out.offsets, strict=True):
+            results.append((self.recorder.ref(leaf.detach()), shape, Space.OUTPUT, OUTPUT_START + offset))
+        if wanted.gradient:
+            results += self._gradients(found, Space.GRAD)
+        return Traced(self.layout, tuple(results), 1, out)
+
+    def _seed(self) -> Tensor:
+        """The cotangent of the loss."""
+        slot = Slot("seed.loss", (), Space.SEED, 0)
+        self.layout.slots.append(slot)
+        return self._leaf(slot, torch.ones((), dtype=self.dtype), False)
+
+    def _by_everything(self, ends: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        """Gradients of the sum of <end, cotangent>."""
+        everything = [*self.leaves, *(leaf for _, leaf in self.others)]
+        ends = [(end, by) for end, by in ends if end.requires_grad]
+        return list(_grad([end for end, _ in ends], everything, [by for _, by in ends], False))
+
+    def _theta_offsets(self) -> list[int]:
         at_theta = {slot.name: slot.offset for slot in self.layout.slots if slot.space == Space.THETA}
-        offsets = [at_theta[f"theta.{name}"] for name in wanted.adapted]
-        if not seeds:
-            results += self._results(found, self.leaves, spaces, offsets)
-            if second:
-                targets = [Space.CURVATURE] * len(self.leaves) + [Space.OTHER] * len(self.others)
-                offsets += [slot.gradient for slot, _ in self.others]
-                results += self._results(products, everything, targets, offsets)
-        else:
-            if value is not None:
-                results.append((self.recorder.ref(value.detach()), (), Space.OUTPUT, 0))
-            for leaf, shape, offset in zip(outputs, out.shapes, out.offsets, strict=True):
-                results.append((self.recorder.ref(leaf.detach()), shape, Space.OUTPUT, OUTPUT_START + offset))
-            if wanted.gradient:
-                spaces += [Space.OTHER] * len(self.others)
-                offsets += [slot.gradient for slot, _ in self.others]
-                results += self._results(found, everything, spaces, offsets)
-        return Traced(self.layout, tuple(results), 2 if second else 1, out)
+        return [at_theta[f"theta.{name}"] for name in self.wanted.adapted]
+
+    def _gradients(self, found: Sequence[Tensor | None], space: Space) -> list[_Placed]:
+        """Gradients by all adapted parameters, in `space`, and by everything else."""
+        everything = [*self.leaves, *(leaf for _, leaf in self.others)]
+        spaces = [space] * len(self.leaves) + [Space.OTHER] * len(self.others)
+        offsets = [*self._theta_offsets(), *(slot.gradient for slot, _ in self.others)]
+        return self._results(found, everything, spaces, offsets)
 
     def _results(
         self,
@@ -324,7 +341,7 @@ class _Pass:
         leaves: Sequence[Tensor],
         spaces: Sequence[Space],
         offsets: Sequence[int],
-    ) -> list[tuple[Ref | float, tuple[int, ...], Space, int]]:
+    ) -> list[_Placed]:
         found = [*found] or [None] * len(leaves)
         return [
             (0.0 if g is None else self.recorder.ref(g.detach()), tuple(leaf.shape), space, offset)

@@ -87,6 +87,8 @@ class Traced:
             "steps": 0,
             "second_order": False,
             "store": False,
+            "schedule": [],
+            "support_step_weights": [],
             "gradient": False,
             "wants_rates": False,
             "per_step": False,

@@ -18,6 +18,11 @@ BACKENDS = {
     "recompute": {"backend": "torch", "memory": "recompute"},
     "loop": {"backend": "torch", "task_chunk": 1, "memory": "recompute"},
     "checkpoint": {"backend": "torch", "memory": "checkpoint"},
+    **{
+        f"{engine}-{memory}": {"backend": engine, "memory": memory}
+        for engine in ("cpu", "machine")
+        for memory in ("store", "recompute", "checkpoint")
+    },
 }
 WEIGHTS = (0.5, 0.0, 1.3, 0.2)
 SGD = RuleCase("sgd", "SGD", {"momentum": 0.9, "weight_decay": 0.1})

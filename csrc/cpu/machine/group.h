@@ -17,8 +17,11 @@ class Group : private GroupState<S> {
 
   // Tasks first .. first + count - 1; false where an index was out of range.
   bool run(i64 first, i64 count, S* sums) {
-    first_ = first, count_ = count, sums_ = sums, bad_index_ = false;
-    meta_step(*this);
+    first_ = first, count_ = count, sums_ = sums, bad_index_ = false, reached_ = 0;
+    if (m_.checkpointed())
+      checkpointed_meta_step(*this, m_.schedule);
+    else
+      meta_step(*this);
     return !bad_index_;
   }
 
@@ -57,8 +60,9 @@ class Group : private GroupState<S> {
       scales_[p] = -alpha;
     }
     support_gradient(k, {theta(k + 1), theta(k)});
+    if (k == reached_) note_support(k);
     if (!m_.plain_rule()) return rule_step(k);
-    S* const kept = m_.wants_rates && m_.gradient ? w_ + at_.updates + k * at_.update_stride : nullptr;
+    S* const kept = m_.wants_rates && m_.gradient ? updates(k) : nullptr;
     for (size_t p = 0; p < m_.adapted.size(); ++p) {
       if (m_.at_once[0][p]) continue;
       const i64 from = m_.adapted[p].offset * L_, n = m_.adapted[p].size * L_;
@@ -67,6 +71,19 @@ class Group : private GroupState<S> {
       kernels_.sgd_update(n, alpha, alphas, theta(k) + from, w_ + at_.grad + from, theta(k + 1) + from,
                           kept ? kept + from : nullptr);
     }
+  }
+
+  // ---- checkpoints; theta_0 stays where it is, and before step 0 there is no state
+  S* checkpoint(i64 place) { return w_ + at_.checkpoints + place * (at_.theta_stride + at_.state_stride); }
+  void save(i64 k, i64 place) {
+    if (k == 0) return;
+    S* const to = std::copy_n(theta(k), at_.theta_stride, checkpoint(place));
+    std::copy_n(rule_state(k, 0), at_.state_stride, to);
+  }
+  void restore(i64 k, i64 place) {
+    if (k == 0) return;
+    std::copy_n(checkpoint(place), at_.theta_stride, theta(k));
+    std::copy_n(checkpoint(place) + at_.theta_stride, at_.state_stride, rule_state(k, 0));
   }
 
   void write_adapted() {
@@ -116,16 +133,18 @@ class Group : private GroupState<S> {
   }
 
   void step_back(i64 k) {
-    if (m_.per_step) load_set(0, k);
+    if (m_.per_step && !m_.checkpointed()) load_set(0, k);
     S alpha = 0;
+    const double weight = support_weight(k);
+    if (!m_.support_step_weights.empty()) seed_loss(weight);
     if (!m_.plain_rule()) {
       rule_back(k);
-      if (!m_.second_order) return;
+      if (!m_.runs_back()) return;
       hessian_product(k, w_ + at_.direction, S(1));
       return collect(0, k, S(1));
     }
     if (m_.wants_rates) rate_gradients(k);
-    if (m_.second_order && one_rate(k, alpha)) {
+    if (m_.second_order && weight == 0.0 && one_rate(k, alpha)) {
       // H (alpha lambda) is alpha times H lambda
       hessian_product(k, w_ + at_.lambda, -alpha);
       collect(0, k, -alpha);
@@ -136,7 +155,7 @@ class Group : private GroupState<S> {
       const S* const alphas = rates(k, p, alpha);
       kernels_.sgd_direction(n, alpha, alphas, w_ + at_.lambda + from, nullptr, w_ + at_.direction + from);
     }
-    if (m_.second_order) {
+    if (m_.runs_back()) {
       hessian_product(k, w_ + at_.direction, S(1));
       collect(0, k, S(1));
     }
@@ -194,24 +213,28 @@ class Group : private GroupState<S> {
   using State::pack;
   using State::rate_gradients;
   using State::rates;
+  using State::reached_;
+  using State::seed_loss;
   using State::set;
   using State::shared_;
   using State::silence;
   using State::step_weight;
+  using State::support_weight;
   using State::sums_;
   using State::theta;
   using State::unpack;
   using State::unpack_sum;
+  using State::updates;
   using State::w_;
   using State::write_tables;
   using State::zero_rate_gradients;
 
   // ---- update rules that are not plain SGD
-  S* rule_gradient(i64 k) { return w_ + at_.rule_gradients + (m_.gradient ? k : 0) * at_.rule_stride; }
+  S* rule_gradient(i64 k) { return w_ + at_.rule_gradients + (m_.keeps_steps() ? k : 0) * at_.rule_stride; }
   S* rule_state(i64 k, int s) {
-    return w_ + at_.rule_states + ((m_.gradient ? k : k % 2) * m_.rule.states() + s) * at_.rule_stride;
+    return w_ + at_.rule_states + (m_.keeps_steps() ? k : k % 2) * at_.state_stride + s * at_.rule_stride;
   }
-  S* factors(i64 k) { return w_ + at_.factors + (m_.gradient ? k : 0) * Clipping<S>::WIDEST; }
+  S* factors(i64 k) { return w_ + at_.factors + (m_.keeps_steps() ? k : 0) * Clipping<S>::WIDEST; }
   // Calls body(n, mask, g, offset) for every adapted parameter, as `Clipping` asks for.
   auto each(i64 k) {
     return [this, k](const auto& body) {
@@ -271,7 +294,8 @@ class Group : private GroupState<S> {
     Memory<S> mem{};
     const auto to = [&](Space s) -> S*& { return mem.at[int(s)]; };
     to(Space::work) = w_ + at_.work;
-    to(Space::kept) = w_ + at_.kept + (m_.store && m_.gradient && !which ? k : 0) * at_.kept_stride;
+    const i64 kept = which ? m_.checkpointed() : m_.store && m_.gradient ? k : 0;
+    to(Space::kept) = w_ + at_.kept + kept * at_.kept_stride;
     to(Space::once) = w_ + at_.once + (which ? rounded(size_of(m_.support, Space::once) * L_) : 0);
     to(Space::constant) = shared_ + at_.constants[which];
     to(Space::theta) = theta(k);
@@ -311,11 +335,20 @@ class Group : private GroupState<S> {
     run_once(0, k);
     run_stage(0, 1, k, update);
   }
-  // lambda += scale * H_k along `direction`.
+  // The support loss of step k, for the first time.
+  void note_support(i64 k) {
+    ++reached_;
+    const double weight = support_weight(k);
+    for (i64 l = 0; weight != 0.0 && l < count_; ++l) losses_[l] += weight * double(w_[at_.output + l]);
+  }
+  // lambda += scale * what the last stage says: H_k along `direction`, and of a support loss in the
+  // objective its gradient, by the seed.
   void hessian_product(i64 k, const S* direction, S scale) {
-    if (m_.per_step) once_done_ = false;
-    if (!m_.store) support_gradient(k);
-    if (m_.per_step && m_.store) run_once(0, k);
+    if (!m_.checkpointed()) {  // else the step has just been run
+      if (m_.per_step) once_done_ = false;
+      if (!m_.store) support_gradient(k);
+      if (m_.per_step && m_.store) run_once(0, k);
+    }
     direction_ = direction;
     std::fill(scales_.begin(), scales_.end(), scale);
     S* const lambda = w_ + at_.lambda;
@@ -329,15 +362,9 @@ class Group : private GroupState<S> {
   }
 
   void run_query(i64 k, double s) {
-    S* const seed = w_ + at_.seed;
-    for (i64 l = 0; l < L_; ++l) {
-      const bool there = l < count_;
-      const double c =
-          (call_.task_weights && there ? double(call_.task_weights[first_ + l]) : 1.0) / double(call_.tasks);
-      seed[l] = there ? S(c * s) : S(0);
-    }
+    seed_loss(s);
     if (m_.output_grad) {
-      S* const to = seed + SEED_OUTPUT * L_;
+      S* const to = w_ + at_.seed + SEED_OUTPUT * L_;
       if (k == m_.steps && call_.output_grad) {
         pack(call_.output_grad, m_.output, m_.output, to);
         silence(to, m_.output);

@@ -88,13 +88,27 @@ class GroupState {
  protected:
   S* theta(i64 k) {
     if (k == 0 && !own_theta_) return shared_ + at_.shared_theta;  // nobody writes to it
-    return w_ + at_.theta + (m_.gradient ? k : k % 2) * rounded(m_.theta * L_ + SLACK);
+    const i64 place = m_.keeps_steps() || k == 0 ? k : 1 + k % 2;
+    return w_ + at_.theta + place * at_.theta_stride;
   }
   const Set& set(int which) const { return which ? m_.query : m_.support; }
   const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
   double step_weight(i64 k) const {
     if (!m_.query_loss) return 0.0;
     return call_.step_weights.empty() ? (k == m_.steps ? 1.0 : 0.0) : call_.step_weights[k];
+  }
+
+  double support_weight(i64 k) const {
+    return m_.support_step_weights.empty() ? 0.0 : m_.support_step_weights[size_t(k)];
+  }
+  // The cotangents of a loss that is in the objective with this weight: c_t times it, of every task.
+  void seed_loss(double weight) {
+    for (i64 l = 0; l < L_; ++l) {
+      const bool there = l < count_;
+      const double c =
+          (call_.task_weights && there ? double(call_.task_weights[first_ + l]) : 1.0) / double(call_.tasks);
+      w_[at_.seed + l] = there ? S(c * weight) : S(0);
+    }
   }
 
   // [T, stride] of the user's, `n` elements of each task, to lanes; absent tasks are the last one.
@@ -223,6 +237,8 @@ class GroupState {
     }
     return !m_.adapted.empty();
   }
+  // What step k subtracts, times its rate.
+  S* updates(i64 k) { return w_ + at_.updates + (m_.checkpointed() ? 0 : k) * at_.update_stride; }
   // Elements for all lanes, or null and one number.
   const S* rates(i64 k, size_t p, S& alpha) {
     const Adapted& a = m_.adapted[p];
@@ -254,7 +270,7 @@ class GroupState {
   }
   // d alpha_k = -lambda_{k+1} u_k, for the tasks that are there.
   void rate_gradients(i64 k) {
-    const S* const u = w_ + at_.updates + k * at_.update_stride;
+    const S* const u = updates(k);
     const S* const lambda = w_ + at_.lambda;
     for (size_t p = 0; p < m_.adapted.size(); ++p)
       add_rate_gradient(k, p, [&](i64 at) { return -double(lambda[at]) * double(u[at]); });
@@ -293,6 +309,7 @@ class GroupState {
   bool fresh_ = false;  // lambda has not been written yet
   const S* direction_ = nullptr;
   i64 first_ = 0, count_ = 0;
+  i64 reached_ = 0;  // steps that have been run at least once
   S* sums_ = nullptr;
   double losses_[MOST_LANES] = {};
 };

@@ -13,6 +13,7 @@ struct Layout {
   i64 rule_gradients, rule_states, mbar, clipped, factors, rule_stride;
   i64 fixed, batch[2], ints[2], seed, other, output, others_sum;
   i64 kept_stride, update_stride;
+  i64 checkpoints, theta_stride, state_stride;  // a checkpoint: theta, then the state of the rule
   i64 total;
   // of the caller: constants of both programs, shared parameters, and sums over tasks
   i64 constants[2], shared_fixed, shared_theta, shared;
@@ -41,20 +42,25 @@ inline Layout layout_of(const Machine& m, size_t element) {
   at.work = take(most(Space::work) * L);
   at.once = take((size_of(m.support, Space::once)) * L + size_of(m.query, Space::once) * L + SLACK);
   at.kept_stride = rounded(most(Space::kept) * L) + SLACK;
-  at.kept = take(at.kept_stride * (m.store && m.gradient ? std::max<i64>(m.steps, 1) : 1));
-  at.theta = take((m.gradient ? m.steps + 1 : 2) * rounded(m.theta * L + SLACK));
+  // with checkpoints what a step keeps outlives the query's pass
+  at.kept = take(at.kept_stride * (m.store && m.gradient ? std::max<i64>(m.steps, 1) : 1 + m.checkpointed()));
+  at.theta_stride = rounded(m.theta * L + SLACK);
+  at.theta = take((m.keeps_steps() ? m.steps + 1 : 3) * at.theta_stride);
   at.grad = take(m.theta * L);
   at.lambda = take(m.theta * L);
   at.direction = take(m.theta * L);
   const i64 ruled = m.plain_rule() || m.steps == 0 ? 0 : 1, states = m.rule.states();
   at.rule_stride = rounded(m.theta * L + SLACK);
-  at.rule_gradients = take(ruled * (m.gradient ? m.steps : 1) * at.rule_stride);
-  at.rule_states = take(ruled * states * (m.gradient ? m.steps + 1 : 2) * at.rule_stride);
+  at.rule_gradients = take(ruled * (m.keeps_steps() ? m.steps : 1) * at.rule_stride);
+  at.state_stride = ruled * states * at.rule_stride;
+  at.rule_states = take((m.keeps_steps() ? m.steps + 1 : 2) * at.state_stride);
+  at.checkpoints = take(m.schedule.places * (at.theta_stride + at.state_stride));
   at.mbar = take(ruled && m.gradient ? states * at.rule_stride : 0);
   at.clipped = take(ruled && m.rule.clips() ? at.rule_stride : 0);
   at.factors = take(ruled && m.rule.clips() ? (m.steps + 1) * 16 : 0);
   at.update_stride = rounded(m.theta * L + SLACK);
-  at.updates = take(m.wants_rates && m.gradient ? (ruled ? 1 : steps) * at.update_stride : 0);
+  const i64 updates = ruled || m.checkpointed() ? 1 : steps;
+  at.updates = take(m.wants_rates && m.gradient ? updates * at.update_stride : 0);
   at.alphas = take(m.theta * L);
   at.fixed = take(m.fixed * L);
   for (int i = 0; i < 2; ++i) {

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../checkpoints.h"
 #include "../update_rules.h"
 #include "program.h"
 
@@ -55,6 +56,8 @@ struct Machine {
   i64 lanes = 1;  // tasks side by side
   i64 steps = 0;
   bool second_order = true, store = true, gradient = false, wants_rates = false, per_step = false;
+  std::vector<double> support_step_weights;  // K, or empty: support losses are not in the objective
+  Schedule schedule;
   Rule rule;
   bool query_loss = false, output_grad = false;
   i64 theta = 0, fixed = 0, output = 0;  // elements
@@ -80,6 +83,11 @@ struct Machine {
   }
   // Elements of theta before the tables.
   i64 before_tables() const { return tables.empty() ? theta : adapted[tables[0].adapted].offset; }
+  bool checkpointed() const { return !schedule.empty(); }
+  // Whether what the steps leave for the way back is there for all of them.
+  bool keeps_steps() const { return gradient && !checkpointed(); }
+  // Whether the way back over a step runs the last stage of its program.
+  bool runs_back() const { return second_order || !support_step_weights.empty(); }
   bool plain_rule() const { return rule.plain(); }
   bool learns_numbers() const { return gradient && rule.learns(); }
   // Once all else is known.

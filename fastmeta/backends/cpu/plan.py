@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastmeta.backends._losses import reads_channels
-from fastmeta.backends._native_rules import described_rule
+from fastmeta.backends._checkpoints import described as described_schedule
+from fastmeta.backends._native_rules import described_rule, states_of
 from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.network import CAPABILITIES, described
 from fastmeta.graph.passes import annotate
@@ -37,14 +38,16 @@ def used_buffers(problem: Problem) -> list[str]:
 
 
 def memory_mode(problem: Problem, wrt: frozenset[str]) -> str:
-    """ "store" or "recompute": what "auto" stands for."""
+    """ "store", "recompute" or "checkpoint": what "auto" stands for."""
+    if problem.memory == "checkpoint":
+        return "checkpoint" if wrt and problem.steps else "recompute"
     if problem.memory != "auto":
         return problem.memory
     return "store" if make_plan(problem, wrt, "store").workspace_bytes <= STORE_AT_MOST else "recompute"
 
 
 def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
-    """The engine's plan for a problem with these gradients; `memory` is "store" or "recompute"."""
+    """The engine's plan for a problem with these gradients; `memory` is what `memory_mode` says."""
     program = problem.program
     if program is None:
         raise ValueError(f"a plan needs a captured network: {problem.refused}")
@@ -86,6 +89,12 @@ def make_plan(problem: Problem, wrt: frozenset[str], memory: str) -> _C.Plan:
     )
 
 
+def checkpoint_bytes(problem: Problem) -> int:
+    """What one copy of theta and the state of the rule takes, of all tasks that run at once."""
+    own = int(make_plan(problem, frozenset(), "recompute").parameter_set_bytes)
+    return min(torch.get_num_threads(), problem.tasks) * own * (1 + states_of(problem))
+
+
 def _options(problem: Problem, wrt: frozenset[str], memory: str) -> dict[str, Any]:
     support, query = problem.support, problem.query
     return {
@@ -94,6 +103,8 @@ def _options(problem: Problem, wrt: frozenset[str], memory: str) -> dict[str, An
         "query": 0 if query is None else query.x.shape[1],
         "second_order": problem.order == "second",
         "store": memory == "store",
+        "schedule": described_schedule(problem, checkpoint_bytes(problem)) if memory == "checkpoint" else [],
+        "support_step_weights": list(problem.support_step_weights or ()) if support is not None else [],
         "gradient": bool(wrt),
         "support_per_step": support is not None and support.per_step,
         "wants_rates": "lr" in wrt and problem.steps > 0,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fastmeta.backends import _inputs, reference
+from fastmeta.backends import _checkpoints, _inputs, reference
 from fastmeta.backends._compared import difference, finite, varied
 from fastmeta.backends._first_run import carries_state
-from fastmeta.backends._native_rules import described_rule
+from fastmeta.backends._native_rules import described_rule, states_of
 from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
@@ -88,7 +88,10 @@ def _recorded(problem: Problem, wrt: frozenset[str]) -> Programs:
     def wanted(role: str) -> Wanted:
         data = frozenset(name for name in wrt if name.startswith(role))
         second = gradient and through and problem.order == "second" and role == "support"
-        return Wanted(adapted=adapted, fixed=wanted_fixed, data=data, second=second, gradient=gradient)
+        loss = problem.support_step_weights is not None and role == "support"
+        return Wanted(
+            adapted=adapted, fixed=wanted_fixed, data=data, second=second, gradient=gradient, loss=loss
+        )
 
     support = tracer.support(wanted("support")) if problem.steps else None
     query = None
@@ -119,6 +122,9 @@ def make_plan(problem: Problem, wrt: frozenset[str], found: Programs, adapted: b
     lanes = problem.scratch.get("lanes")
     if lanes is None:
         lanes = in_lanes(problem, found, dtype, few)
+    if problem.memory == "checkpoint":
+        way = "checkpoint" if wrt and problem.steps else "recompute"
+        return _plan(problem, wrt, found, lanes, way, few)
     for memory in ("store", "recompute"):
         if problem.memory not in ("auto", memory):
             continue
@@ -206,6 +212,7 @@ def _plan(
         }
         for role, (program, _) in sets.items()
     }
+    copy_bytes = checkpoint_bytes(problem, theta_size, lanes)
     second = bool(wrt & THROUGH_STEPS) and problem.order == "second" and problem.steps > 0
     machine = _C.Machine(
         {
@@ -214,6 +221,8 @@ def _plan(
             "steps": problem.steps,
             "second_order": second,
             "store": memory == "store",
+            "schedule": _checkpoints.described(problem, copy_bytes) if memory == "checkpoint" else [],
+            "support_step_weights": list(problem.support_step_weights or ()) if problem.steps else [],
             "gradient": bool(wrt),
             "wants_rates": "lr" in wrt and problem.steps > 0,
             "per_step": problem.support is not None and problem.support.per_step and problem.steps > 0,
@@ -231,6 +240,20 @@ def _plan(
     )
     returned = None if found.query is None else found.query.output
     return Plan(machine, found, lanes, memory, returned, entries["support"], entries["query"], fixed, few)
+
+
+def checkpoint_bytes(problem: Problem, theta: int, lanes: bool) -> int:
+    """What one copy of theta and the state of the rule takes, of all tasks that run at once.
+
+    Args:
+        problem: the problem.
+        theta: elements of theta.
+        lanes: whether a task is in every lane.
+    """
+    dtype = next(iter(problem.params.values())).dtype
+    wide = int(_C.machine_lanes(dtype == torch.float64)) if lanes else 1
+    groups = min(torch.get_num_threads(), -(-problem.tasks // wide))
+    return groups * wide * theta * dtype.itemsize * (1 + states_of(problem))
 
 
 def _fixed(slots: dict[str, tuple[Slot, ...]]) -> tuple[Slot, ...]:

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.backends._checkpoints import (
-    ADVANCE,
-    BACK,
-    RESTORE,
-    SAVE,
-    advances,
-    copy_bytes,
-    schedule,
-    slots_for,
-)
+from fastmeta.backends import _checkpoints
+from fastmeta.backends._checkpoints import ADVANCE, BACK, RESTORE, SAVE, copy_bytes, schedule, slots_for
 from fastmeta.backends._random_state import RandomState, replayed
 from fastmeta.backends._sweep import stack
 from fastmeta.backends.torch.replay import Replay
@@ -42,14 +34,8 @@ def check(p: Problem, tasks: int) -> None:
 
 def said(p: Problem, tasks: int) -> str:
     """What is kept and what it costs, for `explain()`; arguments as of `copy_bytes`."""
-    each = copy_bytes(p, tasks)
-    slots = slots_for(p.steps, each, p.memory_limit)
-    again = advances(p.steps, slots) / p.steps
-    return (
-        f"memory: {slots} copies of the adapted parameters and the state of the update rule, "
-        f"{slots * each / 1024:.0f} KiB, in place of {p.steps}; each inner step is run {1 + again:.1f} "
-        'times on average, 2 times with "recompute"'
-    )
+    each = _checkpoints.copy_bytes(p, tasks)
+    return _checkpoints.said(p.steps, _checkpoints.slots_for(p.steps, each, p.memory_limit), each)
 
 
 @dataclass(slots=True)

@@ -210,9 +210,9 @@ def _instruction(unit: _Unit, uses: Uses) -> Instruction:
 
 
 def stages_of(instructions: Sequence[Instruction], last: int = 2) -> dict[Buffer, int]:
-    """0 for what neither theta nor the direction reaches, 1 for what theta does, 2 for what the
-    direction does; results are of the stage that is read for them, `last` at most."""
-    start = {Space.THETA: 1, Space.DIRECTION: 2, Space.SEED: 1}
+    """0 for what nothing of these reaches, 1 for what theta does, 2 for what the direction or the
+    seed of a loss does; results are of the stage that is read for them. `last` at most."""
+    start = {Space.THETA: 1, Space.DIRECTION: 2, Space.SEED: 2}
     least = {Space.GRAD: 1, Space.OUTPUT: 1, Space.OTHER: 2, Space.CURVATURE: 2}
     stages: dict[Buffer, int] = {}
     changed = True
