@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fastmeta import backends
 from fastmeta.backends import _hoisting
@@ -108,11 +110,19 @@ def _cost(call: Call, chosen: str) -> dict[str, int]:
     if hasattr(call.plan.backend, "cost"):
         return dict(call.plan.backend.cost(problem, call.wrt))
     plan = _hoisting.hoisted(call.plan.backend.refuses, problem, call.wrt)
-    return meta_step_cost(problem) if plan is None else _hoisting.cost(problem, plan, meta_step_cost)
+    of_one = partial(meta_step_cost, copy_bytes_of=getattr(call.plan.backend, "checkpoint_bytes", None))
+    return of_one(problem) if plan is None else _hoisting.cost(problem, plan, of_one)
 
 
-def meta_step_cost(problem: Problem) -> dict[str, int]:
+def meta_step_cost(
+    problem: Problem, copy_bytes_of: Callable[[Problem], int] | None = None
+) -> dict[str, int]:
     """Multiply-adds of one meta-step by memory mode, {} without a program.
+
+    Args:
+        problem: the problem.
+        copy_bytes_of: what one copy of theta and the state of the rule takes, of all tasks that run at
+            once; None: as on the `torch` backend.
 
     Source: docs/architecture.md, "Cost".
     """
@@ -127,18 +137,18 @@ def meta_step_cost(problem: Problem) -> dict[str, int]:
         modes = {"store": 3 * f - first}
     else:
         modes = {"store": 9 * f - 5 * first, "recompute": 11 * f - 6 * first}
-        if problem.memory == "checkpoint":
-            modes["checkpoint"] = modes["store"] + round(_run_again(problem) * (3 * f - first))
-        if problem.memory != "auto":
-            modes = {problem.memory: modes[problem.memory]}
+    if problem.memory == "checkpoint":
+        each = (copy_bytes_of or _copy_bytes)(problem)
+        slots = slots_for(problem.steps, each, problem.memory_limit)
+        again = advances(problem.steps, slots) / problem.steps
+        modes["checkpoint"] = modes["store"] + round(again * (3 * f - first))
+    if problem.memory in modes:
+        modes = {problem.memory: modes[problem.memory]}
     return {mode: problem.tasks * (examples * problem.steps * each + query) for mode, each in modes.items()}
 
 
-def _run_again(problem: Problem) -> float:
-    """How many times each inner step is run besides that on the way back, on average."""
-    at_once = min(problem.tasks, problem.task_chunk or problem.tasks)
-    slots = slots_for(problem.steps, copy_bytes(problem, at_once), problem.memory_limit)
-    return advances(problem.steps, slots) / problem.steps
+def _copy_bytes(problem: Problem) -> int:
+    return copy_bytes(problem, min(problem.tasks, problem.task_chunk or problem.tasks))
 
 
 def _what(problem: Problem) -> str:

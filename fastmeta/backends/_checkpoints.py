@@ -131,18 +131,18 @@ def described(p: Problem, copy_bytes: int) -> list[tuple[int, int, int]]:
     return [(_KINDS.index(kind), at, to) for kind, at, to in schedule(p.steps, slots)]
 
 
-def said(steps: int, slots: int, each: int) -> str:
+def said(p: Problem, each: int) -> str:
     """What is kept and what it costs, for `explain()`.
 
     Args:
-        steps: K.
-        slots: how many copies are kept.
-        each: what one takes, in bytes.
+        p: the problem.
+        each: what one copy takes, in bytes.
     """
-    again = advances(steps, slots) / steps
+    slots = slots_for(p.steps, each, p.memory_limit)
+    again = advances(p.steps, slots) / p.steps
     return (
         f"memory: {slots} copies of the adapted parameters and the state of the update rule, "
-        f"{slots * each / 1024:.0f} KiB, in place of {steps}; each inner step is run {1 + again:.1f} "
+        f"{slots * each / 1024:.0f} KiB, in place of {p.steps}; each inner step is run {1 + again:.1f} "
         'times on average, 2 times with "recompute"'
     )
 

@@ -37,6 +37,7 @@ class Instance:
     query_weights: Tensor | None = None  # [T, M]
     task_weights: Tensor | None = None  # [T]
     step_weights: tuple[float, ...] | None = None
+    support_step_weights: tuple[float, ...] | None = None
     adapted_grad: dict[str, Tensor] | None = None
     output_grad: Tensor | None = None
 
@@ -73,6 +74,7 @@ class Case:
     weight_decay: float = 0.0
     rule: str = ""  # a name in `fastmeta.cases.rules`; "": SGD with the numbers above
     step_weights: bool = False  # a weight on the query loss of every step
+    support_losses: bool = False  # a weight on the support loss of every step
     weighted: str = (
         ""  # letters of "s" support examples, "q" query examples, "t" tasks; "0": the last task has none
     )
@@ -101,6 +103,7 @@ class Case:
             f"wd{self.weight_decay:g}" if self.weight_decay else "",
             self.rule,
             "step_weights" if self.step_weights else "",
+            "support_losses" if self.support_losses else "",
             f"weights_{self.weighted}" if self.weighted else "",
             f"own_{self.per_task}" if self.per_task else "",
             "per_step" if self.per_step else "",
@@ -174,6 +177,7 @@ class Case:
             query_weights=positive(tasks, self.queries) if "q" in self.weighted else None,
             task_weights=positive(tasks) if "t" in self.weighted else None,
             step_weights=tuple(positive(steps + 1).tolist()) if self.step_weights else None,
+            support_step_weights=tuple(positive(steps).tolist()) if self.support_losses else None,
         )
         if "0" in self.weighted:
             for weights in (instance.support_weights, instance.query_weights):

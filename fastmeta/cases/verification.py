@@ -121,6 +121,29 @@ def _rules() -> Iterator[Case]:
     yield adam(operator="inner_sgd", memory="store", steps=3)
 
 
+def _unrolls() -> Iterator[Case]:
+    """Support losses in the objective, and checkpoints."""
+    for order in ("second", "first"):
+        for memory in ("store", "recompute", "checkpoint"):
+            yield _SMOOTH(
+                support_losses=True, order=order, memory=memory, weighted="sqt", step_weights=True, steps=3
+            )
+        yield _SMOOTH(support_losses=True, order=order, per_step=True, rates="element_step_task", loss="ce")
+        yield _SMOOTH(support_losses=True, order=order, rates="head", per_task="some", momentum=0.5)
+        yield mlp_case((300, 61, 13, 3), lr=0.003, support_losses=True, order=order, wrt_inputs=False)
+    grids = partial(Case, "grid", partial(grid, (5, 2, 2)), (3,), support_losses=True)
+    yield grids(loss="ce_probabilities_everything", weighted="s")
+    yield mlp_case((3, 13, 13, 5), "relu", support_losses=True, tasks=18)
+    kept = partial(_SMOOTH, memory="checkpoint", steps=6)
+    yield kept(rates="element_step_task", per_step=True, step_weights=True)
+    yield kept(rates="per_step", per_task="all", tasks=18, shots=3)
+    yield kept(rule="adam", lr=0.02, support_losses=True, weighted="t")
+    yield kept(rule="rmsprop", lr=0.02, order="first", rates="head")
+    yield kept(operator="inner_sgd", momentum=0.9)
+    yield mlp_case((300, 61, 13, 3), lr=0.003, memory="checkpoint", steps=4, wrt_inputs=False)
+    yield Case("segments", segments, (2, 4, 3), shots=2, queries=2, steps=4, memory="checkpoint")
+
+
 def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
     """Without the repetitions that crossing options leaves."""
     known: dict[str, Case] = {}
@@ -133,7 +156,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 def _all() -> Iterator[Case]:
     for kind in KINDS.values():
         yield from kind.cases()
-    for family in (_shapes, _wide, _together, _losses, _positions, _options, _operators, _rules):
+    for family in (_shapes, _wide, _together, _losses, _positions, _options, _operators, _rules, _unrolls):
         yield from family()
 
 

@@ -57,6 +57,7 @@ def problem_of(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -
         hyper={} if forward_only else dict(inner.tensors),
         order=case.order,
         step_weights=None if forward_only or adapting else made.step_weights,
+        support_step_weights=None if forward_only or adapting else made.support_step_weights,
         task_weights=None if forward_only or adapting else made.task_weights,
         memory=case.memory,
         batch_stats=case.batch_stats,

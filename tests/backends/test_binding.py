@@ -33,6 +33,8 @@ OPTIONS |= {
     "steps": 1,
     "support": 2,
     "query": 2,
+    "schedule": [],
+    "support_step_weights": [],
     "rule": described_rule(None),
     "loss": LOSS,
     "query_loss": LOSS,
@@ -218,6 +220,33 @@ def test_rejects_to_forget_what_somebody_reads() -> None:
     params = [plan["params"][0], (2, 48, 1, *FLAGS)]
     with pytest.raises(ValueError, match=r"nobody else reads|read by no layer"):
         _C.Plan(**{**plan, "layers": read_twice, "values": values, "params": params})
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        [(3, 1, 1)],  # back over step 1 before anything was run
+        [(0, 0, 0), (2, 0, 1), (3, 1, 1)],  # step 0 is left out
+        [(0, 0, 0), (2, 0, 2), (3, 2, 2)],  # there is no step 2
+        [(0, 0, 5), (2, 0, 1), (3, 1, 1), (1, 0, 5), (3, 0, 0)],  # a place too far
+        [(0, 0, 0), (2, 0, 1), (3, 1, 1), (1, 0, 1), (3, 0, 0)],  # a place with nothing in it
+        [(0, 0, 0), (2, 0, 1), (3, 1, 1), (1, 1, 0), (3, 0, 0)],  # another step is there
+        [(0, 0, 0), (2, 0, 1), (3, 1, 1), (1, 0, 0), (3, 0, 0), (3, 0, 0)],
+        [(0, 0, 0), (2, 0, 1), (3, 1, 1), (3, 0, 0)],  # there is no theta at hand after a way back
+        [(4, 0, 0)],
+        [(0, 0)],
+        "save",
+    ],
+    ids=str,
+)
+def test_rejects_a_schedule_that_does_not_go_over_all_steps(actions: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"options.*schedule"):
+        _C.Plan(**{**PLAN, **options(steps=2, store=False, schedule=actions)})
+    good = [(0, 0, 0), (2, 0, 1), (3, 1, 1), (1, 0, 0), (3, 0, 0)]
+    _C.Plan(**{**PLAN, **options(steps=2, store=False, schedule=good)})
+    for other in ({"store": True}, {"gradient": False}):
+        with pytest.raises(ValueError, match="schedule"):
+            _C.Plan(**{**PLAN, **options(steps=2, **{"store": False, **other}, schedule=good)})
 
 
 @pytest.mark.parametrize("named", WRONG_PLANS)

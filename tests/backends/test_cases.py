@@ -54,7 +54,7 @@ def test_the_list_reaches_every_layer_loss_and_option() -> None:
     assert {case.rates for case in VERIFICATION} == set(RATES)
     assert {case.operator for case in VERIFICATION} == set(OPERATORS)
     assert {case.steps for case in VERIFICATION} >= {0, 1, 2, 3}
-    assert {case.memory for case in VERIFICATION} == {"auto", "store", "recompute"}
+    assert {case.memory for case in VERIFICATION} == {"auto", "store", "recompute", "checkpoint"}
     assert {case.per_task for case in VERIFICATION} == {"", "all", "some"}
 
 

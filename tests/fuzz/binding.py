@@ -139,6 +139,7 @@ def bases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
             class Run:
                 workspace_bytes = plan.workspace_bytes
+                parameter_set_bytes = plan.parameter_set_bytes
 
                 def run(self, *tensors: Any) -> int:
                     call = dict(zip(RUN, tensors, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from functools import cache
 from typing import Any
 
@@ -105,8 +106,8 @@ def run(
 ) -> fm.MetaGradient:
     return fm.meta_gradient(
         net, params, tuple(data[:2]), tuple(data[2:]), loss="mse", lr=0.02, steps=steps,
-        update_rule=RULES[rule], memory=memory, backend="torch",
-        **{"wrt": ("params", "lr", "support_x", "query_x"), **how},
+        update_rule=RULES[rule], memory=memory,
+        **{"wrt": ("params", "lr", "support_x", "query_x"), "backend": "torch", **how},
     )  # fmt: skip
 
 
@@ -148,11 +149,13 @@ def test_inner_sgd_and_maml_take_it() -> None:
         net, loss="mse", inner_lr=0.02, inner_steps=9, update_rule=RULES["adam"], memory="checkpoint"
     )
     maml(x, y, qx, qy).loss.backward()
-    said = str(maml.explain(x, y, qx, qy))
-    assert "backend: torch" in said
-    assert "memory: 3 copies of the adapted parameters and the state of the update rule" in said
-    assert "in place of 9; each inner step is run 2.4 times on average" in said
-    assert "not on cpu: memory='checkpoint'" in said
+    for backend in ("torch", "cpu", "machine"):
+        maml.backend = backend
+        said = str(maml.explain(x, y, qx, qy))
+        assert f"backend: {backend}" in said
+        assert "memory: 3 copies of the adapted parameters and the state of the update rule" in said
+        assert "in place of 9; each inner step is run 2.4 times on average" in said
+        assert ("cost, memory='checkpoint'" in said) == (backend != "torch")
 
 
 class Dropped(nn.Module):
@@ -203,12 +206,33 @@ def test_keeps_no_more_copies_than_it_says() -> None:
     assert most["checkpoint"] <= 7 + 4  # 7 copies, and what is at hand
 
 
-@pytest.mark.parametrize("backend", ["cpu", "machine", "inductor"])
-def test_other_backends_refuse_it(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "machine"])
+def test_the_engines_keep_a_few_copies_too(backend: str) -> None:
+    """The memory of one thread, and the bits of every schedule."""
+    net, params, data = problem()
+    sizes, found = {}, []
+    for memory in ("checkpoint", "recompute"):
+        how = {"loss": "mse", "inner_lr": 0.02, "update_rule": RULES["adam"], "memory": memory}
+        for steps in (10, 1000):
+            said = str(fm.MAML(net, **how, inner_steps=steps, backend=backend).explain(*data))
+            match = re.search(r"(\d+) KiB for each", said)
+            assert match is not None
+            sizes[memory, steps] = int(match[1])
+    assert sizes["recompute", 1000] > 10 * sizes["checkpoint", 1000]
+    assert sizes["checkpoint", 1000] < 8 * sizes["checkpoint", 10]
+    for limit in (None, 20_000, 4_000):
+        found.append(run(net, params, data, "adam", 40, "checkpoint", backend=backend, memory_limit=limit))
+    for other in found[1:]:
+        assert all(torch.equal(other.grads[name], value) for name, value in found[0].grads.items())
+    with pytest.raises(ValueError, match=r"`memory_limit` must be at least \d+ bytes, one copy .*, got 100"):
+        run(net, params, data, "adam", 40, "checkpoint", backend=backend, memory_limit=100)
+
+
+def test_rejects_limits_and_backends_without_it() -> None:
     net, params, data = problem()
     given = net, params, tuple(data[:2]), tuple(data[2:])
     with pytest.raises(fm.BackendUnavailable, match="memory='checkpoint'"):
-        fm.meta_gradient(*given, loss="mse", lr=0.1, steps=3, memory="checkpoint", backend=backend)
+        fm.meta_gradient(*given, loss="mse", lr=0.1, steps=3, memory="checkpoint", backend="inductor")
     with pytest.raises(
         ValueError, match=r"`memory_limit` must be at least 1 byte, and memory 'checkpoint', got"
     ):

@@ -118,9 +118,8 @@ def test_rejects_what_does_not_fit() -> None:
         run(support_step_weights=(1, 2, 3))
     with pytest.raises(TypeError, match=r"`support_step_weights` must be a sequence of numbers, got 'ab'"):
         run(support_step_weights="ab")
-    for backend in ("cpu", "machine", "inductor"):
-        with pytest.raises(fm.BackendUnavailable, match="support losses are in the objective"):
-            run(backend=backend)
+    with pytest.raises(fm.BackendUnavailable, match="support losses are in the objective"):
+        run(backend="inductor")
     with pytest.raises(ValueError, match="MAMLPlusPlus: `support_step_weights` must be None"):
         fm.MAMLPlusPlus(
             net, loss="mse", inner_lr=0.1, inner_steps=2, support_step_weights=(1, 1),

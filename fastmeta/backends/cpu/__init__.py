@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from fastmeta.backends import _hoisting, machine
+from fastmeta.backends import _checkpoints, _hoisting, machine
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._native_rules import refuses_native_rule
@@ -94,11 +94,21 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
 def _describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     job = runs.Job(problem, wrt, False)
     kinds = [layer.function or layer.kind for layer in problem.program.layers]  # type: ignore[union-attr]
+    copies = []
+    if job.memory == "checkpoint":
+        copies = [_checkpoints.said(problem, plans.checkpoint_bytes(problem))]
     return [
         f"kernels: {' '.join(kinds)} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
+        *copies,
         f"memory: {job.memory}, {job.plan.workspace_bytes / 1024:.0f} KiB for each of at most "
         f"{min(problem.tasks, torch.get_num_threads())} threads",
     ]
+
+
+def checkpoint_bytes(problem: Problem) -> int:
+    """What one copy of theta and the state of the rule takes, of all tasks that run at once, in
+    bytes."""
+    return plans.checkpoint_bytes(problem)
 
 
 def workspace_bytes(problem: Problem, wrt: frozenset[str]) -> int:

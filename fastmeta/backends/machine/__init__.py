@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmeta.backends import _inputs
+from fastmeta.backends import _checkpoints, _inputs
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._native_rules import refuses_native_rule
 from fastmeta.backends.machine import plan as plans
@@ -136,6 +136,10 @@ def cost(problem: Problem, wrt: frozenset[str]) -> dict[str, int]:
     modes = {"store": gradient + product}
     if product:
         modes["recompute"] = 2 * gradient + product
+    if job.plan.memory == "checkpoint":
+        slots = _checkpoints.slots_for(problem.steps, job.plan.copy_bytes, problem.memory_limit)
+        again = _checkpoints.advances(problem.steps, slots) / problem.steps
+        modes["checkpoint"] = round((1 + again) * gradient) + product
     if job.plan.memory in modes and problem.memory != "auto":
         modes = {problem.memory: modes[problem.memory]}
     return {mode: problem.tasks * (once + problem.steps * each + asked) for mode, each in modes.items()}
@@ -147,8 +151,10 @@ def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
     how = "a task in every lane" if job.plan.lanes else "a task a thread"
     few = job.plan.few
     tables = [] if few is None else [f"{t.most} of {t.rows} rows" for t in few.tables.values()]
+    copies = [_checkpoints.said(problem, job.plan.copy_bytes)] if job.plan.memory == "checkpoint" else []
     return [
         f"traced: {how} ({_C.instruction_set()}, {str(job.dtype).removeprefix('torch.')})",
+        *copies,
         f"memory: {job.plan.memory}, {job.plan.machine.workspace_bytes / 1024:.0f} KiB for each thread",
         *([f"tables: at most {', '.join(tables)} take part in a task"] if tables else []),
     ]

@@ -113,6 +113,7 @@ class Plan:
     query: tuple[Slot, ...]
     fixed: tuple[Slot, ...]  # of the whole machine
     few: Few | None  # tables of which some rows alone take part
+    copy_bytes: int  # as of `checkpoint_bytes`
 
 
 def make_plan(problem: Problem, wrt: frozenset[str], found: Programs, adapted: bool) -> Plan:
@@ -239,7 +240,8 @@ def _plan(
         }
     )
     returned = None if found.query is None else found.query.output
-    return Plan(machine, found, lanes, memory, returned, entries["support"], entries["query"], fixed, few)
+    sets_of = entries["support"], entries["query"]
+    return Plan(machine, found, lanes, memory, returned, *sets_of, fixed, few, copy_bytes)
 
 
 def checkpoint_bytes(problem: Problem, theta: int, lanes: bool) -> int:

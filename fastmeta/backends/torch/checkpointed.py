@@ -34,8 +34,7 @@ def check(p: Problem, tasks: int) -> None:
 
 def said(p: Problem, tasks: int) -> str:
     """What is kept and what it costs, for `explain()`; arguments as of `copy_bytes`."""
-    each = _checkpoints.copy_bytes(p, tasks)
-    return _checkpoints.said(p.steps, _checkpoints.slots_for(p.steps, each, p.memory_limit), each)
+    return _checkpoints.said(p, copy_bytes(p, tasks))
 
 
 @dataclass(slots=True)
