@@ -58,6 +58,7 @@ class MachineReader {
       part_.at("schedule").refuse("needs steps and gradients, and nothing stored");
     m_.rule = read_rule(part_.at("rule"), entry("rule"));
     m_.theta = size("theta"), m_.fixed = size("fixed"), m_.output = size("output");
+    m_.state = size("state"), m_.rule_fixed = size("rule_fixed", m_.fixed);
     rows("adapted", 6, [&](const Part& p, const py::tuple& row) {
       machine::Adapted a;
       a.offset = size_at(p, row[0]), a.size = size_at(p, row[1], 1);
@@ -79,14 +80,17 @@ class MachineReader {
       m_.tables.push_back(t);
     });
     check_tables_come_last();
-    rows("others", 5, [&](const Part& p, const py::tuple& row) {
+    rows("others", 6, [&](const Part& p, const py::tuple& row) {
       machine::Fixed f;
       f.offset = size_at(p, row[0]), f.size = size_at(p, row[1], 1), f.per_task = p.boolean(row[2]);
-      f.support_grad = size_at(p, row[3], -1), f.query_grad = size_at(p, row[4], -1);
+      for (int i = 0; i < 3; ++i) f.grad[i] = size_at(p, row[3 + i], -1);
       if (f.offset + f.size > m_.fixed) p.refuse("lies outside of what is fixed");
       m_.others.push_back(f);
     });
-    set("support", m_.support, 0), set("query", m_.query, 1);
+    set("support", m_.support, 0), set("query", m_.query, 1), set("traced_rule", m_.traced_rule, 2);
+    if (m_.traced_rule.present && m_.gradient && m_.traced_rule.program.stage_ends.size() < 3)
+      part_.at("traced_rule").refuse("has no way back");
+    if (m_.traced_rule.present && !m_.rule.plain()) part_.at("rule").refuse("must be plain with a traced rule");
     if (m_.steps > 0 && !m_.support.present) part_.refuse("has steps, and no support set");
     if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
     if (m_.steps > 0 && m_.gradient && m_.runs_back() && m_.support.program.stage_ends.size() < 3)
@@ -153,10 +157,17 @@ class MachineReader {
     };
     using machine::Space;
     fits(Space::constant, i64(m_.constants[which].size()));
-    for (Space s : {Space::theta, Space::direction, Space::grad, Space::curvature}) fits(s, m_.theta);
-    fits(Space::fixed, m_.fixed);
-    fits(Space::seed, machine::SEED_OUTPUT + machine::rounded(m_.output));
-    fits(Space::output, machine::OUTPUT_START + machine::rounded(m_.output));
+    if (which == 2) {
+      for (Space s : {Space::theta, Space::curvature}) fits(s, 3 * m_.theta + m_.state);
+      for (Space s : {Space::output, Space::direction}) fits(s, m_.theta + m_.state);
+      fits(Space::fixed, m_.fixed - m_.rule_fixed);
+      for (Space s : {Space::grad, Space::seed, Space::batch, Space::ints}) fits(s, 0);
+    } else {
+      for (Space s : {Space::theta, Space::direction, Space::grad, Space::curvature}) fits(s, m_.theta);
+      fits(Space::fixed, m_.fixed);
+      fits(Space::seed, machine::SEED_OUTPUT + machine::rounded(m_.output));
+      fits(Space::output, machine::OUTPUT_START + machine::rounded(m_.output));
+    }
     to.program =
         m_.is_double ? machine::decode<double>(code, m_.lanes) : machine::decode<float>(code, m_.lanes);
     const i64 others = code.sizes[int(Space::other)];
@@ -164,15 +175,15 @@ class MachineReader {
       machine::Entry e;
       e.offset = size_at(p, row[0]), e.size = size_at(p, row[1], 1), e.integer = p.boolean(row[2]);
       e.grad = size_at(p, row[3], -1);
-      if (e.offset + e.size > code.sizes[int(e.integer ? Space::ints : Space::batch)])
-        p.refuse("lies outside of its space");
+      const i64 own = which == 2 ? m_.state : code.sizes[int(e.integer ? Space::ints : Space::batch)];
+      if (e.offset + e.size > own || (which == 2 && e.integer)) p.refuse("lies outside of its space");
       if (e.grad >= 0 && (e.integer || e.grad + e.size > others))
         p.refuse("has a gradient outside of its space");
       to.entries.push_back(e);
     });
     numbered(part, d, to, code.sizes[int(Space::ints)]);
     for (size_t i = 0; i < m_.others.size(); ++i) {
-      const i64 at = which ? m_.others[i].query_grad : m_.others[i].support_grad;
+      const i64 at = m_.others[i].grad[which];
       if (at >= 0 && at + m_.others[i].size > others)
         part_.at("others").at(i).refuse("has a gradient outside of its space");
     }
@@ -223,10 +234,10 @@ class MachineCallReader {
     call_.tasks = tasks;
   }
 
-  machine::MachineCall<S> read(const Items (&lists)[13], const std::vector<double>& step_weights) {
+  machine::MachineCall<S> read(const Items (&lists)[15], const std::vector<double>& step_weights) {
     static const char* const names[] = {"data",      "rate",       "adapted_grad", "adapted", "grad",
                                         "rate_grad", "fixed",      "fixed_grad",   "support", "support_grad",
-                                        "query",     "query_grad", "others"};
+                                        "query",     "query_grad", "state",        "state_grad", "others"};
     const size_t counts[] = {m_.adapted.size(),
                              m_.adapted.size(),
                              m_.adapted.size(),
@@ -239,8 +250,10 @@ class MachineCallReader {
                              m_.support.entries.size(),
                              m_.query.entries.size(),
                              m_.query.entries.size(),
+                             m_.traced_rule.entries.size(),
+                             m_.traced_rule.entries.size(),
                              7};
-    for (int i = 0; i < 13; ++i)
+    for (int i = 0; i < 15; ++i)
       if (!lists[i].empty() && lists[i].size() != counts[i])
         throw std::invalid_argument(std::string("Machine.run: ") + names[i] + " must have " +
                                     std::to_string(counts[i]) + " items or none");
@@ -305,19 +318,26 @@ class MachineCallReader {
         entries.push_back(c);
       }
     }
+    for (size_t i = 0; i < m_.traced_rule.entries.size(); ++i) {
+      machine::EntryCall<S> c;
+      const i64 count = times(T, m_.traced_rule.entries[i].size);
+      c.data = in(12, i, count), there(c.data, 12, i);
+      c.grad = to(13, i, count);
+      call_.state.push_back(c);
+    }
     if (!step_weights.empty() && i64(step_weights.size()) != m_.steps + 1)
       throw std::invalid_argument("Machine.run: step_weights must be steps + 1");
     for (double s : step_weights)
       if (!std::isfinite(s)) throw std::invalid_argument("Machine.run: step_weights must be finite");
     call_.step_weights = step_weights;
-    call_.task_weights = in(12, 0, T);
-    call_.output_grad = in(12, 1, times(T, m_.output));
-    call_.task_losses = to(12, 2, T);
-    call_.loss = to(12, 3, 1);
-    call_.output = to(12, 4, times(T, m_.output));
-    call_.numbers = in(12, 5, times(m_.steps, RULE_NUMBERS));
-    call_.number_grads = to(12, 6, times(m_.steps, RULE_NUMBERS));
-    if (m_.rule.learns() && m_.steps > 0) there(call_.numbers, 12, 5);
+    call_.task_weights = in(14, 0, T);
+    call_.output_grad = in(14, 1, times(T, m_.output));
+    call_.task_losses = to(14, 2, T);
+    call_.loss = to(14, 3, 1);
+    call_.output = to(14, 4, times(T, m_.output));
+    call_.numbers = in(14, 5, times(m_.steps, RULE_NUMBERS));
+    call_.number_grads = to(14, 6, times(m_.steps, RULE_NUMBERS));
+    if (m_.rule.learns() && m_.steps > 0) there(call_.numbers, 14, 5);
     if (call_.number_grads && !m_.learns_numbers())
       throw std::invalid_argument("Machine.run: gradients of numbers that are not learned");
     if (call_.loss && !call_.task_losses)
@@ -343,22 +363,23 @@ inline int run_machine(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {
       "self",         "tasks", "threads",    "data",   "rate",         "adapted_grad",
       "adapted",      "grad",  "rate_grad",  "fixed",  "fixed_grad",   "support",
-      "support_grad", "query", "query_grad", "others", "step_weights", "poison"};
+      "support_grad", "query", "query_grad", "state", "state_grad", "others", "step_weights", "poison"};
   const auto given = arguments("Machine.run", names, args, kwargs);
   const Machine& m = initialised_machine(given[0]);
   const auto part = [&](size_t i) { return Part{"Machine.run", names[i]}; };
   const i64 tasks = size_at(part(1), given[1], 1, i64(1) << 40);
   const int threads = int(size_at(part(2), given[2], 1, 1024));
-  std::vector<py::handle> lists[13];
-  Tensors tensors(
-      8 * (m.adapted.size() + m.others.size() + m.support.entries.size() + m.query.entries.size()) + 16);
-  for (size_t i = 0; i < 13; ++i) {
+  std::vector<py::handle> lists[15];
+  Tensors tensors(8 * (m.adapted.size() + m.others.size() + m.support.entries.size() +
+                       m.query.entries.size() + m.traced_rule.entries.size()) +
+                  16);
+  for (size_t i = 0; i < 15; ++i) {
     part(i + 3).check_list(given[i + 3]);
     lists[i] = tensors.items(given[i + 3]);
   }
   std::vector<double> step_weights;
-  for (const py::handle weight : part(16).list(given[16])) step_weights.push_back(part(16).number(weight));
-  const bool poison = part(17).boolean(given[17]);
+  for (const py::handle weight : part(18).list(given[18])) step_weights.push_back(part(18).number(weight));
+  const bool poison = part(19).boolean(given[19]);
   const auto as = [&](auto zero) {
     using S = decltype(zero);
     const machine::MachineCall<S> call = MachineCallReader<S>(m, tasks, tensors).read(lists, step_weights);
@@ -385,7 +406,7 @@ inline void add_machine(py::module_& m) {
       .def(py::init(&no_machine), "Machine(description)")
       .def("run", &run_machine,
            "run(tasks, threads, data, rate, adapted_grad, adapted, grad, rate_grad, fixed, fixed_grad, "
-           "support, support_grad, query, query_grad, others, step_weights, poison)")
+           "support, support_grad, query, query_grad, state, state_grad, others, step_weights, poison)")
       .def_property_readonly("workspace_bytes", [](py::handle self) {
         const auto& machine = initialised_machine(self);
         return machine::workspace(machine) * (machine.is_double ? 8 : 4);

@@ -18,7 +18,8 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 
 
 def varied(problem: Problem, seed: int) -> Problem:
-    """The same problem with its parameters and inputs moved: a number that was baked in shows."""
+    """The same problem with its parameters and inputs moved, and the parameters of a rule of the
+    user's own: a number that was baked in shows."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def noisy(tensor: Tensor, share: float) -> Tensor:
@@ -35,6 +36,9 @@ def varied(problem: Problem, seed: int) -> Problem:
         params={name: noisy(value, 0.05) for name, value in problem.params.items()},
         support=batch(problem.support),
         query=batch(problem.query),
+        hyper={name: noisy(value, 0.05) for name, value in problem.hyper.items()}
+        if problem.rule is not None and problem.rule.kind == "custom"
+        else problem.hyper,
         scratch=Scratch(),
         captures=None,
     )

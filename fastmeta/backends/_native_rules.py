@@ -20,14 +20,15 @@ except ImportError:  # the backends say so
     _NUMBERS = ()
 
 
-def refuses_native_rule(problem: Problem) -> str:
-    """Why the C++ engines cannot run the inner loop of a problem, "" if they can."""
-    return refuses_rule(problem, NAMED, objectives=True)
+def refuses_native_rule(problem: Problem, own: bool = False) -> str:
+    """Why the C++ engines cannot run the inner loop of a problem, "" if they can; `own`: rules of
+    the user's own are programs."""
+    return refuses_rule(problem, (*NAMED, *(["custom"] if own else [])), objectives=True)
 
 
 def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
     """What `_C.Plan` and `_C.Machine` read of a rule."""
-    rule = SGD() if rule is None else rule
+    rule = SGD() if rule is None or rule.kind == "custom" else rule
     return {
         "kind": rule.kind,
         "nesterov": bool(rule.options.get("nesterov")),
@@ -49,7 +50,7 @@ def given_numbers(problem: Problem) -> Tensor | None:
     Raises:
         ValueError: one is not finite.
     """
-    if not problem.hyper or not problem.steps:
+    if not problem.hyper or not problem.steps or (problem.rule is not None and problem.rule.kind == "custom"):
         return None
     check_numbers(problem)
     first = next(iter(problem.params.values()))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._random_state import RandomState, replayed
+from fastmeta.backends import _rule_tasks
 from fastmeta.backends._rule_tasks import start_of_all, step_of_all
 from fastmeta.inputs import leaves_of, mapped
 from fastmeta.network.functional import own
@@ -46,6 +47,14 @@ class RuleSteps(Protocol):
         self, pending: Any, lam: Mapping[str, Tensor], hv: Mapping[str, Tensor], v: Named
     ) -> tuple[Named, Any]:
         """(dJ/dtheta, dJ/dstate) before the step; `hv` is H v, or {} for first order."""
+
+    def through_start(self, theta: Named, lam: Named, sbar: Any) -> Named:
+        """dJ/dtheta_0, with what comes from the state before the first step.
+
+        Args:
+            theta: theta_0.
+            lam, sbar: what `before` returned of the first step.
+        """
 
 
 class WrittenSteps:
@@ -99,6 +108,10 @@ class WrittenSteps:
         pairs = {name: self.rule.update_adjoint(lam[name], hv.get(name), v[name]) for name in self.names}
         return {name: pair[0] for name, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
 
+    def through_start(self, theta: Named, lam: Named, sbar: Any) -> Named:
+        """There is no momentum before the first step."""
+        return lam
+
 
 class _Kept:
     """What the way back over a step needs: all that it was made from."""
@@ -135,9 +148,11 @@ class DerivedSteps:
         self.total_rates, self.total_rule = total_rates, total_rule
         # a rule of the user's own may draw random numbers: the same ones on the way back
         self._random = RandomState.of(p) if rule.kind == "custom" and back else None
+        self._before_start: RandomState | None = None
 
     def start(self, theta: Named) -> State:
         """As `UpdateRule.init`, of all tasks."""
+        self._before_start = None if self._random is None else self._random.anew()
         return start_of_all(self.rule, theta)
 
     def forward(self, theta: Named, g: Named, state: State, k: int) -> tuple[Named, State, _Kept]:
@@ -188,6 +203,12 @@ class DerivedSteps:
         """What passes by theta and by the state directly, and H v."""
         by_theta, by_state = pending
         return {n: by_theta[n] + hv[n] if n in hv else by_theta[n] for n in self.names}, by_state
+
+    def through_start(self, theta: Named, lam: Named, sbar: list[Tensor]) -> Named:
+        """`init` may make the state of theta."""
+        with nullcontext() if self._before_start is None else replayed(self._before_start):
+            found = _rule_tasks.through_start(self.rule, theta, sbar)
+        return {name: value + found[name] if name in found else value for name, value in lam.items()}
 
 
 def steps_of(

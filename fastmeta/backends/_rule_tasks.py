@@ -35,6 +35,27 @@ def start_of_all(rule: UpdateRule, theta: Named) -> State:
     return mapped(lambda *leaves: torch.stack(leaves), each[0], *each[1:])
 
 
+def through_start(rule: UpdateRule, theta: Named, sbar: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What of dJ/dtheta_0 comes from the state before the first step, where `init` makes that of
+    theta; {} where it does not.
+
+    Args:
+        rule: the rule.
+        theta: theta_0, [T, *shape] throughout.
+        sbar: dJ by the floating-point leaves of the state, [T, ...] each.
+    """
+    if not isinstance(rule, CustomRule):
+        return {}
+    leaves = {name: own(value, True) for name, value in theta.items()}
+    with torch.enable_grad():
+        state = [x for x in leaves_of(start_of_all(rule, leaves)) if x.is_floating_point()]
+    pairs = [(x, by) for x, by in zip(state, sbar, strict=True) if x.requires_grad]
+    if not pairs:
+        return {}
+    found = _inputs.gradients([x for x, _ in pairs], [*leaves.values()], [by for _, by in pairs])
+    return dict(zip(leaves, found, strict=True))
+
+
 def step_of_all(
     p: Problem,
     rule: UpdateRule,

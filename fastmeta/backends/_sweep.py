@@ -118,7 +118,7 @@ class Sweep(ABC, Generic[K]):
     def swept(self, adapted: bool) -> Result:
         """The sweep forward and back: all of `run` but what a subclass adds."""
         p = self.p
-        theta = {name: stack(p, name) for name in self.names}
+        theta = first = {name: stack(p, name) for name in self.names}
         state = self.rule.start(theta) if p.steps else None
         steps: list[_Step[K]] = []
         for k in range(p.steps):
@@ -136,6 +136,8 @@ class Sweep(ABC, Generic[K]):
         for k in reversed(range(len(steps))):
             step = steps.pop()
             lam, sbar = self.step_back(step.kept, step.query_grad, step.rule, lam, sbar, k)
+        if sbar is not None:
+            lam = self.rule.through_start(first, lam, sbar)
         return self.result(theta, lam, adapted)
 
     def last(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -65,15 +65,26 @@ def guarded(function: Any) -> tuple[nn.Module, Guard]:
     return holder, Guard(holder)
 
 
+#: What a function is, and the function.
+Functions = Sequence[tuple[str, Any]]
+
+
+def _losses_of(problem: Problem) -> Functions:
+    losses = [loss for loss in (problem.loss, problem.query_loss) if loss is not None]
+    return [("the loss", loss.function) for loss in losses if loss.function is not None]
+
+
 class Kept(Generic[V]):
     """What one backend has traced, by network and sort of problem.
 
     Args:
         entries: at most so many a network.
+        functions: those of the user's own besides the network that a trace depends on, by what
+            they are.
     """
 
-    def __init__(self, entries: int) -> None:
-        self._entries = entries
+    def __init__(self, entries: int, functions: Callable[[Problem], Functions] = _losses_of) -> None:
+        self._entries, self._functions = entries, functions
         self._of: WeakKeyDictionary[nn.Module, _States[V]] = WeakKeyDictionary()
 
     def find(
@@ -93,7 +104,7 @@ class Kept(Generic[V]):
         known = states.at(problem.net, guard, self._entries)
         if states.seen > _TOO_MANY:
             return "the network has changed too often to be traced each time"
-        reason = _unwatched(problem, known)
+        reason = _unwatched(problem, known, self._functions(problem))
         if reason:
             return reason
         key = (_key(problem, wrt), more)
@@ -117,9 +128,9 @@ class Kept(Generic[V]):
         return None if states is None or guard is None else states.at(problem.net, guard, self._entries)
 
 
-def _unwatched(problem: Problem, known: _Known[Any]) -> str:
-    """Why changes of the network or of a loss would go unnoticed, "" if they would not; forgets
-    what was traced with a loss that has changed."""
+def _unwatched(problem: Problem, known: _Known[Any], functions: Functions) -> str:
+    """Why changes of the network or of these functions would go unnoticed, "" if they would not;
+    forgets what was traced with one that has changed."""
     guard = known.guard
     if guard.hooked or any(getattr(m, hooks) for m in problem.net.modules() for hooks in HOOKS):
         return "it has hooks"
@@ -127,26 +138,24 @@ def _unwatched(problem: Problem, known: _Known[Any]) -> str:
         return f"its forward reads the clock or entropy ({guard.entropy[0]})"
     if guard.unwatched:
         return f"{guard.unwatched[0]} cannot be watched for changes"
-    for loss in (problem.loss, problem.query_loss):
-        if loss is None or loss.function is None:
-            continue
-        modules = loss.function.modules() if isinstance(loss.function, nn.Module) else ()
+    for what, function in functions:
+        modules = function.modules() if isinstance(function, nn.Module) else ()
         if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-            return "the loss is a TorchScript module"
-        entry = known.losses.get(id(loss.function))
-        if entry is None or getattr(entry[0], "function", None) is not loss.function:
+            return f"{what} is a TorchScript module"
+        entry = known.losses.get(id(function))
+        if entry is None or getattr(entry[0], "function", None) is not function:
             known.new_losses += 1
             if known.new_losses > _TOO_MANY_LOSSES:
-                return "the loss is another function at every call: define it once"
-            entry = known.losses.put(id(loss.function), guarded(loss.function))
+                return f"{what} is another function at every call: define it once"
+            entry = known.losses.put(id(function), guarded(function))
         elif not entry[1].holds(entry[0]):
             for key in [*known.found]:
                 known.found.drop(key)
             known.new_losses += 1
-            entry = known.losses.put(id(loss.function), guarded(loss.function))
+            entry = known.losses.put(id(function), guarded(function))
         if entry[1].hooked or entry[1].entropy or entry[1].unwatched:
-            what = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
-            return f"the loss cannot be watched for changes ({what})"
+            why = [*entry[1].entropy, *entry[1].unwatched, "hooks"][0]
+            return f"{what} cannot be watched for changes ({why})"
     return ""
 
 

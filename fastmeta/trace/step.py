@@ -25,7 +25,7 @@ from fastmeta.trace.program import Result, StepProgram, finished
 from fastmeta.trace.record import NoReads, Recorder, Ref, UntraceableError
 
 #: A result, or the number that it is, its shape, and where it goes.
-_Placed = tuple[Ref | float, tuple[int, ...], Space, int]
+Placed = tuple[Ref | float, tuple[int, ...], Space, int]
 #: As csrc/cpu/machine/machine.h: where in OUTPUT and SEED the output begins.
 OUTPUT_START = 16
 
@@ -116,7 +116,7 @@ class Traced:
     """A recorded pass: inputs, and results with their places."""
 
     layout: Layout
-    results: tuple[_Placed, ...]
+    results: tuple[Placed, ...]
     last_stage: int
     output: Output
 
@@ -215,12 +215,12 @@ class _Pass:
         self.others: list[tuple[Slot, Tensor]] = []
         for name in wanted.adapted:
             slot = self.layout.add(f"theta.{name}", _shape(p, name), Space.THETA)
-            self.params[name] = self._leaf(slot, _value(p, name), True)
+            self.params[name] = self._leaf(slot, one_task(p, name), True)
             self.leaves.append(self.params[name])
         for name in p.params:
             if name not in self.params:
                 slot = self.layout.add(f"fixed.{name}", _shape(p, name), Space.FIXED, name in wanted.fixed)
-                self.params[name] = self._other(slot, _value(p, name))
+                self.params[name] = self._other(slot, one_task(p, name))
         copies: dict[int, Tensor] = {}
         for name in tracer.sources.attributes:
             value = tracer.sources.value(p.net, name)
@@ -320,15 +320,13 @@ class _Pass:
 
     def _by_everything(self, ends: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """Gradients of the sum of <end, cotangent>."""
-        everything = [*self.leaves, *(leaf for _, leaf in self.others)]
-        ends = [(end, by) for end, by in ends if end.requires_grad]
-        return list(_grad([end for end, _ in ends], everything, [by for _, by in ends], False))
+        return gradients(ends, [*self.leaves, *(leaf for _, leaf in self.others)])
 
     def _theta_offsets(self) -> list[int]:
         at_theta = {slot.name: slot.offset for slot in self.layout.slots if slot.space == Space.THETA}
         return [at_theta[f"theta.{name}"] for name in self.wanted.adapted]
 
-    def _gradients(self, found: Sequence[Tensor | None], space: Space) -> list[_Placed]:
+    def _gradients(self, found: Sequence[Tensor | None], space: Space) -> list[Placed]:
         """Gradients by all adapted parameters, in `space`, and by everything else."""
         everything = [*self.leaves, *(leaf for _, leaf in self.others)]
         spaces = [space] * len(self.leaves) + [Space.OTHER] * len(self.others)
@@ -341,7 +339,7 @@ class _Pass:
         leaves: Sequence[Tensor],
         spaces: Sequence[Space],
         offsets: Sequence[int],
-    ) -> list[_Placed]:
+    ) -> list[Placed]:
         found = [*found] or [None] * len(leaves)
         return [
             (0.0 if g is None else self.recorder.ref(g.detach()), tuple(leaf.shape), space, offset)
@@ -376,13 +374,20 @@ def _grad(
     )
 
 
-def _value(problem: Problem, name: str) -> Tensor:
+def gradients(ends: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Those of the sum of <end, cotangent>; None where it does not depend on a leaf."""
+    ends = [(end, by) for end, by in ends if end.requires_grad]
+    return list(_grad([end for end, _ in ends], leaves, [by for _, by in ends], False))
+
+
+def one_task(problem: Problem, name: str) -> Tensor:
+    """A parameter of the first task."""
     value = problem.params[name]
     return value[0] if name in problem.per_task else value
 
 
 def _shape(problem: Problem, name: str) -> tuple[int, ...]:
-    return tuple(_value(problem, name).shape)
+    return tuple(one_task(problem, name).shape)
 
 
 def _sources(net: nn.Module, exchange: Exchange) -> Sources:

@@ -70,7 +70,7 @@ class Traced:
         given = [t if t.is_floating_point() else t.to(torch.int64) for t in tensors]
         none: list[Any] = []
         outcome = machine.run(
-            tasks, 1, none, none, none, none, none, none, none, none, none, none, given, none,
+            tasks, 1, none, none, none, none, none, none, none, none, none, none, given, none, none, none,
             [None, None, None, None, output, None, None], none, True,
         )  # fmt: skip
         if outcome:
@@ -101,6 +101,9 @@ class Traced:
             "adapted": [],
             "tables": [],
             "others": [],
+            "state": 0,
+            "rule_fixed": 0,
+            "traced_rule": None,
             "support": None,
             "query": {
                 **Encoder(program).described(),

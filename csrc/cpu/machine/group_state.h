@@ -20,7 +20,7 @@ void fill_shared(const Machine& m, const Layout& at, const MachineCall<S>& call,
     for (i64 i = 0; i < n; ++i) std::fill_n(to + i * L, L, S(from[i]));
   };
   std::fill(base, base + at.shared, S(0));
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 3; ++i)
     spread(m.constants[i].data(), i64(m.constants[i].size()), base + at.constants[i]);
   for (size_t p = 0; p < m.adapted.size(); ++p)
     if (!m.adapted[p].per_task && !m.is_table(p))
@@ -91,7 +91,8 @@ class GroupState {
     const i64 place = m_.keeps_steps() || k == 0 ? k : 1 + k % 2;
     return w_ + at_.theta + place * at_.theta_stride;
   }
-  const Set& set(int which) const { return which ? m_.query : m_.support; }
+  // 0: the support set's, 1: the query set's, 2: the rule's.
+  const Set& set(int which) const { return which == 2 ? m_.traced_rule : which ? m_.query : m_.support; }
   const std::vector<EntryCall<S>>& entries(int which) const { return which ? call_.query : call_.support; }
   double step_weight(i64 k) const {
     if (!m_.query_loss) return 0.0;
@@ -305,7 +306,8 @@ class GroupState {
   S *const shared_, *const records_, *const w_;
   const i64 L_;
   TableRows table_rows_;
-  bool own_fixed_ = false, own_theta_ = false, once_done_ = false, bad_index_ = false;
+  bool own_fixed_ = false, own_theta_ = false, once_done_ = false, rule_once_done_ = false,
+       bad_index_ = false;
   bool fresh_ = false;  // lambda has not been written yet
   const S* direction_ = nullptr;
   i64 first_ = 0, count_ = 0;

@@ -28,11 +28,11 @@ struct Numbered {
   i64 place;
   std::vector<i64> positions;
 };
-// What does not adapt: other parameters, buffers, weights of losses.
+// What does not adapt: other parameters, buffers, weights of losses, parameters of the rule.
 struct Fixed {
   i64 offset, size;
   bool per_task;
-  i64 support_grad, query_grad;  // its gradient's place in each program's results, -1 for none
+  i64 grad[3];  // its gradient's place in each program's results, -1 for none
 };
 // A tensor of a set: inputs, targets, example weights.
 struct Entry {
@@ -61,11 +61,13 @@ struct Machine {
   Rule rule;
   bool query_loss = false, output_grad = false;
   i64 theta = 0, fixed = 0, output = 0;  // elements
+  i64 state = 0, rule_fixed = 0;         // of a traced rule, and where its parameters begin in `fixed`
   std::vector<Adapted> adapted;
   std::vector<Fixed> others;
   std::vector<Table> tables;  // come last in theta
   Set support, query;
-  std::vector<double> constants[2];  // of the two programs
+  Set traced_rule;                   // of the user's own; its entries are the state before the first step
+  std::vector<double> constants[3];  // of the three programs
   // Of each adapted parameter: whether a product of the support set's program completes its
   // gradient (0) and its Hessian-vector product (1), and can do what follows at once.
   std::vector<bool> at_once[2];
@@ -88,7 +90,7 @@ struct Machine {
   bool keeps_steps() const { return gradient && !checkpointed(); }
   // Whether the way back over a step runs the last stage of its program.
   bool runs_back() const { return second_order || !support_step_weights.empty(); }
-  bool plain_rule() const { return rule.plain(); }
+  bool plain_rule() const { return rule.plain() && !traced_rule.present; }
   bool learns_numbers() const { return gradient && rule.learns(); }
   // Once all else is known.
   void find_updates();
@@ -119,7 +121,7 @@ struct MachineCall {
   i64 tasks = 0;
   std::vector<AdaptedCall<S>> adapted;
   std::vector<FixedCall<S>> others;
-  std::vector<EntryCall<S>> support, query;
+  std::vector<EntryCall<S>> support, query, state;
   std::vector<double> step_weights;  // K + 1, or empty: the last one only
   const S* numbers = nullptr;        // [K, RULE_NUMBERS]: those of the update rule that are learned
   S* number_grads = nullptr;         // the same

@@ -36,7 +36,7 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can: the module is traced, and compared with
     itself, once."""
-    if reason := refuses_native_rule(problem):
+    if reason := refuses_native_rule(problem, own=True):
         return reason
     first = next(iter(problem.params.values()), None)
     if first is None:
@@ -61,10 +61,15 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     found = plans.programs(problem, wrt)
     if isinstance(found, str):
         return found
+    rule = plans.own_rule(problem, wrt)
+    if isinstance(rule, str):
+        return rule
     key = f"checked {sorted(wrt)}"
     if key not in problem.scratch:
         try:
             reason = plans.check_first(problem, wrt, _unchecked)
+            if not reason and rule is not None:
+                reason = plans.check_rule(problem, wrt, _unchecked)
         except UntraceableError as error:
             reason = str(error)
         if reason:

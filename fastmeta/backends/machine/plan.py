@@ -21,11 +21,12 @@ from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends.torch.chunks import cut
 from fastmeta.network.functional import isolated
-from fastmeta.problem import STORE_AT_MOST, Problem, Scratch
+from fastmeta.problem import STORE_AT_MOST, Problem, Result, Scratch
 from fastmeta.trace.ir import Space
 from fastmeta.trace.passes.place import rounded
 from fastmeta.trace.passes.tables import Few
 from fastmeta.trace.record import UntraceableError
+from fastmeta.trace.rule import TracedRule, traced_rule
 from fastmeta.trace.step import Output, Slot, Tracer, Wanted, not_traced
 from fastmeta.undisturbed import asynchronous
 from fastmeta.update_rules import SGD
@@ -42,6 +43,9 @@ _MOST_PROGRAMS = 64
 
 
 _kept: Kept[Programs] = Kept(_MOST_PROGRAMS)
+_rules: Kept[TracedRule] = Kept(
+    _MOST_PROGRAMS, lambda problem: [("the update rule", getattr(problem.rule, "function", None))]
+)
 
 
 def programs(problem: Problem, wrt: frozenset[str]) -> Programs | str:
@@ -49,6 +53,29 @@ def programs(problem: Problem, wrt: frozenset[str]) -> Programs | str:
     rule: that is no part of a program."""
     wrt = _of_a_program(wrt)
     return _kept.find(problem, wrt, None, lambda: _traced(problem, wrt))
+
+
+def own_rule(problem: Problem, wrt: frozenset[str]) -> TracedRule | str | None:
+    """The program of a rule of the user's own, or why it has none; None where the rule has a
+    name."""
+    if not problem.steps or problem.rule is None or problem.rule.kind != "custom":
+        return None
+    return _rules.find(problem, wrt, problem.rule, lambda: _traced_rule(problem, wrt))
+
+
+def _traced_rule(problem: Problem, wrt: frozenset[str]) -> TracedRule | str:
+    with isolated(torch.device("cpu")), preserved_for(problem) as before:
+        try:
+            found = traced_rule(_inputs.detached(problem), bool(wrt), "rule" in wrt)
+            if not RandomState.same_as(before, before.anew()):
+                return "the update rule draws random numbers"
+            for rows in (False, True):
+                found.program(next(iter(problem.params.values())).dtype, rows)
+            return found
+        except Exception as error:
+            if asynchronous(error):
+                raise
+            return f"the update rule: {not_traced(error)}"
 
 
 def remember_refusal(problem: Problem, wrt: frozenset[str], reason: str) -> None:
@@ -114,6 +141,7 @@ class Plan:
     fixed: tuple[Slot, ...]  # of the whole machine
     few: Few | None  # tables of which some rows alone take part
     copy_bytes: int  # as of `checkpoint_bytes`
+    rule: TracedRule | None  # of the user's own
 
 
 def make_plan(problem: Problem, wrt: frozenset[str], found: Programs, adapted: bool) -> Plan:
@@ -192,14 +220,21 @@ def _plan(
         name = slot.name.removeprefix("fixed.")
         gradients = [s[slot.name].gradient if slot.name in s else -1 for s in (at_support, at_query)]
         others.append(
-            (slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients)
+            (slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients, -1)
         )
     output = 0 if found.query is None else found.query.output.size
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}
     theta_size = (
         few.size if few is not None else max((slot.offset + rounded(slot.size) for slot in theta), default=0)
     )
-    fixed_size = max((slot.offset + rounded(slot.size) for slot in fixed), default=0)
+    rule_fixed = fixed_size = max((slot.offset + rounded(slot.size) for slot in fixed), default=0)
+    rule = own_rule(problem, wrt)
+    if isinstance(rule, str):
+        raise UntraceableError(rule)
+    if rule is not None:
+        for slot in rule.numbers:
+            others.append((rule_fixed + slot.offset, slot.size, False, -1, -1, slot.gradient))
+            fixed_size = rule_fixed + slot.offset + rounded(slot.size)
     described = {
         role: None
         if program is None
@@ -213,7 +248,8 @@ def _plan(
         }
         for role, (program, _) in sets.items()
     }
-    copy_bytes = checkpoint_bytes(problem, theta_size, lanes)
+    state_size = theta_size * states_of(problem) if rule is None else rule.state_size
+    copy_bytes = checkpoint_bytes(problem, theta_size + state_size, lanes)
     second = bool(wrt & THROUGH_STEPS) and problem.order == "second" and problem.steps > 0
     machine = _C.Machine(
         {
@@ -232,6 +268,9 @@ def _plan(
             "output_grad": problem.output_grad is not None,
             "theta": theta_size,
             "fixed": fixed_size,
+            "rule_fixed": rule_fixed,
+            "state": 0 if rule is None else rule.state_size,
+            "traced_rule": None if rule is None else _described_rule(rule, dtype, not lanes),
             "output": output,
             "adapted": adapted,
             "tables": [tables[place] for place in order],
@@ -241,21 +280,26 @@ def _plan(
     )
     returned = None if found.query is None else found.query.output
     sets_of = entries["support"], entries["query"]
-    return Plan(machine, found, lanes, memory, returned, *sets_of, fixed, few, copy_bytes)
+    return Plan(machine, found, lanes, memory, returned, *sets_of, fixed, few, copy_bytes, rule)
 
 
-def checkpoint_bytes(problem: Problem, theta: int, lanes: bool) -> int:
+def _described_rule(rule: TracedRule, dtype: torch.dtype, rows: bool) -> dict[str, Any]:
+    entries = [(slot.offset, slot.size, False, -1) for slot in rule.state]
+    return {**Encoder(rule.program(dtype, rows)).described(), "entries": entries, "numbered": []}
+
+
+def checkpoint_bytes(problem: Problem, size: int, lanes: bool) -> int:
     """What one copy of theta and the state of the rule takes, of all tasks that run at once.
 
     Args:
         problem: the problem.
-        theta: elements of theta.
+        size: elements of both, of one task.
         lanes: whether a task is in every lane.
     """
     dtype = next(iter(problem.params.values())).dtype
     wide = int(_C.machine_lanes(dtype == torch.float64)) if lanes else 1
     groups = min(torch.get_num_threads(), -(-problem.tasks // wide))
-    return groups * wide * theta * dtype.itemsize * (1 + states_of(problem))
+    return groups * wide * size * dtype.itemsize
 
 
 def _fixed(slots: dict[str, tuple[Slot, ...]]) -> tuple[Slot, ...]:
@@ -295,12 +339,7 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         one = varied(cut(problem, 0, 1), seed)
         one.scratch["lanes"] = lanes
         with preserved_for(one):
-            expected = reference.solve(one, wrt, True)
-            for _ in range(_SMALLER_RATES):  # numbers that are not finite say nothing
-                if finite(expected):
-                    break
-                one.rates = {name: 0.1 * rate.detach() for name, rate in one.rates.items()}
-                expected = reference.solve(one, wrt, True)
+            expected = _expected(one, wrt)
             worst = difference(solve(one, wrt, True), expected, dtype)
             if not worst and few is not None:  # the program that has small tables
                 expected.adapted = None
@@ -309,3 +348,37 @@ def check_first(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
         if not worst:
             return ""
     return f"its step program differs from the module: {worst}"
+
+
+def check_rule(problem: Problem, wrt: frozenset[str], solve: Any) -> str:
+    """Compare two steps by a rule of the user's own with the rule itself, as `check_first`."""
+    one = cut(problem, 0, 1)
+    rates = {name: rate[:2] for name, rate in one.rates.items()}
+    support, weights = one.support, one.support_step_weights
+    if support is not None and support.per_step:
+        support = _inputs.each(support, lambda tensor: tensor[:, :2])
+    one = replace(
+        one, steps=min(one.steps, 2), rates=rates, support=support, step_weights=None, memory_limit=None,
+        support_step_weights=None if weights is None else weights[:2],
+    )  # fmt: skip
+    found, dtype = programs(problem, wrt), next(iter(problem.params.values())).dtype
+    if isinstance(found, str):
+        return found
+    one = varied(one, 0)
+    one.scratch["lanes"] = in_lanes(problem, found, dtype)
+    with preserved_for(one):
+        expected = _expected(one, wrt)
+        worst = difference(solve(one, wrt, True), expected, dtype)
+    return f"its program differs from the update rule: {worst}" if worst else ""
+
+
+def _expected(one: Problem, wrt: frozenset[str]) -> Result:
+    """The answer of the module itself, at smaller rates where it is not finite: that says
+    nothing."""
+    expected = reference.solve(one, wrt, True)
+    for _ in range(_SMALLER_RATES):
+        if finite(expected):
+            break
+        one.rates = {name: 0.1 * rate.detach() for name, rate in one.rates.items()}
+        expected = reference.solve(one, wrt, True)
+    return expected

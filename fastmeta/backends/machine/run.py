@@ -9,11 +9,14 @@ from fastmeta.backends import _inputs
 from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
 from fastmeta.backends.machine.plan import Plan, make_plan
 from fastmeta.backends.machine.programs import Programs
-from fastmeta.inputs import Tree, first_leaf, mapped
+from fastmeta.backends._rule_tasks import start_of_all, through_start
+from fastmeta.backends._sweep import stack
+from fastmeta.inputs import Tree, first_leaf, flatten, mapped
 from fastmeta.network.functional import isolated
 from fastmeta.ordinary import PLAIN
 from fastmeta.problem import Batch, Problem, Result
 from fastmeta.trace.ir import Space
+from fastmeta.trace.rule import TracedRule
 from fastmeta.trace.step import Slot
 
 POISON = False
@@ -35,6 +38,8 @@ class Job:
         names = [slot.name for slot in self.plan.fixed]
         self.fixed = [name.removeprefix("fixed.") for name in names if name.startswith("fixed.")]
         self.rest = [name for name in names if not name.startswith("fixed.")]
+        rule = self.plan.rule
+        self.numbers = [] if rule is None else [slot.name.removeprefix("rule.") for slot in rule.numbers]
         self.no_gradients: list[Tensor | None] = [None] * len(self.rest)
         # where rates are numbers the same dict comes with every call, and was checked
         self.number_rates: dict[str, Tensor] | None = None
@@ -78,6 +83,15 @@ class Job:
         found: dict[str, Tensor] = {}
         numbers = given_numbers(problem) if problem.hyper else None
         number_grads = None if numbers is None or "rule" not in wrt else torch.zeros_like(numbers)
+        own_numbers = [problem.hyper[name].detach() for name in self.numbers]
+        own_number_grads = {}
+        if "rule" in wrt:
+            pairs = zip(self.numbers, own_numbers, strict=True)
+            own_number_grads = {name: torch.zeros_like(value, memory_format=_DENSE) for name, value in pairs}
+        state: list[Tensor] = [] if plan.rule is None else start_of_rule(problem, plan.rule)
+        sbar: list[Tensor] = []
+        if own and plan.rule is not None and plan.rule.reaches:
+            sbar = [_like(value, memory_format=_DENSE) for value in state]
         outcome = plan.machine.run(
             problem.tasks,
             min(torch.get_num_threads(), _MOST_THREADS),
@@ -87,10 +101,12 @@ class Job:
             adapted,
             [*map(own.__getitem__, names)] if own else [],
             rate_grads,
-            [*map(params.__getitem__, fixed), *(self._rest(problem) if self.rest else ())],
-            [*map(own.__getitem__, fixed), *self.no_gradients] if own else [],
+            [*map(params.__getitem__, fixed), *(self._rest(problem) if self.rest else ()), *own_numbers],
+            self._fixed_gradients(own, own_number_grads),
             *self._set("support", problem, problem.support if problem.steps else None, found),
             *self._set("query", problem, problem.query, found),
+            state,
+            sbar,
             [
                 problem.task_weights,
                 self._cotangents(problem) if wrt else None,
@@ -107,12 +123,14 @@ class Job:
             with isolated(_CPU):
                 _inputs.check_class_indices(problem)  # says which, where it is one
             raise IndexError("index out of range in self")
+        if sbar:
+            self._through_start(problem, sbar, own)
         if seeds is not None and own:
             for name in self.programs.others:
                 cotangent = seeds[name]
                 own[name] += cotangent if name in problem.per_task else cotangent.sum(0)
         if "rule" in wrt:
-            grads.rule = gradients_of_numbers(problem, number_grads)
+            grads.rule = own_number_grads if self.numbers else gradients_of_numbers(problem, number_grads)
         if found:
             _inputs.put_parts(grads, problem, found)
         for name in self.unused:
@@ -121,6 +139,22 @@ class Job:
         if output is not None:
             result.output = output if self._plain else self._output(output)
         return result
+
+    def _through_start(self, problem: Problem, sbar: list[Tensor], own: dict[str, Tensor]) -> None:
+        """Add what of dJ/dtheta comes from the state before the first step."""
+        if problem.rule is None or self.plan.rule is None:
+            raise ValueError("there is no rule")
+        floating = [by for by, given in zip(sbar, self.plan.rule.floating, strict=True) if given]
+        with isolated(_CPU):
+            found = through_start(problem.rule, {n: stack(problem, n) for n in problem.rates}, floating)
+        for name, by in found.items():
+            own[name] += by if name in problem.per_task else by.sum(0)
+
+    def _fixed_gradients(self, own: dict[str, Tensor], numbers: dict[str, Tensor]) -> Tensors:
+        """Memory for the gradients of what does not adapt, in the order of the machine."""
+        if not own and not numbers:
+            return []
+        return [*map(own.get, self.fixed), *self.no_gradients, *map(numbers.get, self.numbers)]
 
     def _templates(self, problem: Problem) -> Tensors:
         """Tensors like the task losses, the loss and the output, without memory of their size: to
@@ -235,6 +269,30 @@ class _Set:
         names = [fields.get(slot.name) for slot in slots]
         #: Fields of `Batch`, where each is one tensor.
         self.single = tuple(name for name in names if name is not None) if all(names) else ()
+
+
+def start_of_rule(problem: Problem, rule: TracedRule) -> list[Tensor]:
+    """The state before the first step of a rule of the user's own, of all tasks: a tensor for each
+    leaf.
+
+    Raises:
+        ValueError: it is not what it was when the rule was traced.
+    """
+    if problem.rule is None:
+        raise ValueError("there is no rule")
+    own = [name for name in problem.rates if name in problem.per_task]
+    first = {name: problem.params[name].detach() for name in problem.rates}
+    with isolated(_CPU), torch.no_grad():
+        if own:
+            leaves, form = flatten(start_of_all(problem.rule, {n: stack(problem, n) for n in first}))
+        else:
+            leaves, form = flatten(problem.rule.init(first))
+            leaves = [leaf.expand(problem.tasks, *leaf.shape) for leaf in leaves]
+    shapes = [tuple(leaf.shape[1:]) for leaf in leaves]
+    leaves = [leaf.to(next(iter(first.values())).dtype) for leaf in leaves]
+    if form != rule.form or shapes != [slot.shape for slot in rule.state]:
+        raise ValueError("CustomRule: `init` must return a state of the same form and shapes at every call")
+    return leaves
 
 
 def _unused(problem: Problem, wrt: frozenset[str]) -> list[str]:

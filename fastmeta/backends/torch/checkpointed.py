@@ -69,7 +69,8 @@ class CheckpointedSweep(EagerSweep):
         p = self.p
         if not self.back or not p.steps:
             return super().swept(adapted)
-        theta: Named = {name: stack(p, name) for name in self.names}
+        first = {name: stack(p, name) for name in self.names}
+        theta: Named = first
         state: State = self.rule.start(theta)
         saved: dict[int, tuple[Named, State]] = {}
         final: Named = {}  # theta_K
@@ -92,6 +93,8 @@ class CheckpointedSweep(EagerSweep):
                         break
                 lam, sbar = self.step_back(kept, self._query_again(theta, at), rule, lam, sbar, at)
                 del kept, rule, after
+        if sbar is not None:
+            lam = self.rule.through_start(first, lam, sbar)
         return self.result(final, lam, adapted)
 
     def note(self, losses: Tensor, output: Tree, k: int) -> None:
