@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaLoss
+from fastmeta.algorithms.rule_chain import RuleChain
 from fastmeta.algorithms.stepwise import Stepwise, StepwiseMachinery, support_of
 from fastmeta.models.check import check_count
 from fastmeta.network.swap import locked
@@ -64,8 +65,8 @@ class MAMLPlusPlus(Stepwise):
         per_step_norms: whether norms have parameters of their own for every step.
         adapt: as in `fastmeta.MAML`; with `per_step_norms` without the norms.
         learn_lr, lr_per_step: as in `fastmeta.MAML`.
-        update_rule: one without a state: `fastmeta.SGD` with weight decay and clipping, or a
-            `CustomRule`.
+        update_rule: as in `fastmeta.MAML`. Where steps are calls of their own, one with a state
+            runs in PyTorch, on the gradient of each step.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -190,13 +191,18 @@ class _PerStepNorms(StepwiseMachinery):
         lr, hyper = self.lr_of(rates, tasks), self.hyper_of(rates)
         theta = {**params}
         yield theta
+        chain = RuleChain(options, self.net, self.names, self.loss, self.aliases())
         for k in range(steps):
             if k:
                 later = {name: rates[f"extra.{key}"] for name, key in self.norms.items()}  # [K - 1, *shape]
                 theta = {**theta, **{name: rows[min(k, len(rows)) - 1] for name, rows in later.items()}}
-            tensors = support_of(support, k, per_step)
-            given = options, self.net, theta, tensors, at_step(lr, k), self.loss, self.aliases()
-            moved = inner_loop(*given, hyper=hyper_at(options.rule, hyper, k))
+            tensors, rate = support_of(support, k, per_step), at_step(lr, k)
+            numbers = hyper_at(options.rule, hyper, k)
+            if options.rule.has_state:
+                moved = chain.step(theta, tensors, rate, numbers)
+            else:
+                given = options, self.net, theta, tensors, rate, self.loss, self.aliases()
+                moved = inner_loop(*given, hyper=numbers)
             theta = {**theta, **{name: moved[name] for name in self.names}}
             yield theta
 

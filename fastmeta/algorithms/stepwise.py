@@ -38,8 +38,7 @@ class Stepwise(MAML):
     pass runs again.
 
     Args:
-        net, options: as of `fastmeta.MAML`, but update rules with a state, such as momentum, which
-            would have to pass from one call to the next, and `support_step_weights`.
+        net, options: as of `fastmeta.MAML`, but `support_step_weights`.
 
     Attributes:
         extra: the meta-parameters besides those of the network and the rates.
@@ -52,11 +51,6 @@ class Stepwise(MAML):
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
         self.extra = nn.ParameterDict()
-        if self.update_rule.has_state:
-            raise ValueError(
-                f"{argument(self.who, 'update_rule')} must have no state, such as momentum, got "
-                f"{self.update_rule}"
-            )
         if self.support_step_weights is not None:
             raise ValueError(
                 f"{argument(self.who, 'support_step_weights')} must be None: steps are calls of their own"

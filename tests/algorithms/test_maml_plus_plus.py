@@ -50,7 +50,10 @@ def _make(**options: Any) -> fm.MAMLPlusPlus:
 def _plain(
     maml: fm.MAMLPlusPlus, episode: list[Tensor], weights: tuple[float, ...], first: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """(task losses [T], leaves in the order of `maml.parameters()`), with their graph."""
+    """(task losses [T], leaves in the order of `maml.parameters()`), with their graph; the numbers of
+    the rule come last."""
+    rule = maml.update_rule
+    numbers = {n: v.detach().clone().requires_grad_() for n, v in (rule.tensors or _values(rule)).items()}
     net = maml.net
     params = {name: value.detach().clone().requires_grad_() for name, value in net.named_parameters()}
     rates = {key: value.detach().clone().requires_grad_() for key, value in maml.inner_lrs.items()}
@@ -59,15 +62,72 @@ def _plain(
     for support_x, support_y, query_x, query_y in zip(*episode, strict=True):
         fast = {name: value for name, value in params.items() if name not in NORMS}
         total = torch.zeros((), dtype=torch.float64)
+        state = rule.init(fast)
         for k in range(STEPS):
             norms = {n: params[n] if k == 0 else later[n.replace(".", "__")][k - 1] for n in NORMS}
             loss = MSE(functional_call(net, {**fast, **norms}, support_x), support_y)
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=not first)
             rate = {name: rates[name.replace(".", "__")][k, 0] for name in fast}
-            fast = {n: value - rate[n] * g for (n, value), g in zip(fast.items(), grads, strict=True)}
+            g = dict(zip(fast, grads, strict=True))
+            fast, state = rule.step(fast, g, state, rate, rule.at_step(numbers, k), k)
             total = total + weights[k + 1] * MSE(functional_call(net, {**fast, **norms}, query_x), query_y)
         losses.append(total)
-    return torch.stack(losses), [*params.values(), *rates.values(), *later.values()]
+    leaves = [*params.values(), *rates.values(), *later.values(), *numbers.values()]
+    return torch.stack(losses), leaves
+
+
+def _values(rule: Any) -> dict[str, Tensor]:
+    return rule.values if isinstance(rule, fm.CustomRule) else {}
+
+
+class Remembers(nn.Module):
+    """A learned mixture of the gradients so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def init(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: 0.1 * value for name, value in theta.items()}
+
+    def forward(self, theta: Any, gradient: Any, state: Any) -> Any:
+        state = {n: (1 - self.share) * state[n] + self.share * gradient[n] for n in theta}
+        return {n: theta[n] - state[n] for n in theta}, state
+
+
+RULES = {
+    "momentum": lambda: fm.SGD(momentum=0.9, nesterov=True),
+    "adam": lambda: fm.Adam(
+        betas=(nn.Parameter(torch.tensor([0.9, 0.8, 0.7], dtype=torch.float64)), 0.99), eps_root=1e-3
+    ),
+    "clipped": lambda: fm.AdamW(
+        eps_root=1e-4, clip_norm=nn.Parameter(torch.tensor(0.5, dtype=torch.float64)), weight_decay=0.1
+    ),
+    "own": lambda: fm.CustomRule(Remembers()),
+}
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_with_a_state_match_autograd(name: str, order: str) -> None:
+    """Each step is a call of its own: the state passes through autograd."""
+    rule = RULES[name]()
+    maml = _make(update_rule=rule, inner_lr=0.02, first_order_epochs=4 if order == "first" else 0)
+    episode = _episode()
+    maml.set_epoch(3)
+    weights = (0.0, 0.7 / 3, 0.7 / 3, 1 - 1.4 / 3)
+    losses, leaves = _plain(maml, episode, weights, order == "first")
+    out = maml(*episode)
+    assert error(out.task_losses, losses) < TOLERANCE
+    out.loss.backward()
+    learned = [*(rule.tensors or _values(rule)).values()]
+    own = [value for value in maml.parameters() if not any(value is number for number in learned)]
+    expected = torch.autograd.grad(losses.mean(), leaves)
+    assert len(own) + len(learned) == len(leaves)
+    for value, grad in zip((*own, *learned), expected, strict=True):
+        assert float((value.grad - grad).norm()) <= TOLERANCE * max(float(grad.norm()), 1e-6)
+    adapted = maml.adapt(*episode[:2])
+    assert all(value.isfinite().all() for value in adapted.values())
 
 
 @BACKENDS
@@ -234,7 +294,6 @@ def test_training_with_the_schedules() -> None:
         ({"multi_step_epochs": -1}, "MAMLPlusPlus: `multi_step_epochs` must be at least 0"),
         ({"first_order_epochs": 1.0}, "MAMLPlusPlus: `first_order_epochs` must be an int"),
         ({"inner_steps": 0}, "MAMLPlusPlus: `inner_steps` must be at least 1"),
-        ({"update_rule": fm.SGD(momentum=0.9)}, "MAMLPlusPlus: `update_rule` must have no state"),
         ({"adapt": NORMS}, "MAMLPlusPlus: `adapt` leaves nothing to adapt"),
         ({"adapt": "9.*"}, "MAMLPlusPlus: `adapt`: the network has no parameter"),
         ({"inner_lr": float("nan")}, "MAMLPlusPlus: `inner_lr` must be finite"),
