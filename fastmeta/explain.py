@@ -114,15 +114,13 @@ def _cost(call: Call, chosen: str) -> dict[str, int]:
     return of_one(problem) if plan is None else _hoisting.cost(problem, plan, of_one)
 
 
-def meta_step_cost(
-    problem: Problem, copy_bytes_of: Callable[[Problem], int] | None = None
-) -> dict[str, int]:
+def meta_step_cost(problem: Problem, copy_bytes_of: Callable[[Problem], int] | None = None) -> dict[str, int]:
     """Multiply-adds of one meta-step by memory mode, {} without a program.
 
     Args:
         problem: the problem.
-        copy_bytes_of: what one copy of theta and the state of the rule takes, of all tasks that run at
-            once; None: as on the `torch` backend.
+        copy_bytes_of: what one copy of theta and the state of the rule takes, of all tasks that run
+            at once; None: as on the `torch` backend.
 
     Source: docs/architecture.md, "Cost".
     """

@@ -49,8 +49,7 @@ class MachineReader {
     m_.second_order = flag("second_order"), m_.store = flag("store"), m_.gradient = flag("gradient");
     m_.wants_rates = flag("wants_rates"), m_.per_step = flag("per_step");
     m_.query_loss = flag("query_loss"), m_.output_grad = flag("output_grad");
-    m_.support_step_weights =
-        read_weights(part_.at("support_step_weights"), entry("support_step_weights"));
+    m_.support_step_weights = read_weights(part_.at("support_step_weights"), entry("support_step_weights"));
     if (!m_.support_step_weights.empty() && i64(m_.support_step_weights.size()) != m_.steps)
       part_.at("support_step_weights").refuse("must be one for each step");
     m_.schedule = read_schedule(part_.at("schedule"), entry("schedule"), m_.steps);
@@ -90,7 +89,8 @@ class MachineReader {
     set("support", m_.support, 0), set("query", m_.query, 1), set("traced_rule", m_.traced_rule, 2);
     if (m_.traced_rule.present && m_.gradient && m_.traced_rule.program.stage_ends.size() < 3)
       part_.at("traced_rule").refuse("has no way back");
-    if (m_.traced_rule.present && !m_.rule.plain()) part_.at("rule").refuse("must be plain with a traced rule");
+    if (m_.traced_rule.present && !m_.rule.plain())
+      part_.at("rule").refuse("must be plain with a traced rule");
     if (m_.steps > 0 && !m_.support.present) part_.refuse("has steps, and no support set");
     if ((m_.query_loss || m_.output_grad) && !m_.query.present) part_.refuse("has no query set");
     if (m_.steps > 0 && m_.gradient && m_.runs_back() && m_.support.program.stage_ends.size() < 3)
@@ -235,9 +235,9 @@ class MachineCallReader {
   }
 
   machine::MachineCall<S> read(const Items (&lists)[15], const std::vector<double>& step_weights) {
-    static const char* const names[] = {"data",      "rate",       "adapted_grad", "adapted", "grad",
-                                        "rate_grad", "fixed",      "fixed_grad",   "support", "support_grad",
-                                        "query",     "query_grad", "state",        "state_grad", "others"};
+    static const char* const names[] = {
+        "data",    "rate",         "adapted_grad", "adapted",    "grad",  "rate_grad",  "fixed", "fixed_grad",
+        "support", "support_grad", "query",        "query_grad", "state", "state_grad", "others"};
     const size_t counts[] = {m_.adapted.size(),
                              m_.adapted.size(),
                              m_.adapted.size(),
@@ -361,9 +361,9 @@ class MachineCallReader {
 // 0, or 1 where an index was out of range.
 inline int run_machine(const py::args& args, const py::kwargs& kwargs) {
   static const char* const names[] = {
-      "self",         "tasks", "threads",    "data",   "rate",         "adapted_grad",
-      "adapted",      "grad",  "rate_grad",  "fixed",  "fixed_grad",   "support",
-      "support_grad", "query", "query_grad", "state", "state_grad", "others", "step_weights", "poison"};
+      "self",       "tasks",     "threads",    "data",       "rate",         "adapted_grad", "adapted",
+      "grad",       "rate_grad", "fixed",      "fixed_grad", "support",      "support_grad", "query",
+      "query_grad", "state",     "state_grad", "others",     "step_weights", "poison"};
   const auto given = arguments("Machine.run", names, args, kwargs);
   const Machine& m = initialised_machine(given[0]);
   const auto part = [&](size_t i) { return Part{"Machine.run", names[i]}; };

@@ -48,23 +48,23 @@ class MetaStep : private InnerSteps<S> {
   using State::add_input_gradient;
   using State::at_;
   using State::call_;
+  using State::gradient_sinks;
   using State::has_query_loss;
+  using State::inner_step;
   using State::input_;
   using State::kernels_;
   using State::load_params;
   using State::loss_call;
-  using State::gradient_sinks;
-  using State::inner_step;
   using State::mirror_step;
   using State::options;
   using State::own_theta;
   using State::plan_;
   using State::query;
   using State::query_pass;
+  using State::rate;
   using State::restore;
   using State::rule_;
   using State::save;
-  using State::rate;
   using State::shared_;
   using State::single_rate;
   using State::sinks_;
@@ -210,8 +210,7 @@ class MetaStep : private InnerSteps<S> {
     const double weight = support_weight(k) * task_weight();
     if (!o.store) mirror_step(k);
     const Pass<S> pass = support_pass(k, batch, !again);
-    if (again)
-      support_gradient(pass, batch, plain && o.wants_rates ? gradient_sinks() : nullptr);
+    if (again) support_gradient(pass, batch, plain && o.wants_rates ? gradient_sinks() : nullptr);
     if (!plain) {
       rule_.back(k, lambda_.data(), rate_sums(k), sums_ + plan_.number_sum_offset + k * RULE_NUMBERS);
       for (size_t p = 0; p < plan_.params.size(); ++p)

@@ -85,12 +85,8 @@ class UpdateRuleSteps {
   const Plan& plan() const { return task_.plan_; }
   const Rule& rule() const { return plan().options.rule; }
   S* gradient(i64 k) { return task_.at_ + plan().at.rule_gradients + k * plan().at.rule_stride; }
-  S* factors(i64 k) {
-    return task_.at_ + plan().at.factors + (plan().keeps_steps() ? k : 0) * plan().lane;
-  }
-  S* state(i64 k, int s, size_t p) {
-    return states(k) + s * plan().set_size + plan().params[p].offset;
-  }
+  S* factors(i64 k) { return task_.at_ + plan().at.factors + (plan().keeps_steps() ? k : 0) * plan().lane; }
+  S* state(i64 k, int s, size_t p) { return states(k) + s * plan().set_size + plan().params[p].offset; }
   const S* mask(size_t p) const { return task_.shared_.mask + plan().params[p].offset; }
 
   RuleCall<S> call(i64 k, size_t p) {

@@ -50,7 +50,7 @@ class RuleChain:
             support: the support sets of this step.
             lr, hyper: of this step, as `at_step` and `hyper_at` say.
 
-        Derivatives: exact, through the state too; of first order those of the gradients are left out.
+        Derivatives: exact, through the state too; first order leaves out those of the gradients.
         """
         found = gradient(self._options, self.net, params, support, self.loss, self.aliases)
         g = {name: found[name].detach() if self.first_order else found[name] for name in self.names}

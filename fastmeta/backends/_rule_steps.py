@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastmeta.backends import _inputs
+from fastmeta.backends import _inputs, _rule_tasks
 from fastmeta.backends._random_state import RandomState, replayed
-from fastmeta.backends import _rule_tasks
 from fastmeta.backends._rule_tasks import start_of_all, step_of_all
 from fastmeta.inputs import leaves_of, mapped
 from fastmeta.network.functional import own

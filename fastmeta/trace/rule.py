@@ -21,8 +21,8 @@ from fastmeta.update_rules import CustomRule
 
 @dataclass(frozen=True, slots=True)
 class TracedRule:
-    """A rule's step as a program. It has spaces of its own, with the adapted parameters in the order
-    of theta wherever there is something for each of them:
+    """A rule's step as a program. It has spaces of its own, with the adapted parameters in the
+    order of theta wherever there is something for each of them:
 
     THETA goes in: theta, the gradient, the rates of all elements, the state
     OUTPUT comes out: theta', the state

@@ -305,7 +305,9 @@ class _Pass:
                         self.layout.slots.append(slot)
                         ends.append((leaf, self._leaf(slot, torch.zeros_like(leaf), False)))
             found = self._by_everything(ends) if wanted.gradient else []
-        results = [] if value is None else [(self.recorder.ref(value.detach()), (), Space.OUTPUT, 0)]
+        results: list[Placed] = []
+        if value is not None:
+            results.append((self.recorder.ref(value.detach()), (), Space.OUTPUT, 0))
         for leaf, shape, offset in zip(outputs, out.shapes, out.offsets, strict=True):
             results.append((self.recorder.ref(leaf.detach()), shape, Space.OUTPUT, OUTPUT_START + offset))
         if wanted.gradient:

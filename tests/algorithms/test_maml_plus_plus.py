@@ -50,8 +50,8 @@ def _make(**options: Any) -> fm.MAMLPlusPlus:
 def _plain(
     maml: fm.MAMLPlusPlus, episode: list[Tensor], weights: tuple[float, ...], first: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """(task losses [T], leaves in the order of `maml.parameters()`), with their graph; the numbers of
-    the rule come last."""
+    """(task losses [T], leaves in the order of `maml.parameters()`), with their graph; the numbers
+    of the rule come last."""
     rule = maml.update_rule
     numbers = {n: v.detach().clone().requires_grad_() for n, v in (rule.tensors or _values(rule)).items()}
     net = maml.net

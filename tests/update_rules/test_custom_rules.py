@@ -21,7 +21,10 @@ BACKENDS = {
     "recompute": {"backend": "torch", "memory": "recompute"},
     "loop": {"backend": "torch", "task_chunk": 1},
     "checkpoint": {"backend": "torch", "memory": "checkpoint"},
-    **{f"machine-{way}": {"backend": "machine", "memory": way} for way in ("store", "recompute", "checkpoint")},
+    **{
+        f"machine-{way}": {"backend": "machine", "memory": way}
+        for way in ("store", "recompute", "checkpoint")
+    },
 }
 EACH = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -130,7 +133,9 @@ def test_modules_match_autograd(make: Callable[[], nn.Module], backend: str) -> 
         )  # fmt: skip
 
     if make is Looks and "machine" in backend:
-        with pytest.raises(fm.BackendUnavailable, match="the update rule: its code reads a value of a tensor"):
+        with pytest.raises(
+            fm.BackendUnavailable, match="the update rule: its code reads a value of a tensor"
+        ):
             run()
         return
     got = run()

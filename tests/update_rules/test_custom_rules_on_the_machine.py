@@ -1,4 +1,5 @@
-"""Rules of the user's own as programs of the machine: lanes, what changes between calls, refusals."""
+"""Rules of the user's own as programs of the machine: lanes, what changes between calls, what it
+refuses."""
 
 from __future__ import annotations
 

@@ -100,8 +100,7 @@ class Group : private GroupRules<S> {
   }
 
   void start_sweep() {
-    if (!m_.plain_rule() && m_.steps > 0)
-      std::fill_n(w_ + at_.mbar, at_.state_stride, S(0));
+    if (!m_.plain_rule() && m_.steps > 0) std::fill_n(w_ + at_.mbar, at_.state_stride, S(0));
     std::fill_n(w_ + at_.others_sum, m_.fixed * L_, S(0));
     for (int i = 0; i < 2; ++i) zero_entry_gradients(i);
     fresh_ = true;
@@ -192,16 +191,20 @@ class Group : private GroupRules<S> {
   using State::at_;
   using State::bad_index_;
   using State::call_;
+  using State::collect;
   using State::count_;
   using State::executor_;
   using State::first_;
   using State::fresh_;
+  using State::hessian_product;
   using State::kernels_;
   using State::L_;
   using State::load_set;
+  using State::load_state;
   using State::load_tables;
   using State::losses_;
   using State::m_;
+  using State::note_support;
   using State::once_done_;
   using State::one_rate;
   using State::own_fixed_;
@@ -210,33 +213,28 @@ class Group : private GroupRules<S> {
   using State::rate_gradients;
   using State::rates;
   using State::reached_;
+  using State::rule_back;
   using State::rule_once_done_;
+  using State::rule_state;
+  using State::rule_step;
+  using State::run_query;
+  using State::scales_;
   using State::seed_loss;
   using State::set;
   using State::shared_;
   using State::silence;
   using State::step_weight;
-  using State::support_weight;
   using State::sums_;
+  using State::support_gradient;
+  using State::support_weight;
   using State::theta;
   using State::unpack;
   using State::updates;
   using State::w_;
   using State::write_state_gradient;
   using State::write_tables;
-  using State::zero_rate_gradients;
-  using State::support_gradient;
-  using State::note_support;
-  using State::hessian_product;
-  using State::run_query;
-  using State::collect;
   using State::zero_entry_gradients;
-  using State::rule_state;
-  using State::rule_step;
-  using State::rule_back;
-  using State::load_state;
-  using State::scales_;
-
+  using State::zero_rate_gradients;
 };
 
 }  // namespace fm::machine

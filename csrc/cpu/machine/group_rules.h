@@ -16,20 +16,20 @@ class GroupRules : protected GroupPasses<S> {
   using State::add_rate_gradient;
   using State::at_;
   using State::call_;
+  using State::collect;
   using State::kernels_;
   using State::L_;
   using State::m_;
+  using State::memory;
   using State::pack;
   using State::rates;
+  using State::rule_gradient;
   using State::rule_once_done_;
+  using State::run_stage;
   using State::sums_;
   using State::theta;
   using State::unpack;
   using State::w_;
-  using State::memory;
-  using State::run_stage;
-  using State::collect;
-  using State::rule_gradient;
 
   // ---- update rules that are not plain SGD
   S* rule_state(i64 k, int s) {

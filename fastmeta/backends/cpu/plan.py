@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._checkpoints import described as described_schedule
+from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._native_rules import described_rule, states_of
 from fastmeta.backends._rates import rate_form
 from fastmeta.backends.cpu.network import CAPABILITIES, described

@@ -220,7 +220,13 @@ def _plan(
         name = slot.name.removeprefix("fixed.")
         gradients = [s[slot.name].gradient if slot.name in s else -1 for s in (at_support, at_query)]
         others.append(
-            (slot.offset, slot.size, slot.name.startswith("fixed.") and name in problem.per_task, *gradients, -1)
+            (
+                slot.offset,
+                slot.size,
+                slot.name.startswith("fixed.") and name in problem.per_task,
+                *gradients,
+                -1,
+            )
         )
     output = 0 if found.query is None else found.query.output.size
     entries = {role: tuple(s for s in slots[role] if s.space in (Space.BATCH, Space.INTS)) for role in slots}

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
-from fastmeta.backends.machine.plan import Plan, make_plan
-from fastmeta.backends.machine.programs import Programs
 from fastmeta.backends._rule_tasks import start_of_all, through_start
 from fastmeta.backends._sweep import stack
+from fastmeta.backends.machine.plan import Plan, make_plan
+from fastmeta.backends.machine.programs import Programs
 from fastmeta.inputs import Tree, first_leaf, flatten, mapped
 from fastmeta.network.functional import isolated
 from fastmeta.ordinary import PLAIN
