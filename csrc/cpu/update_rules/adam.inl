@@ -3,7 +3,7 @@ template <bool APART>
 struct AdamRule {
   template <class S>
   struct Parts {
-    Vec<S> d, m, s, root, below, q;  // s: mean square; below: what m is divided by
+    Vec<S> d, m, s, root, share, q;  // s: mean square; share: of m in q, its step
   };
   template <class S, class E>
   FM_INLINE static Parts<S> parts(const RuleNumbers<S>& h, const E& e) {
@@ -14,8 +14,8 @@ struct AdamRule {
     p.s = b2 * e.state[1] + h.rest(RuleNumber::beta2) * p.d * p.d;
     p.root =
         sqrt_(h.has(RuleNumber::eps_root) ? p.s * (1 / h.c2) + h[RuleNumber::eps_root] : p.s * (1 / h.c2));
-    p.below = p.root + h[RuleNumber::eps];
-    p.q = p.m / p.below;
+    p.share = 1 / (p.root + h[RuleNumber::eps]);
+    p.q = p.m * p.share;
     return p;
   }
   template <class S, class E>
@@ -33,7 +33,8 @@ struct AdamRule {
     const Parts<S> p = parts(h, e);
     const Vec<S> lambda = e.lambda;
     const Vec<S> to_q = -e.alpha * (1 / h.c1) * lambda;
-    const Vec<S> to_m = e.mbar[0] + to_q / p.below, to_below = -to_q * p.q / p.below;
+    const Vec<S> by_m = to_q * p.share, to_m = e.mbar[0] + by_m;
+    const Vec<S> to_below = -by_m * p.q;               // to what m is divided by
     const Vec<S> to_square = to_below / (2 * p.root);  // of s / c2
     const Vec<S> to_s = e.mbar[1] + to_square * (1 / h.c2);
     e.v = h.rest(RuleNumber::beta1) * to_m + 2 * h.rest(RuleNumber::beta2) * p.d * to_s;
