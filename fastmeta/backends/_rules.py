@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
+from torch import Tensor
+
 from fastmeta.problem import Problem
 from fastmeta.update_rules import UpdateRule
+from fastmeta.update_rules.rule import NUMBERS as NUMBERS
 
 #: All kinds of rules but those of the user's own.
 NAMED = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion")
@@ -27,6 +31,23 @@ def refuses_rule(problem: Problem, kinds: Collection[str] = ()) -> str:
     if rule is None or rule.written or rule.kind in kinds:
         return ""
     return f"the update rule is {described(rule)}"
+
+
+def plain_numbers(rule: UpdateRule) -> list[float]:
+    """The numbers of a rule in the order of `NUMBERS`, zero where it has none."""
+    return [rule.numbers.get(name, 0.0) for name in NUMBERS]
+
+
+def gradients_of_numbers(problem: Problem, rows: Tensor | None) -> dict[str, Tensor]:
+    """From [K, NUMBERS], None where there are no steps, to what each learned number is: (), or
+    [K]."""
+    if rows is None:
+        return {name: torch.zeros_like(value) for name, value in problem.hyper.items()}
+    found = {}
+    for name, value in problem.hyper.items():
+        of_steps = rows[:, NUMBERS.index(name)]
+        found[name] = of_steps.clone() if value.dim() else of_steps.sum()
+    return found
 
 
 def described(rule: UpdateRule) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.backends.triton.memory import Memory, ParameterLayout
 from fastmeta.backends.triton.pass_memory import PassMemory
+from fastmeta.backends.triton.update_rule import UpdateRuleSteps
 from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import reduce
 from fastmeta.kernels.launch import Recorder
@@ -44,18 +45,25 @@ class StepState:
         self.second = problem.order == "second" and self.steps > 0 and bool(wrt)
         self.store = memory == "store"
         rule = problem.rule
-        self.mu, self.decay = (rule.momentum, rule.weight_decay) if rule is not None else (0.0, 0.0)
-        self.plain = self.mu == 0 and self.decay == 0
+        written = rule is None or rule.written or not self.steps
+        self.mu, self.decay = (0.0, 0.0)
+        if rule is not None and written:
+            self.mu, self.decay = rule.momentum, rule.weight_decay
+        self.plain = written and self.mu == 0 and self.decay == 0
         self.wants_rates = "lr" in wrt and self.steps > 0 and bool(problem.rates)
         self.memory = Memory(device, first.dtype)
         self.emit = Recorder()
         count = len(problem.params)
         self.layout = ParameterLayout(net, problem, count)
-        self._allocate(problem, count)
+        self._allocate(problem, count, written)
+        # any other rule
+        self.rule = None if written or rule is None else UpdateRuleSteps(self, problem, rule)
+        if self.rule is not None and self.rule.wants_v:
+            self.v = self.memory.new(self.tasks, self.layout.size)
 
     # ---- static tensors
 
-    def _allocate(self, problem: Problem, count: int) -> None:
+    def _allocate(self, problem: Problem, count: int, written: bool) -> None:
         new, layout, tasks, steps = self.memory.new, self.layout, self.tasks, self.steps
         size = layout.size
         own = bool(problem.per_task)
@@ -88,9 +96,9 @@ class StepState:
         self.output: Tensor | None = None  # the last query pass's own
         self.gradient = self.lam = self.v = self.mbar = self.momentum = self.updates = None
         self.rate_sums = self.rate_total = self.total = self.ranges = None
-        self.keeps_updates = self.wants_rates and (self.store or self.mu != 0)
+        self.keeps_updates = self.wants_rates and written and (self.store or self.mu != 0)
         self.in_epilogues = self.plain and not self.keeps_updates and not any(layout.elementwise)
-        if steps and (not self.in_epilogues or self.wants_rates):
+        if steps and written and (not self.in_epilogues or self.wants_rates):
             self.gradient = new(tasks, size)
         if self.mu and steps:
             self.momentum = new(tasks, size)
@@ -98,7 +106,7 @@ class StepState:
             self.updates = new(steps, tasks, size)
         if wrt:
             self.lam = new(tasks, size)
-            if steps and (self.second or not self.plain):
+            if steps and written and (self.second or not self.plain):
                 self.v = new(tasks, size)
             if self.mu and steps:
                 self.mbar = new(tasks, size)
@@ -114,7 +122,8 @@ class StepState:
 
     def tensors(self) -> list[Tensor]:
         """All static tensors."""
-        return [*self.memory.made, self.index, self.table]
+        constants = [] if self.rule is None else [self.rule.plain]
+        return [*self.memory.made, self.index, self.table, *constants]
 
     # ---- parameters and rates
 

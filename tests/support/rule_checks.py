@@ -1,0 +1,123 @@
+"""Update rules on a backend against autograd through loops in plain PyTorch (`rule_loops`), for the
+tests of several backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rule_loops import CASES, RuleCase, errors, meta_gradient, problem
+from torch import Tensor
+
+import fastmeta as fm
+
+WRT = ("params", "lr", "rule", "support_x", "query_x")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a rule is asked for."""
+
+    steps: int = 3
+    numbers_of_steps: bool = False  # numbers [K] instead of ()
+    per_step: bool = False  # a support set for each step
+    step_weights: tuple[float, ...] | None = None
+    first_order: bool = False
+    memory: str = "auto"
+
+
+VARIANTS = {
+    "sets of steps": Variant(
+        numbers_of_steps=True, per_step=True, step_weights=(0.3, 0.0, 0.7, 1.0), memory="recompute"
+    ),
+    "numbers": Variant(),
+    "first order": Variant(first_order=True),
+}
+#: Every rule in the first of these, some in the others: (label, variant).
+ALL = [(case.label, next(iter(VARIANTS))) for case in CASES]
+ALL += [(label, "numbers") for label in ("sgd_clip_norm", "adam")]
+ALL += [(label, "first order") for label in ("sgd_clip_value", "adamw", "rmsprop_centered")]
+#: A dead unit: NaN, and with `eps_root` none.
+DEAD = [
+    RuleCase("adam", "Adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}, lr=0.01),
+    RuleCase("adam_root", "Adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "eps_root": 1e-6}, lr=0.01),
+    RuleCase("adamw", "AdamW", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}, lr=0.01),
+    RuleCase("rmsprop", "RMSProp", {"alpha": 0.9, "eps": 1e-8}, lr=0.01),
+    RuleCase("adagrad", "Adagrad", {"eps": 1e-8}, lr=0.01),
+    RuleCase("sgd", "SGD", {"clip_norm": 0.5}, lr=0.01),
+]
+
+
+def case_of(label: str) -> RuleCase:
+    """The case of `rule_loops` with that label."""
+    return next(case for case in CASES if case.label == label)
+
+
+def rates(case: RuleCase, steps: int) -> Tensor:
+    """[K], falling."""
+    return case.lr * torch.linspace(1, 0.7, steps, dtype=torch.float64)
+
+
+def assert_matches_autograd(
+    case: RuleCase, backend: str, how: Variant, *, dead: bool = False
+) -> dict[str, Any]:
+    """Losses and every gradient within 1e-9; what autograd found."""
+    net, params, data = problem(how.steps if how.per_step else None, dead=dead)
+    lr, numbers = rates(case, how.steps), case.tensors(how.steps if how.numbers_of_steps else None)
+    tasks = torch.tensor([0.4, 1.7], dtype=torch.float64)
+    weighted = {"step_weights": how.step_weights, "task_weights": tasks}
+    want = meta_gradient(
+        case, net, params, data, lr, numbers, how.steps,
+        per_step=how.per_step, first_order=how.first_order, **weighted,
+    )  # fmt: skip
+    got = fm.meta_gradient(
+        net, params, tuple(data[:2]), tuple(data[2:]), loss="mse", lr=lr, steps=how.steps,
+        update_rule=case.make(numbers), wrt=WRT, backend=backend, support_per_step=how.per_step,
+        order="first" if how.first_order else "second", memory=how.memory, **weighted,
+    )  # fmt: skip
+    wrong = {what: error for what, error in errors(got, want).items() if not error < 1e-9}
+    assert not wrong, wrong
+    return want
+
+
+def assert_dead_units_match(case: RuleCase, backend: str) -> None:
+    """NaN where autograd through the formulas has NaN, and nowhere else."""
+    want = assert_matches_autograd(case, backend, Variant(), dead=True)
+    nan = any(bool(value.isnan().any()) for value in want["params"].values())
+    assert nan == (case.rule != "SGD" and "eps_root" not in case.numbers)
+
+
+def assert_zero_gradients_match(backend: str) -> None:
+    """A norm of zero: PyTorch's derivative of it is zero."""
+    case = RuleCase("", "SGD", {"clip_norm": 0.5})
+    net, params, data = problem()
+    data[0], data[1] = torch.zeros_like(data[0]), torch.zeros_like(data[1])
+    params = {name: torch.zeros_like(value) for name, value in params.items()}
+    lr, numbers = rates(case, 3), case.tensors()
+    want = meta_gradient(case, net, params, data, lr, numbers, 3)
+    got = fm.meta_gradient(
+        net, params, tuple(data[:2]), tuple(data[2:]), loss="mse", lr=lr, steps=3,
+        update_rule=case.make(numbers), wrt=WRT, backend=backend,
+    )  # fmt: skip
+    assert all(error < 1e-9 for error in errors(got, want).values())
+
+
+def assert_matches_reference(net: Any, data: list[Tensor], rule: fm.SGD, backend: str, **given: Any) -> None:
+    """Losses, adapted parameters and every gradient as `reference` has them, within 1e-9."""
+    found = {}
+    how = {"loss": "mse", "update_rule": rule, **given}
+    wrt = ("params", "lr", *(["rule"] if rule.learned else []))
+    params = dict(net.named_parameters())
+    for name in ("reference", backend):
+        out = fm.meta_gradient(net, params, tuple(data[:2]), tuple(data[2:]), wrt=wrt, backend=name, **how)
+        adapted = fm.inner_sgd(net, params, *data[:2], backend=name, **how)
+        lr = out.lr if isinstance(out.lr, dict) else {"lr": out.lr}
+        groups = {"params": out.grads, "lr": lr, "rule": out.rule or {}, "adapted": adapted}
+        found[name] = {f"{g}.{n}": v.detach() for g, values in groups.items() for n, v in values.items()}
+        found[name]["losses"] = out.task_losses
+    assert found[backend].keys() == found["reference"].keys()
+    for what, value in found["reference"].items():
+        torch.testing.assert_close(
+            found[backend][what], value, rtol=1e-9, atol=1e-11, msg=lambda m, w=what: f"{w}: {m}"
+        )
