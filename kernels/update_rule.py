@@ -98,7 +98,7 @@ def _load_element(place: Place, task, e, at, slot, mask, count, FORM: tl.constex
 
 
 @jit
-def step(
+def rule_step(
     place: Place,
     out,  # [T, P], the next theta
     after: States,
@@ -131,7 +131,7 @@ def step(
 
 
 @jit
-def back(
+def rule_back(
     place: Place,
     lam,  # [T, P], dJ/dtheta', becomes dJ/dtheta but for what passes through the gradient
     mbar: States,  # dJ/dstate', becomes dJ/dstate
@@ -263,7 +263,7 @@ def emit_step(
     programs = tasks * blocks(size, BLOCK)
     if place.squares is not None:
         emit(clip_squares, programs, place=place, out=place.squares, P=size, FORM=form, BLOCK=BLOCK)
-    emit(step, programs, place=place, out=out, after=states(after), P=size, FORM=form, BLOCK=BLOCK)
+    emit(rule_step, programs, place=place, out=out, after=states(after), P=size, FORM=form, BLOCK=BLOCK)
 
 
 def emit_back(
@@ -294,7 +294,7 @@ def emit_back(
     programs, columns = tasks * blocks(size, BLOCK), 0 if parts is None else parts.stride(0)
     clips = v is not None and (form.clip_value or form.clip_norm)
     emit(
-        back,
+        rule_back,
         programs,
         place=place,
         lam=lam,

@@ -20,6 +20,7 @@ class Variant:
     """How a rule is asked for."""
 
     steps: int = 3
+    tasks: int = 2
     numbers_of_steps: bool = False  # numbers [K] instead of ()
     per_step: bool = False  # a support set for each step
     step_weights: tuple[float, ...] | None = None
@@ -34,10 +35,17 @@ VARIANTS = {
     "numbers": Variant(),
     "first order": Variant(first_order=True),
 }
-#: Every rule in the first of these, some in the others: (label, variant).
-ALL = [(case.label, next(iter(VARIANTS))) for case in CASES]
-ALL += [(label, "numbers") for label in ("sgd_clip_norm", "adam")]
-ALL += [(label, "first order") for label in ("sgd_clip_value", "adamw", "rmsprop_centered")]
+#: Every case of `rule_loops`, and every variant: (label, variant).
+ALL = [
+    (label, how)
+    for how, labels in {
+        "sets of steps": "sgd_dampening sgd_clip_norm adam adamw rmsprop_centered adagrad lion",
+        "numbers": "sgd sgd_nesterov adam_root rmsprop adagrad_start",
+        "first order": "sgd_clip_value adamw rmsprop_centered",
+    }.items()
+    for label in labels.split()
+]
+assert {label for label, _ in ALL} == {case.label for case in CASES}
 #: A dead unit: NaN, and with `eps_root` none.
 DEAD = [
     RuleCase("adam", "Adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}, lr=0.01),
@@ -63,9 +71,9 @@ def assert_matches_autograd(
     case: RuleCase, backend: str, how: Variant, *, dead: bool = False
 ) -> dict[str, Any]:
     """Losses and every gradient within 1e-9; what autograd found."""
-    net, params, data = problem(how.steps if how.per_step else None, dead=dead)
+    net, params, data = problem(how.steps if how.per_step else None, how.tasks, dead)
     lr, numbers = rates(case, how.steps), case.tensors(how.steps if how.numbers_of_steps else None)
-    tasks = torch.tensor([0.4, 1.7], dtype=torch.float64)
+    tasks = torch.tensor([0.4, 1.7][: how.tasks], dtype=torch.float64)
     weighted = {"step_weights": how.step_weights, "task_weights": tasks}
     want = meta_gradient(
         case, net, params, data, lr, numbers, how.steps,

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastmeta.backends._rules import NUMBERS, gradients_of_numbers, plain_numbers
 from fastmeta.kernels import reduce, update_rule
 from fastmeta.kernels.launch import blocks
-from fastmeta.kernels.update_rules.numbers import ROW, Form, make_rows
+from fastmeta.kernels.rule_numbers import make_rows
+from fastmeta.kernels.update_rules.numbers import ROW, Form
 from fastmeta.problem import Problem
 from fastmeta.update_rules import UpdateRule
 
