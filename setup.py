@@ -187,7 +187,7 @@ def extensions() -> list[Extension]:
 
 
 # Folders with what the cuda backend compiles at run time: package data, below fastmeta/csrc.
-CUDA_SOURCES = ("cuda", "cuda/families", "cuda/layers", "shared")
+CUDA_SOURCES = ("cuda", "cuda/families", "cuda/layers", "shared", "shared/update_rules")
 DATA = {f"fastmeta.csrc.{folder.replace('/', '.')}": f"csrc/{folder}" for folder in CUDA_SOURCES}
 KERNELS = {"fastmeta.kernels": "kernels", "fastmeta.kernels.update_rules": "kernels/update_rules"}
 

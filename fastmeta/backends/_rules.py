@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +38,21 @@ def plain_numbers(rule: UpdateRule) -> list[float]:
     return [rule.numbers.get(name, 0.0) for name in NUMBERS]
 
 
-def gradients_of_numbers(problem: Problem, rows: Tensor | None) -> dict[str, Tensor]:
-    """From [K, NUMBERS], None where there are no steps, to what each learned number is: (), or
+def bits(names: Iterable[str]) -> int:
+    """A set of numbers: bit i stands for the i-th of `NUMBERS`."""
+    return sum(1 << NUMBERS.index(name) for name in names)
+
+
+def gradients_of_numbers(
+    problem: Problem, rows: Tensor | None, names: Sequence[str] = NUMBERS
+) -> dict[str, Tensor]:
+    """From [K, names], None where there are no steps, to what each learned number is: (), or
     [K]."""
     if rows is None:
         return {name: torch.zeros_like(value) for name, value in problem.hyper.items()}
     found = {}
     for name, value in problem.hyper.items():
-        of_steps = rows[:, NUMBERS.index(name)]
+        of_steps = rows[:, names.index(name)]
         found[name] = of_steps.clone() if value.dim() else of_steps.sum()
     return found
 

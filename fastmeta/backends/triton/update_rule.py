@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmeta.backends._rules import NUMBERS, gradients_of_numbers, plain_numbers
+from fastmeta.backends._rules import NUMBERS, bits, gradients_of_numbers, plain_numbers
 from fastmeta.kernels import reduce, update_rule
 from fastmeta.kernels.launch import blocks
 from fastmeta.kernels.rule_numbers import make_rows
@@ -77,7 +77,7 @@ class UpdateRuleSteps:
             unused: some parameters have no gradient, which stays zero.
         """
         emit = self.state.emit
-        make_rows(emit, self.plain, self.given, self._bits(self.learned), self.rows)
+        make_rows(emit, self.plain, self.given, bits(self.learned), self.rows)
         if unused:
             emit.zero(self.gradients)
         if self.parts is not None:
@@ -147,10 +147,6 @@ class UpdateRuleSteps:
             bool(options.get("centered")),
             *(rule.has(name) for name in names),
             states=len(rule.state),
-            learned=self._bits(wanted),
+            learned=bits(wanted),
             first=k == 0,
         )
-
-    @staticmethod
-    def _bits(names: list[str] | tuple[str, ...]) -> int:
-        return sum(1 << NUMBERS.index(name) for name in names)
