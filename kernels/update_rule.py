@@ -1,8 +1,8 @@
 """One inner step of an update rule on whole sets of parameters [T, P], and its adjoint: of any rule
 with a name but plain SGD with momentum, which is in `sgd.py`.
 
-The arithmetic is in `kernels/update_rules`; `index` is that of `sgd.py`. A program takes a block of
-one task's elements.
+The arithmetic is in `kernels/update_rules`; `Place.slots` is the `index` of `sgd.py`. A program
+takes a block of one task's elements.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     gradient: Tensor  # [T, P], as it is
     squares: Tensor | None  # [T, blocks], of the clamped gradient; where it is clipped by its norm
     rates: Operand  # of a task [L]
-    index: Tensor  # [P]
+    slots: Tensor  # [P], as `index` of sgd.py
     row: Tensor  # [ROW], of the numbers
     before: States
 
@@ -110,7 +110,7 @@ def rule_step(
     count = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // count).to(tl.int64)
     e = tl.program_id(0) % count * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(place.index + e, mask=e < P, other=-1)
+    slot = tl.load(place.slots + e, mask=e < P, other=-1)
     mask = slot >= 0
     at = task * P + e
     theta, g, alpha = _load_element(place, task, e, at, slot, mask, count, FORM, BLOCK)
@@ -149,7 +149,7 @@ def rule_back(
     count = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // count).to(tl.int64)
     e = tl.program_id(0) % count * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(place.index + e, mask=e < P, other=-1)
+    slot = tl.load(place.slots + e, mask=e < P, other=-1)
     mask = slot >= 0
     at = task * P + e
     row = place.row
@@ -212,7 +212,7 @@ def clip_squares(
     count = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // count).to(tl.int64)
     e = tl.program_id(0) % count * BLOCK + tl.arange(0, BLOCK)
-    mask = tl.load(place.index + e, mask=e < P, other=-1) >= 0
+    mask = tl.load(place.slots + e, mask=e < P, other=-1) >= 0
     g1 = clamped(tl.load(place.gradient + task * P + e, mask=mask, other=0.0), place.row, FORM)
     tl.store(out + tl.program_id(0), tl.sum(g1 * g1, axis=0))
 
@@ -232,7 +232,7 @@ def clip_back(
     count = tl.cdiv(P, BLOCK)
     task = (tl.program_id(0) // count).to(tl.int64)
     e = tl.program_id(0) % count * BLOCK + tl.arange(0, BLOCK)
-    mask = tl.load(place.index + e, mask=e < P, other=-1) >= 0
+    mask = tl.load(place.slots + e, mask=e < P, other=-1) >= 0
     at = task * P + e
     row = place.row
     own = parts if FORM.learned == 0 else parts + tl.program_id(0).to(tl.int64) * COLUMNS
@@ -259,7 +259,7 @@ def emit_step(
     emit: Recorder, tasks: int, place: Place, out: Tensor, after: Sequence[Tensor], form: Form
 ) -> None:
     """out [T, P], after = the step; with clipping by the norm `place.squares` is written before."""
-    size = place.index.numel()
+    size = place.slots.numel()
     programs = tasks * blocks(size, BLOCK)
     if place.squares is not None:
         emit(clip_squares, programs, place=place, out=place.squares, P=size, FORM=form, BLOCK=BLOCK)
@@ -290,7 +290,7 @@ def emit_back(
         parts: [T * blocks, at least 12], becomes dJ/dnumber, zero before; None: none is wanted.
         dots: [T, blocks] of scratch memory, for clipping by the norm.
     """
-    size = place.index.numel()
+    size = place.slots.numel()
     programs, columns = tasks * blocks(size, BLOCK), 0 if parts is None else parts.stride(0)
     clips = v is not None and (form.clip_value or form.clip_norm)
     emit(

@@ -33,6 +33,21 @@ def refuses_rule(problem: Problem, kinds: Collection[str] = ()) -> str:
     return f"the update rule is {described(rule)}"
 
 
+def refuses_unread(problem: Problem, read: Collection[str]) -> str:
+    """Why a backend that leaves alone what no layer reads cannot run the inner loop of a problem, ""
+    if it can.
+
+    Args:
+        problem: the problem.
+        read: the parameters that some layer reads.
+    """
+    rule = problem.rule
+    if rule is None or not problem.steps or not rule.has("weight_decay"):
+        return ""
+    unread = [name for name in problem.rates if name not in read]
+    return f"weight decay moves `{unread[0]}`, which no layer reads" if unread else ""
+
+
 def plain_numbers(rule: UpdateRule) -> list[float]:
     """The numbers of a rule in the order of `NUMBERS`, zero where it has none."""
     return [rule.numbers.get(name, 0.0) for name in NUMBERS]

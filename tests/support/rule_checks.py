@@ -4,14 +4,17 @@ tests of several backends."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from rule_loops import CASES, RuleCase, errors, meta_gradient, problem
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmeta as fm
 
+number = partial(torch.tensor, dtype=torch.float64)
 WRT = ("params", "lr", "rule", "support_x", "query_x")
 
 
@@ -129,3 +132,48 @@ def assert_matches_reference(net: Any, data: list[Tensor], rule: fm.SGD, backend
         torch.testing.assert_close(
             found[backend][what], value, rtol=1e-9, atol=1e-11, msg=lambda m, w=what: f"{w}: {m}"
         )
+
+
+def random_sets(tasks: int, inputs: int, outputs: int) -> list[Tensor]:
+    """Support and query sets of five examples: x, y, x, y."""
+    torch.manual_seed(0)
+    return [torch.randn(tasks, 5, n, dtype=torch.float64) for n in (inputs, outputs, inputs, outputs)]
+
+
+class Idle(nn.Module):
+    """With a parameter that no layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.idle = nn.Linear(3, 2), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def assert_unread_parameters_match(backend: str) -> None:
+    """A parameter that no layer reads has no gradient, and no part in the norm."""
+    rule = fm.SGD(number(0.5), nesterov=True, clip_norm=number(0.3))
+    assert_matches_reference(Idle().double(), random_sets(2, 3, 2), rule, backend, lr=0.1, steps=3)
+
+
+def assert_no_step_is_zero(backend: str) -> None:
+    """Of no step nothing depends on the numbers."""
+    net, data = nn.Linear(3, 2).double(), random_sets(2, 3, 2)
+    rule = fm.Adam(eps=number(1e-3))
+    out = fm.meta_gradient(
+        net, dict(net.named_parameters()), tuple(data[:2]), tuple(data[2:]), loss="mse", lr=0.1, steps=0,
+        update_rule=rule, wrt=("params", "rule"), backend=backend,
+    )  # fmt: skip
+    assert out.rule is not None
+    assert float(out.rule["eps"]) == 0
+
+
+def assert_custom_rules_are_refused(backend: str) -> None:
+    """With the reason."""
+    net, data = nn.Linear(3, 2).double(), random_sets(2, 3, 2)
+    with pytest.raises(fm.BackendUnavailable, match="the update rule is CustomRule"):
+        fm.inner_sgd(
+            net, dict(net.named_parameters()), *data[:2], loss="mse", lr=1.0, steps=1,
+            update_rule=fm.CustomRule(nn.Identity()), backend=backend,
+        )  # fmt: skip

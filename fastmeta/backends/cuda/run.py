@@ -168,7 +168,7 @@ class Job:
             grads.params = {}
             for name, shape in self.shapes.items():
                 if name not in params:
-                    grads.params[name] = self._zeros(problem.params[name].shape)
+                    grads.params[name] = self._unread(problem, name)
                 elif name in own["grad"]:
                     grads.params[name] = own["grad"][name]
                 else:
@@ -190,6 +190,13 @@ class Job:
                     grads.lr[name] = total[start : start + rate.numel()].view(rate.shape)
                 else:
                     grads.lr[name] = self._zeros(rate.shape)
+
+    def _unread(self, problem: Problem, name: str) -> Tensor:
+        """The gradient of a parameter that no layer reads: what was given of its last value."""
+        if problem.adapted_grad is None:
+            return self._zeros(problem.params[name].shape)
+        given = problem.adapted_grad[name]
+        return given.clone() if name in problem.per_task else given.sum(0)
 
     # ---- batches
     def _batch(

@@ -102,7 +102,7 @@ class MetaStep(StepState):
                 if p >= len(self.layout.names) or not self._moves(p):
                     sinks.append(None)
                     continue
-                rates = self._rates(k)
+                rates = self.rates_of(k)
                 rate = Operand(rates.at[self.layout.slots[p] :], rates.stride)
                 sinks.append(Sink(self.theta(k + 1, p), self.theta(k, p), rate))
             self._support_gradient(run, k, sinks)
@@ -121,20 +121,16 @@ class MetaStep(StepState):
         sgd.update(
             self.emit,
             self.tasks,
-            self._theta_rows(k),
+            self.theta_rows(k),
             there(self.gradient),
             momentum,
-            self._rates(k),
+            self.rates_of(k),
             self.index,
             there(self.thetas)[k],
             kept,
             self.mu,
             self.decay,
         )
-
-    def _theta_rows(self, k: int) -> Operand:
-        rows = self.theta0 if k == 0 else there(self.thetas)[k - 1]
-        return Operand(rows, self.layout.size if rows.dim() > 1 else 0)
 
     def _some_unused(self) -> bool:
         return any(p not in self.used for p in range(len(self.layout.names)))
@@ -258,7 +254,7 @@ class MetaStep(StepState):
         if self.v is None:
             return
         mbar = self.mbar if self.mu and k < self.steps - 1 else None
-        sgd.direction(self.emit, self.tasks, there(self.lam), mbar, self._rates(k), self.index, self.v)
+        sgd.direction(self.emit, self.tasks, there(self.lam), mbar, self.rates_of(k), self.index, self.v)
         if self.second:
             self._hessian_vector(run, k)
         if not self.plain:
@@ -278,7 +274,7 @@ class MetaStep(StepState):
             sgd.update(
                 self.emit,
                 self.tasks,
-                self._theta_rows(k),
+                self.theta_rows(k),
                 there(self.gradient),
                 None,
                 None,

@@ -129,10 +129,10 @@ class UpdateRuleSteps:
         squares = None if self.squares is None else self.squares[k if state.wrt else 0]
         before = self._after(k - 1) if k else ()
         return update_rule.Place(
-            state._theta_rows(k),
+            state.theta_rows(k),
             self.gradient(k),
             squares,
-            state._rates(k),
+            state.rates_of(k),
             state.index,
             self.rows[k],
             update_rule.states(before),
@@ -140,12 +140,15 @@ class UpdateRuleSteps:
 
     def _form(self, k: int, wanted: list[str] | tuple[str, ...]) -> Form:
         rule, options = self.rule, self.rule.options
-        names = ("momentum", "weight_decay", "eps_root", *_CLIPS)
         return Form(
-            rule.kind,
-            bool(options.get("nesterov")),
-            bool(options.get("centered")),
-            *(rule.has(name) for name in names),
+            kind=rule.kind,
+            nesterov=bool(options.get("nesterov")),
+            centered=bool(options.get("centered")),
+            momentum=rule.has("momentum"),
+            weight_decay=rule.has("weight_decay"),
+            eps_root=rule.has("eps_root"),
+            clip_value=rule.has("clip_value"),
+            clip_norm=rule.has("clip_norm"),
             states=len(rule.state),
             learned=bits(wanted),
             first=k == 0,
