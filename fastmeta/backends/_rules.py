@@ -34,8 +34,8 @@ def refuses_rule(problem: Problem, kinds: Collection[str] = ()) -> str:
 
 
 def refuses_unread(problem: Problem, read: Collection[str]) -> str:
-    """Why a backend that leaves alone what no layer reads cannot run the inner loop of a problem, ""
-    if it can.
+    """Why a backend that leaves alone what no layer reads cannot run the inner loop of a problem,
+    "" if it can.
 
     Args:
         problem: the problem.

@@ -35,8 +35,8 @@ VARIANTS = {
     "sets of steps": Variant(
         numbers_of_steps=True, per_step=True, step_weights=(0.3, 0.0, 0.7, 1.0), memory="recompute"
     ),
-    "numbers": Variant(),
-    "first order": Variant(first_order=True),
+    "numbers": Variant(tasks=1),
+    "first order": Variant(tasks=1, first_order=True),
 }
 #: Every case of `rule_loops`, and every variant: (label, variant).
 ALL = [

@@ -8,8 +8,8 @@ import torch
 from rule_checks import (
     ALL,
     DEAD,
-    Idle,
     VARIANTS,
+    Idle,
     Variant,
     assert_custom_rules_are_refused,
     assert_dead_units_match,
