@@ -17,21 +17,6 @@ constexpr int wanted_before(int number) {
 }
 constexpr int WANTED_NUMBERS = wanted_before(RULE_NUMBERS), NORM_SLOT = RATE_SLOTS + WANTED_NUMBERS;
 
-// Every 32nd thread's sums of a slot, added up in the place of the first: to be said between two
-// barriers. The order depends on nothing but the number of threads.
-FM_INLINE void add_threads(S* workspace, int slot) {
-  for (int j = thread(); j < 32; j += step_threads()) {
-    double total = 0;
-    for (int i = j; i < step_threads(); i += 32) total += rate_sum(workspace, slot, i);
-    rate_sum(workspace, slot, j) = total;
-  }
-}
-FM_INLINE double total_of(S* workspace, int slot) {
-  double total = 0;
-  for (int i = 0; i < smaller(32, step_threads()); ++i) total += rate_sum(workspace, slot, i);
-  return total;
-}
-
 // A is `Args`, which a template alone need not look into where the rule is not a general one.
 template <class A>
 class RuleSteps {
