@@ -187,12 +187,13 @@ def extensions() -> list[Extension]:
 
 
 # Folders with what the cuda backend compiles at run time: package data, below fastmeta/csrc.
-CUDA_SOURCES = ("cuda", "cuda/families", "cuda/layers", "shared")
+CUDA_SOURCES = ("cuda", "cuda/families", "cuda/layers", "shared", "shared/update_rules")
 DATA = {f"fastmeta.csrc.{folder.replace('/', '.')}": f"csrc/{folder}" for folder in CUDA_SOURCES}
+KERNELS = {"fastmeta.kernels": "kernels", "fastmeta.kernels.update_rules": "kernels/update_rules"}
 
 setup(
-    packages=[*find_packages(include=["fastmeta", "fastmeta.*"]), "fastmeta.kernels", *DATA],
-    package_dir={"fastmeta": "fastmeta", "fastmeta.kernels": "kernels", **DATA},
+    packages=[*find_packages(include=["fastmeta", "fastmeta.*"]), *KERNELS, *DATA],
+    package_dir={"fastmeta": "fastmeta", **KERNELS, **DATA},
     package_data={package: ["*.h", "*.inl", "emulate.cpp"] for package in DATA},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},

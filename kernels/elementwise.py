@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import triton.language as tl
 
-from fastmeta.kernels.functions import first, second, value
+from fastmeta.kernels.functions import chained, second, value
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import FLAT, blocks
 from fastmeta.kernels.passes import Buffer, Node, Pass, Sinks
@@ -90,7 +90,7 @@ def finish(acc, at, mask, end: End, F: tl.constexpr):
             if F.mode == "backward":
                 if end.curve is not None:
                     tl.store(end.curve + at, acc * second(s, F), mask=mask)
-            acc = acc * first(s, F)
+            acc = chained(acc, s, F)
             if F.mode == "tangent_backward":
                 if end.moved is not None:
                     acc += tl.load(end.curve + at, mask=mask, other=0.0) * tl.load(

@@ -1,7 +1,7 @@
 """The pointwise functions f: their value and first two derivatives, of a block of any shape.
 
     value   f(scale x + shift)
-    first   its first derivative by x
+    first   its first derivative by x (`chained`: something times it)
     second  its second derivative by x, of functions that are not piecewise linear
 
 A new function is a line in each of the three; the rest of what is said of it in Python is its row
@@ -144,11 +144,20 @@ def value(x, F: tl.constexpr):
 
 
 @jit
-def first(s, F: tl.constexpr):
-    """df/dx from what is saved."""
+def chained(g, s, F: tl.constexpr):
+    """g df/dx from what is saved. Where relu is off that is zero, of an infinite or NaN g too, as
+    in PyTorch."""
     if F.function == "relu":
-        d = tl.where(s > 0, tl.zeros_like(s) + 1.0, 0.0)
-    elif F.function == "leaky_relu":
+        g = tl.where(s <= 0, 0.0, g)
+        return g * F.scale if F.scale != 1.0 else g
+    else:
+        return g * first(s, F)
+
+
+@jit
+def first(s, F: tl.constexpr):
+    """df/dx from what is saved, but for relu."""
+    if F.function == "leaky_relu":
         d = tl.where(s > 0, 1.0, tl.zeros_like(s) + F.c0)
     elif F.function == "elu":
         d = tl.where(s > 0, 1.0, s + F.c0)

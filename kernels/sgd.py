@@ -110,7 +110,7 @@ class Table(NamedTuple):
 
 @jit
 def _rate_gradient(
-    lam,  # [T, P]
+    lam,  # [T, P]; None: u is the gradient of each element
     u,  # [T, P]
     table: Table,
     out,  # [T, L]
@@ -128,11 +128,13 @@ def _rate_gradient(
     size = tl.load(table.size + p)
     to = out + task * L + tl.load(table.slot + p)
     each = tl.load(table.elementwise + p) != 0
-    total = tl.zeros([BLOCK], dtype=lam.dtype.element_ty)
+    total = tl.zeros([BLOCK], dtype=u.dtype.element_ty)
     for i0 in range(0, size, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         at = task * P + start + i
-        g = -tl.load(lam + at, mask=i < size, other=0.0) * tl.load(u + at, mask=i < size, other=0.0)
+        g = tl.load(u + at, mask=i < size, other=0.0)
+        if lam is not None:
+            g = -tl.load(lam + at, mask=i < size, other=0.0) * g
         total += g
         if each:
             if ADD:
@@ -229,9 +231,10 @@ def adjoint(
 
 
 def rate_gradient(
-    emit: Recorder, tasks: int, lam: Tensor, u: Tensor, table: Tensor, out: Tensor, add: bool
+    emit: Recorder, tasks: int, lam: Tensor | None, u: Tensor, table: Tensor, out: Tensor, add: bool
 ) -> None:
-    """out [T, L] = [out] - lam u, summed over a parameter's elements where they share a rate.
+    """out [T, L] = [out] - lam u, or [out] + u, summed over a parameter's elements where they
+    share a rate.
 
     `table` [4, adapted parameters] has the rows of `Table`.
     """
@@ -244,7 +247,7 @@ def rate_gradient(
         table=Table(*table),
         out=out,
         count=count,
-        P=lam.shape[1],
+        P=u.shape[1],
         L=out.shape[-1],
         ADD=add,
         BLOCK=FLAT,

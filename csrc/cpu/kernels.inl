@@ -39,12 +39,14 @@ namespace {
 
 #include "update_rules/rule.inl"
 // the rules build on it
-#include "update_rules/adagrad.inl"
-#include "update_rules/adam.inl"
+#include "../shared/update_rules/decay.inl"
+// and on that
+#include "../shared/update_rules/adagrad.inl"
+#include "../shared/update_rules/adam.inl"
+#include "../shared/update_rules/lion.inl"
+#include "../shared/update_rules/rmsprop.inl"
+#include "../shared/update_rules/sgd.inl"
 #include "update_rules/clip.inl"
-#include "update_rules/lion.inl"
-#include "update_rules/rmsprop.inl"
-#include "update_rules/sgd.inl"
 // and the choice between them on these
 #include "update_rules/kinds.inl"
 

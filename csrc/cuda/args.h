@@ -23,7 +23,17 @@ struct ParamArgs {
   S* rate_grad;   // like rate, of a rate that every task has its own of
 };
 
-struct Args {
+// What a general update rule is told: its numbers, of which the learned ones are in a tensor [K,
+// RULE_NUMBERS].
+template <bool GENERAL>
+struct RuleArgs {};
+template <>
+struct RuleArgs<true> {
+  double numbers[RULE_NUMBERS];
+  const S* learned;
+};
+
+struct Args : RuleArgs<OPTIONS.rule.general> {
   i64 tasks;
   S* workspace;  // [clusters, RANKS, LAYOUT.slab]
   S* partial;    // [T, LAYOUT.columns]: what is summed over tasks

@@ -5,6 +5,7 @@
 #include "../shared/algorithm.h"
 #include "loss.h"
 #include "rates.h"
+#include "rule_steps.h"
 #include "task.h"
 #include "walks.h"
 
@@ -35,7 +36,7 @@ class MetaStep : Task {
     if (args_.partial) args_.partial[t_ * LAYOUT.columns + LAYOUT.columns - 1] = S(value_ * task_weight());
   }
 
-  static constexpr bool RATES_FROM_GRADIENT = OPTIONS.wants_rates && !KEEPS_UPDATES;
+  static constexpr bool RATES_FROM_GRADIENT = OPTIONS.wants_rates && !KEEPS_UPDATES && !GENERAL_RULE;
 
   // ---- the inner loop
   FM_INLINE void support_gradient(const Pass& pass, const Slice& batch, const Sink& to) const {
@@ -54,8 +55,13 @@ class MetaStep : Task {
       if constexpr (OPTIONS.support_per_step) load_support(k), barrier();
       const Slice batch = support(k);
       support_gradient(support_pass(k, batch), batch, sink(Mode::update, k));
-      if constexpr (TIED) barrier();
+      if constexpr (TIED && !GENERAL_RULE) barrier();
+      rule_step(args_, k);
     }
+  }
+  template <class A>
+  FM_INLINE void rule_step(const A& args, int k) const {
+    if constexpr (GENERAL_RULE) RuleSteps<A>(args, at_, k, t_).step();
   }
 
   // ---- the query
@@ -170,8 +176,10 @@ class MetaStep : Task {
     else if constexpr (RATES_FROM_GRADIENT)
       run_rates<X>(pass, sink(Mode::rates, k));
     if constexpr (KEEPS_UPDATES) rates_from_updates(sink(Mode::rates, k));
-    if constexpr (OPTIONS.wants_rates) finish_rates(sink(Mode::rates, k));
-    if constexpr (WRITES_DIRECTION && (OPTIONS.second_order || !PLAIN_RULE)) write_direction(k);
+    if constexpr (OPTIONS.wants_rates && !GENERAL_RULE) finish_rates(sink(Mode::rates, k));
+    if constexpr (WRITES_DIRECTION && !GENERAL_RULE && (OPTIONS.second_order || !PLAIN_RULE))
+      write_direction(k);
+    rule_back(args_, k);
     if constexpr (OPTIONS.second_order) hessian_vector(pass, batch, k);
     if constexpr (OPTIONS.weight_decay) {
       for_params([&](auto index) {
@@ -182,6 +190,11 @@ class MetaStep : Task {
       });
       barrier();
     }
+  }
+
+  template <class A>
+  FM_INLINE void rule_back(const A& args, int k) const {
+    if constexpr (GENERAL_RULE) RuleSteps<A>(args, at_, k, t_).back(sink(Mode::rates, k));
   }
 
   // v = mbar - alpha lambda; mbar is mu times the v before, nothing in the first step back.

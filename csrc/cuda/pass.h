@@ -127,6 +127,14 @@ FM_INLINE void activation_derivatives(const Pass& pass, int at, Vec<N>& first, V
   for (int j = 0; j < N; ++j) f.derivatives(x.at[j], y.at[j], first.at[j], second.at[j]);
 }
 
+// g f'(x), of the activation in layer L's epilogue or of an element-wise layer. Where relu is off that
+// is zero, of an infinite or NaN g too, as in PyTorch.
+template <int L>
+FM_INLINE S chained(S g, S first) {
+  if constexpr (LAYERS[L].function == Function::relu) return first == S(0) ? S(0) : g;
+  return g * first;
+}
+
 template <int L>
 constexpr bool linear_pieces() {
   constexpr Layer layer = LAYERS[L];
@@ -159,7 +167,7 @@ FM_INLINE void put_tangent(const Pass& pass, int at, S rz) {
     if constexpr (VALUES[layer.pre].rx >= 0) tangent<layer.pre>(pass)[at] = rz;
     Vec<1> first, second;
     activation_derivatives<L, X, 1>(pass, at, first, second);
-    rz *= first.at[0];
+    rz = chained<L>(rz, first.at[0]);
   }
   tangent<layer.output>(pass)[at] = rz;
 }
@@ -179,7 +187,7 @@ FM_INLINE void put_delta(const Pass& pass, int at, Vec<N> g) {
     Vec<N> first, second;
     activation_derivatives<L, X, N>(pass, at, first, second);
     FM_UNROLL
-    for (int j = 0; j < N; ++j) g.at[j] *= first.at[j];
+    for (int j = 0; j < N; ++j) g.at[j] = chained<L>(g.at[j], first.at[j]);
     store<N>(delta<LAYERS[L].pre, X>(pass) + at, g);
   }
 }
@@ -200,7 +208,7 @@ FM_INLINE void put_tangent_delta(const Pass& pass, int at, Vec<N> g) {
     Vec<N> first, second;
     activation_derivatives<L, X, N>(pass, at, first, second);
     FM_UNROLL
-    for (int j = 0; j < N; ++j) g.at[j] *= first.at[j];
+    for (int j = 0; j < N; ++j) g.at[j] = chained<L>(g.at[j], first.at[j]);
     if constexpr (has_tangent<PRE> && !linear_pieces<L>()) {
       const Vec<N> dy = load<N>(delta<V, X>(pass) + at), rx = load<N>(tangent<PRE>(pass) + at);
       FM_UNROLL

@@ -11,15 +11,28 @@ FM_INLINE void start_rates(S* workspace) {
     for (int slot = 0; slot < RATE_SLOTS; ++slot) rate_sum(workspace, slot, thread()) = 0;
 }
 
-// Calls body(parameter, sum of a thread) for every scalar rate whose gradient is complete at step
-// k.
+// Adds up the threads' sums of a slot, every 32nd of them, and then what that leaves: each between two
+// barriers. The order depends on nothing but the number of threads.
+FM_INLINE void add_threads(S* workspace, int slot) {
+  for (int j = thread_from(slot * 32 % step_threads()); j < 32; j += step_threads()) {
+    double total = 0;
+    for (int i = j; i < step_threads(); i += 32) total += rate_sum(workspace, slot, i);
+    rate_sum(workspace, slot, j) = total;
+  }
+}
+FM_INLINE double total_of(S* workspace, int slot) {
+  double total = 0;
+  for (int i = 0; i < 32; ++i) total += rate_sum(workspace, slot, i);
+  return total;
+}
+
+// Calls body(parameter, slot) for every scalar rate whose gradient is complete at step k.
 template <class Body>
 FM_INLINE void for_scalar_rates(const Sink& to, const Body& body) {
   for_params([&](auto index) {
     constexpr Param p = PARAMS[decltype(index)::value];
     if constexpr (p.adapted && !p.rate_element)
-      if (p.rate_per_step || to.k == 0)
-        body(index, [&](int thread) -> double& { return rate_sum(to.workspace, p.rate_slot, thread); });
+      if (p.rate_per_step || to.k == 0) body(index, p.rate_slot);
   });
 }
 
@@ -38,31 +51,19 @@ FM_INLINE void rates_from_updates(const Sink& to) {
   });
 }
 
-// Adds up the threads' sums where a scalar rate's gradient is complete: of one step, or of all. The
-// order depends on nothing but the number of threads.
+// Adds up the threads' sums where a scalar rate's gradient is complete: of one step, or of all.
 FM_INLINE void finish_rates(const Sink& to) {
   barrier();
   if (!RATE_PER_STEP && to.k > 0) return;
-  for_scalar_rates(to, [&](auto index, const auto& sum) {
-    constexpr int first = PARAMS[decltype(index)::value].rate_slot * 32;
-    for (int j = (thread() + step_threads() - first % step_threads()) % step_threads(); j < 32;
-         j += step_threads()) {
-      double total = 0;
-      for (int i = j; i < step_threads(); i += 32) total += sum(i);
-      sum(j) = total;
-    }
-  });
+  for_scalar_rates(to, [&](auto, int slot) { add_threads(to.workspace, slot); });
   barrier();
-  for_scalar_rates(to, [&](auto index, const auto& sum) {
+  for_scalar_rates(to, [&](auto index, int slot) {
     constexpr int P = decltype(index)::value;
-    if (thread() == PARAMS[P].rate_slot % step_threads()) {
-      double total = 0;
-      for (int i = 0; i < 32; ++i) total += sum(i);
-      *to.rate_place<P>() = S(total);
-    }
+    if (thread() == PARAMS[P].rate_slot % step_threads())
+      *to.rate_place<P>() = S(total_of(to.workspace, slot));
   });
   barrier();
-  for_scalar_rates(to, [&](auto, const auto& sum) { sum(thread()) = 0; });
+  for_scalar_rates(to, [&](auto, int slot) { rate_sum(to.workspace, slot, thread()) = 0; });
 }
 
 }  // namespace fm::cuda

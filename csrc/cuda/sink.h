@@ -3,14 +3,17 @@
 
 #include "args.h"
 #include "pass.h"
+#include "rule_memory.h"
 
 namespace fm::cuda {
 
 // update: theta_{k+1} = theta_k - alpha u;  lambda: added to lambda;  rates: -lambda u to the
-// gradient of alpha; with u = mu u_{k-1} + gradient + omega theta_k.
+// gradient of alpha; with u = mu u_{k-1} + gradient + omega theta_k. Of a general rule update writes
+// the gradient down.
 enum class Mode { none, update, lambda, rates };
 
 constexpr int SET = LAYOUT.set;
+constexpr bool GENERAL_RULE = OPTIONS.rule.general;
 // u_k cannot be had again from theta_k alone.
 constexpr bool KEEPS_UPDATES = OPTIONS.gradient && OPTIONS.wants_rates && OPTIONS.momentum;
 
@@ -24,7 +27,7 @@ constexpr bool has_element_rate(const Param& p) { return p.adapted && p.rate_ele
 constexpr bool has_step_rate(const Param& p) { return p.adapted && !p.rate_element && p.rate_per_step; }
 constexpr bool TIED = any_param(is_tied);
 constexpr bool RATE_PER_STEP = any_param(has_step_rate);
-constexpr bool PLAIN_RULE = !OPTIONS.momentum && !OPTIONS.weight_decay;
+constexpr bool PLAIN_RULE = !OPTIONS.momentum && !OPTIONS.weight_decay && !GENERAL_RULE;
 // Whether v is written down; else it is -alpha lambda with one alpha for each parameter, multiplied
 // in by the products.
 constexpr bool WRITES_DIRECTION = !PLAIN_RULE || TIED || any_param(has_element_rate);
@@ -124,7 +127,7 @@ struct Sink {
   template <int P>
   FM_INLINE S one_rate() const {
     constexpr Param p = PARAMS[P];
-    if constexpr (p.adapted && !p.rate_element)
+    if constexpr (p.adapted && !p.rate_element && !GENERAL_RULE)
       if (mode == Mode::update) return read_only(rate<P>(args, k, t));
     return S(0);
   }
@@ -167,8 +170,12 @@ struct Sink {
       store<N>(to, g);
     }
     if constexpr (p.adapted) {
-      if (mode == Mode::update) update<P>(r, c, at, g, alpha);
-      if constexpr (OPTIONS.wants_rates && !KEEPS_UPDATES)
+      if constexpr (GENERAL_RULE) {
+        if (mode == Mode::update) store<N>(rule_gradient<P>(workspace, k) + at, g);
+      } else {
+        if (mode == Mode::update) update<P>(r, c, at, g, alpha);
+      }
+      if constexpr (OPTIONS.wants_rates && !KEEPS_UPDATES && !GENERAL_RULE)
         if (mode == Mode::rates) {
           if constexpr (OPTIONS.weight_decay) decay(g, load<N>(theta<P>(workspace, k) + at));
           rate_gradient<P>(r, c, load<N>(lambda<P>(workspace) + at), g);
@@ -209,12 +216,19 @@ struct Sink {
   // the end.
   template <int P, int N>
   FM_INLINE void rate_gradient(int r, int c, const Vec<N>& l, const Vec<N>& u) const {
+    Vec<N> terms;
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) terms.at[j] = -l.at[j] * u.at[j];
+    add_rate_gradient<P>(r, c, terms);
+  }
+  template <int P, int N>
+  FM_INLINE void add_rate_gradient(int r, int c, const Vec<N>& terms) const {
     constexpr Param p = PARAMS[P];
     double sum = 0;
     FM_UNROLL
     for (int j = 0; j < N; ++j) {
       if (c + j >= p.cols) break;
-      const S term = -l.at[j] * u.at[j];
+      const S term = terms.at[j];
       sum += double(term);
       if constexpr (p.rate_element) {
         S* to = rate_place<P>() + r * p.cols + c + j;

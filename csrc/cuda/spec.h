@@ -4,6 +4,7 @@
 
 #include "../shared/loss_call.h"
 #include "../shared/types.h"
+#include "../shared/update_rules.h"
 
 namespace fm::cuda {
 
@@ -72,12 +73,24 @@ struct Param {
   constexpr int size() const { return rows * ld; }
 };
 
+// The update rule, where it is not SGD with momentum and weight decay as plain numbers, of which
+// Options says what there is. Bit i of a set of numbers stands for RuleNumber i.
+struct RuleSpec {
+  bool general;  // false: nothing of this holds
+  RuleKind kind;
+  bool nesterov, centered;
+  unsigned on, learned, wanted;  // of any effect; tensors of the call; whose gradients are wanted
+  int states;                    // sets that pass from step to step
+  int column;                    // of the gradients of numbers among the sums over tasks
+};
+
 struct Options {
   int steps, support, query;  // K, N, M; 0: absent
   bool second_order, store, gradient, support_per_step;
   bool wants_params, wants_rates, wants_support_x, wants_query_x;
   bool momentum, weight_decay, step_weights;
   LossSpec loss, query_loss;
+  RuleSpec rule;
 };
 
 // Where everything lies. Spaces of areas that go together are alike: values and deltas; the query's
@@ -94,9 +107,10 @@ struct Layout {
   int value_stride, delta_stride;  // from one step to the next; 0: only one step's are kept
   Area query_values, query_deltas, tangents, tangent_deltas;
   Area lambda, direction, gradient, updates;
-  Area sums, terms;  // [rate slots][threads] doubles; what loss.h sums
-  int columns;       // sums over tasks: gradients of shared parameters and rates, the loss
-  int slab;          // elements of global memory of a rank
+  Area gradients, states, mbar, norms;  // of a general rule: rule_memory.h
+  Area sums, terms;                     // [rate slots, rule slots][threads] doubles; what loss.h sums
+  int columns;                          // sums over tasks: gradients of shared parameters and rates, the loss
+  int slab;                             // elements of global memory of a rank
 };
 
 }  // namespace fm::cuda

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from fastmeta.backends._inputs import check_numbers
-from fastmeta.backends._rules import NAMED, refuses_rule
+from fastmeta.backends._rules import NAMED, NUMBERS, plain_numbers, refuses_rule
+from fastmeta.backends._rules import gradients_of_numbers as gradients_of_numbers
 from fastmeta.problem import Problem
 from fastmeta.update_rules import SGD, UpdateRule
-
-try:
-    from fastmeta import _C
-
-    _NUMBERS: tuple[str, ...] = tuple(_C.rule_numbers())
-except ImportError:  # the backends say so
-    _NUMBERS = ()
 
 
 def refuses_native_rule(problem: Problem, own: bool = False) -> str:
@@ -33,9 +27,9 @@ def described_rule(rule: UpdateRule | None) -> dict[str, Any]:
         "kind": rule.kind,
         "nesterov": bool(rule.options.get("nesterov")),
         "centered": bool(rule.options.get("centered")),
-        "numbers": [rule.numbers.get(name, 0.0) for name in _NUMBERS],
-        "on": [rule.has(name) for name in _NUMBERS],
-        "learned": [name in rule.learned for name in _NUMBERS],
+        "numbers": plain_numbers(rule),
+        "on": [rule.has(name) for name in NUMBERS],
+        "learned": [name in rule.learned for name in NUMBERS],
     }
 
 
@@ -54,19 +48,7 @@ def given_numbers(problem: Problem) -> Tensor | None:
         return None
     check_numbers(problem)
     first = next(iter(problem.params.values()))
-    rows = torch.zeros(problem.steps, len(_NUMBERS), dtype=first.dtype, device="cpu")
+    rows = torch.zeros(problem.steps, len(NUMBERS), dtype=first.dtype, device="cpu")
     for name, value in problem.hyper.items():
-        rows[:, _NUMBERS.index(name)] = value.detach()
+        rows[:, NUMBERS.index(name)] = value.detach()
     return rows
-
-
-def gradients_of_numbers(problem: Problem, rows: Tensor | None) -> dict[str, Tensor]:
-    """From [K, all numbers], None where there are no steps, to what each learned number is: (), or
-    [K]."""
-    if rows is None:
-        return {name: torch.zeros_like(value) for name, value in problem.hyper.items()}
-    found = {}
-    for name, value in problem.hyper.items():
-        of_steps = rows[:, _NUMBERS.index(name)]
-        found[name] = of_steps.clone() if value.dim() else of_steps.sum()
-    return found

@@ -255,6 +255,23 @@ class UpdateRule(ABC):
         return _again, (type(self), self._given)
 
 
+#: The numbers of all rules: where compiled code has them in a row, they stand in this order, which
+#: is that of `FM_RULE_NUMBERS` in C++.
+NUMBERS = (
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "alpha",
+    "eps",
+    "eps_root",
+    "lr_decay",
+    "initial_accumulator_value",
+    "clip_value",
+    "clip_norm",
+)
+
 #: Numbers that have an effect where they are zero, too.
 _NEVER_OFF = frozenset({"clip_value", "clip_norm"})
 

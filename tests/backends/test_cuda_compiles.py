@@ -40,7 +40,8 @@ NORMED = next(case for case in VERIFICATION if case.label == "rows_normed")
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 GRID = next(case for case in VERIFICATION if case.label == "grid" and case.loss == "ce_masked_mean")
-CASES = [SINUSOID, EVERYTHING, RECOMMENDER, FIELD, WIDE, MLP, MLP_BN, NORMED, GRID]
+RULES = {case.rule: case for case in reversed(VERIFICATION) if case.rule}
+CASES = [SINUSOID, EVERYTHING, RECOMMENDER, FIELD, WIDE, MLP, MLP_BN, NORMED, GRID, *RULES.values()]
 #: Case, dtype, architecture: all of them with FASTMETA_EVERY_KERNEL=1, else each case and each
 #: architecture.
 SPECIALISATIONS = [
@@ -54,6 +55,9 @@ SPECIALISATIONS = [
     *((WIDE, torch.float32, architecture) for architecture in ("sm_80", "sm_100")),
     (MLP, torch.float32, "sm_100"),
     (MLP_BN, torch.float32, "sm_90a"),
+    (RULES["adamw"], torch.float32, "sm_80"),
+    (RULES["rmsprop"], torch.float64, "sm_90a"),
+    (RULES["adagrad"], torch.float32, "sm_100"),
 ]
 if os.environ.get("FASTMETA_EVERY_KERNEL") == "1":
     SPECIALISATIONS = list(product(CASES, (torch.float32, torch.float64), ARCHITECTURES))

@@ -103,6 +103,8 @@ RACES = {
         Case("wide", partial(mlp, (3, 64, 64), "tanh"), (3,), 1, 5, 3, 1, wrt_inputs=False),
         precision="medium",
     ),
+    "rule": Race(replace(BY_ID[f"{TANH}3-mse-adamw"], rates="head")),
+    "rule without rates": Race(BY_ID[f"{TANH}3-mse-adam_plain"], wrt=frozenset({"params"})),
     "normed": Race(BY_ID["bn_mlp-T3-N7-M5-K3-ce-lr_element_step_task-mu0.9-wd0.05-recompute"]),
     "normed rows": Race(BY_ID["rows_normed-T3-N7-M5-K2-mse"]),
     "positions": Race(BY_ID["grid-T3-N7-M5-K2-ce_masked_mean-weights_sq0-recompute"]),

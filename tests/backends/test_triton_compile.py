@@ -42,6 +42,7 @@ from fastmeta.cases.convolutional import image_net
 from fastmeta.cases.networks import grid
 from fastmeta.cases.verification import VERIFICATION
 from fastmeta.cases.workloads import NOT_CAPTURED, WORKLOADS
+from fastmeta.kernels import rule_numbers, update_rule
 from fastmeta.kernels.elementwise import End, Finish, apply
 from fastmeta.kernels.jit import jit, varies
 from fastmeta.kernels.launch import Launch, named
@@ -53,7 +54,7 @@ EVERYTHING = os.environ.get("FASTMETA_EVERY_KERNEL") == "1"
 CAPABILITIES = sorted(ahead.SHARED)
 _TILES = ("BM", "BN", "BO", "BI", "BR", "BC", "BG", "BLOCK")
 #: What two launches of one sort share, besides the kernel.
-_SORT = ("FINISH.mode", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION")
+_SORT = ("FINISH.mode", "KIND", "BACKWARD", "ADAPTIVE", "PRECISION", "FORM.kind")
 
 _SIREN = Case("siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01)
 _DEEP = Case(
@@ -109,9 +110,25 @@ def _losses() -> list[Any]:
     return found
 
 
+def _rules() -> list[Any]:
+    """Launches of update rules alone: of the step in the middle, which reads and writes a state,
+    and in float64 the adjoints of the two that take most registers."""
+    found = []
+    for case in VERIFICATION:
+        if case.rule and case.steps == 3 and case.order == "second":
+            found += _launches(case, "ieee")
+            if case.rule in ("adam", "rmsprop"):
+                own = _launches(case, "ieee", torch.float64)
+                found += [launch for launch in own if launch.kernel.__name__ == "rule_back"]
+    rules = (update_rule.__name__, rule_numbers.__name__)
+    found = [launch for launch in found if launch.kernel.__module__ in rules]
+    ends = ("FORM.first", "LAST")
+    return [launch for launch in found if not any(launch.values().get(name) for name in ends)]
+
+
 @lru_cache
 def _sources() -> list[Any]:
-    launches = []
+    launches = _rules()
     for name, workload in WORKLOADS.items():
         if name not in NOT_CAPTURED:
             launches += _launches(workload[-1], "ieee")

@@ -25,8 +25,8 @@ from fastmeta.verify.quantities import quantities, relative_error
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 _BY_LABEL = {case.label: case for case in reversed(VERIFICATION)}
-WRITTEN = [case for case in VERIFICATION if not case.rule]  # SGD, whose kernels there are
-CASES = list(dict.fromkeys([*_BY_LABEL.values(), *WRITTEN[::5]]))
+RULES = [case for case in VERIFICATION if case.rule]
+CASES = list(dict.fromkeys([*_BY_LABEL.values(), *RULES, *VERIFICATION[::5]]))
 SMALL = Case("conv4", partial(Conv4, 5, width=24, image_size=20), (1, 20, 20), 5, 3, 4, 2, "ce", kinks=True)
 
 
@@ -45,6 +45,7 @@ def _solve(case: Case, dtype: torch.dtype = torch.float32, calls: int = 1) -> li
         replace(SMALL, label="recomputed", wrt_inputs=False),
         replace(WORKLOADS["sinusoid"][3], wrt_inputs=True),
         replace(SMALL, tasks=33),
+        RULES[3],
     ],
     ids=lambda c: c.id,
 )

@@ -103,15 +103,3 @@ void rule_back_of(const RuleCall<S>& c) {
         if (c.rule->learned[p]) c.number_grads[p] += double(sum<S>(e.grads[p]));
   }
 }
-
-// d = g + omega theta, and back from dJ/dd, in `e.v`.
-template <class S, class E>
-FM_INLINE Vec<S> decayed(const RuleNumbers<S>& h, const E& e) {
-  return h.has(RuleNumber::weight_decay) ? e.g + h[RuleNumber::weight_decay] * e.theta : e.g;
-}
-template <class S, class E>
-FM_INLINE void decayed_back(const RuleNumbers<S>& h, E& e) {
-  if (!h.has(RuleNumber::weight_decay)) return;
-  e.lambda += h[RuleNumber::weight_decay] * e.v;
-  e.add(RuleNumber::weight_decay, e.v * e.theta);
-}

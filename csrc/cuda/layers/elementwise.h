@@ -30,7 +30,8 @@ struct Functions {
     each(pass, [&](int in, int out, const auto& f) {
       S first, second;
       f.derivatives(value<IN, X>(pass)[in], value<OUT, X>(pass)[out], first, second);
-      put_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, in, one(delta<OUT, X>(pass)[out] * first));
+      put_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(
+          pass, in, one(chained<L>(delta<OUT, X>(pass)[out], first)));
     });
     return turn;
   }
@@ -40,7 +41,7 @@ struct Functions {
     each(pass, [&](int in, int out, const auto& f) {
       S first, second;
       f.derivatives(value<IN, X>(pass)[in], value<OUT, X>(pass)[out], first, second);
-      cuda::tangent<OUT>(pass)[out] = cuda::tangent<IN>(pass)[in] * first;
+      cuda::tangent<OUT>(pass)[out] = chained<L>(cuda::tangent<IN>(pass)[in], first);
     });
   }
 
@@ -49,7 +50,7 @@ struct Functions {
     each(pass, [&](int in, int out, const auto& f) {
       S first, second;
       f.derivatives(value<IN, X>(pass)[in], value<OUT, X>(pass)[out], first, second);
-      S g = tangent_delta<OUT>(pass)[out] * first;
+      S g = chained<L>(tangent_delta<OUT>(pass)[out], first);
       if constexpr (has_tangent<IN> && !linear_pieces<L>())
         g += delta<OUT, X>(pass)[out] * second * cuda::tangent<IN>(pass)[in];
       put_tangent_delta<IN, LAYERS[L].adds[0], LAYERS[L].last[0], X>(pass, in, one(g));

@@ -16,7 +16,7 @@ from fastmeta.backends import _hoisting
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._precision import exact as exact
-from fastmeta.backends._rules import refuses_rule
+from fastmeta.backends._rules import NAMED, NUMBERS, refuses_rule, refuses_unread
 from fastmeta.backends.cpu.plan import used_params
 from fastmeta.backends.cuda import compile as compiler
 from fastmeta.backends.cuda import launch as launches
@@ -49,7 +49,7 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
-    if reason := refuses_rule(problem):
+    if reason := refuses_rule(problem, NAMED):
         return reason
     program = problem.program
     if program is None:
@@ -65,8 +65,11 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return reason
     if reason := refuses_layers(problem):
         return reason
-    if not used_params(program):
+    read = used_params(program)
+    if not read:
         return "the output depends on no parameter"
+    if reason := refuses_unread(problem, read):
+        return reason
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
             return f"the network's input is {batch.x.dtype}"
@@ -94,7 +97,7 @@ def _refuses_device(device: torch.device) -> str:
 def _refuses_size(problem: Problem, wrt: frozenset[str]) -> str:
     """What does not fit on the chip, or nearly."""
     plan = runs.make_plan(problem, wrt)
-    words = 24 + 6 * len(plan.params) + plan.steps
+    words = 24 + 6 * len(plan.params) + plan.steps + plan.rule.general * (len(NUMBERS) + 1)
     if words > _WORDS_AT_MOST:
         return (
             f"{len(plan.params)} parameters and {plan.steps} steps do not go into the arguments of a kernel"

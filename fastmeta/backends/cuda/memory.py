@@ -66,6 +66,8 @@ def lay_out_params(plan: Plan) -> None:
             if not param.rate_element:
                 param.rate_slot = slots
                 slots += 1
+    plan.rule.column = columns
+    columns += plan.steps * plan.rule.wanted.bit_count()
     plan.rate_slots, plan.columns, plan.tied = slots, columns + 1, max(gradient)
 
 
@@ -226,10 +228,11 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
     flags, steps, params = plan.flags, plan.steps, plan.params
     vector = 16 // plan.itemsize
     gradient = flags["gradient"]
-    plain = not flags["momentum"] and not flags["weight_decay"]
-    from_gradient = flags["wants_rates"] and not flags["momentum"]
+    rule = plan.rule
+    plain = not flags["momentum"] and not flags["weight_decay"] and not rule.general
+    from_gradient = flags["wants_rates"] and not flags["momentum"] and not rule.general
     values_needed = gradient and (flags["second_order"] or from_gradient)
-    theta_needed = gradient and steps > 0 and (values_needed or flags["step_weights"])
+    theta_needed = gradient and steps > 0 and (values_needed or flags["step_weights"] or rule.general)
     if not theta_needed:
         plan.keep_all = False
     kept = min(steps, 1) if not (values_needed and plan.store) else steps
@@ -259,6 +262,21 @@ def _areas(plan: Plan, blocks: dict[str, _Block]) -> dict[str, Area]:
         "updates": Area(
             steps * plan.set if gradient and flags["wants_rates"] and flags["momentum"] else 0, "updates"
         ),
-        "sums": Area(plan.rate_slots * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
+        **_rule_areas(plan),
+        "sums": Area((plan.rate_slots + rule.slots) * plan.threads * 8 // plan.itemsize, "sums"),  # doubles
         "terms": Area(most + 32 + positions, "sums"),
     }
+
+
+def _rule_areas(plan: Plan) -> dict[str, Area]:
+    """What a general update rule keeps: with a sweep back the gradient and state of every step, but
+    for the state after the last; else those of one step."""
+    rule, back = plan.rule, plan.flags["gradient"]
+    kept = plan.steps if back else min(plan.steps, 1)
+    sets = {
+        "gradients": kept if rule.general else 0,
+        "states": rule.states * (max(kept - 1, 0) if back else kept),
+        "mbar": rule.states if back else 0,
+    }
+    areas = {name: Area(count * plan.set, "gradients and states") for name, count in sets.items()}
+    return {**areas, "norms": Area(kept if rule.by_norm and back else 0, "gradients and states")}

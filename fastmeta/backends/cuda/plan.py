@@ -11,11 +11,13 @@ import torch
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
 from fastmeta.backends._rates import rate_form
+from fastmeta.backends._rules import NUMBERS, bits
 from fastmeta.backends.cpu.plan import used_buffers, used_params
 from fastmeta.backends.cuda.memory import WIDE, lay_out_params, odd, pad, place
 from fastmeta.backends.cuda.network import simplify
 from fastmeta.backends.cuda.tables import Param as Param
 from fastmeta.backends.cuda.tables import Plan as Plan
+from fastmeta.backends.cuda.tables import Rule as RuleTable
 from fastmeta.backends.cuda.tables import braces
 from fastmeta.backends.cuda.tables import source as source
 from fastmeta.graph.program import Program
@@ -71,7 +73,8 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
     names = used_params(program) + used_buffers(problem)
     channels = reads_channels(problem)
     values, layers, output = simplify(program, names, channels)
-    rule = problem.rule
+    general = _general_rule(problem, wrt) if steps > 0 else RuleTable()
+    rule = None if general.general else problem.rule
     flags = {
         "second_order": problem.order == "second" and bool(wrt) and steps > 0,
         "gradient": bool(wrt),
@@ -96,6 +99,7 @@ def _draft(problem: Problem, wrt: frozenset[str], store: bool, keep_all: bool, r
         0 if query is None else query.x.shape[1],
         flags,
         (_loss(problem.loss, support), _loss(problem.query_loss, query)),
+        general,
         store,
         keep_all,
         ranks,
@@ -129,6 +133,25 @@ def _param(problem: Problem, program: Program, number: int, name: str, plan: Pla
         param.rate_element, param.rate_per_task, param.rate_per_step = rate
     param.tied = sum((layer.weight == number) + (layer.bias == number) for layer in plan.layers) > 1
     return param
+
+
+def _general_rule(problem: Problem, wrt: frozenset[str]) -> RuleTable:
+    """The table of a problem's rule."""
+    rule = problem.rule
+    if rule is None or rule.written:
+        return RuleTable()
+    wanted = rule.learned if "rule" in wrt else ()
+    return RuleTable(
+        True,
+        rule.kind,
+        bool(rule.options.get("nesterov")),
+        bool(rule.options.get("centered")),
+        bits(filter(rule.has, NUMBERS)),
+        bits(rule.learned),
+        bits(wanted),
+        len(rule.state),
+        by_norm=rule.has("clip_norm"),
+    )
 
 
 def _loss(loss: Loss | None, batch: Batch | None) -> str:

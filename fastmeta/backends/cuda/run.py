@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends._rules import NUMBERS, gradients_of_numbers, plain_numbers
 from fastmeta.backends.cuda import plan as plans
 from fastmeta.backends.cuda.launch import Kernels, chip, kernels_for
 from fastmeta.losses import Loss
@@ -45,6 +46,10 @@ class Job:
         self.step_weights = [_bits(weight) for weight in weights]
         rule = problem.rule
         self.rule = [_bits(0.0 if rule is None else number) for number in _numbers(rule)]
+        self.numbers: list[int] = []
+        self.learned = [name for name in NUMBERS if rule is not None and name in rule.learned]
+        if rule is not None and self.plan.rule.general:
+            self.numbers = [_bits(number) for number in plain_numbers(rule)]
         self.blocks = self.kernels.blocks(problem.tasks)
         # gradients of shared parameters stand side by side among the sums, in the network's order
         self.flat_size = sum(p.numel for p in self.plan.params if not p.buffer)
@@ -73,6 +78,7 @@ class Job:
         workspace = self._empty(self.blocks, plan.workspace) if plan.workspace else None
         own = self._per_task(problem, result)
         words = [
+            *self._rule_words(problem, keep),
             *(tasks, _address(workspace), _address(partial)),
             *self._batch("support", problem.support, problem.loss, grads, keep),
             *self._batch("query", problem.query, problem.query_loss, grads, keep),
@@ -93,6 +99,17 @@ class Job:
                 result.loss = total[plan.columns - 1]
             self._sums(problem, total, own, grads)
         return result
+
+    def _rule_words(self, problem: Problem, keep: list[Tensor]) -> list[int]:
+        """csrc/cuda/args.h: RuleArgs."""
+        if not self.plan.rule.general:
+            return []
+        given = None
+        if self.learned:
+            given = self._empty(problem.steps, len(NUMBERS))
+            for name in self.learned:
+                given[:, NUMBERS.index(name)] = problem.hyper[name].detach()
+        return [*self.numbers, *_dense([given], keep)]
 
     def _empty(self, *shape: int) -> Tensor:
         made = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -151,12 +168,18 @@ class Job:
             grads.params = {}
             for name, shape in self.shapes.items():
                 if name not in params:
-                    grads.params[name] = self._zeros(problem.params[name].shape)
+                    grads.params[name] = self._unread(problem, name)
                 elif name in own["grad"]:
                     grads.params[name] = own["grad"][name]
                 else:
                     param = params[name]
                     grads.params[name] = total[param.column : param.column + param.numel].view(shape)
+        if "rule" in self.wrt:
+            rows, plan = None, self.plan
+            if plan.rule.wanted:
+                start, count = plan.rule.column, len(self.learned)
+                rows = total[start : start + plan.steps * count].view(plan.steps, count)
+            grads.rule = gradients_of_numbers(problem, rows, self.learned)
         if "lr" in self.wrt:
             grads.lr = {}
             for name, rate in problem.rates.items():
@@ -167,6 +190,13 @@ class Job:
                     grads.lr[name] = total[start : start + rate.numel()].view(rate.shape)
                 else:
                     grads.lr[name] = self._zeros(rate.shape)
+
+    def _unread(self, problem: Problem, name: str) -> Tensor:
+        """The gradient of a parameter that no layer reads: what was given of its last value."""
+        if problem.adapted_grad is None:
+            return self._zeros(problem.params[name].shape)
+        given = problem.adapted_grad[name]
+        return given.clone() if name in problem.per_task else given.sum(0)
 
     # ---- batches
     def _batch(

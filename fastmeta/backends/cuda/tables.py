@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 #: The query's memory and the tangents', which are never used at once.
 SCRATCH = ("query_values", "query_deltas", "tangents", "tangent_deltas")
 
+#: What a general update rule keeps, in the order of csrc/cuda/spec.h.
+RULE = ("gradients", "states", "mbar", "norms")
+
 
 @dataclass(slots=True)
 class Value:
@@ -81,6 +84,28 @@ class Param:
 
 
 @dataclass(slots=True)
+class Rule:
+    """The update rule, where it is not SGD with momentum and weight decay as plain numbers. Bit i
+    of a set of numbers stands for the i-th of `NUMBERS`."""
+
+    general: bool = False
+    kind: str = "sgd"
+    nesterov: bool = False
+    centered: bool = False
+    on: int = 0
+    learned: int = 0
+    wanted: int = 0
+    states: int = 0
+    column: int = 0
+    by_norm: bool = False  # clips by it
+
+    @property
+    def slots(self) -> int:
+        """Sums that each thread has one of: of the gradients of numbers, and of the norm."""
+        return self.wanted.bit_count() + self.by_norm
+
+
+@dataclass(slots=True)
 class Area:
     """A piece of memory: `at` is an offset in a rank's shared memory or share of the workspace."""
 
@@ -104,6 +129,7 @@ class Plan:
     query: int
     flags: dict[str, bool]
     losses: tuple[str, str]  # as C++
+    rule: Rule = field(default_factory=Rule)
     store: bool = True
     keep_all: bool = True
     ranks: int = 1  # blocks of a cluster
@@ -171,7 +197,7 @@ def source(plan: Plan) -> str:
         )
         for p in plan.params
     ]
-    flags = plan.flags
+    flags, rule = plan.flags, plan.rule
     options = (
         *(plan.steps, plan.support, plan.query, flags["second_order"], plan.store, flags["gradient"]),
         *(flags["support_per_step"], flags["wants_params"], flags["wants_rates"], flags["wants_support_x"]),
@@ -181,6 +207,10 @@ def source(plan: Plan) -> str:
             flags["weight_decay"],
             flags["step_weights"],
             *plan.losses,
+        ),
+        (
+            *(rule.general, f"RuleKind::{rule.kind}", rule.nesterov, rule.centered),
+            *(rule.on, rule.learned, rule.wanted, rule.states, rule.column),
         ),
     )
     area = {name: (f"Space::{a.space}", a.at) for name, a in plan.areas.items()}
@@ -196,7 +226,7 @@ def source(plan: Plan) -> str:
             plan.delta_stride,
         ),
         *(area[name] for name in SCRATCH),
-        *(area[name] for name in ("lambda", "direction", "gradient", "updates", "sums", "terms")),
+        *(area[name] for name in ("lambda", "direction", "gradient", "updates", *RULE, "sums", "terms")),
         *(plan.columns, plan.slab),
     )
     kinds = sorted({layer.kind for layer in plan.layers})

@@ -11,7 +11,7 @@ from fastmeta.backends import _hoisting
 from fastmeta.backends._inputs import check_class_indices, check_rates
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._precision import exact as exact
-from fastmeta.backends._rules import refuses_rule
+from fastmeta.backends._rules import NAMED, refuses_rule
 from fastmeta.losses import Loss
 from fastmeta.problem import Problem, Result
 
@@ -51,7 +51,7 @@ def missing() -> str:
 def refuses(problem: Problem, wrt: frozenset[str]) -> str:
     """Why this backend cannot run `problem`, "" if it can; reads shapes, dtypes and options
     only."""
-    if reason := refuses_rule(problem):
+    if reason := refuses_rule(problem, NAMED):
         return reason
     program = problem.program
     if program is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmeta.backends._copies import copy_together
 from fastmeta.backends._losses import reads_channels
 from fastmeta.backends._precision import asked_for
+from fastmeta.backends._rules import gradients_of_numbers
 from fastmeta.backends.triton import tune as tuning
 from fastmeta.backends.triton.compile import compile_together
 from fastmeta.backends.triton.network import build
@@ -198,6 +199,8 @@ class Job:
             found.append(step.output_grad.movedim(-1, 2) if step.channels else step.output_grad)
         if step.lam is not None and problem.adapted_grad is not None:
             found += [layout.view(step.lam, p) for p in range(len(layout.names))]
+        if step.rule is not None:
+            found += step.rule.targets()
         return found
 
     def _sources(self, problem: Problem) -> list[Tensor]:
@@ -217,6 +220,8 @@ class Job:
             found.append(problem.output_grad)
         if step.lam is not None and problem.adapted_grad is not None:
             found += [problem.adapted_grad[name] for name in names]
+        if step.rule is not None:
+            found += step.rule.sources(problem)
         return found
 
     # ---- launches
@@ -293,6 +298,12 @@ class Job:
             grads.flat_params = flat
         if "lr" in self.wrt:
             grads.lr = {name: self._rate_gradient(name, rate) for name, rate in problem.rates.items()}
+        if "rule" in self.wrt:
+            grads.rule = (
+                gradients_of_numbers(problem, None)
+                if step.rule is None
+                else step.rule.gradients_of_numbers(problem)
+            )
         for batch in (step.support, step.query):
             if batch is not None:
                 batch.deliver(grads)

@@ -9,11 +9,13 @@ from torch import Tensor
 from fastmeta.backends.triton.batch import StaticBatch
 from fastmeta.backends.triton.memory import Memory, ParameterLayout
 from fastmeta.backends.triton.pass_memory import PassMemory
+from fastmeta.backends.triton.update_rule import UpdateRuleSteps
 from fastmeta.graph.nodes import Graph
 from fastmeta.kernels import reduce
 from fastmeta.kernels.launch import Recorder
 from fastmeta.kernels.passes import Operand, Pass, Sink, Sinks, there
 from fastmeta.problem import Problem
+from fastmeta.update_rules import UpdateRule
 
 
 class StepState:
@@ -44,18 +46,22 @@ class StepState:
         self.second = problem.order == "second" and self.steps > 0 and bool(wrt)
         self.store = memory == "store"
         rule = problem.rule
-        self.mu, self.decay = (rule.momentum, rule.weight_decay) if rule is not None else (0.0, 0.0)
-        self.plain = self.mu == 0 and self.decay == 0
+        # the rule, where it is not SGD with momentum and weight decay as plain numbers
+        general = None if rule is None or rule.written or not self.steps else rule
+        self.mu, self.decay = (0.0, 0.0)
+        if rule is not None and general is None:
+            self.mu, self.decay = rule.momentum, rule.weight_decay
+        self.plain = general is None and self.mu == 0 and self.decay == 0
         self.wants_rates = "lr" in wrt and self.steps > 0 and bool(problem.rates)
         self.memory = Memory(device, first.dtype)
         self.emit = Recorder()
         count = len(problem.params)
         self.layout = ParameterLayout(net, problem, count)
-        self._allocate(problem, count)
+        self._allocate(problem, count, general)
 
     # ---- static tensors
 
-    def _allocate(self, problem: Problem, count: int) -> None:
+    def _allocate(self, problem: Problem, count: int, general: UpdateRule | None) -> None:
         new, layout, tasks, steps = self.memory.new, self.layout, self.tasks, self.steps
         size = layout.size
         own = bool(problem.per_task)
@@ -88,9 +94,9 @@ class StepState:
         self.output: Tensor | None = None  # the last query pass's own
         self.gradient = self.lam = self.v = self.mbar = self.momentum = self.updates = None
         self.rate_sums = self.rate_total = self.total = self.ranges = None
-        self.keeps_updates = self.wants_rates and (self.store or self.mu != 0)
+        self.keeps_updates = self.wants_rates and general is None and (self.store or self.mu != 0)
         self.in_epilogues = self.plain and not self.keeps_updates and not any(layout.elementwise)
-        if steps and (not self.in_epilogues or self.wants_rates):
+        if steps and general is None and (not self.in_epilogues or self.wants_rates):
             self.gradient = new(tasks, size)
         if self.mu and steps:
             self.momentum = new(tasks, size)
@@ -98,7 +104,7 @@ class StepState:
             self.updates = new(steps, tasks, size)
         if wrt:
             self.lam = new(tasks, size)
-            if steps and (self.second or not self.plain):
+            if steps and general is None and (self.second or not self.plain):
                 self.v = new(tasks, size)
             if self.mu and steps:
                 self.mbar = new(tasks, size)
@@ -109,12 +115,16 @@ class StepState:
             self.rate_total = new(self.rate_steps, layout.row)
             if not self.keeps_updates and self.updates is None:
                 self.updates = new(1, tasks, size)
+        self.rule = None if general is None else UpdateRuleSteps(self, problem, general)
+        if self.rule is not None and self.rule.wants_v:
+            self.v = new(tasks, size)
         self._values = PassMemory(self, self.support, self.second, steps if self.store else min(steps, 1))
         self._query_values = PassMemory(self, self.query, False, 1)
 
     def tensors(self) -> list[Tensor]:
         """All static tensors."""
-        return [*self.memory.made, self.index, self.table]
+        constants = [] if self.rule is None else [self.rule.plain]
+        return [*self.memory.made, self.index, self.table, *constants]
 
     # ---- parameters and rates
 
@@ -132,7 +142,13 @@ class StepState:
         alone."""
         return self.layout.adapted[p] and (p in self.used or not self.in_epilogues)
 
-    def _rates(self, k: int) -> Operand:
+    def theta_rows(self, k: int) -> Operand:
+        """theta_k of all parameters, those that move."""
+        rows = self.theta0 if k == 0 else there(self.thetas)[k - 1]
+        return Operand(rows, self.layout.size if rows.dim() > 1 else 0)
+
+    def rates_of(self, k: int) -> Operand:
+        """The row of rates [L] of step k."""
         rows = self.rates[k if self.rate_steps > 1 else 0]
         return Operand(rows.reshape(-1), rows.shape[1] if self.rate_tasks > 1 else 0)
 

@@ -74,6 +74,8 @@ class MetaStep(StepState):
     # ---- the inner loop
 
     def _record(self, problem: Problem) -> None:
+        if self.rule is not None:
+            self.rule.start(self._some_unused())
         for k in range(self.steps):
             self._inner_step(k)
         if self.wrt:
@@ -90,13 +92,17 @@ class MetaStep(StepState):
 
     def _inner_step(self, k: int) -> None:
         run = self._support_pass(k)
+        if self.rule is not None:
+            self._support_gradient(run, k, self._sinks(self.rule.gradient(k), adapted=True))
+            self.rule.step(k)
+            return
         if self.in_epilogues:
             sinks: Sinks = []
             for p in range(len(self.net.params)):
                 if p >= len(self.layout.names) or not self._moves(p):
                     sinks.append(None)
                     continue
-                rates = self._rates(k)
+                rates = self.rates_of(k)
                 rate = Operand(rates.at[self.layout.slots[p] :], rates.stride)
                 sinks.append(Sink(self.theta(k + 1, p), self.theta(k, p), rate))
             self._support_gradient(run, k, sinks)
@@ -115,20 +121,16 @@ class MetaStep(StepState):
         sgd.update(
             self.emit,
             self.tasks,
-            self._theta_rows(k),
+            self.theta_rows(k),
             there(self.gradient),
             momentum,
-            self._rates(k),
+            self.rates_of(k),
             self.index,
             there(self.thetas)[k],
             kept,
             self.mu,
             self.decay,
         )
-
-    def _theta_rows(self, k: int) -> Operand:
-        rows = self.theta0 if k == 0 else there(self.thetas)[k - 1]
-        return Operand(rows, self.layout.size if rows.dim() > 1 else 0)
 
     def _some_unused(self) -> bool:
         return any(p not in self.used for p in range(len(self.layout.names)))
@@ -226,6 +228,8 @@ class MetaStep(StepState):
         for batch in (self.support, self.query):
             for tensor in () if batch is None else batch.unwritten():
                 self.emit.zero(tensor)
+        if self.rule is not None:
+            self.rule.finish()
         ranges = there(self.ranges)
         reduce.over_tasks(self.emit, there(self.lam), ranges, there(self.total))
         if self.wants_rates:
@@ -235,16 +239,22 @@ class MetaStep(StepState):
 
     def _step_back(self, k: int) -> None:
         run = self._support_pass(k)
-        needs_updates = self.wants_rates and not self.keeps_updates
+        needs_updates = self.wants_rates and not self.keeps_updates and self.rule is None
         if not self.store and (self.second or needs_updates):
             sinks = self._sinks(there(self.gradient), adapted=True) if needs_updates else None
             self._support_gradient(run, k, sinks)
+        if self.rule is not None:
+            self.rule.back(k)
         if self.wants_rates:
             self._rate_gradient(k)
+        if self.rule is not None:
+            if self.second:
+                self._hessian_vector(run, k)
+            return
         if self.v is None:
             return
         mbar = self.mbar if self.mu and k < self.steps - 1 else None
-        sgd.direction(self.emit, self.tasks, there(self.lam), mbar, self._rates(k), self.index, self.v)
+        sgd.direction(self.emit, self.tasks, there(self.lam), mbar, self.rates_of(k), self.index, self.v)
         if self.second:
             self._hessian_vector(run, k)
         if not self.plain:
@@ -253,12 +263,18 @@ class MetaStep(StepState):
 
     def _rate_gradient(self, k: int) -> None:
         """d alpha_k = -lambda_{k+1} u_k."""
+        step = k if self.rate_steps > 1 else 0
+        again = self.rate_steps == 1 and k < self.steps - 1
+        sums = there(self.rate_sums)[step]
+        if self.rule is not None:  # the rule has left it for each element
+            sgd.rate_gradient(self.emit, self.tasks, None, there(self.updates)[0], self.table, sums, again)
+            return
         u = there(self.updates)[k if self.keeps_updates else 0]
         if not self.keeps_updates:
             sgd.update(
                 self.emit,
                 self.tasks,
-                self._theta_rows(k),
+                self.theta_rows(k),
                 there(self.gradient),
                 None,
                 None,
@@ -268,9 +284,6 @@ class MetaStep(StepState):
                 0.0,
                 self.decay,
             )
-        step = k if self.rate_steps > 1 else 0
-        again = self.rate_steps == 1 and k < self.steps - 1
-        sums = there(self.rate_sums)[step]
         sgd.rate_gradient(self.emit, self.tasks, there(self.lam), u, self.table, sums, again)
 
     def _hessian_vector(self, run: Pass, k: int) -> None:
