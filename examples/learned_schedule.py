@@ -14,9 +14,12 @@ schedule. Constant, cosine and linear schedules are tuned on the same validation
 their highest rate. What is compared is the loss on a test set, over initialisations and orders that
 are new to all of them; each seed has its own split, wrong labels, tuning and learning.
 
-What to expect: about a quarter less loss than with the best constant rate, and a few hundredths of
-it less than with the best cosine and linear schedules, which learning starts without knowing of. In
-return it takes more trainings than a grid of one number.
+What to expect: about a quarter less loss than with the best constant rate, and 3 or 4 % less than
+with the best cosine or linear schedule. Learning starts at the constant rate and finds the decay.
+In the last steps the rates rise again, for every seed: what such a step adds is the momentum, a
+mean of the gradients of several minibatches. In return, learning costs several times the grid of a
+schedule with one number to tune, and only the highest rate of those schedules is tuned, not where
+they begin to fall.
 
 Source: Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible
 Learning" (2015), section 3.1.
@@ -99,7 +102,7 @@ def draw(train: Set, count: int) -> Trainings:
 
 
 def run(trainings: Trainings, rates: Tensor, held_out: Set, wrt: tuple[str, ...] = ()) -> fm.MetaGradient:
-    """The loss of every training after its last step, and the gradient of their mean by the rates."""
+    """The loss of every training after its last step, and the gradient of the mean by the rates."""
     count = len(trainings.x)
     return fm.meta_gradient(
         network(),
