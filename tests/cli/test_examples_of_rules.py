@@ -54,7 +54,7 @@ def test_learned_strengths_of_augmentation_are_near_the_best_of_a_grid(tmp_path:
 
 
 def test_learned_weights_of_sources_lower_the_loss_on_other_docstrings(tmp_path: Path) -> None:
-    found = _example("character_model")["main"](60, rounds=4, out=tmp_path, repeats=2)
+    found = _example("character_model")["main"](60, rounds=5, out=tmp_path, repeats=2)
     assert found.weights["docstrings"] > 2
     assert max(found.weights["backwards"], found.weights["shuffled"]) < 0.3
     equal, learned, alone = found.losses.values()
@@ -65,5 +65,5 @@ def test_learned_weights_of_sources_lower_the_loss_on_other_docstrings(tmp_path:
 
 def test_checkpoints_give_the_metagradient_of_sources_that_recomputing_gives() -> None:
     seconds, difference = _example("character_model")["compare"](steps=12)
-    assert {*seconds} == {"recompute", "checkpoint"}
+    assert {"recompute", "checkpoint"} < {*seconds}
     assert difference < 1e-4
