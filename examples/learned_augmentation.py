@@ -91,6 +91,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
+#: What is called; the parameters are those of each training. A new module would be traced anew.
+NET = network()
+
+
 def draw(pool: Set, count: int) -> Trainings:
     """New trainings, each with examples of its own."""
     drawn = [dict(network().named_parameters()) for _ in range(count)]
@@ -120,7 +124,7 @@ def run(trainings: Trainings, images: Tensor, held_out: Set, wrt: tuple[str, ...
     """The last loss of every training, and the gradient of their mean by the images."""
     count = len(images)
     return fm.meta_gradient(
-        network(),
+        NET,
         trainings.params,
         (images, trainings.y),
         tuple(part.expand(count, *part.shape) for part in held_out),
