@@ -15,14 +15,13 @@ set, and no augmentation. All are then tried in new trainings on a test set; the
 that of the mean.
 
 What to expect: the learned strengths are near the best cell of the grid, and their validation loss
-is within 2 % of its, in about half the time. The test loss is 3 to 11 % less than without
+is within 3 % of its, in about half the time. The test loss is 3 to 11 % less than without
 augmentation, the same as with the best of the grid; accuracy hardly differs. A third strength would
 make the grid seven times as large, and the metagradients no dearer. A grid of fewer trainings a
 cell is cheaper and misleads: the losses of single trainings differ by more than those of cells.
 
 Source: Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
-Differentiation" (2020), section 5.4, for learned augmentation; here the derivative is that of the
-unroll itself.
+Differentiation" (2020), for learned augmentation; here the derivative is that of the unroll itself.
 """
 
 from __future__ import annotations
