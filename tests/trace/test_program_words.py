@@ -40,12 +40,16 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
                 continue
             made += 1
             output = torch.zeros(3, 5)
-            machine.run(3, 1, *[[]] * 10, given, [], [None, None, None, None, output, None, None], [], False)
+            machine.run(3, 1, *[[]] * 10, given, [], [], [], [None, None, None, None, output, None, None], [], False)
     assert made > 50
 
 
 #: An adapted parameter of four rows of four numbers, of which a task needs two.
 TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables": [(0, 4, 4, 2)]}
+
+
+#: Sizes of the spaces of a program that has none.
+NOTHING = np.zeros(len(Space), np.int64).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,11 @@ TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables
         ({"support_step_weights": [1.0]}, "one for each step"),
         ({"support_step_weights": [float("inf")]}, "finite"),
         ({"adapted": [(0, 5, False, False, False, False)]}, "outside of theta"),
-        ({"others": [(0, 1 << 40, False, -1, -1)]}, "cannot be"),
+        ({"others": [(0, 1 << 40, False, -1, -1, -1)]}, "cannot be"),
+        ({"rule_fixed": 1}, "cannot be"),
+        ({"traced_rule": {"entries": [(0, 4, False, -1)]}}, "larger than its memory"),
+        ({"traced_rule": {"sizes": NOTHING, "words": b"", "stages": b"", "entries": []}, "gradient": True}, "back"),
+        ({"traced_rule": {"sizes": NOTHING, "words": b"", "stages": b"", "entries": [(0, 4, False, -1)]}}, "outside"),
         ({"tables": [(0, 4, 4, 2)]}, "of no adapted parameter"),
         ({**TABLE, "tables": [(0, 4, 4, 3)]}, "a size that cannot be"),
         ({**TABLE, "tables": [(0, 1, 4, 2)]}, "cannot be"),
@@ -76,6 +84,8 @@ TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables
 )
 def test_rejects_descriptions(change: dict[str, Any], message: str) -> None:
     good = Traced(torch.tanh, torch.randn(3)).description(False)
+    if "traced_rule" in change:
+        change = {**change, "traced_rule": {**good["query"], **change["traced_rule"]}}
     with pytest.raises((ValueError, TypeError), match=message):
         _C.Machine({**good, **change})
     with pytest.raises(ValueError, match="lacks"):
@@ -121,7 +131,7 @@ def test_more_rows_than_there_is_room_for_are_an_error(lanes: bool) -> None:
     for ids, outcome in (([0, 1, 0], 0), ([3, 1, 2], 1)):
         given = [torch.randn(2, 3), torch.tensor([ids, ids])]
         output = torch.zeros(2, 3)
-        lists = [[table], [rate], [], [], [], [], [], [], [], [], given, []]
+        lists = [[table], [rate], [], [], [], [], [], [], [], [], given, [], [], []]
         assert machine.run(2, 1, *lists, [None, None, None, None, output, None, None], [], True) == outcome
     with pytest.raises(TypeError):
         _C.Machine.run(_C.Machine.__new__(_C.Machine, good))
