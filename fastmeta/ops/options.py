@@ -103,10 +103,12 @@ def check_options(options: Options) -> None:
     if limit is not None:
         if isinstance(limit, bool) or not isinstance(limit, int):
             raise TypeError(f"{argument(who, 'memory_limit')} must be an int or None, got {limit!r}")
-        if limit < 1 or options.memory != "checkpoint":
+        if limit < 1:
+            raise ValueError(f"{argument(who, 'memory_limit')} must be at least 1 byte, got {limit}")
+        if options.memory != "checkpoint":
             raise ValueError(
-                f"{argument(who, 'memory_limit')} must be at least 1 byte, and memory 'checkpoint', got "
-                f"{limit} and {options.memory!r}"
+                f"{argument(who, 'memory_limit')} goes with memory='checkpoint' alone, got {limit} and "
+                f"memory={options.memory!r}"
             )
     if options.step_weights is not None and len(options.step_weights) != steps + 1:
         raise ValueError(

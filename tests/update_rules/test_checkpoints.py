@@ -228,13 +228,28 @@ def test_the_engines_keep_a_few_copies_too(backend: str) -> None:
         run(net, params, data, "adam", 40, "checkpoint", backend=backend, memory_limit=100)
 
 
+def test_says_what_the_other_modes_keep() -> None:
+    net, _, data = problem()
+    for memory, rule, what in (
+        ("recompute", "adam", "recompute: the adapted parameters, gradients and states of the rule of all 9"),
+        ("recompute", "sgd", "recompute: the adapted parameters of all 9 inner steps, about"),
+        ("store", "adam", "store: the graphs of all 9 inner steps, about"),
+    ):
+        how = {"loss": "mse", "inner_lr": 0.02, "update_rule": RULES[rule], "memory": memory}
+        said = str(fm.MAML(net, **how, inner_steps=9, backend="torch").explain(*data))
+        assert f"memory: {what}" in said
+        # 27 numbers of 2 tasks: theta, the gradient, two means; of SGD with momentum theta and that
+        size = {"adam": 4, "sgd": 2}[rule] * 27 * 2 * 8 * 9 / 1024
+        assert (f"about {size:.0f} KiB; each is run 2 times" in said) == (memory == "recompute")
+
+
 def test_rejects_limits_and_backends_without_it() -> None:
     net, params, data = problem()
     given = net, params, tuple(data[:2]), tuple(data[2:])
     with pytest.raises(fm.BackendUnavailable, match="memory='checkpoint'"):
         fm.meta_gradient(*given, loss="mse", lr=0.1, steps=3, memory="checkpoint", backend="inductor")
     with pytest.raises(
-        ValueError, match=r"`memory_limit` must be at least 1 byte, and memory 'checkpoint', got"
+        ValueError, match=r"`memory_limit` goes with memory='checkpoint' alone, got 1000 and memory='auto'"
     ):
         fm.meta_gradient(*given, loss="mse", lr=0.1, steps=3, memory_limit=1000)
     with pytest.raises(TypeError, match=r"`memory_limit` must be an int or None, got 1.5"):

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastmeta.backends import _inputs, reference
+from fastmeta.backends import _checkpoints, _inputs, reference
 from fastmeta.backends._autocast import autocast_dtype
 from fastmeta.backends._captured import Captured, rerun
 from fastmeta.backends._first_run import carries_state
@@ -69,13 +69,30 @@ def notes(problem: Problem) -> list[str]:
         else []
     )
     lines += [f"tasks run in a loop: {reason}"] if reason else []
-    if p.memory == "checkpoint" and p.steps:
-        lines.append(checkpointed.said(p, 1 if reason else at_once))
+    if p.steps:
+        lines.append(_memory(p, 1 if reason else at_once, not reason))
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
         lines.append(f"tasks run {at_once} at a time, and no more than theirs is in memory")
     return lines
+
+
+def _memory(p: Problem, at_once: int, vectorised: bool) -> str:
+    """What is kept of the inner steps of the tasks that run at once, for `explain()`."""
+    if p.memory == "checkpoint":
+        return checkpointed.said(p, at_once)
+    store = stores(p, frozenset({"params"}), at_once, vectorised)
+    if store:
+        what, size = "store: the graphs", tasks.graph_bytes(p, vectorised) * at_once
+    else:
+        what, size = "recompute: the adapted parameters", _checkpoints.copy_bytes(p, at_once)
+        if p.rule is not None and not p.rule.written:  # the adjoint of the step reads all of this
+            what += ", gradients and states of the rule"
+            size += _checkpoints.copy_bytes(replace(p, rule=None), at_once)
+    times = "once" if store or p.order == "first" else "2 times"
+    kept = f"about {size * p.steps / 1024:.0f} KiB"
+    return f"memory: {what} of all {p.steps} inner steps, {kept}; each is run {times}"
 
 
 def solve(problem: Problem, wrt: frozenset[str], adapted: bool) -> Result:
