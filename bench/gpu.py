@@ -46,7 +46,7 @@ MOST_REASONS = 12
 #: Seconds that tests have to sum up what they have found when their time is over.
 GRACE = 10.0
 TESTS = Path(__file__).parent.parent / "tests"
-_ON_GPU = sorted(str(file) for file in TESTS.glob("test_*.py") if "pytest.mark.gpu" in file.read_text())
+_ON_GPU = sorted(str(file) for file in TESTS.rglob("test_*.py") if "pytest.mark.gpu" in file.read_text())
 _TRITON = tuple(file for file in _ON_GPU if Path(file).name == "test_triton_gpu.py")
 _OTHERS = tuple(file for file in _ON_GPU if file not in _TRITON)
 _PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--color=no")

@@ -41,6 +41,7 @@ from fastmeta.verify.quantities import relative_error
 _CHOSEN = (
     *(("omniglot", 32, 1, 75), ("sinusoid", 32, 5, 10), ("miniimagenet", 4, 5, 75), ("mlp", 32, 5, 75)),
     *(("recommender", 32, 5, 10), ("sinusoid", 1024, 5, 10), ("mlp-bn", 32, 5, 75)),
+    ("sinusoid-adam", 32, 5, 10),
 )
 _SIREN = Case(
     "siren", partial(Siren, (2, 256, 256, 256, 3)), (2,), 16, 1024, 1024, 3, "mse", lr=0.01, wrt_inputs=False

@@ -185,6 +185,7 @@ def _on_gpu(problem: Problem) -> Problem:
         net=problem.net.cuda(),
         params=_moved(problem.params),
         rates=_moved(problem.rates),
+        hyper=_moved(problem.hyper),
         support=batch(problem.support),
         query=batch(problem.query),
         task_weights=_moved(problem.task_weights),
