@@ -225,6 +225,7 @@ def test_cases_are_those_of_the_design(bench: ModuleType):
         ("recommender", 32, 5),
         ("sinusoid", 1024, 5),
         ("mlp-bn", 32, 5),
+        ("sinusoid", 32, 5),  # Adam inside
     ]
 
 

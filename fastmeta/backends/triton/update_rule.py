@@ -3,7 +3,7 @@ of csrc/cpu/update_rule_steps.h."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +16,20 @@ from fastmeta.kernels.update_rules.numbers import ROW, Form
 from fastmeta.problem import Problem
 from fastmeta.update_rules import UpdateRule
 
-if TYPE_CHECKING:
-    from fastmeta.backends.triton.state import StepState
-
 _CLIPS = ("clip_value", "clip_norm")
 
 
 class UpdateRuleSteps:
     """The static tensors of a rule, and its launches. Gradient and state of every step are kept
-    where a gradient is wanted."""
+    where a gradient is wanted.
 
-    def __init__(self, state: StepState, problem: Problem, rule: UpdateRule) -> None:
+    Args:
+        state: the `StepState` that it is a part of.
+        problem: what is asked.
+        rule: that of the problem.
+    """
+
+    def __init__(self, state: Any, problem: Problem, rule: UpdateRule) -> None:
         self.state, self.rule = state, rule
         new, tasks, size, steps = state.memory.new, state.tasks, state.layout.size, state.steps
         wrt = state.wrt
@@ -91,14 +94,14 @@ class UpdateRuleSteps:
         """theta_{k+1} and the state after step k."""
         state = self.state
         after = () if state.wrt and k == state.steps - 1 else self._after(k)
-        out = state.thetas[k]  # type: ignore[index]
+        out = state.thetas[k]
         update_rule.emit_step(state.emit, state.tasks, self._place(k), out, after, self._form(k, ()))
 
     def back(self, k: int) -> None:
         """Back through step k but for what passes through the gradient: lambda becomes that of
         theta_k, v dJ/dg_k; the gradients of rates and of numbers."""
         state = self.state
-        by_rate = state.updates[0] if state.wants_rates else None  # type: ignore[index]
+        by_rate = state.updates[0] if state.wants_rates else None
         parts = None
         if self.parts is not None:
             parts = self.parts[:, k * len(NUMBERS) : (k + 1) * len(NUMBERS)]
@@ -106,7 +109,7 @@ class UpdateRuleSteps:
             state.emit,
             state.tasks,
             self._place(k),
-            state.lam,  # type: ignore[arg-type]
+            state.lam,
             list(self.mbar),  # type: ignore[arg-type]
             state.v,
             by_rate,

@@ -3,6 +3,8 @@ plain PyTorch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rule_checks import (
@@ -26,9 +28,13 @@ from rule_loops import RuleCase
 from torch import nn
 
 import fastmeta as fm
+from fastmeta.backends.triton import run as runs
+from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases.verification import VERIFICATION
 from fastmeta.kernels.update_rule import BLOCK
+from fastmeta.kernels.update_rules.numbers import ROW
 from fastmeta.verify import verify_case
+from fastmeta.verify.problems import problem_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,20 +97,16 @@ def test_cases_match_reference(name: str, dtype: str) -> None:
 
 
 def test_what_is_kept_is_counted() -> None:
-    """Of each step the gradient, and the two parts of Adam's state but for the last."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 2))
-    data = [x.float() for x in random_sets(4, 30, 2)]
-    said = {}
+    """Of each step theta, the gradient and the two parts of Adam's state."""
+    case = next(case for case in VERIFICATION if case.rule == "adam_plain")
+    made = []
     for steps in (4, 5):
-        maml = fm.MAML(
-            net, loss="mse", inner_lr=0.1, inner_steps=steps, update_rule=fm.Adam(), memory="recompute",
-            backend="triton",
-        )  # fmt: skip
-        text = str(maml.explain(*data))
-        said[steps] = float(text.split("memory: recompute, ")[1].split(" MiB")[0])
-    size = 4 * sum(-(-p.numel() // 16) * 16 for p in net.parameters()) * 4
-    assert said[5] - said[4] == pytest.approx(4 * size / 2**20, abs=0.1)  # theta, gradient, state
+        problem = problem_of(replace(case, steps=steps), torch.float32, 0)
+        wrt = frozenset({"params"})
+        net, on = runs.network(problem, wrt), torch.device("meta")
+        made.append(MetaStep(problem, net, wrt, "recompute", "ieee", on))
+    sets = 4 * made[0].tasks * made[0].layout.size
+    assert made[1].memory.bytes - made[0].memory.bytes == 4 * (sets + ROW)
 
 
 def test_a_rule_of_ones_own_is_refused() -> None:
