@@ -345,8 +345,9 @@ def test_sinusoid_fits_twice_into_a_multiprocessor() -> None:
     assert 2 * (plan.shared_bytes + 1024) <= 228 << 10
 
 
-def test_no_two_areas_overlap() -> None:
-    case = _case("tanh-T3-N7-M5-K3-mse-lr_element_step_task-mu0.9-wd0.05-store")
+@pytest.mark.parametrize("options", ["lr_element_step_task-mu0.9-wd0.05-store", "adamw"])
+def test_no_two_areas_overlap(options: str) -> None:
+    case = _case(f"tanh-T3-N7-M5-K3-mse-{options}")
     problem = problem_of(case, torch.float32, 0)
     plan = plans.make_plan(problem, wanted(case, problem), H100)
     pieces = {name: area for name, area in plan.areas.items() if area.size}
