@@ -85,7 +85,7 @@ def test_no_step_asks_for_nothing() -> None:
     [
         ("lr_element_step_task-adam", "float64"),
         ("lr_head-adam-own_some", "float64"),
-        ("mse-adamw", "float32"),
+        ("mse-adagrad", "float32"),
     ],
 )
 def test_cases_match_reference(name: str, dtype: str) -> None:
