@@ -49,6 +49,15 @@ def refuses_unread(problem: Problem, read: Collection[str]) -> str:
     return f"weight decay moves `{unread[0]}`, which no layer reads" if unread else ""
 
 
+def unread_gradient(problem: Problem, name: str) -> Tensor:
+    """The gradient of a parameter that nothing reads and no step moves: what was given of its last
+    value."""
+    if problem.adapted_grad is None:
+        return torch.zeros_like(problem.params[name], memory_format=torch.contiguous_format)
+    given = problem.adapted_grad[name]
+    return given.clone() if name in problem.per_task else given.sum(0)
+
+
 def plain_numbers(rule: UpdateRule) -> list[float]:
     """The numbers of a rule in the order of `NUMBERS`, zero where it has none."""
     return [rule.numbers.get(name, 0.0) for name in NUMBERS]

@@ -56,8 +56,7 @@ SPECIALISATIONS = [
     (MLP, torch.float32, "sm_100"),
     (MLP_BN, torch.float32, "sm_90a"),
     (RULES["adamw"], torch.float32, "sm_80"),
-    (RULES["rmsprop"], torch.float64, "sm_90a"),
-    (RULES["adagrad"], torch.float32, "sm_100"),
+    (RULES["rmsprop"], torch.float64, "sm_100"),
 ]
 if os.environ.get("FASTMETA_EVERY_KERNEL") == "1":
     SPECIALISATIONS = list(product(CASES, (torch.float32, torch.float64), ARCHITECTURES))

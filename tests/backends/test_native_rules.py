@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta import _C
 from fastmeta.backends.machine.choice import forced
 from fastmeta.cases.rules import RULES, rule_of_case
+from fastmeta.update_rules.rule import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +89,10 @@ def test_padding_has_no_part(backend: str, lanes: bool | None, units: int) -> No
     for what, value in expected.items():
         assert value.isfinite().all()
         torch.testing.assert_close(found[what], value, rtol=1e-8, atol=1e-10)
+
+
+def test_numbers_stand_in_the_order_of_the_engines() -> None:
+    assert tuple(_C.rule_numbers()) == NUMBERS
 
 
 @pytest.mark.parametrize("backend", ["cpu", "machine"])

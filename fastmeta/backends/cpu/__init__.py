@@ -11,6 +11,7 @@ from fastmeta.backends import _checkpoints, _hoisting, machine
 from fastmeta.backends._layers import refuses_layers, without_kernels
 from fastmeta.backends._losses import refuses_loss
 from fastmeta.backends._native_rules import refuses_native_rule
+from fastmeta.backends._rules import refuses_unread
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.backends.cpu import run as runs
 from fastmeta.problem import Problem, Result
@@ -48,8 +49,11 @@ def refuses(problem: Problem, wrt: frozenset[str]) -> str:
         return reason
     if reason := refuses_layers(problem):
         return reason
-    if not plans.used_params(program):
+    used = plans.used_params(program)
+    if not used:
         return "the output depends on no parameter"
+    if reason := refuses_unread(problem, used):
+        return reason
     for batch, loss in ((problem.support, problem.loss), (problem.query, problem.query_loss)):
         if batch is not None and batch.x.dtype != first.dtype:
             return f"the network's input is {batch.x.dtype}"

@@ -14,6 +14,7 @@ from torch._utils import _unflatten_dense_tensors
 from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
 from fastmeta.backends._pieces import zeros
+from fastmeta.backends._rules import unread_gradient
 from fastmeta.backends.cpu import plan as plans
 from fastmeta.losses import Loss
 from fastmeta.problem import Batch, Gradients, Problem, Result
@@ -62,7 +63,10 @@ class Job:
         start = dict(zip(self.all_names, [0, *ends], strict=False))
         self.offsets = [start[name] for name in self.names]
         self.no_gradients: list[Tensor | None] = [None] * len(self.buffers)
-        self.some_unused = len(self.names) < len(self.all_names)
+        used = set(self.names)
+        spans = zip(self.all_names, [0, *ends], ends, strict=False)
+        self.unread = [(name, *span) for name, *span in spans if name not in used]
+        self.some_unused = bool(self.unread)
         self.new = torch.zeros if self.some_unused else torch.empty
         # where rates are numbers the same dict comes with every call
         self.number_rate_list = self._one_rate(problem.rates)
@@ -95,6 +99,7 @@ class Job:
             result.adapted = self._adapted(problem)
             adapted = [*map(result.adapted.get, names), *self.no_gradients]
         seeds = problem.adapted_grad
+        unread = self.unread if seeds is not None and "params" in wrt else ()
         output = losses = loss = None
         if query is not None:
             output = torch.empty((tasks, query.x.shape[1], *self.output_shape), dtype=dtype, device=_CPU)
@@ -124,6 +129,10 @@ class Job:
         )
         if verdict:
             self._refuse(verdict, problem)
+        for name, start, end in unread:
+            flat = grads.flat_params
+            if flat is not None:
+                flat[start:end] = unread_gradient(problem, name).reshape(-1)
         if "rule" in wrt:
             grads.rule = gradients_of_numbers(problem, number_grads)
         return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.backends._losses import class_weights, reads_channels
 from fastmeta.backends._precision import asked_for
-from fastmeta.backends._rules import NUMBERS, gradients_of_numbers, plain_numbers
+from fastmeta.backends._rules import NUMBERS, gradients_of_numbers, plain_numbers, unread_gradient
 from fastmeta.backends.cuda import plan as plans
 from fastmeta.backends.cuda.launch import Kernels, chip, kernels_for
 from fastmeta.losses import Loss
@@ -168,7 +168,7 @@ class Job:
             grads.params = {}
             for name, shape in self.shapes.items():
                 if name not in params:
-                    grads.params[name] = self._unread(problem, name)
+                    grads.params[name] = unread_gradient(problem, name)
                 elif name in own["grad"]:
                     grads.params[name] = own["grad"][name]
                 else:
@@ -190,13 +190,6 @@ class Job:
                     grads.lr[name] = total[start : start + rate.numel()].view(rate.shape)
                 else:
                     grads.lr[name] = self._zeros(rate.shape)
-
-    def _unread(self, problem: Problem, name: str) -> Tensor:
-        """The gradient of a parameter that no layer reads: what was given of its last value."""
-        if problem.adapted_grad is None:
-            return self._zeros(problem.params[name].shape)
-        given = problem.adapted_grad[name]
-        return given.clone() if name in problem.per_task else given.sum(0)
 
     # ---- batches
     def _batch(

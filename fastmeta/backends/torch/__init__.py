@@ -70,7 +70,7 @@ def notes(problem: Problem) -> list[str]:
     )
     lines += [f"tasks run in a loop: {reason}"] if reason else []
     if p.steps:
-        lines.append(_memory(p, 1 if reason else at_once, not reason))
+        lines.append(_memory(p, 1 if reason else at_once, at_once > 1 and not reason))
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
