@@ -40,7 +40,8 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
                 continue
             made += 1
             output = torch.zeros(3, 5)
-            machine.run(3, 1, *[[]] * 10, given, [], [], [], [None, None, None, None, output, None, None], [], False)
+            others = [None, None, None, None, output, None, None]
+            machine.run(3, 1, *[[]] * 10, given, [], [], [], others, [], False)
     assert made > 50
 
 
@@ -48,8 +49,8 @@ def test_no_numbers_make_the_machine_leave_its_memory() -> None:
 TABLE: dict[str, Any] = {"theta": 32, "adapted": [(0, 8, *[False] * 4)], "tables": [(0, 4, 4, 2)]}
 
 
-#: Sizes of the spaces of a program that has none.
-NOTHING = np.zeros(len(Space), np.int64).tobytes()
+#: A program that does nothing.
+NOTHING = {"sizes": np.zeros(len(Space), np.int64).tobytes(), "words": b"", "stages": b""}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ NOTHING = np.zeros(len(Space), np.int64).tobytes()
         ({"others": [(0, 1 << 40, False, -1, -1, -1)]}, "cannot be"),
         ({"rule_fixed": 1}, "cannot be"),
         ({"traced_rule": {"entries": [(0, 4, False, -1)]}}, "larger than its memory"),
-        ({"traced_rule": {"sizes": NOTHING, "words": b"", "stages": b"", "entries": []}, "gradient": True}, "back"),
-        ({"traced_rule": {"sizes": NOTHING, "words": b"", "stages": b"", "entries": [(0, 4, False, -1)]}}, "outside"),
+        ({"traced_rule": {**NOTHING, "entries": []}, "gradient": True}, "back"),
+        ({"traced_rule": {**NOTHING, "entries": [(0, 4, False, -1)]}}, "outside"),
         ({"tables": [(0, 4, 4, 2)]}, "of no adapted parameter"),
         ({**TABLE, "tables": [(0, 4, 4, 3)]}, "a size that cannot be"),
         ({**TABLE, "tables": [(0, 1, 4, 2)]}, "cannot be"),

@@ -65,7 +65,7 @@ class Job:
         self.no_gradients: list[Tensor | None] = [None] * len(self.buffers)
         used = set(self.names)
         spans = zip(self.all_names, [0, *ends], ends, strict=False)
-        self.unread = [(name, *span) for name, *span in spans if name not in used]
+        self.unread = [(name, start, end) for name, start, end in spans if name not in used]
         self.some_unused = bool(self.unread)
         self.new = torch.zeros if self.some_unused else torch.empty
         # where rates are numbers the same dict comes with every call

@@ -69,8 +69,6 @@ def notes(problem: Problem) -> list[str]:
         else []
     )
     lines += [f"tasks run in a loop: {reason}"] if reason else []
-    if p.steps:
-        lines.append(_memory(p, 1 if reason else at_once, at_once > 1 and not reason))
     if tasks.must_store(p):
         lines.append(f"the graphs of all inner steps are kept: {WHY}")
     if at_once < problem.tasks:
@@ -78,11 +76,25 @@ def notes(problem: Problem) -> list[str]:
     return lines
 
 
-def _memory(p: Problem, at_once: int, vectorised: bool) -> str:
-    """What is kept of the inner steps of the tasks that run at once, for `explain()`."""
+def describe(problem: Problem, wrt: frozenset[str]) -> list[str]:
+    """How `problem` runs here: `notes`, and what is kept of its inner steps."""
+    lines = notes(problem)
+    device = problem.device
+    problem = replace(problem, autocast=autocast_dtype(device))
+    with isolated(device), named_in(problem):
+        p = _inputs.detached(problem)
+        if not p.steps or not goes_back(p, wrt) or (_inputs.runs(p) and carries_state(p)):
+            return lines
+        at_once = _at_once(p)
+        vectorised = at_once > 1 and _inputs.runs(p) and not tasks.why_loop(p)
+        return [*lines, _memory(p, wrt, at_once if vectorised else 1, vectorised)]
+
+
+def _memory(p: Problem, wrt: frozenset[str], at_once: int, vectorised: bool) -> str:
+    """What is kept of the inner steps of the tasks that run at once."""
     if p.memory == "checkpoint":
         return checkpointed.said(p, at_once)
-    store = stores(p, frozenset({"params"}), at_once, vectorised)
+    store = stores(p, wrt, at_once, vectorised)
     if store:
         what, size = "store: the graphs", tasks.graph_bytes(p, vectorised) * at_once
     else:
