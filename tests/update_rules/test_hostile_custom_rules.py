@@ -1,5 +1,6 @@
-"""Rules of the user's own that modify what they are given, learn their first state, count in
-integers, hold a generator or have nothing in them: the right answer, or an error that says why not."""
+"""Rules of the user's own that modify what they are given, change between calls, learn their first
+state, count in integers, hold a generator or have nothing in them: the right answer, or an error
+that says why not."""
 
 from __future__ import annotations
 
@@ -213,3 +214,57 @@ def test_integers_of_a_state(name: str) -> None:
             _run(rule, steps=6, backend="machine")
     else:
         _run(rule, steps=6, backend="machine")
+
+
+class Changing(nn.Module):
+    """With a mode, a number and a start that somebody changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(0.1, dtype=F64))
+        self.factor, self.share = 1.0, 0.0
+
+    def init(self, theta: Named) -> Named:
+        return {n: self.share * v if self.share else torch.zeros_like(v) for n, v in theta.items()}
+
+    def forward(self, theta: Named, gradient: Named, state: Named) -> tuple[Named, Named]:
+        size = self.size * self.factor * (1 if self.training else 3) * FACTOR
+        state = {n: 0.5 * state[n] + gradient[n] for n in theta}
+        return {n: v - size * state[n] for n, v in theta.items()}, state
+
+
+FACTOR = 1.0
+
+
+def _changes() -> dict[str, Callable[[nn.Module, pytest.MonkeyPatch], object]]:
+    hook = lambda module, given, out: ({n: 0.9 * v for n, v in out[0].items()}, out[1])  # noqa: E731
+    return {
+        "mode": lambda module, patch: module.eval(),
+        "number": lambda module, patch: setattr(module, "factor", 2.0),
+        "start": lambda module, patch: setattr(module, "share", 0.3),
+        "global": lambda module, patch: patch.setitem(globals(), "FACTOR", 0.5),
+        "hook": lambda module, patch: module.register_forward_hook(hook),
+        "parameter": lambda module, patch: setattr(module, "size", nn.Parameter(2 * module.size.detach())),
+    }
+
+
+@pytest.mark.parametrize("what", _changes())
+def test_a_rule_that_changes_between_two_calls(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one object: it is traced again."""
+    module, found, (net, _, data) = Changing(), {}, problem()
+    algorithms = {
+        name: fm.MAML(
+            net, loss="mse", inner_lr=0.5, inner_steps=3, update_rule=fm.CustomRule(module), backend=name
+        )
+        for name in ("auto", "torch")
+    }
+    for change in (None, _changes()[what]):
+        if change is not None:
+            change(module, monkeypatch)
+        for name, maml in algorithms.items():
+            maml.zero_grad()
+            loss = maml(*data).loss
+            loss.backward()
+            grads = [value.grad.flatten() for value in maml.parameters()]
+            found[name] = torch.cat([loss.detach().reshape(1), *grads])
+        torch.testing.assert_close(found["auto"], found["torch"], rtol=1e-9, atol=1e-12)

@@ -132,8 +132,8 @@ def converted(low: Lowering, x: Operand, *others: Operand, **_: Any) -> Operand:
 @raw
 @lowers("add.Tensor", "add.Scalar", "add")
 def add(low: Lowering, a: Ref | float, b: Ref | float, alpha: float = 1) -> Operand | Sparse:
-    """A sum; pieces that are zero elsewhere are put together when somebody reads them. That of truth
-    values is whether one is true."""
+    """A sum; pieces that are zero elsewhere are put together when somebody reads them. The sum of
+    truth values is whether one is true."""
     if isinstance(a, Ref) and isinstance(b, Ref) and alpha == 1 and a.shape == b.shape:
         first, second = low.sparse(a), low.sparse(b)
         if first and second and not (first.base and second.base):
