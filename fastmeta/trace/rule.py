@@ -161,11 +161,11 @@ def _check_counts(results: Sequence[Placed], start: Sequence[Tensor]) -> None:
     Raises:
         UntraceableError: they may not.
     """
-    for value in start:
-        whole = not value.is_floating_point()
+    for first in start:
+        whole = not first.is_floating_point()
         if whole and (
-            value.dtype not in _COUNTS
-            or int(value.abs().max() if value.dtype != torch.bool else 0) > _LARGEST
+            first.dtype not in _COUNTS
+            or int(first.abs().max() if first.dtype != torch.bool else 0) > _LARGEST
         ):
             raise UntraceableError("the state of the update rule holds integers that are no small counts")
     pending = [ref.value for ref, *_ in results if isinstance(ref, Ref)]
