@@ -132,7 +132,7 @@ REFUSED = [
     ("backend", "rule", "words"),
     [
         *[(name, *pair) for name in ("cuda", "triton") for pair in REFUSED],
-        *[(name, *REFUSED[-1]) for name in ("cpu", "inductor")],
+        *[(name, *REFUSED[-1]) for name in ("cpu", "machine", "inductor")],
     ],
 )
 def test_backends_that_cannot_run_a_rule_say_so(backend: str, rule: fm.SGD, words: str) -> None:
