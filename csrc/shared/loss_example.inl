@@ -26,6 +26,11 @@ struct AbsoluteError {
     return {d < 0 ? -d : d, sign, S(0), -sign, S(0)};
   }
 };
+// A loss whose second derivatives are zero wherever they exist: a tangent that is NaN makes none of it.
+template <class Terms>
+constexpr bool LINEAR = false;
+template <class S>
+constexpr bool LINEAR<AbsoluteError<S>> = true;
 template <class S>
 struct SmoothL1 {
   S beta;
@@ -179,8 +184,9 @@ FM_INLINE S elementwise_example(const LossCall<S>& l, const Terms& terms, i64 n,
     const LossTerms<S> t = terms(l.z[in_z], target[in_target], pos_weight);
     const S rz = TANGENT ? l.rz[in_z] : S(0);
     value += share * (TANGENT ? t.dz * rz : t.value);
-    if (l.dz) l.dz[in_z] = factor * share * (TANGENT ? t.dzz * rz : t.dz);
-    if (l.dtarget) l.dtarget[in_target] += side_factor * share * (TANGENT ? t.dzy * rz : t.dy);
+    const S second = LINEAR<Terms> ? S(0) : t.dzz * rz, mixed = LINEAR<Terms> ? S(0) : t.dzy * rz;
+    if (l.dz) l.dz[in_z] = factor * share * (TANGENT ? second : t.dz);
+    if (l.dtarget) l.dtarget[in_target] += side_factor * share * (TANGENT ? mixed : t.dy);
   };
   for (i64 row = n * l.rows; row < (n + 1) * l.rows; ++row) {
     if (l.channels)

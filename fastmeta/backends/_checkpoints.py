@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from math import comb, isqrt
 from typing import NamedTuple
 
+from fastmeta.backends._random_state import preserved_for
 from fastmeta.inputs import leaves_of
 from fastmeta.problem import Problem
 
@@ -49,7 +50,8 @@ def copy_bytes(p: Problem, tasks: int) -> int:
         tasks: how many tasks run at once.
     """
     first = {name: p.params[name][0] if name in p.per_task else p.params[name] for name in p.rates}
-    state = [] if p.rule is None else leaves_of(p.rule.init({n: v.detach() for n, v in first.items()}))
+    with preserved_for(p):  # a rule of the user's own may draw its first state
+        state = [] if p.rule is None else leaves_of(p.rule.init({n: v.detach() for n, v in first.items()}))
     return tasks * sum(tensor.numel() * tensor.element_size() for tensor in (*first.values(), *state))
 
 

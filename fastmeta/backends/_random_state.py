@@ -52,10 +52,15 @@ class RandomState:
 
     @classmethod
     def of(cls, problem: Problem) -> RandomState:
-        """The state of all that the network and the losses of `problem` can draw from."""
+        """The state of all that the network, the losses and the update rule of `problem` can draw
+        from."""
         device = next(iter(problem.params.values())).device
         losses = (problem.loss, problem.query_loss)
-        return cls.now(device, problem.net, *(loss.function for loss in losses if loss is not None))
+        functions = [loss.function for loss in losses if loss is not None]
+        rule = problem.rule
+        if rule is not None and rule.kind == "custom":
+            functions += [rule.function, rule.start]  # type: ignore[attr-defined]
+        return cls.now(device, problem.net, *functions)
 
     def anew(self) -> RandomState:
         """The state of the same generators as it is now."""

@@ -122,20 +122,44 @@ def check_reads(p: Problem) -> None:
     if not isinstance(rule, CustomRule) or not p.steps:
         return
     first = {name: p.params[name][0] if name in p.per_task else p.params[name] for name in p.rates}
-    theta, g = ({name: own(value, True) for name, value in first.items()} for _ in range(2))
+    # copies: what is modified in place is refused, and is the user's
+    theta, g = ({name: own(value.detach().clone(), True) for name, value in first.items()} for _ in range(2))
     rates = {name: own(rate[0, 0]) for name, rate in p.rates.items()}
     hyper = {name: own(value, True) for name, value in p.hyper.items()}
     with preserved_for(p):
-        moved, after = step_of_one(p, rule, theta, g, rule.init(theta), rates, hyper, 0)
+        state = rule.init(theta)
+        check_start(state, theta)
+        moved, after = step_of_one(p, rule, theta, g, state, rates, hyper, 0)
     known = {id(tensor) for group in (theta, g, hyper) for tensor in group.values()}
     for output in (*moved.values(), *leaves_of(after)):
-        for leaf in leaves_behind(output) if output.grad_fn is not None else [output] * output.requires_grad:
+        for leaf in _leaves(output):
             if id(leaf) not in known:
                 raise ValueError(
                     f"CustomRule: `function` reads a tensor {tuple(leaf.shape)} that requires grad and is "
                     "none of its arguments; make it a parameter of an nn.Module that is the function, or "
                     "detach it"
                 )
+
+
+def check_start(state: State, theta: Named) -> None:
+    """Check that the state before the first step depends on theta alone: other gradients through
+    `init` would be missing.
+
+    Raises:
+        ValueError: it depends on something else that requires grad.
+    """
+    known = {id(value) for value in theta.values()}
+    for start in leaves_of(state):
+        for leaf in _leaves(start):
+            if id(leaf) not in known:
+                raise ValueError(
+                    f"CustomRule: `init` reads a tensor {tuple(leaf.shape)} that requires grad and is not "
+                    "theta; it would get no gradient: detach it"
+                )
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    return leaves_behind(output) if output.grad_fn is not None else [output] * output.requires_grad
 
 
 class _OneTask:

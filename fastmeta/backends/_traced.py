@@ -14,6 +14,7 @@ from fastmeta.capture.capture import guard_of
 from fastmeta.capture.guards import HOOKS, Guard
 from fastmeta.inputs import signature
 from fastmeta.problem import Problem
+from fastmeta.update_rules import CustomRule
 
 V = TypeVar("V")
 #: States of one network that are known at once, such as training and evaluation; and losses.
@@ -72,6 +73,20 @@ Functions = Sequence[tuple[str, Any]]
 def _losses_of(problem: Problem) -> Functions:
     losses = [loss for loss in (problem.loss, problem.query_loss) if loss is not None]
     return [("the loss", loss.function) for loss in losses if loss.function is not None]
+
+
+def of_the_rule(problem: Problem) -> Functions:
+    """Those of an update rule of the user's own."""
+    rule = problem.rule
+    if not problem.steps or not isinstance(rule, CustomRule):
+        return []
+    start = [] if rule.start is None else [("`init` of the update rule", rule.start)]
+    return [("the update rule", rule.function), *start]
+
+
+def functions_of(problem: Problem) -> list[Any]:
+    """All functions of the user's own besides the network, each once."""
+    return [*dict.fromkeys(f for _, f in (*_losses_of(problem), *of_the_rule(problem)))]
 
 
 class Kept(Generic[V]):

@@ -15,7 +15,7 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch.autograd import forward_ad
 
 from fastmeta import backends
-from fastmeta.backends._traced import guarded
+from fastmeta.backends._traced import functions_of, guarded
 from fastmeta.bounded import Bounded
 from fastmeta.capture.capture import captured, frozen_flags, guard_of
 from fastmeta.capture.guards import Guard
@@ -354,8 +354,7 @@ def _first_call(given: _Given, masks: Sequence[str] = (), key: object = None) ->
     name = plan.backend.__name__.rpartition(".")[2]
     if name in _TRACE:
         plan.guard = guard_of(net)
-        functions = [loss.function for loss in (given.loss, given.query_loss) if loss is not None]
-        plan.losses = tuple(guarded(f) for f in dict.fromkeys(functions) if f is not None)
+        plan.losses = tuple(map(guarded, functions_of(problem)))
     if plan.guard is not None or (program is not None and name not in _RUN_THE_MODULE):
         if plan.guard is None and (problem.steps or problem.query is not None):  # else nothing is run
             check_capture(plan.backend, problem)

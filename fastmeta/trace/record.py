@@ -299,6 +299,9 @@ class Recorder(TorchDispatchMode):
         if func in _WRITES:
             written_by = args[1] if len(args) > 1 else 0.0
             source: Any = refs[id(written_by)] if isinstance(written_by, Tensor) else float(written_by)
+            kinds = {written_by.dtype} if isinstance(written_by, Tensor) else set()
+            if not to.dtype.is_floating_point and kinds - {to.dtype, torch.bool}:
+                raise UntraceableError(f"it writes a tensor of {kinds.pop()} into one of {to.dtype}")
         else:
             functional = _functional(func)
             call = Call(

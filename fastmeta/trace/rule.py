@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastmeta.inputs import Form, flatten
-from fastmeta.network.functional import Conventions
+from fastmeta.network.functional import Conventions, own
 from fastmeta.problem import Problem
 from fastmeta.trace import operators  # noqa: F401
 from fastmeta.trace.ir import Space
 from fastmeta.trace.lower import OPERATORS
 from fastmeta.trace.program import StepProgram
-from fastmeta.trace.record import NoReads, Recorder, UntraceableError
+from fastmeta.trace.record import NoReads, Recorder, Ref, UntraceableError, Value, name_of
 from fastmeta.trace.step import Layout, Output, Placed, Slot, Traced, gradients, one_task
 from fastmeta.update_rules import CustomRule
 
@@ -68,13 +69,16 @@ def traced_rule(problem: Problem, back: bool, learned: bool) -> TracedRule:
     recorder, layout = Recorder(OPERATORS), Layout()
 
     def leaf(name: str, value: Tensor, space: Space, grad: bool, wanted: bool = False) -> Tensor:
-        own = value.detach().clone(memory_format=torch.contiguous_format)
+        copied = value.detach().clone(memory_format=torch.contiguous_format)
         slot = layout.add(name, tuple(value.shape), space, wanted)
-        recorder.register(own, slot.name)
-        return own.requires_grad_(grad)
+        recorder.register(copied, slot.name)
+        return copied.requires_grad_(grad)
 
-    first = {name: one_task(problem, name).detach().requires_grad_() for name in problem.rates}
+    first = {name: own(one_task(problem, name).detach().clone(), True) for name in problem.rates}
     start, form = flatten(rule.init(first))
+    for what, value in (*(("the state", value) for value in start), *problem.hyper.items()):
+        if not value.numel():
+            raise UntraceableError(f"{what} of the update rule holds a tensor without elements")
     reaches = any(value.requires_grad for value in start)
     dtype = next(iter(first.values())).dtype
     for value in start:
@@ -137,7 +141,43 @@ def traced_rule(problem: Problem, back: bool, learned: bool) -> TracedRule:
             (0.0 if g is None else recorder.ref(g.detach()), tuple(x.shape), space, place)
             for g, (space, place, x) in zip(found, targets, strict=True)
         ]
+    _check_counts(results, start)
     size = layout.sizes.get(Space.THETA, 0) - 3 * theta_size
     traced = Traced(layout, tuple(results), 2 if back else 1, Output.of(()))
     floating = tuple(value.is_floating_point() for value in start)
     return TracedRule(traced, slots, form, floating, size, reaches)
+
+
+#: Integers of a state that are kept as floating-point numbers exactly, and stay so for long.
+_LARGEST = 1 << 20
+_COUNTS = frozenset({torch.bool, torch.int32, torch.int64})
+#: Operators that make integers large, or wrap around.
+_GROWS = ("mul", "pow", "prod", "cumprod", "bitwise_left_shift")
+
+
+def _check_counts(results: Sequence[Placed], start: Sequence[Tensor]) -> None:
+    """Check that floating-point numbers hold what integers of the state do.
+
+    Raises:
+        UntraceableError: they may not.
+    """
+    for first in start:
+        whole = not first.is_floating_point()
+        if whole and (
+            first.dtype not in _COUNTS
+            or int(first.abs().max() if first.dtype != torch.bool else 0) > _LARGEST
+        ):
+            raise UntraceableError("the state of the update rule holds integers that are no small counts")
+    pending = [ref.value for ref, *_ in results if isinstance(ref, Ref)]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or value.maker is None:
+            continue
+        seen.add(id(value))
+        made = value.maker
+        whole = not value.dtype.is_floating_point and value.dtype != torch.bool
+        if whole and not isinstance(made.function, str) and name_of(made.function).split(".")[0] in _GROWS:
+            raise UntraceableError("it multiplies integers of the state of the update rule")
+        pending += [ref.value for ref in made.refs()]
+        pending += [item for item in made.args if isinstance(item, Value)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmeta.inputs import NotATreeError, flatten
+from fastmeta.inputs import NotATreeError, flatten, leaves_of
 from fastmeta.network.swap import LOCK
 from fastmeta.update_rules.rule import Named, Number, State, UpdateRule
 
@@ -40,7 +41,8 @@ class CustomRule(UpdateRule):
 
     Args:
         function: (theta, gradient, state) -> (theta', state'), of one task: theta and gradient are
-            dicts name -> [*shape] of the adapted parameters, state is a tree of tensors. It may run
+            dicts name -> [*shape] of the adapted parameters, state is a tree of tensors. It must
+            return new tensors, and modify none of these in place. It may run
             under `torch.func.vmap`, and is run in a loop over tasks where that does not work. The
             parameters of an `nn.Module` get gradients. It may read no other tensor that requires
             grad.
@@ -120,7 +122,9 @@ class CustomRule(UpdateRule):
         Raises:
             TypeError: what comes is no tree of tensors.
         """
-        return _tree("`init`", () if self.start is None else self.start(dict(theta)))
+        if self.start is None:
+            return ()
+        return _tree("`init`", _unmodified("`init`", [*theta.values()], self.start, dict(theta)))
 
     def at_step(self, hyper: Mapping[str, Tensor], k: int) -> dict[str, Number]:
         """The parameters, which are the same at every step."""
@@ -134,13 +138,11 @@ class CustomRule(UpdateRule):
         Raises:
             TypeError, ValueError: what the function returns does not fit.
         """
-        given = dict(theta), dict(gradient), state
-        module = self.module
-        if module is None:
-            found = self.function(*given)
-        else:
-            with LOCK:  # its parameters are exchanged meanwhile
-                found = torch.func.functional_call(module, cast("dict[str, Tensor]", dict(hyper)), given)
+        given = [*theta.values(), *gradient.values(), *leaves_of(state)]
+        numbers = cast("dict[str, Tensor]", dict(hyper))
+        found = _unmodified(
+            "the function", given, self._called, (dict(theta), dict(gradient), state), numbers
+        )
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Mapping):
             raise TypeError(
                 "CustomRule: the function must return (theta, state), theta a dict of tensors, got "
@@ -160,9 +162,47 @@ class CustomRule(UpdateRule):
             raise ValueError("CustomRule: the function must return a state of the same form as it was given")
         return {name: value + rates[name] * (moved[name] - value) for name, value in theta.items()}, after
 
+    def _called(self, given: tuple[Any, ...], hyper: dict[str, Tensor]) -> Any:
+        if self.module is None:
+            return self.function(*given)
+        with LOCK:  # its parameters are exchanged meanwhile
+            return torch.func.functional_call(self.module, hyper, given)
+
     def move(self, *given: Any) -> tuple[Tensor, Named]:
         """There is no step of one parameter alone."""
         raise NotImplementedError
+
+
+#: What autograd says where an argument is modified.
+_IN_PLACE = re.compile(
+    "leaf Variable that requires grad is being used in an in-place|is being modified inplace"
+)
+
+
+def _unmodified(what: str, given: Sequence[Tensor], function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns.
+
+    Raises:
+        ValueError: it modifies a tensor that it was given.
+    """
+    message = (
+        f"CustomRule: {what} must not modify theta, the gradient or the state in place: return new tensors"
+    )
+    versions = [*map(_version, given)]
+    try:
+        found = function(*args)
+    except RuntimeError as error:
+        if _IN_PLACE.search(str(error)):
+            raise ValueError(message) from error
+        raise
+    if versions != [*map(_version, given)]:
+        raise ValueError(message)
+    return found
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that every modification in place makes larger."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tree(what: str, tree: Any) -> State:

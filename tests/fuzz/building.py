@@ -34,6 +34,7 @@ class Drawn:
     query: tuple[Tensor, Tensor, Tensor | None]
     task_weights: Tensor | None
     step_weights: tuple[float, ...] | None
+    support_step_weights: tuple[float, ...] | None
 
 
 def data_of(spec: Spec) -> Drawn:
@@ -115,9 +116,21 @@ def data_of(spec: Spec) -> Drawn:
     step_weights = (
         tuple(0.0 if k == 1 else 0.3 + k for k in range(spec.steps + 1)) if spec.step_weights else None
     )
+    objective = tuple(0.0 if k == 1 else 0.5 / (1 + k) for k in range(spec.steps))
     _check_meaning(spec, net, (support, query))
     drawn = Drawn(
-        net, params, per_task, adapted, adapt, lr, rates, support, query, task_weights, step_weights
+        net,
+        params,
+        per_task,
+        adapted,
+        adapt,
+        lr,
+        rates,
+        support,
+        query,
+        task_weights,
+        step_weights,
+        objective if spec.support_objective else None,
     )
     return cast(drawn, dtype)
 
@@ -148,6 +161,7 @@ def cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
         query,
         to(drawn.task_weights),
         drawn.step_weights,
+        drawn.support_step_weights,
     )
 
 
@@ -155,6 +169,9 @@ def _check_meaning(spec: Spec, net: nn.Module, sets: Any) -> None:
     of_batch = any(uses_batch(norm, spec.batch_stats) for norm in batch_norms(net))
     if spec.norm in ("group", "layer") and spec.width == 1:
         raise Refused("a norm of one value: zero but for rounding, where activations have their kinks")
+    unsure = spec.norm != "none" or spec.net == "attention"  # gradients that are zero but for rounding
+    if unsure and spec.rule and (spec.rule == "lion" or not spec.rule_root):
+        raise Refused("a rule that makes much of the sign of a gradient")
     masks = "mask" in (spec.support_weights, spec.query_weights)
     if of_batch and (masks or 1 in (spec.shots, spec.queries)):
         raise Refused("a batch of one value a channel, or a mask beside batch norm")

@@ -26,6 +26,13 @@ LOSSES = (
 STRIDES = ("plain", "transposed", "expanded", "sliced", "flipped", "offset")
 
 
+#: Update rules besides SGD with momentum and weight decay alone; "own" ones are in `inner_rules`.
+RULES = (
+    *("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"),
+    *("momentum", "coordinates", "signed"),
+)
+
+
 RATES = ("number", "scalar", "step", "dict", "task", "element", "row", "column", "all", "pattern")
 
 
@@ -49,6 +56,11 @@ class Spec:
     reduction: str = "mean"
     weight_norm: str = "count"
     rates: str = "number"
+    rule: str = ""
+    rule_flag: bool = False
+    rule_root: float = 0.05
+    learned: str = ""
+    clip: str = ""
     momentum: float = 0.0
     weight_decay: float = 0.0
     order: str = "second"
@@ -60,7 +72,9 @@ class Spec:
     task_weights: bool = False
     per_step: bool = False
     step_weights: bool = False
+    support_objective: bool = False
     memory: str = "auto"
+    memory_limit: int = 0
     chunk: int | None = None
     strides: str = "plain"
     param_strides: bool = False
@@ -95,12 +109,17 @@ def draw(rng: random.Random) -> Spec:
         tasks=rng.choice((1, 2, 3)),
         shots=rng.choice((1, 2, 3, 5)),
         queries=rng.choice((1, 2, 4)),
-        steps=rng.choice((0, 1, 2, 2, 3)),
+        steps=rng.choice((0, 1, 2, 2, 3)) if rng.random() < 0.9 else rng.choice((4, 7)),
         loss=rarely(LOSSES, "mse", 0.6),
         query_loss=rarely(LOSSES, "", 0.1),
         reduction=rarely(("sum",), "mean", 0.15),
         weight_norm=rarely(("sum",), "count"),
         rates=rarely(RATES, "number", 0.6),
+        rule=rarely(RULES, "", 0.5),
+        rule_flag=rng.random() < 0.3,
+        rule_root=rarely((0.0,), 0.05),
+        learned=rarely(("some", "all", "step"), "", 0.6),
+        clip=rarely(("value", "norm", "value, norm"), ""),
         momentum=rarely((0.5, 0.9), 0.0),
         weight_decay=rarely((0.1,), 0.0),
         order=rarely(("first",), "second"),
@@ -112,13 +131,15 @@ def draw(rng: random.Random) -> Spec:
         task_weights=rng.random() < 0.3,
         per_step=rng.random() < 0.15,
         step_weights=rng.random() < 0.2,
-        memory=rarely(("store", "recompute"), "auto", 0.4),
+        support_objective=rng.random() < 0.2,
+        memory=rarely(("store", "recompute", "checkpoint", "checkpoint"), "auto", 0.5),
+        memory_limit=rarely((1, 2, 4), 0),
         chunk=rarely((1, 2), None, 0.15),
         strides=rarely(STRIDES, "plain", 0.3),
         param_strides=rng.random() < 0.1,
         batch_stats=rarely(("running", "module"), "task", 0.3),
         dtype=dtype,
-        backend=rng.choice(("auto", "auto", "auto", "auto", "torch", "reference")),
+        backend=rng.choice(("auto", "auto", "auto", "cpu", "machine", "torch", "reference")),
         api=rng.choice(
             ("meta_gradient", "meta_gradient", "MAML", "inner_sgd", "task_forward", "task_gradient", "adapt")
         ),

@@ -133,9 +133,11 @@ class Meta:
     steps: int
     momentum: float = 0.0
     weight_decay: float = 0.0
+    rule: Any = None  # a PlainRule; None: SGD with momentum and weight decay
     second: bool = True
     per_step: bool = False
     step_weights: tuple[float, ...] | None = None
+    support_step_weights: tuple[float, ...] | None = None
     task_weights: Tensor | None = None
     batch_stats: str = "task"
 
@@ -171,6 +173,7 @@ def _one_task(shell: Shell, meta: Meta, t: int) -> tuple[Tensor | None, Tensor |
     theta = {n: (value[t] if n in meta.per_task else value).contiguous() for n, value in meta.params.items()}
     buffers = {name: torch.zeros_like(theta[name]) for name in meta.rates}
     weights = meta.step_weights or (*[0.0] * meta.steps, 1.0)
+    state = None if meta.rule is None else meta.rule.init({name: theta[name] for name in meta.rates})
     total, output = None, None
     for k in range(meta.steps + 1):
         if meta.query is not None and (weights[k] or k == meta.steps):
@@ -185,18 +188,36 @@ def _one_task(shell: Shell, meta: Meta, t: int) -> tuple[Tensor | None, Tensor |
         if meta.per_step:
             x, y, w = [None if part is None else part[k] for part in (x, y, w)]
         loss = meta.loss(shell(theta, x.clone()), y, w)
+        if meta.support_step_weights and meta.support_step_weights[k]:
+            value = meta.support_step_weights[k] * loss
+            total = value if total is None else total + value
         names = list(meta.rates)
         with torch.enable_grad():
             grads = torch.autograd.grad(
-                loss, [theta[name] for name in names], create_graph=meta.second, allow_unused=True
+                loss,
+                [theta[name] for name in names],
+                create_graph=meta.second,
+                retain_graph=True,
+                allow_unused=True,
             )
+        if meta.rule is not None:
+            known = zip(names, grads, strict=True)
+            g = {name: torch.zeros_like(theta[name]) if by is None else by for name, by in known}
+            now = {name: _rate(meta, name, theta[name], k, t) for name in names}
+            moved, state = meta.rule.move({name: theta[name] for name in names}, g, state, now, k)
+            theta |= moved
+            continue
         for name, g in zip(names, grads, strict=True):
-            rate = meta.rates[name].expand(max(meta.steps, 1), meta.tasks, *theta[name].shape)[k, t]
             g = torch.zeros_like(theta[name]) if g is None else g
             if meta.weight_decay:
                 g = g + meta.weight_decay * theta[name]
             if meta.momentum:
                 g = g + meta.momentum * buffers[name]
             buffers[name] = g
-            theta[name] = theta[name] - rate.to(g.dtype) * g
+            theta[name] = theta[name] - _rate(meta, name, g, k, t) * g
     return total, output, theta
+
+
+def _rate(meta: Meta, name: str, like: Tensor, k: int, t: int) -> Tensor:
+    """Of all elements of one parameter, at one step of one task."""
+    return meta.rates[name].expand(max(meta.steps, 1), meta.tasks, *like.shape)[k, t].to(like.dtype)

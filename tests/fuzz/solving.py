@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from building import Drawn, cast, losses_of
 from drawing import Spec
+from inner_rules import library_rule, plain_rule
 from plain_loop import Meta, PlainLoss, solve
 from torch import Tensor
 
@@ -56,6 +57,7 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
         else {}
     )
     steps = 0 if api == "task_forward" else 1 if gradient else spec.steps
+    rule = plain_rule(spec, dtype) if has_rule(spec) else None
     meta = Meta(
         d.net,
         params,
@@ -69,9 +71,11 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
         steps,
         0.0 if gradient else spec.momentum,
         0.0 if gradient else spec.weight_decay,
+        rule,
         spec.order == "second" or gradient,
         spec.per_step and not gradient,
         d.step_weights if needs_query and api != "task_forward" else None,
+        d.support_step_weights if needs_query and api != "task_forward" else None,
         d.task_weights,
         spec.batch_stats,
     )
@@ -94,6 +98,7 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     sources |= {"lr": lr} if isinstance(lr, Tensor) else {}
     if isinstance(lr, dict):
         sources |= {f"lr[{key}]": value for key, value in lr.items() if isinstance(value, Tensor)}
+    sources |= {} if rule is None else {f"rule[{key}]": value for key, value in rule.learned().items()}
     for role, batch in (("support", support), ("query", query)):
         for part, value in zip(("x", "y", "weights"), batch, strict=True):
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -106,6 +111,19 @@ def truth(spec: Spec, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     for (key, value), grad in zip(wanted.items(), grads, strict=True):
         found[f"d {key}"] = torch.zeros_like(value) if grad is None else grad
     return {key: value.detach() for key, value in found.items()}
+
+
+def has_rule(spec: Spec) -> bool:
+    """Whether the call takes an update rule."""
+    return spec.api not in ("task_forward", "task_gradient")
+
+
+def memory_limit(spec: Spec, drawn: Drawn) -> int | None:
+    """Bytes of a few copies of theta and a state of three times its size, of all tasks."""
+    if spec.memory != "checkpoint" or not spec.memory_limit:
+        return None
+    one = sum(value.numel() * value.element_size() for value in drawn.params.values())
+    return spec.memory_limit * 4 * spec.tasks * one
 
 
 def _mask(w: Tensor | None, plain: PlainLoss, dtype: torch.dtype) -> tuple[Tensor | None, PlainLoss]:
@@ -133,6 +151,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
         support, query = [
             tuple(None if x is None else x.detach() for x in batch) for batch in (support, query)
         ]
+    rule, learned = library_rule(spec, dtype)
     common = {"batch_stats": spec.batch_stats, "backend": spec.backend}
     inner = {
         "loss": loss,
@@ -140,8 +159,9 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
         "order": spec.order,
         "adapt": d.adapt,
         "weight_norm": spec.weight_norm,
-        "update_rule": fm.SGD(spec.momentum, spec.weight_decay),
+        "update_rule": rule,
         "memory": spec.memory,
+        "memory_limit": memory_limit(spec, d),
         "support_per_step": spec.per_step,
         "task_chunk": spec.chunk,
         "lr": lr,
@@ -150,7 +170,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
     api = spec.api
     found: dict[str, Tensor] = {}
     if api == "meta_gradient":
-        sources = ["params", "lr"]
+        sources = ["params", "lr", *(["rule"] if learned else [])]
         if not spec.no_input_gradients:
             for role, batch in (("support", support), ("query", query)):
                 sources += [
@@ -166,6 +186,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
             query_loss=query_loss,
             wrt=sources,
             step_weights=d.step_weights,
+            support_step_weights=d.support_step_weights,
             task_weights=d.task_weights,
             support_weights=support[2],
             query_weights=query[2],
@@ -177,7 +198,9 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
             found |= {f"d lr[{key}]": out.lr[key] for key, value in lr.items() if isinstance(value, Tensor)}
         elif isinstance(lr, Tensor):
             found["d lr"] = out.lr
-        return found | {f"d {name}": getattr(out, name) for name in sources if name not in ("params", "lr")}
+        found |= {f"d rule[{name}]": value for name, value in (out.rule or {}).items()}
+        of_data = [name for name in sources if name not in ("params", "lr", "rule")]
+        return found | {f"d {name}": getattr(out, name) for name in of_data}
     if api == "MAML":
         d.net.zero_grad()
         maml = fm.MAML(
@@ -186,6 +209,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
             inner_lr=d.lr,
             inner_steps=spec.steps,
             step_weights=d.step_weights,
+            support_step_weights=d.support_step_weights,
             **{k: v for k, v in inner.items() if k not in ("lr", "steps", "support_per_step")},
         )
         out = maml(*support[:2], *query[:2], d.task_weights, support[2], query[2], spec.per_step)
@@ -197,7 +221,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
             for name, value in d.net.named_parameters()
             if value.grad is not None
         }
-        return found | _gradients({"support": support, "query": query})
+        return found | _by_rule(learned) | _gradients({"support": support, "query": query})
     if api == "adapt":
         d.net.zero_grad()
         maml = fm.MAML(
@@ -214,7 +238,7 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
             for name, value in d.net.named_parameters()
             if value.grad is not None
         }
-        return found | _gradients({"support": support})
+        return found | _by_rule(learned) | _gradients({"support": support})
     if api == "task_forward":
         output = fm.task_forward(d.net, params, query[0], task_chunk=spec.chunk, **common)
         (output * cotangent(output)).sum().backward()
@@ -244,7 +268,15 @@ def ours(spec: Spec, drawn: Drawn) -> dict[str, Tensor]:
         found["d lr"] = lr.grad
     elif isinstance(lr, dict):
         found |= {f"d lr[{key}]": value.grad for key, value in lr.items() if isinstance(value, Tensor)}
-    return found | _gradients({"support": support})
+    return found | _by_rule(learned) | _gradients({"support": support})
+
+
+def _by_rule(learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"d rule[{name}]": torch.zeros_like(value) if value.grad is None else value.grad
+        for name, value in learned.items()
+        if value.requires_grad
+    }
 
 
 def _own(params: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -148,8 +148,13 @@ def test_backends_that_cannot_run_a_rule_say_so(backend: str) -> None:
 def test_explain_says_why_the_torch_backend_runs_a_rule() -> None:
     net, _, episode = problem()
     maml = fm.MAML(
-        net, loss="mse", inner_lr=0.1, inner_steps=2, update_rule=fm.CustomRule(lambda t, g, s: (t, s))
+        net,
+        loss="mse",
+        inner_lr=0.1,
+        inner_steps=2,
+        update_rule=fm.CustomRule(lambda t, g, s: (t, s) if g["0.bias"].sum() < 9e9 else (g, s)),
     )
     said = maml.explain(*episode)
     assert said.backend == "torch"
-    assert said.refused == dict.fromkeys(("cpu", "machine"), "the update rule is CustomRule")
+    assert said.refused["cpu"] == "the update rule is CustomRule"
+    assert said.refused["machine"].startswith("the update rule: its code reads a value of a tensor")

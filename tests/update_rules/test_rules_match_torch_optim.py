@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rule_loops import CASES, MSE, RuleCase, errors, loop, meta_gradient, problem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
@@ -192,3 +192,21 @@ def test_clipping_at_the_threshold(kind: str, backend: str) -> None:
         return
     for what, error in errors(got, want).items():
         assert error < 1e-9 or what == "rule.clip_value", what  # whose derivative may be on either side
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [fm.Adam(), fm.RMSProp(), fm.Adagrad()], ids=lambda rule: rule.kind)
+def test_a_zero_gradient_of_a_loss_without_second_derivatives(rule: fm.UpdateRule, backend: str) -> None:
+    """The signs of L1 cancel in a bias: the derivative of its root is infinite, and nothing that is
+    not zero depends on it."""
+    net, params, data = problem()
+    with torch.no_grad():
+        data[1][:, :, :] = 100.0 * (-1) ** torch.arange(data[1].shape[1], dtype=torch.float64)[:, None]
+    even = data[1].shape[1] // 2 * 2
+    given = net, params, (data[0][:, :even], data[1][:, :even]), tuple(data[2:])
+    how = {"loss": nn.L1Loss(), "lr": 0.01, "steps": 1, "update_rule": rule}
+    want = fm.meta_gradient(*given, **how, backend="reference")
+    got = fm.meta_gradient(*given, **how, **BACKENDS[backend])
+    assert bool(want.grads["0.weight"].isfinite().all())
+    for name, value in want.grads.items():
+        torch.testing.assert_close(got.grads[name], value, rtol=1e-9, atol=1e-12, equal_nan=True)

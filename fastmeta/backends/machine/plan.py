@@ -15,7 +15,7 @@ from fastmeta.backends._native_rules import described_rule, states_of
 from fastmeta.backends._random_state import RandomState, preserved_for
 from fastmeta.backends._rates import RateForm, rate_form
 from fastmeta.backends._sweep import THROUGH_STEPS
-from fastmeta.backends._traced import Kept
+from fastmeta.backends._traced import Kept, of_the_rule
 from fastmeta.backends.machine.choice import in_lanes
 from fastmeta.backends.machine.encode import Encoder
 from fastmeta.backends.machine.programs import Programs
@@ -43,9 +43,7 @@ _MOST_PROGRAMS = 64
 
 
 _kept: Kept[Programs] = Kept(_MOST_PROGRAMS)
-_rules: Kept[TracedRule] = Kept(
-    _MOST_PROGRAMS, lambda problem: [("the update rule", getattr(problem.rule, "function", None))]
-)
+_rules: Kept[TracedRule] = Kept(_MOST_PROGRAMS, of_the_rule)
 
 
 def programs(problem: Problem, wrt: frozenset[str]) -> Programs | str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmeta.backends import _inputs
 from fastmeta.backends._native_rules import given_numbers, gradients_of_numbers
-from fastmeta.backends._rule_tasks import start_of_all, through_start
+from fastmeta.backends._rule_tasks import check_start, start_of_all, through_start
 from fastmeta.backends._sweep import stack
 from fastmeta.backends.machine.plan import Plan, make_plan
 from fastmeta.backends.machine.programs import Programs
@@ -276,20 +276,22 @@ def start_of_rule(problem: Problem, rule: TracedRule) -> list[Tensor]:
     leaf.
 
     Raises:
-        ValueError: it is not what it was when the rule was traced.
+        ValueError: it is not what it was when the rule was traced, or depends on a tensor that
+            requires grad.
     """
     if problem.rule is None:
         raise ValueError("there is no rule")
     own = [name for name in problem.rates if name in problem.per_task]
     first = {name: problem.params[name].detach() for name in problem.rates}
-    with isolated(_CPU), torch.no_grad():
+    with isolated(_CPU), torch.enable_grad():
         if own:
-            leaves, form = flatten(start_of_all(problem.rule, {n: stack(problem, n) for n in first}))
+            leaves, form = flatten(start_of_all(problem.rule, {n: stack(problem, n).detach() for n in first}))
         else:
             leaves, form = flatten(problem.rule.init(first))
             leaves = [leaf.expand(problem.tasks, *leaf.shape) for leaf in leaves]
+        check_start(leaves, {})
     shapes = [tuple(leaf.shape[1:]) for leaf in leaves]
-    leaves = [leaf.to(next(iter(first.values())).dtype) for leaf in leaves]
+    leaves = [leaf.detach().to(next(iter(first.values())).dtype) for leaf in leaves]
     if form != rule.form or shapes != [slot.shape for slot in rule.state]:
         raise ValueError("CustomRule: `init` must return a state of the same form and shapes at every call")
     return leaves

@@ -105,16 +105,26 @@ def power_of_number(low: Lowering, x: float, exponent: Operand) -> Operand:
     return low.map("pow", float(x), exponent)
 
 
+#: Integers that wrap around soon.
+_NARROW = frozenset({torch.int8, torch.uint8, torch.int16})
+
+
 @lowers("_to_copy", "copy")
 def converted(low: Lowering, x: Operand, *others: Operand, **_: Any) -> Operand:
-    """Numbers of every sort are floating-point ones here; those to integers are cut off."""
+    """Numbers of every sort are floating-point ones here; those to integers are cut off.
+
+    Raises:
+        UntraceableError: to integers that may wrap around.
+    """
     source = others[0] if others else x
     out = low.call.outs[0] if low.call is not None else None
     given = next(low.call.refs(), None) if low.call is not None else None
-    if out is not None and given is not None and given.dtype.is_floating_point:
+    if out is not None and given is not None and out.dtype != given.dtype:
         if out.dtype == torch.bool:
             return low.map("ne", source, 0.0)
-        if not out.dtype.is_floating_point:
+        if out.dtype in _NARROW and given.dtype != torch.bool:
+            raise UntraceableError(f"a conversion to {out.dtype} has no lowering")
+        if not out.dtype.is_floating_point and given.dtype.is_floating_point:
             return low.map("trunc", source)
     return low.map("copy", source)
 
@@ -122,7 +132,8 @@ def converted(low: Lowering, x: Operand, *others: Operand, **_: Any) -> Operand:
 @raw
 @lowers("add.Tensor", "add.Scalar", "add")
 def add(low: Lowering, a: Ref | float, b: Ref | float, alpha: float = 1) -> Operand | Sparse:
-    """A sum; pieces that are zero elsewhere are put together when somebody reads them."""
+    """A sum; pieces that are zero elsewhere are put together when somebody reads them. The sum of
+    truth values is whether one is true."""
     if isinstance(a, Ref) and isinstance(b, Ref) and alpha == 1 and a.shape == b.shape:
         first, second = low.sparse(a), low.sparse(b)
         if first and second and not (first.base and second.base):
@@ -135,6 +146,8 @@ def add(low: Lowering, a: Ref | float, b: Ref | float, alpha: float = 1) -> Oper
                     return Sparse(sparse.size, sparse.pieces, flat)
     left = low.operand(a) if isinstance(a, Ref) else float(a)
     right = low.operand(b) if isinstance(b, Ref) else float(b)
+    if low.call is not None and (out := low.call.outs[0]) is not None and out.dtype == torch.bool:
+        return low.map("max", left, right)
     if alpha != 1:
         right = right * alpha if isinstance(right, float) else low.build.map("mul", right, float(alpha))
     return low.map("add", left, right)
