@@ -108,3 +108,32 @@ def test_the_same_bits_on_any_number_of_threads(backend: str) -> None:
     for other in answers[1:]:
         for what, value in answers[0].items():
             assert torch.equal(other[what], value), what
+
+
+class Beside(nn.Module):
+    """A unit that is never on, beside a path that goes around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.inner.bias[0] = -100.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.out(x + self.inner(x).relu())
+
+
+@pytest.mark.parametrize(("backend", "lanes"), ENGINES)
+def test_nan_stays_where_autograd_has_it(backend: str, lanes: bool | None, seeded: None) -> None:
+    """Adam's root has no derivative at the weights of that unit."""
+    net = Beside().to(F64)
+    draw = [torch.randn(TASKS, 5, n, dtype=F64) for n in (3, 2, 3, 2)]
+    sets = [(draw[0], draw[1]), (draw[2], draw[3])]
+    expected = _answer(net, sets, 0.05, fm.Adam(), "reference")
+    assert any(value.isnan().any() for value in expected.values())
+    assert not all(value.isnan().any() for value in expected.values())
+    with forced(lanes):
+        found = _answer(net, sets, 0.05, fm.Adam(), backend)
+    for what, value in expected.items():
+        torch.testing.assert_close(found[what], value, rtol=1e-8, atol=1e-10, equal_nan=True, msg=what)

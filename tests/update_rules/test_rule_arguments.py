@@ -133,7 +133,7 @@ def test_rules_in_a_few_words(words: str) -> None:
     assert described(DESCRIBED[words]) == words
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda", "inductor", "machine", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "inductor", "triton"])
 def test_backends_that_cannot_run_a_rule_say_so(backend: str) -> None:
     case = Case("rule", lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh()), (2,))
     given = problem_of(case, torch.float64, 0)

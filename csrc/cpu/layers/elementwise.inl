@@ -44,6 +44,16 @@ FM_INLINE void for_each(const Elementwise<S>& e, const Element& element) {
   }
 }
 
+// g f'(x). A unit that is off passes nothing on, even of a g that is not finite.
+template <class F, class S>
+FM_INLINE S chained(const F&, S g, S d1) {
+  return g * d1;
+}
+template <class S>
+FM_INLINE Vec<S> chained(const Relu<S>&, Vec<S> g, Vec<S> d1) {
+  return select_(d1 != S(0), g, Vec<S>{});
+}
+
 template <class S>
 void elementwise_forward(const Elementwise<S>& e) {
   with_function(e, [&](auto f) { for_each(e, [&](Vec<S> x, i64) { return f.value(x); }); });
@@ -54,7 +64,7 @@ void elementwise_backward(const Elementwise<S>& e) {
     for_each(e, [&](Vec<S> x, i64 i) {
       Vec<S> d1, d2;
       f.derivatives(x, load(e.y + i), d1, d2);
-      return load(e.dy + i) * d1;
+      return chained(f, load(e.dy + i), d1);
     });
   });
 }
@@ -64,7 +74,7 @@ void elementwise_tangent(const Elementwise<S>& e) {
     for_each(e, [&](Vec<S> x, i64 i) {
       Vec<S> d1, d2;
       f.derivatives(x, load(e.y + i), d1, d2);
-      return load(e.rx + i) * d1;
+      return chained(f, load(e.rx + i), d1);
     });
   });
 }
@@ -74,7 +84,7 @@ void elementwise_tangent_backward(const Elementwise<S>& e) {
     for_each(e, [&](Vec<S> x, i64 i) {
       Vec<S> d1, d2;
       f.derivatives(x, load(e.y + i), d1, d2);
-      Vec<S> rdx = load(e.rdy + i) * d1;
+      Vec<S> rdx = chained(f, load(e.rdy + i), d1);
       if (!LINEAR_PIECES<decltype(f)> && e.rx) rdx += load(e.dy + i) * d2 * load(e.rx + i);
       return rdx;
     });
