@@ -7,7 +7,8 @@ the weights of the examples. Every run is in a process of its own, after a short
 a first call loads, and the ways take turns, on one thread. Seconds are of the processor: other
 programs on the machine hardly change their ratios. Copies are of theta and the moments of AdamW;
 the peak is the high water of memory above the level before. "autograd" is a plain loop that keeps
-its graph; "auto" is what a user gets who says nothing; all others run on the `torch` backend.
+its graph; "auto" is what a user gets who says nothing; "on cpu" is the C++ engine, whose copies
+are padded to whole vectors; all others run on the `torch` backend.
 
 Writes long_unroll.csv. Exit code 1 if a gradient differs from that of "recompute" by more than 1e-4
 of its largest element.
@@ -49,6 +50,8 @@ WAYS: dict[str, tuple[str, str, int | None] | None] = {
     "checkpoint": ("torch", "checkpoint", None),
     f"checkpoint, {FEW} copies": ("torch", "checkpoint", FEW),
     "auto": ("auto", "auto", None),
+    "recompute on cpu": ("cpu", "recompute", None),
+    "checkpoint on cpu": ("cpu", "checkpoint", None),
     "autograd": None,
 }
 

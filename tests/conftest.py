@@ -15,7 +15,10 @@ _FAILED: list[str] = []
 
 #: Files that take a minute or more. They come first, so that at the end no worker has one of them
 #: alone while the others wait.
-_LONG = ("test_cuda_races", "test_fuzzers", "test_interrupted", "test_cuda_backend")
+_LONG = (
+    "test_cuda_races", "test_triton_interpreted", "test_fuzzers", "test_interrupted", "test_cuda_backend",
+    "test_examples_of_rules", "test_maml_plus_plus",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,9 +74,15 @@ class InnerSteps : protected TaskState<S> {
     } else {
       loss = update_in_epilogues(k, pass, batch);
     }
-    if (k == reached_) value_ += support_weight(k) * loss, ++reached_;
+    if (k == reached_) note_support(k, loss);
     if (input_.active()) input_.step(k, single_rate(k, input_.param_index()), pass);
     mirror_step(k + 1);
+  }
+
+  // The support loss of step k, for the first time; one that is not in the objective may be NaN.
+  void note_support(i64 k, double loss) {
+    ++reached_;
+    if (const double weight = support_weight(k)) value_ += weight * loss;
   }
 
   // theta_{k+1} = theta_k - alpha g straight out of the products, but for element-wise rates. The
