@@ -9,7 +9,7 @@ from functools import partial
 from fastmeta import backends
 from fastmeta.backends import _hoisting
 from fastmeta.backends._autocast import said
-from fastmeta.backends._checkpoints import advances, copy_bytes, slots_for
+from fastmeta.backends._checkpoints import copy_bytes, run_again
 from fastmeta.graph.cost import batch_readers, multiply_adds
 from fastmeta.network.functional import norms_by_batch
 from fastmeta.ops.plan import Call
@@ -137,9 +137,7 @@ def meta_step_cost(problem: Problem, copy_bytes_of: Callable[[Problem], int] | N
         modes = {"store": 9 * f - 5 * first, "recompute": 11 * f - 6 * first}
     if problem.memory == "checkpoint":
         each = (copy_bytes_of or _copy_bytes)(problem)
-        slots = slots_for(problem.steps, each, problem.memory_limit)
-        again = advances(problem.steps, slots) / problem.steps
-        modes["checkpoint"] = modes["store"] + round(again * (3 * f - first))
+        modes["checkpoint"] = modes["store"] + round(run_again(problem, each) * (3 * f - first))
     if problem.memory in modes:
         modes = {problem.memory: modes[problem.memory]}
     return {mode: problem.tasks * (examples * problem.steps * each + query) for mode, each in modes.items()}

@@ -133,6 +133,12 @@ def described(p: Problem, copy_bytes: int) -> list[tuple[int, int, int]]:
     return [(_KINDS.index(kind), at, to) for kind, at, to in schedule(p.steps, slots)]
 
 
+def run_again(p: Problem, copy_bytes: int) -> float:
+    """How many times each inner step is run besides that on the way back, on average; `copy_bytes`:
+    what one copy takes."""
+    return advances(p.steps, slots_for(p.steps, copy_bytes, p.memory_limit)) / p.steps
+
+
 def said(p: Problem, each: int) -> str:
     """What is kept and what it costs, for `explain()`.
 
@@ -140,8 +146,7 @@ def said(p: Problem, each: int) -> str:
         p: the problem.
         each: what one copy takes, in bytes.
     """
-    slots = slots_for(p.steps, each, p.memory_limit)
-    again = advances(p.steps, slots) / p.steps
+    slots, again = slots_for(p.steps, each, p.memory_limit), run_again(p, each)
     return (
         f"memory: {slots} copies of the adapted parameters and the state of the update rule, "
         f"{slots * each / 1024:.0f} KiB, in place of {p.steps}; each inner step is run {1 + again:.1f} "

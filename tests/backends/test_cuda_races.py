@@ -111,6 +111,7 @@ RACES = {
     "positions": Race(BY_ID["grid-T3-N7-M5-K2-ce_masked_mean-weights_sq0-recompute"]),
 }
 
+
 @dataclass(frozen=True)
 class Ran:
     """What a run said, and how long it took."""

@@ -142,8 +142,7 @@ def cost(problem: Problem, wrt: frozenset[str]) -> dict[str, int]:
     if product:
         modes["recompute"] = 2 * gradient + product
     if job.plan.memory == "checkpoint":
-        slots = _checkpoints.slots_for(problem.steps, job.plan.copy_bytes, problem.memory_limit)
-        again = _checkpoints.advances(problem.steps, slots) / problem.steps
+        again = _checkpoints.run_again(problem, job.plan.copy_bytes)
         modes["checkpoint"] = round((1 + again) * gradient) + product
     if job.plan.memory in modes and problem.memory != "auto":
         modes = {problem.memory: modes[problem.memory]}
