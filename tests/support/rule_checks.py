@@ -13,6 +13,8 @@ from rule_loops import CASES, RuleCase, errors, meta_gradient, problem
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.cases.verification import VERIFICATION
+from fastmeta.verify import verify_case
 
 number = partial(torch.tensor, dtype=torch.float64)
 WRT = ("params", "lr", "rule", "support_x", "query_x")
@@ -99,7 +101,7 @@ def assert_dead_units_match(case: RuleCase, backend: str) -> None:
     assert nan == (case.rule != "SGD" and "eps_root" not in case.numbers)
 
 
-def assert_zero_gradients_match(backend: str) -> None:
+def assert_zero_gradients_match(**how: Any) -> None:
     """A norm of zero: PyTorch's derivative of it is zero."""
     case = RuleCase("", "SGD", {"clip_norm": 0.5})
     net, params, data = problem()
@@ -109,9 +111,10 @@ def assert_zero_gradients_match(backend: str) -> None:
     want = meta_gradient(case, net, params, data, lr, numbers, 3)
     got = fm.meta_gradient(
         net, params, tuple(data[:2]), tuple(data[2:]), loss="mse", lr=lr, steps=3,
-        update_rule=case.make(numbers), wrt=WRT, backend=backend,
+        update_rule=case.make(numbers), wrt=WRT, **how,
     )  # fmt: skip
-    assert all(error < 1e-9 for error in errors(got, want).values())
+    for what, error in errors(got, want).items():
+        assert error < 1e-9, what
 
 
 def assert_matches_reference(net: Any, data: list[Tensor], rule: fm.SGD, backend: str, **given: Any) -> None:
@@ -177,3 +180,11 @@ def assert_custom_rules_are_refused(backend: str) -> None:
             net, dict(net.named_parameters()), *data[:2], loss="mse", lr=1.0, steps=1,
             update_rule=fm.CustomRule(nn.Identity()), backend=backend,
         )  # fmt: skip
+
+
+def assert_case_matches(name: str, backend: str, dtype: str) -> None:
+    """The first verification case with a rule and this in its name."""
+    case = next(case for case in VERIFICATION if case.rule and name in case.id)
+    rows = verify_case(case, backend, dtype)
+    assert rows
+    assert [str(row) for row in rows if row.skipped or not row.passed] == []

@@ -13,6 +13,7 @@ from rule_checks import (
     VARIANTS,
     Idle,
     Variant,
+    assert_case_matches,
     assert_custom_rules_are_refused,
     assert_dead_units_match,
     assert_matches_autograd,
@@ -33,7 +34,6 @@ from fastmeta.backends.triton.step import MetaStep
 from fastmeta.cases.verification import VERIFICATION
 from fastmeta.kernels.update_rule import BLOCK
 from fastmeta.kernels.update_rules.numbers import ROW
-from fastmeta.verify import verify_case
 from fastmeta.verify.problems import problem_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def test_a_dead_unit_is_nan_where_the_formula_is(case: RuleCase) -> None:
 
 
 def test_zero_gradients_clipped_by_their_norm() -> None:
-    assert_zero_gradients_match("triton")
+    assert_zero_gradients_match(backend="triton")
 
 
 def test_parameters_of_several_blocks() -> None:
@@ -90,10 +90,7 @@ def test_no_step_asks_for_nothing() -> None:
 )
 def test_cases_match_reference(name: str, dtype: str) -> None:
     """`TRITON_INTERPRET=1 fastmeta verify --backend triton` runs all of them."""
-    case = next(case for case in VERIFICATION if case.rule and name in case.id)
-    rows = verify_case(case, "triton", dtype)
-    assert rows
-    assert [str(row) for row in rows if row.skipped or not row.passed] == []
+    assert_case_matches(name, "triton", dtype)
 
 
 def test_what_is_kept_is_counted() -> None:
